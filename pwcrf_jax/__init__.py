@@ -1,0 +1,40 @@
+"""Contextual CRFs with CNN unary and pairwise potentials, trained piecewise: the functional API.
+
+Everything named here imports jax and numpy only, carries no `jit`, and is differentiable and batched.
+"""
+
+from pwcrf_jax import mean_field, metrics, pairwise, piecewise, relations
+from pwcrf_jax.mean_field import MeanFieldInfo
+from pwcrf_jax.metrics import confusion_matrix, scores
+from pwcrf_jax.pairwise import FactoredPairwise, PairwiseTable, factored_pairwise, messages, to_table
+from pwcrf_jax.piecewise import balance_weights, grid_labels, pairwise_log_likelihood, unary_log_likelihood
+from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING, EdgeList, Relation, edge_list, offsets, validity_mask
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ABOVE_BELOW",
+    "SURROUNDING",
+    "EdgeList",
+    "FactoredPairwise",
+    "MeanFieldInfo",
+    "PairwiseTable",
+    "Relation",
+    "balance_weights",
+    "confusion_matrix",
+    "edge_list",
+    "factored_pairwise",
+    "grid_labels",
+    "mean_field",
+    "messages",
+    "metrics",
+    "offsets",
+    "pairwise",
+    "pairwise_log_likelihood",
+    "piecewise",
+    "relations",
+    "scores",
+    "to_table",
+    "unary_log_likelihood",
+    "validity_mask",
+]

@@ -1,0 +1,80 @@
+"""Segmentation metrics from one integer confusion matrix.
+
+Rows are true classes, columns predicted ones. Counts are integers: a float32 matrix stops counting at 16,777,216.
+On a device a matrix is int32 (2^31 pixels); add matrices of many batches on the host in int64.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def confusion_matrix(predictions, labels, num_classes, void=255):
+    """Counts of (true class, predicted class).
+
+    Args:
+      predictions: int [...], 0..num_classes-1.
+      labels: int [...], same shape; pixels whose label is `void` count for nothing.
+
+    Returns:
+      int32 [num_classes, num_classes]; [t, p] is the number of pixels of class t that were given class p.
+
+    Raises:
+      ValueError: shapes that differ, or values that are not integers.
+    """
+    if predictions.shape != labels.shape:
+        raise ValueError(f"expected predictions and labels of one shape, got {predictions.shape} and {labels.shape}")
+    for name, x in (("predictions", predictions), ("labels", labels)):
+        if not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"expected integer {name}, got {x.dtype}")
+    valid = labels != void
+    index = jnp.where(valid, labels, 0).astype(jnp.int32) * num_classes + predictions.astype(jnp.int32)
+    flat = jnp.zeros(num_classes * num_classes, jnp.int32).at[index.ravel()].add(valid.ravel().astype(jnp.int32))
+    return flat.reshape(num_classes, num_classes)
+
+
+class Scores(NamedTuple):
+    """Figures as fractions of 1; float, per class float64 [K] with NaN where a class has no figure."""
+
+    mean_iou: float
+    pixel_accuracy: float
+    mean_accuracy: float
+    frequency_weighted_iou: float
+    iou_per_class: np.ndarray
+    accuracy_per_class: np.ndarray
+
+
+def scores(confusion) -> Scores:
+    """Standard figures of a confusion matrix [K, K] (NumPy, on the host, float64).
+
+        IoU_k = n_kk / (t_k + p_k - n_kk),  accuracy_k = n_kk / t_k,  t_k = sum_j n_kj,  p_k = sum_j n_jk
+        frequency-weighted IoU = sum_k t_k IoU_k / sum_k t_k
+
+    A class that is neither in the truth nor predicted has no IoU (NaN) and is left out of the mean. A class that is absent
+    from the truth but predicted somewhere has IoU 0 and *does* count in the mean IoU; it has no accuracy (NaN) and is left
+    out of the mean accuracy. With no valid pixel at all every figure is NaN.
+    """
+    n = np.asarray(confusion, np.float64)
+    if n.ndim != 2 or n.shape[0] != n.shape[1]:
+        raise ValueError(f"expected a square confusion matrix, got shape {n.shape}")
+    hit, true, predicted = np.diag(n), n.sum(1), n.sum(0)
+    iou = _ratio(hit, true + predicted - hit)
+    accuracy = _ratio(hit, true)
+    return Scores(
+        mean_iou=_mean(iou),
+        pixel_accuracy=float(_ratio(hit.sum(), true.sum())),
+        mean_accuracy=_mean(accuracy),
+        frequency_weighted_iou=float(_ratio(np.nansum(true * iou), true.sum())),
+        iou_per_class=iou,
+        accuracy_per_class=accuracy,
+    )
+
+
+def _ratio(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.divide(a, b, out=np.full(a.shape, np.nan), where=b > 0)
+
+
+def _mean(x):
+    return float(np.mean(x[~np.isnan(x)])) if not np.isnan(x).all() else float("nan")

@@ -1,0 +1,103 @@
+"""Piecewise training (Lin et al., CVPR 2016, section 4; Sutton & McCallum, 2005).
+
+The likelihood of a CRF is replaced by the product over all factors of independent softmaxes:
+
+    log P_piecewise(y | x) = sum_p log P_U(y_p | x) + sum_relations sum_(p,q) log P_V(y_p, y_q | x)
+
+No inference, no partition function of the graph: each factor is a classifier of its own. Every term is returned as
+(sum, count), so that a data-parallel caller can add both over devices before dividing once; a mean of per-device
+means is wrong as soon as void pixels are spread unevenly.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pwcrf_jax import pairwise
+
+VOID = 255
+
+
+def unary_log_likelihood(scores, labels, void=VOID, node_weights=None):
+    """Sum and count of log P_U(y_p | x) = z_p[y_p] - log sum_k exp z_p[k] over the nodes.
+
+    Args:
+      scores: float [..., K], z_p = -U; any leading axes. Log-sum-exp is taken in float32 whatever the dtype.
+      labels: int [...], 0..K-1, or `void` for nodes that count for nothing. Other values are a caller's error and
+        are not checked here (they cannot be, under jit); `pwcrf_jax.data` refuses them when a set is prepared.
+      void: the void label.
+      node_weights: float [...] or None (1): class balancing, from `balance_weights`.
+
+    Returns:
+      (sum, count): float32 scalars, weighted sum of log-likelihoods and sum of weights.
+
+    Raises:
+      ValueError: labels that are not integers or not of the shape of the nodes.
+    """
+    _check_labels(scores.shape[:-1], labels)
+    valid = labels != void
+    safe = jnp.where(valid, labels, 0).astype(jnp.int32)
+    log_probs = jax.nn.log_softmax(scores.astype(jnp.float32), axis=-1)
+    value = jnp.take_along_axis(log_probs, safe[..., None], axis=-1)[..., 0]
+    weight = _weights(valid, node_weights)
+    return jnp.sum(weight * value), jnp.sum(weight)
+
+
+def pairwise_log_likelihood(potential, labels, void=VOID, node_weights=None):
+    """Sum and count of log P_V(y_p, y_q | x) over the edges of one relation; void at either end leaves an edge out.
+
+    See `pwcrf_jax.pairwise.edge_log_likelihood` for the equation. labels, void and node_weights as in
+    `unary_log_likelihood`, with labels [..., num_nodes] for a table and [..., H, W] for a factored potential. An edge
+    weighs sqrt(w_p w_q).
+
+    Returns:
+      (sum, count): float32 scalars.
+    """
+    if isinstance(potential, pairwise.FactoredPairwise):
+        _check_labels(potential.a.shape[:-1], labels)
+    else:
+        _check_labels(labels.shape, labels)
+    return pairwise.edge_log_likelihood(potential, labels, node_mask=labels != void, node_weights=node_weights)
+
+
+def balance_weights(labels, num_classes, void=VOID, power=1.0):
+    """Per-image inverse-frequency weights of the nodes.
+
+        w_p = (n_{y_p} / n)^-power, scaled so that the weights of the valid nodes of each image sum to their number.
+
+    Args:
+      labels: int [..., H, W]; leading axes are images.
+      power: 0 weighs all nodes alike, 1 all classes present in the image alike.
+
+    Returns:
+      float32 [..., H, W]; 0 at void nodes. An image without valid nodes gets zeros.
+    """
+    valid = labels != void
+    one_hot = jax.nn.one_hot(jnp.where(valid, labels, num_classes), num_classes, dtype=jnp.float32)
+    count = jnp.sum(one_hot, axis=(-3, -2), keepdims=True)
+    weight = jnp.sum(one_hot * jnp.maximum(count, 1.0) ** -power, axis=-1)
+    total = jnp.sum(weight, axis=(-2, -1), keepdims=True)
+    return weight * jnp.sum(valid, axis=(-2, -1), keepdims=True) / jnp.maximum(total, 1e-12)
+
+
+def grid_labels(labels, height, width):
+    """Labels of an H x W grid: the label at each cell's centre pixel.
+
+    The grid covers the image evenly, so the centre of cell i is pixel floor((i + 1/2) * image_height / height). Void
+    pixels stay void. Static index arithmetic: [..., image_height, image_width] -> [..., height, width].
+    """
+    sizes = zip((height, width), labels.shape[-2:], strict=True)
+    rows, cols = ((2 * np.arange(n) + 1) * size // (2 * n) for n, size in sizes)
+    return labels[..., rows[:, None], cols[None, :]]
+
+
+def _check_labels(shape, labels):
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"expected integer labels, got {labels.dtype}")
+    if tuple(labels.shape) != tuple(shape):
+        raise ValueError(f"expected labels of shape {tuple(shape)}, one a node, got {tuple(labels.shape)}")
+
+
+def _weights(valid, node_weights):
+    weight = 1.0 if node_weights is None else node_weights.astype(jnp.float32)
+    return jnp.where(valid, weight, 0.0)
