@@ -1,0 +1,32 @@
+# Two commands set everything up from a fresh clone: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SEED ?= 0
+DEMO := runs/demo-seed$(SEED)
+
+.PHONY: demo test test-slow lint clean
+
+$(VENV)/installed: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v < (3, 13) and "pwcrf_jax needs Python 3.11 or 3.12, $(PYTHON) is %d.%d; try make PYTHON=python3.12" % v[:2])'
+	@echo "Setting up $(VENV) ..." >&2
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,lint]" >&2
+	@touch $@
+
+# Trains on the built-in synthetic set, then prints the table and a last line of JSON. SEED=1 for another seed.
+demo: $(VENV)/installed
+	@$(BIN)/python train.py --config configs/demo.py --workdir $(DEMO) --config.seed=$(SEED) --config.data.data_dir=runs/tfds
+	@$(BIN)/python eval.py --workdir $(DEMO)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) runs *.egg-info .pytest_cache .ruff_cache

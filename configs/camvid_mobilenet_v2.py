@@ -1,0 +1,43 @@
+"""CamVid with MobileNetV2 start weights, sized for two CPU cores.
+
+    python train.py --config configs/camvid_mobilenet_v2.py --workdir runs/camvid \\
+        --config.data.source_dir=PATH/camvid --config.init_from=PATH/mobilenet_v2_imagenet_keras_no_top.h5
+
+`--config configs/camvid_mobilenet_v2.py:both` trains a second pair of Pairwise-Nets in the paper's free
+parameterisation beside the residual ones, on the same features, so that one run compares them.
+"""
+
+from configs import default
+
+
+def get_config(variant="residual"):
+    config = default.get_config()
+    config.data.name = "camvid"
+    config.data.num_classes = 11
+    config.data.crop_size = (360, 480)
+    config.data.eval_size = (360, 480)
+    config.model.backbone = "mobilenet_v2"
+    config.model.mobilenet_v2.freeze_until = "block_6"
+    config.model.block6 = ()
+    config.model.hidden = 256
+    # The pair terms cannot lower the unary when they do not train the features.
+    config.model.pairwise_trains_features = False
+    config.optimizer.learning_rate = 1e-3
+    config.train.batch_size = 4
+    config.train.steps = 1000
+    config.train.log_every = 20
+    config.train.eval_every = 250
+    config.train.checkpoint_every = 100
+    config.eval.batch_size = 4
+    if variant == "both":
+        for name in ("surrounding", "above_below"):
+            free = config.relations[name].copy_and_resolve_references()
+            free.parameterisation = "free"
+            config.relations[f"{name}_free"] = free
+        config.model.relations += ("surrounding_free", "above_below_free")
+        config.crf.relations = ("surrounding", "above_below")
+    elif variant == "free":
+        config.model.parameterisation = "free"
+    elif variant != "residual":
+        raise ValueError(f"configs/camvid_mobilenet_v2.py:{variant}: known are residual, free, both")
+    return config

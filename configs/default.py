@@ -1,0 +1,83 @@
+"""Every key there is, with the paper's setting where the paper gives one; [choice] marks what it does not give."""
+
+from ml_collections import ConfigDict
+
+
+def relation(rows, cols, unit="short_side", grid=0, parameterisation=""):
+    """A range box; see `pwcrf_jax.relations.Relation`. grid 0: all offsets; parameterisation "": the model's."""
+    return ConfigDict(dict(rows=rows, cols=cols, unit=unit, grid=grid, parameterisation=parameterisation))
+
+
+def get_config():
+    config = ConfigDict()
+    config.seed = 0
+    # A file of pretrained weights (.h5, .safetensors); "": random.
+    config.init_from = ""
+
+    config.data = ConfigDict()
+    config.data.name = "synthetic"  # synthetic, camvid, voc
+    config.data.source_dir = ""  # folder of the original files
+    config.data.data_dir = ""  # where TFDS keeps prepared sets; "": TFDS_DATA_DIR or ~/tensorflow_datasets
+    config.data.train_split = "train"
+    config.data.eval_split = "val"
+    config.data.num_classes = 6
+    config.data.crop_size = (192, 256)
+    config.data.eval_size = (192, 256)  # every image is padded to this size; the largest of the set
+    config.data.scale_range = (0.7, 1.2)
+    config.data.flip = True
+    config.data.num_threads = 2
+    config.data.synthetic = ConfigDict(dict(num_train=400, num_val=100, image_size=(192, 256), seed=0))
+
+    config.model = ConfigDict()
+    config.model.backbone = "vgg16"  # vgg16, mobilenet_v2, tiny
+    config.model.mobilenet_v2 = ConfigDict(
+        dict(output="block_13_expand", depthwise="auto", freeze_until="")
+    )
+    config.model.tiny = ConfigDict(dict(features=(16, 32, 48, 64)))
+    config.model.scales = (1.2, 0.8, 0.4)
+    config.model.block6 = ((7, 4096), (3, 512), (3, 512))  # (kernel, features) of each convolution
+    config.model.pyramid_windows = (5, 9)  # sliding pyramid pooling; (): off
+    config.model.hidden = 512
+    config.model.relations = ("surrounding", "above_below")  # names in config.relations; (): unary only
+    config.model.parameterisation = "residual"  # free (the paper's), residual
+    config.model.pairwise_trains_features = True
+    config.model.input_scaling = "auto"  # tf, caffe, torch; auto: what the pretrained weights ask for
+    config.model.dtype = "float32"  # computed in: float32, bfloat16
+
+    config.relations = ConfigDict()
+    config.relations.surrounding = relation(rows=(-0.2, 0.2), cols=(-0.2, 0.2), grid=5)
+    config.relations.above_below = relation(rows=(-0.4, 0.0), cols=(-0.2, 0.2), grid=5)
+
+    config.loss = ConfigDict()
+    config.loss.reduction = "mean"  # mean: of each term's factors [choice]; sum: over all factors of an image
+    config.loss.pairwise_weight = 1.0
+    config.loss.balance_power = 0.0  # 1: per-image inverse class frequency; 0: off
+
+    config.optimizer = ConfigDict()  # all [choice]
+    config.optimizer.name = "adamw"  # adamw, sgd
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.backbone_factor = 0.1  # of the learning rate, for the backbone
+    config.optimizer.schedule = "poly"  # poly (power 0.9), cosine, constant
+    config.optimizer.warmup_steps = 50
+    config.optimizer.momentum = 0.9  # of sgd
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.clip_norm = 10.0  # of the global gradient; 0: off
+
+    config.train = ConfigDict()
+    config.train.batch_size = 8  # over all devices and hosts
+    config.train.steps = 1000
+    config.train.log_every = 20
+    config.train.eval_every = 250  # steps; 0: only at the end
+    config.train.checkpoint_every = 100
+    config.train.keep_checkpoints = 2
+
+    config.crf = ConfigDict()
+    config.crf.relations = ()  # of the model's, those that inference uses; (): all
+    config.crf.num_iterations = 3
+    config.crf.weights = (1.0,)  # of the messages, one for all or one a relation
+    config.crf.damping = 0.0
+    config.crf.normalize = True  # mean of a node's messages a relation; False: the paper's plain sum
+
+    config.eval = ConfigDict()
+    config.eval.batch_size = 8  # over all devices and hosts
+    return config

@@ -1,0 +1,43 @@
+"""Evaluates a trained workdir: python eval.py --workdir DIR [--split NAME] [--config.key=value ...]
+
+Prints one table (unary alone, each relation added, all), writes it to WORKDIR/eval_SPLIT.json, and ends with one line of
+JSON on standard output.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from pwcrf_jax.training import cli, config as configs, evaluate
+
+flags.DEFINE_string("workdir", None, "Folder of a training run.")
+flags.DEFINE_string("split", "", "Split of the data set; default: data.eval_split of the run's config.")
+flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "Best on validation, or the newest.")
+
+
+def _workdir_of(argv):
+    """The config lies in the workdir, and its flags must exist before the others are parsed."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--workdir", "-workdir", default="")
+    return parser.parse_known_args(argv)[0].workdir
+
+
+def main(_):
+    workdir = cli.require("workdir")
+    result = evaluate.evaluate(CONFIG.value, workdir, flags.FLAGS.checkpoint, flags.FLAGS.split)
+    print(evaluate.table(result))
+    print(json.dumps(evaluate.summary(result)))
+
+
+if __name__ == "__main__":
+    _dir = _workdir_of(sys.argv[1:])
+    try:
+        _config = configs.load(os.path.join(_dir, "config.json")) if _dir else configs.ConfigDict()
+    except configs.ConfigError as error:
+        sys.exit(f"error: {error}")
+    CONFIG = config_flags.DEFINE_config_dict("config", _config, lock_config=True)
+    cli.run(main)

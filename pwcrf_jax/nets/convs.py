@@ -1,0 +1,42 @@
+"""Convolutions in forms that are fast on the backend at hand."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class PointwiseConv(nn.Module):
+    """1x1 convolution with bias, as one matrix product: much the faster gradient on CPU, the same elsewhere.
+
+    Call: [B, H, W, C] -> [B, H, W, features] in `dtype`. Parameters are float32 and those of a convolution:
+    `kernel` [1, 1, C, features], `bias` [features].
+    """
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (1, 1, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.he_normal(), shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+        x, kernel, bias = (value.astype(self.dtype) for value in (x, kernel, bias))
+        rows = jnp.dot(x.reshape(-1, x.shape[-1]), kernel[0, 0]) + bias
+        return rows.reshape(*x.shape[:-1], self.features)
+
+
+def conv(features: int, kernel: int, *, name: str, dtype: Any, stride: int = 1) -> nn.Module:
+    """A square convolution with bias, "SAME" padding and He initialisation. Parameters: `kernel`, `bias`."""
+    if kernel == 1 and stride == 1:
+        return PointwiseConv(features, dtype=dtype, name=name)
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        strides=stride,
+        padding="SAME",
+        kernel_init=nn.initializers.he_normal(),
+        dtype=dtype,
+        name=name,
+    )

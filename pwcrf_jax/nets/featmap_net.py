@@ -1,0 +1,144 @@
+"""FeatMap-Net: a multi-scale feature map with sliding pyramid pooling."""
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pwcrf_jax.nets.convs import conv
+from pwcrf_jax.nets.mobilenet_v2 import MobileNetV2
+from pwcrf_jax.nets.pooling import sliding_pyramid
+from pwcrf_jax.nets.tiny import Tiny
+from pwcrf_jax.nets.vgg16 import VGG16
+
+BACKBONES: dict[str, type[nn.Module]] = {"mobilenet_v2": MobileNetV2, "tiny": Tiny, "vgg16": VGG16}
+
+STRIDE = 16
+
+
+def _scaled_size(image_size: tuple[int, int], scale: float) -> tuple[int, int]:
+    return tuple(max(1, round(scale * size)) for size in image_size)
+
+
+def grid_size(image_size: tuple[int, int], scales: Sequence[float], stride: int = STRIDE) -> tuple[int, int]:
+    """Size (h, w) of `FeatMapNet`'s output grid for images of size (H, W): that of the largest scale."""
+    height, width = _scaled_size(image_size, max(scales))
+    return -(-height // stride), -(-width // stride)
+
+
+def _resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Bilinear resize of [B, H, W, C] in float32; antialiased where it shrinks, an identity at equal size."""
+    if x.shape[1:3] == size:
+        return x
+    shape = (x.shape[0], *size, x.shape[3])
+    return jax.image.resize(x.astype(jnp.float32), shape, "bilinear", antialias=True).astype(x.dtype)
+
+
+class FeatMapNet(nn.Module):
+    """Features of the image at several scales on the grid of the largest.
+
+    Each scale: bilinear resize, the backbone (shared by the scales), a block 6 of its own, sliding pyramid
+    pooling; then bilinear upsampling to the largest scale's grid and concatenation over channels.
+
+    Call: images [B, H, W, 3], already scaled by `scale_input` -> features [B, h, w, D] in `dtype`, with
+    (h, w) = `grid_size((H, W), scales)` and D = len(scales) * (1 + len(pyramid_windows)) * channels.
+    Parameters are float32: `backbone`, then `block6_0`, `block6_1`, ... in the order of `scales`, each with
+    `conv1`, `conv2`, ...
+
+    backbone: "vgg16", "mobilenet_v2" or "tiny".
+    backbone_options: attributes of the backbone other than dtype, a mapping or pairs of names and values.
+    scales: factors of the image size, each positive.
+    block6: (kernel size, features) of each convolution of block 6, odd sizes; () for none.
+    pyramid_windows: odd windows of the sliding pyramid pooling; () for none.
+    freeze_backbone: no gradient passes into the backbone.
+    dtype: float32 or bfloat16, the type computed in.
+    Raises ValueError at construction for anything else.
+    """
+
+    backbone: str = "vgg16"
+    backbone_options: Any = ()
+    scales: tuple[float, ...] = (1.2, 0.8, 0.4)
+    block6: tuple[tuple[int, int], ...] = ((7, 4096), (3, 512), (3, 512))
+    pyramid_windows: tuple[int, ...] = (5, 9)
+    freeze_backbone: bool = False
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        # Plain tuples, so that a net is hashable and equal to one built from lists or a mapping.
+        options = self.backbone_options
+        pairs = options.items() if isinstance(options, Mapping) else options
+        frozen = ((key, tuple(value) if isinstance(value, list) else value) for key, value in pairs)
+        object.__setattr__(self, "backbone_options", tuple(sorted(frozen)))
+        object.__setattr__(self, "scales", tuple(self.scales))
+        object.__setattr__(self, "block6", tuple(tuple(pair) for pair in self.block6))
+        object.__setattr__(self, "pyramid_windows", tuple(self.pyramid_windows))
+        self._check()
+        super().__post_init__()
+
+    def _check(self) -> None:
+        if self.backbone not in BACKBONES:
+            nearest = difflib.get_close_matches(self.backbone, BACKBONES, n=1, cutoff=0.3)
+            hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+            raise ValueError(f"unknown backbone {self.backbone!r}; {hint}known: {', '.join(BACKBONES)}")
+        if jnp.dtype(self.dtype) not in (jnp.float32, jnp.bfloat16):
+            raise ValueError(f"dtype must be float32 or bfloat16, got {jnp.dtype(self.dtype)}")
+        if not self.scales:
+            raise ValueError("scales must not be empty")
+        for scale in self.scales:
+            if not (math.isfinite(scale) and scale > 0):
+                raise ValueError(f"scales must be positive numbers, got {scale}")
+        for pair in self.block6:
+            if len(pair) != 2:
+                raise ValueError(f"block6 must hold pairs (kernel size, features), got {pair}")
+            kernel, features = pair
+            if kernel < 1 or kernel % 2 == 0:
+                raise ValueError(f"block6 kernel sizes must be odd and positive, got {kernel}")
+            if features < 1:
+                raise ValueError(f"block6 features must be positive, got {features}")
+        for window in self.pyramid_windows:
+            if window < 1 or window % 2 == 0:
+                raise ValueError(f"pyramid windows must be odd and positive, got {window}")
+        known = [name for name in BACKBONES[self.backbone].__dataclass_fields__]
+        known = [name for name in known if name not in ("parent", "name", "dtype")]
+        for option, _ in self.backbone_options:
+            if option not in known:
+                raise ValueError(
+                    f"backbone {self.backbone!r} has no option {option!r}; known: {', '.join(known) or 'none'}"
+                )
+        # Builds one apart from this module, for the checks of its own.
+        BACKBONES[self.backbone](**dict(self.backbone_options), parent=None)
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        image_size = images.shape[1:3]
+        grid = grid_size(image_size, self.scales)
+        options = dict(self.backbone_options)
+        backbone = BACKBONES[self.backbone](**options, dtype=self.dtype, name="backbone")
+        maps = []
+        for index, scale in enumerate(self.scales):
+            x = backbone(_resize(images, _scaled_size(image_size, scale)))
+            if self.freeze_backbone:
+                x = jax.lax.stop_gradient(x)
+            if self.block6:
+                x = _Block6(self.block6, dtype=self.dtype, name=f"block6_{index}")(x)
+            if self.pyramid_windows:
+                x = sliding_pyramid(x, self.pyramid_windows)
+            maps.append(_resize(x, grid))
+        return jnp.concatenate(maps, axis=-1)
+
+
+class _Block6(nn.Module):
+    """Convolutions with ReLU: [B, h, w, C] -> [B, h, w, features of the last]."""
+
+    convs: tuple[tuple[int, int], ...]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for index, (kernel, features) in enumerate(self.convs, start=1):
+            x = nn.relu(conv(features, kernel, name=f"conv{index}", dtype=self.dtype)(x))
+        return x

@@ -1,0 +1,78 @@
+"""Max pooling as maxima of shifted slices.
+
+XLA's gradient of `reduce_window` (select-and-scatter) is slow on CPU; slices and `maximum` are fast on every
+backend. Ties share the gradient instead of giving it to the first position.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def _pad(x: jax.Array, axis: int, before: int, after: int) -> jax.Array:
+    """Pads with -inf, so that padding never wins a maximum."""
+    widths = [(0, 0, 0)] * x.ndim
+    widths[axis] = (before, after, 0)
+    return lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), widths)
+
+
+def _window_max(x: jax.Array, axis: int, window: int) -> jax.Array:
+    """Maximum over `window` neighbours along one axis, stride 1, same size (window odd)."""
+    size = x.shape[axis]
+    padded = _pad(x, axis, window // 2, window // 2)
+    out = lax.slice_in_dim(padded, 0, size, axis=axis)
+    for shift in range(1, window):
+        out = jnp.maximum(out, lax.slice_in_dim(padded, shift, shift + size, axis=axis))
+    return out
+
+
+def max_pool_same(x: jax.Array, window: int) -> jax.Array:
+    """Max pooling with an odd square window, stride 1, same size; padding does not count.
+
+    x: [B, h, w, C] floating; returns the same shape and dtype. Raises ValueError for an even or
+    nonpositive window.
+    """
+    if window < 1 or window % 2 == 0:
+        raise ValueError(f"window must be odd and positive, got {window}")
+    return _window_max(_window_max(x, 1, window), 2, window)
+
+
+def sliding_pyramid(x: jax.Array, windows: Sequence[int] = (5, 9)) -> jax.Array:
+    """The map itself followed by its max poolings with each of `windows`, concatenated over channels.
+
+    x: [B, h, w, C]; returns [B, h, w, C * (1 + len(windows))], the poolings in the order of `windows`.
+    Raises ValueError for an even or nonpositive window.
+    """
+    pooled = {1: x}
+    done = 1
+    for window in sorted(set(windows)):
+        if window < 1 or window % 2 == 0:
+            raise ValueError(f"pyramid windows must be odd and positive, got {window}")
+        # A maximum over windows of maxima over windows is a maximum over a larger window: 9 is 5 after 5.
+        pooled[window] = max_pool_same(pooled[done], window - done + 1)
+        done = window
+    return jnp.concatenate([x, *(pooled[window] for window in windows)], axis=-1)
+
+
+def max_pool_2x2(x: jax.Array, stride: int) -> jax.Array:
+    """Max pooling with a 2x2 window and "SAME" padding (at the bottom and right); padding does not count.
+
+    x: [B, H, W, C] floating; returns [B, ceil(H / stride), ceil(W / stride), C]. Raises ValueError for a
+    stride other than 1 or 2.
+    """
+    if stride not in (1, 2):
+        raise ValueError(f"stride must be 1 or 2, got {stride}")
+    for axis in (1, 2):
+        size = x.shape[axis]
+        if stride == 1:
+            x = _pad(x, axis, 0, 1)
+            first, second = (lax.slice_in_dim(x, start, start + size, axis=axis) for start in (0, 1))
+        else:
+            x = _pad(x, axis, 0, size % 2)
+            # Pairs as an axis of their own: their gradient is a concatenation, not a strided scatter.
+            pairs = x.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1 :])
+            first, second = (lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
+        x = jnp.maximum(first, second)
+    return x

@@ -1,0 +1,67 @@
+"""Heads that turn node features into the scores of the unary and pairwise potentials."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class UnaryNet(nn.Module):
+    """Dense `hidden` with ReLU, then dense `num_classes`.
+
+    Call: features [B, h, w, D] -> scores z [B, h, w, K] float32 (the potential is U = -z). Parameters are
+    float32: `first`, `last`. The last layer is computed in float32, the first in `dtype`.
+    """
+
+    num_classes: int
+    hidden: int = 512
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        x = nn.relu(nn.Dense(self.hidden, dtype=self.dtype, name="first")(features))
+        return nn.Dense(self.num_classes, dtype=jnp.float32, name="last")(x)
+
+
+class PairwiseParts(NamedTuple):
+    """What the scores of every edge (p, q) follow from, without forming them:
+
+    z_pq[k, l] = sum_m relu(a_p + b_q)[m] * w2[m, k, l] + b2[k, l]
+
+    a, b: [B, h, w, M] in the net's compute dtype; w2: [M, K, K] float32; b2: [K, K] float32.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    w2: jax.Array
+    b2: jax.Array
+
+
+class PairwiseNet(nn.Module):
+    """Dense `hidden` with ReLU on [x_p ; x_q], then dense K * K, kept in parts.
+
+    The first layer is linear in [x_p ; x_q], so its two halves are applied once per node, not once per edge.
+
+    Call: features [B, h, w, D] -> `PairwiseParts` with M = `hidden`. Parameters are float32:
+    `first_p/kernel`, `first_p/bias`, `first_q/kernel`, `last_kernel` [M, K, K], `last_bias` [K, K].
+    `zero_last` starts the last layer at zero, so that all scores are zero.
+    """
+
+    num_classes: int
+    hidden: int = 512
+    zero_last: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> PairwiseParts:
+        # Half the variance of a layer over D inputs: that of one layer over the 2D inputs [x_p ; x_q].
+        init = nn.initializers.variance_scaling(0.5, "fan_in", "truncated_normal")
+        a = nn.Dense(self.hidden, kernel_init=init, dtype=self.dtype, name="first_p")(features)
+        b = nn.Dense(self.hidden, use_bias=False, kernel_init=init, dtype=self.dtype, name="first_q")(features)
+        zeros = nn.initializers.zeros_init()
+        last_init = zeros if self.zero_last else nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+        pairs = (self.num_classes, self.num_classes)
+        w2 = self.param("last_kernel", last_init, (self.hidden, *pairs), jnp.float32)
+        b2 = self.param("last_bias", zeros, pairs, jnp.float32)
+        return PairwiseParts(a, b, w2, b2)

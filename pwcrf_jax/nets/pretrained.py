@@ -1,0 +1,174 @@
+"""Reads ImageNet weights from local files into the parameters of a `FeatMapNet`.
+
+Nothing is downloaded. Formats: Keras Applications' `.h5` files of VGG-16 and MobileNetV2, with or without top,
+and torchvision's or timm's VGG-16 as `.safetensors`.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from pwcrf_jax.nets import mobilenet_v2, vgg16
+from pwcrf_jax.nets.weight_files import Layer, WeightsError, open_keras, open_torch_vgg16
+
+__all__ = ["LoadReport", "WeightsError", "load_pretrained"]
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_pretrained` did.
+
+    source: "keras_vgg16", "keras_mobilenet_v2" or "torch_vgg16".
+    scaling: the input scaling these weights were trained with, a name in `INPUT_SCALINGS`.
+    loaded: names of the layers read, as paths in the parameters ("backbone/block1_conv1").
+    left_random: layers of the parameters the file has nothing for.
+    unused: layers of the file with no place in the parameters.
+    """
+
+    source: str
+    scaling: str
+    loaded: tuple[str, ...]
+    left_random: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    def __str__(self) -> str:
+        def names(layers: tuple[str, ...]) -> str:
+            return ", ".join(layers) if layers else "none"
+
+        return "\n".join(
+            (
+                f"pretrained weights: {self.source}; input scaling: {self.scaling}",
+                f"  loaded ({len(self.loaded)}): {names(self.loaded)}",
+                f"  left random ({len(self.left_random)}): {names(self.left_random)}",
+                f"  in the file, not used ({len(self.unused)}): {names(self.unused)}",
+            )
+        )
+
+    summary = __str__
+
+
+def load_pretrained(path: str | Path, params: Mapping[str, Any]) -> tuple[dict[str, Any], LoadReport]:
+    """Returns a copy of `params` with the weights of a local file, and a report.
+
+    path: a `.h5` (`.hdf5`, `.keras` is not one) or `.safetensors` file; which network it holds is read from it.
+    params: the parameters of a `FeatMapNet` (`{"backbone": ..., "block6_0": ...}`) or a tree that contains
+        them once, at any depth. Not changed; leaves that are not loaded are the same arrays.
+
+    Every layer of the backbone must be in the file. VGG-16's first fully connected layer goes to the `conv1`
+    of every block 6 that has its shape (7x7, 512 -> 4096). BatchNorm is folded on reading. New leaves are
+    float32 `jax.Array`s.
+
+    Raises WeightsError (a ValueError) for a missing or unreadable file, a network it does not know or that is
+    not the backbone, a missing layer, a layer of another shape (both are named), parameters without a
+    backbone, or a backbone for which no pretrained files exist.
+    """
+    path = Path(path)
+    where, net = _find_featmap(params)
+    backbone = net["backbone"]
+    expected = _architecture(backbone)
+    with ExitStack() as stack:
+        source = _open(path, stack)
+        if source.architecture != expected:
+            raise WeightsError(
+                f"{path}: holds {source.architecture} ({source.name}), but the backbone is {expected}"
+            )
+        new_net = {name: value for name, value in net.items()}
+        new_net["backbone"] = _load_backbone(path, source.layers, backbone)
+        loaded = [f"backbone/{name}" for name in backbone]
+        used = set(backbone)
+        if source.fc1 is not None:
+            name, read = source.fc1
+            fitting = [block for block in net if _takes_fc1(block, net[block])]
+            if fitting:
+                kernel, bias = read()
+                _check_shape(path, name, "kernel", kernel.shape, (7, 7, 512, 4096))
+                _check_shape(path, name, "bias", bias.shape, (4096,))
+                conv = {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}
+                for block in fitting:
+                    new_net[block] = {**net[block], "conv1": conv}
+                    loaded.append(f"{block}/conv1")
+                used.add(name)
+    layers = [f"{top}/{layer}" for top in net for layer in net[top]]
+    report = LoadReport(
+        source=source.name,
+        scaling=source.scaling,
+        loaded=tuple(name for name in layers if name in loaded),
+        left_random=tuple(name for name in layers if name not in loaded),
+        unused=tuple(name for name in source.all_layers if name not in used),
+    )
+    return _replace(params, where, new_net), report
+
+
+def _open(path: Path, stack: ExitStack):
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file")
+    suffix = path.suffix.lower()
+    if suffix in (".h5", ".hdf5"):
+        return open_keras(path, stack)
+    if suffix == ".safetensors":
+        return open_torch_vgg16(path, stack)
+    raise WeightsError(f"{path}: unknown kind of file {suffix!r}; known: .h5, .hdf5, .safetensors")
+
+
+def _find_featmap(params: Mapping[str, Any]) -> tuple[tuple[str, ...], Mapping[str, Any]]:
+    """Path to the tree with "backbone" in it, and that tree."""
+    found = []
+
+    def walk(tree: Any, where: tuple[str, ...]) -> None:
+        if not isinstance(tree, Mapping):
+            return
+        if isinstance(tree.get("backbone"), Mapping):
+            found.append((where, tree))
+            return
+        for name, value in tree.items():
+            walk(value, (*where, name))
+
+    walk(params, ())
+    if len(found) != 1:
+        raise WeightsError(f"the parameters must hold one 'backbone', found {len(found)}")
+    return found[0]
+
+
+def _replace(tree: Mapping[str, Any], where: tuple[str, ...], value: Any) -> dict[str, Any]:
+    if not where:
+        return value
+    return {
+        name: _replace(child, where[1:], value) if name == where[0] else child for name, child in tree.items()
+    }
+
+
+def _architecture(backbone: Mapping[str, Any]) -> str:
+    for name, module in (("vgg16", vgg16), ("mobilenet_v2", mobilenet_v2)):
+        if module.layer_names()[0] in backbone:
+            return name
+    raise WeightsError(f"no pretrained weights exist for a backbone with the layers {', '.join(backbone)}")
+
+
+def _takes_fc1(name: str, block: Any) -> bool:
+    return name.startswith("block6_") and tuple(block["conv1"]["kernel"].shape) == (7, 7, 512, 4096)
+
+
+def _load_backbone(
+    path: Path, layers: Mapping[str, Callable[[], Layer]], backbone: Mapping[str, Any]
+) -> dict[str, Any]:
+    new = {}
+    missing = [name for name in backbone if name not in layers]
+    if missing:
+        raise WeightsError(f"{path}: has no layer {missing[0]} ({len(missing)} missing in all)")
+    for name, old in backbone.items():
+        kernel, bias = layers[name]()
+        _check_shape(path, name, "kernel", kernel.shape, old["kernel"].shape)
+        _check_shape(path, name, "bias", bias.shape, old["bias"].shape)
+        new[name] = {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}
+    return new
+
+
+def _check_shape(path: Path, layer: str, part: str, shape: Any, expected: Any) -> None:
+    if tuple(shape) != tuple(expected):
+        raise WeightsError(
+            f"{path}: layer {layer} has a {part} of shape {tuple(shape)}, the network needs {tuple(expected)}"
+        )

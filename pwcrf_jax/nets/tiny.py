@@ -1,0 +1,37 @@
+"""A backbone small enough for tests and the demo."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pwcrf_jax.nets.convs import conv
+
+
+class Tiny(nn.Module):
+    """Four 2x2 convolutions of stride 2, so that each cell of the output sees exactly its own 16x16 pixels.
+
+    Call: images [B, H, W, 3], already scaled -> features [B, ceil(H/16), ceil(W/16), features[-1]] in
+    `dtype`. `mix` follows every stage with a 1x1 convolution. Parameters are float32, named `conv1` ...
+    `conv4` and `mix1` ... `mix4`. Raises ValueError unless `features` has four positive entries.
+    """
+
+    features: tuple[int, ...] = (16, 32, 48, 64)
+    mix: bool = False
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "features", tuple(self.features))
+        if len(self.features) != 4 or any(width < 1 for width in self.features):
+            raise ValueError(f"tiny: features must be four positive numbers, got {self.features}")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = images.astype(self.dtype)
+        for stage, width in enumerate(self.features, start=1):
+            x = nn.relu(conv(width, 2, stride=2, name=f"conv{stage}", dtype=self.dtype)(x))
+            if self.mix:
+                x = nn.relu(conv(width, 1, name=f"mix{stage}", dtype=self.dtype)(x))
+        return x

@@ -1,0 +1,125 @@
+"""The assembly: image -> nets -> potentials -> mean field -> labels of the full image."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pwcrf_jax import mean_field, pairwise
+from pwcrf_jax.nets import FeatMapNet, PairwiseNet, UnaryNet, scale_input
+from pwcrf_jax.relations import Relation, offsets
+
+PARAMETERISATIONS = ("free", "residual")
+
+
+class Potentials(NamedTuple):
+    """What the nets say of a batch: unary scores float32 [B, h, w, K], and one pairwise potential a relation."""
+
+    unary: jax.Array
+    pairwise: dict[str, pairwise.FactoredPairwise]
+
+
+class Segmenter(nn.Module):
+    """FeatMap-Net, one Unary-Net and one Pairwise-Net a relation.
+
+    Call: images [B, H, W, 3], RGB 0..255, uint8 or float -> `Potentials` on the grid of FeatMap-Net.
+    Parameters: `featmap`, `unary`, `pairwise_NAME` for each relation.
+
+    num_classes: K.
+    featmap: attributes of `pwcrf_jax.nets.FeatMapNet`, a mapping or pairs of names and values.
+    relations: the relations; may be empty.
+    parameterisation: of each relation by name, or one for all: "free" (the paper's: the net's scores alone) or
+      "residual" (log-unaries of both ends, gradient stopped, plus a net whose last layer starts at zero).
+    hidden: units of the first layer of Unary-Net and Pairwise-Net.
+    input_scaling: of `pwcrf_jax.nets.scale_input`; belongs to the pretrained weights.
+    pairwise_trains_features: false stops the gradient of the pairwise terms at the features, so that they can
+      neither help nor harm the unary.
+    dtype: computed in, float32 or bfloat16. Parameters, scores and every log-sum-exp are float32.
+    """
+
+    num_classes: int
+    featmap: Any
+    relations: tuple[Relation, ...]
+    parameterisation: str | tuple[str, ...] = "residual"
+    hidden: int = 512
+    input_scaling: str = "tf"
+    pairwise_trains_features: bool = True
+    dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        options = self.featmap.items() if isinstance(self.featmap, Mapping) else self.featmap
+        object.__setattr__(self, "featmap", tuple(sorted(options)))
+        object.__setattr__(self, "relations", tuple(self.relations))
+        kinds = self.parameterisation
+        kinds = (kinds,) * len(self.relations) if isinstance(kinds, str) else tuple(kinds)
+        if len(kinds) != len(self.relations) or any(kind not in PARAMETERISATIONS for kind in kinds):
+            raise ValueError(
+                f"parameterisation must be one of {PARAMETERISATIONS}, for all or one for each of "
+                f"{len(self.relations)} relations; got {self.parameterisation!r}"
+            )
+        object.__setattr__(self, "parameterisation", kinds)
+        names = [r.name for r in self.relations]
+        if len(set(names)) != len(names):
+            raise ValueError(f"relations must have different names, got {names}")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> Potentials:
+        scaled = scale_input(images, self.input_scaling, self.dtype)
+        features = FeatMapNet(**dict(self.featmap), dtype=self.dtype, name="featmap")(scaled)
+        unary = UnaryNet(self.num_classes, hidden=self.hidden, dtype=self.dtype, name="unary")(features)
+        evidence = jax.lax.stop_gradient(jax.nn.log_softmax(unary, axis=-1))
+        if not self.pairwise_trains_features:
+            features = jax.lax.stop_gradient(features)
+        potentials = {}
+        for relation, kind in zip(self.relations, self.parameterisation, strict=True):
+            residual = kind == "residual"
+            parts = PairwiseNet(
+                self.num_classes,
+                hidden=self.hidden,
+                zero_last=residual,
+                dtype=self.dtype,
+                name=f"pairwise_{relation.name}",
+            )(features)
+            potentials[relation.name] = pairwise.factored_pairwise(
+                *parts,
+                offsets(relation, *unary.shape[1:3]),
+                evidence=evidence if residual else None,
+            )
+        return Potentials(unary, potentials)
+
+
+def infer(
+    potentials: Potentials,
+    relations: Sequence[str],
+    weights: Sequence[float],
+    num_iterations: int = 3,
+    damping: float = 0.0,
+    normalize: bool = False,
+    node_mask: jax.Array | None = None,
+):
+    """Mean field over the unary and the named relations; see `pwcrf_jax.mean_field.run`.
+
+    Returns:
+      (log_marginals float32 [B, h, w, K], MeanFieldInfo). Without relations: the log softmax of the unary.
+    """
+    chosen = [potentials.pairwise[name] for name in relations]
+    return mean_field.run(potentials.unary, chosen, num_iterations, weights, damping, normalize, node_mask)
+
+
+def upsample(log_marginals: jax.Array, height: int, width: int) -> jax.Array:
+    """Bilinear upsampling of the score map to the image: [B, h, w, K] -> [B, height, width, K]."""
+    shape = (log_marginals.shape[0], height, width, log_marginals.shape[-1])
+    return jax.image.resize(log_marginals, shape, "bilinear")
+
+
+def grid_mask(valid_size: jax.Array, grid: tuple[int, int], image_size: tuple[int, int]) -> jax.Array:
+    """Which cells lie on the image and not on its padding.
+
+    valid_size: int [B, 2], height and width of each image inside its padded frame of static size image_size.
+    Returns bool [B, h, w]: true where the cell's centre lies inside.
+    """
+    rows, cols = ((jnp.arange(n) + 0.5) * (size / n) for n, size in zip(grid, image_size, strict=True))
+    return (rows[None, :, None] < valid_size[:, 0, None, None]) & (cols[None, None, :] < valid_size[:, 1, None, None])

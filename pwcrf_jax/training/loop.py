@@ -1,0 +1,172 @@
+"""The training loop: prepare, restore or start, train, evaluate, keep the best."""
+
+import math
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+
+from pwcrf_jax.data import load_dataset, train_batches
+from pwcrf_jax.nets import load_pretrained
+from pwcrf_jax.training import checkpoint, config as configs, evaluate, parallel, steps
+from pwcrf_jax.training.logs import Progress, Writer, log
+from pwcrf_jax.training.optimizer import make_optimizer
+
+
+class NonFiniteError(RuntimeError):
+    """The loss is NaN or infinite; nothing of that state was saved."""
+
+
+def train_and_evaluate(config, workdir: str) -> dict:
+    """Trains the model of a config in a workdir, or goes on where an earlier run in it stopped.
+
+    Everything that can be refused is refused before training: config, data set, classes, weights, checkpoint.
+    Writes config.json, checkpoints/, best/, metrics.jsonl, tensorboard/.
+
+    Returns:
+      The result of the last evaluation (`evaluate.evaluate_params`), or {} if the run was complete already.
+    """
+    configs.validate(config)
+    dataset = load_dataset(**configs.dataset_options(config))
+    configs.check_classes(config, dataset.class_names)
+    for split in (config.data.train_split, config.data.eval_split):
+        dataset.source(split)  # unknown and empty splits are refused here
+    os.makedirs(workdir, exist_ok=True)
+    with (
+        checkpoint.Store(os.path.join(workdir, "checkpoints"), config.train.keep_checkpoints) as latest,
+        checkpoint.Store(os.path.join(workdir, "best"), 1) as best,
+    ):
+        config, model, tx, state, meta = _start(config, latest)
+        configs.save(config, os.path.join(workdir, "config.json"))
+        return _train(config, workdir, model, tx, state, meta, dataset, latest, best)
+
+
+def _start(config, latest):
+    """State to begin with: the newest checkpoint, or a fresh one with pretrained weights.
+
+    The input scaling belongs to the weights, so "auto" is resolved here and kept in the config from then on.
+    """
+    config = config.copy_and_resolve_references()
+    meta = latest.meta() if latest.latest is not None else {"samples_seen": 0, "best": None}
+    if config.model.input_scaling == "auto" and "input_scaling" in meta:
+        config.model.input_scaling = meta["input_scaling"]
+    model = configs.build_model(config)
+    tx = make_optimizer(config.optimizer, config.model, config.train.steps)
+    if latest.latest is not None:
+        abstract = jax.eval_shape(lambda: _fresh(model, tx, evaluate.init_params(model, config.seed)))
+        trees, meta = latest.restore(_trees(abstract))
+        log.info("resumed from step %d of %s", meta["step"], latest.folder)
+        return config, model, tx, steps.TrainState(**trees["rest"], params=trees["params"]), meta
+    params = jax.jit(lambda: evaluate.init_params(model, config.seed))()
+    if config.init_from:
+        featmap, report = load_pretrained(config.init_from, params["featmap"])
+        params = {**params, "featmap": featmap}
+        log.info("%s", report)
+        if config.model.input_scaling not in ("auto", report.scaling):
+            log.info(
+                "config.model.input_scaling = %s, but these weights were trained with %s",
+                config.model.input_scaling,
+                report.scaling,
+            )
+    if config.model.input_scaling == "auto":
+        config.model.input_scaling = report.scaling if config.init_from else "tf"
+        model = configs.build_model(config)
+    return config, model, tx, _fresh(model, tx, params), meta
+
+
+def _fresh(model, tx, params):
+    return steps.TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params))
+
+
+def _trees(state):
+    return {"params": state.params, "rest": {"step": state.step, "opt_state": state.opt_state}}
+
+
+def _train(config, workdir, model, tx, state, meta, dataset, latest, best):
+    c = config.train
+    step = int(state.step)
+    if step >= c.steps:
+        log.info("already trained for %d steps; raise config.train.steps to go on", step)
+        return {}
+    batches = train_batches(
+        dataset,
+        config.data.train_split,
+        batch_size=c.batch_size,
+        crop_size=config.data.crop_size,
+        scale_range=config.data.scale_range,
+        flip=config.data.flip,
+        seed=config.seed,
+        start_step=meta["samples_seen"] // c.batch_size,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+        num_threads=config.data.num_threads,
+    )
+    train_step = parallel.pmap_train(steps.make_train_step(model, tx, config.loss.to_dict()))
+    eval_fn = evaluate.make_eval_fn(config, model)
+    best_score, samples_seen, result = meta["best"], meta["samples_seen"], {}
+    writer = Writer(workdir) if jax.process_index() == 0 else None
+    num_params = sum(x.size for x in jax.tree.leaves(state.params))
+    log.info(
+        "%s: %d training images, %s; %s parameters; %d devices of kind %s",
+        dataset.name, len(dataset.source(config.data.train_split)), f"batches of {c.batch_size}",
+        f"{num_params:,}", jax.device_count(), jax.devices()[0].device_kind,
+    )  # fmt: skip
+
+    def save():
+        new_meta = {"samples_seen": samples_seen, "best": best_score, "input_scaling": config.model.input_scaling}
+        latest.save(step, _trees(state), new_meta)
+
+    started, progress = time.monotonic(), None
+    try:
+        for batch in batches:
+            state, metrics = train_step(state, parallel.split({k: batch[k] for k in ("image", "label")}))
+            step, samples_seen = step + 1, samples_seen + c.batch_size
+            if progress is None:  # the first step compiles: it would spoil the rate
+                jax.block_until_ready(metrics)
+                log.info("first step after %.1f s", time.monotonic() - started)
+                progress = Progress(step, c.steps, c.batch_size)
+            last = step == c.steps
+            evaluate_now = last or (c.eval_every and step % c.eval_every == 0)
+            save_now = evaluate_now or step % c.checkpoint_every == 0
+            if step % c.log_every == 0 or save_now:
+                values = {k: float(v) for k, v in metrics.items()}
+                _check_finite(values, step, batch["id"], latest)
+                if step % c.log_every == 0 or last:
+                    rate = progress.report(step, values)
+                    if writer:
+                        writer.write(step, values | {"images_per_second": rate}, "train")
+            if evaluate_now:
+                result = evaluate.evaluate_params(eval_fn, state.params, dataset, config.data.eval_split, config)
+                score = result["rows"]["all"]["miou"] or 0.0
+                log.info("step %d, %s\n%s", step, result["split"], evaluate.table(result))
+                if writer:
+                    numbers = evaluate.summary(result)
+                    writer.write(step, {k: v for k, v in numbers.items() if isinstance(v, float)}, "val")
+                if best_score is None or score > best_score:
+                    best_score = score
+                    best.save(step, {"params": state.params}, {"miou_all": score})
+                progress.restart(step)
+            if save_now:
+                save()
+            if last:
+                break
+    finally:
+        latest.wait()
+        best.wait()
+        if progress:
+            progress.close()
+        if writer:
+            writer.close()
+    log.info("trained %d steps in %.0f s; best %s mean IoU %.1f", step, time.monotonic() - started,
+             config.data.eval_split, 100 * best_score)  # fmt: skip
+    return result
+
+
+def _check_finite(values, step, ids, latest):
+    bad = [k for k, v in values.items() if not math.isfinite(v)]
+    if bad:
+        raise NonFiniteError(
+            f"step {step}: {', '.join(bad)} not finite (images {', '.join(map(str, ids))}); the newest checkpoint, "
+            f"step {latest.latest}, is of before. Try a lower config.optimizer.learning_rate or dtype float32"
+        )

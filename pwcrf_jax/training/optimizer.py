@@ -1,0 +1,62 @@
+"""The optimizer of a config."""
+
+import jax
+import optax
+
+from pwcrf_jax.nets import mobilenet_v2
+
+
+def schedule(config, num_steps):
+    """Learning rate by step: linear warm-up, then poly (power 0.9), cosine or constant down to 0 at num_steps."""
+    peak = config.learning_rate
+    decay_steps = max(num_steps - config.warmup_steps, 1)
+    body = {
+        "poly": lambda: optax.polynomial_schedule(peak, 0.0, 0.9, decay_steps),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, decay_steps),
+        "constant": lambda: optax.constant_schedule(peak),
+    }[config.schedule]()
+    if not config.warmup_steps:
+        return body
+    # A warm-up from 0 would waste the first step.
+    warmup = optax.linear_schedule(peak / (config.warmup_steps + 1), peak, config.warmup_steps)
+    return optax.join_schedules([warmup, body], [config.warmup_steps])
+
+
+def frozen_layers(model_config) -> frozenset[str]:
+    """Layers of the backbone that the model cuts off from the gradient: those before freeze_until."""
+    until = model_config.mobilenet_v2.freeze_until if model_config.backbone == "mobilenet_v2" else ""
+    if not until:
+        return frozenset()
+    names = mobilenet_v2.layer_names()
+    first = next(i for i, name in enumerate(names) if name == until or name.startswith(f"{until}_"))
+    return frozenset(names[:first])
+
+
+def _groups(params, frozen):
+    """"frozen", "backbone" or "new" for every leaf."""
+
+    def group(path, _):
+        names = [k.key for k in path]
+        if names[:2] != ["featmap", "backbone"]:
+            return "new"
+        return "frozen" if names[2] in frozen else "backbone"
+
+    return jax.tree_util.tree_map_with_path(group, params)
+
+
+def make_optimizer(config, model_config, num_steps):
+    """optax transformation for config.optimizer.
+
+    Weight decay (the paper's lambda) acts on kernels, not on biases; in adamw decoupled, in sgd as an L2 term. The
+    backbone learns at backbone_factor times the rate; layers that the model freezes get no update at all.
+    """
+    decay = optax.add_decayed_weights(config.weight_decay, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p))
+    if config.name == "adamw":
+        rule = [optax.scale_by_adam(), decay]
+    else:
+        rule = [decay, optax.trace(config.momentum)]
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    rate = optax.scale_by_learning_rate(schedule(config, num_steps))
+    frozen = frozen_layers(model_config)
+    factors = {"new": optax.identity(), "backbone": optax.scale(config.backbone_factor), "frozen": optax.set_to_zero()}
+    return optax.chain(*clip, *rule, rate, optax.partition(factors, lambda params: _groups(params, frozen)))

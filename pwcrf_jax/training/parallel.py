@@ -1,0 +1,25 @@
+"""How steps are mapped over devices. Nothing else in the package knows.
+
+A step is written once, per device, with the named axis `AXIS`: `fn(state, batch)` sees its device's share of the batch
+and reduces with `lax.psum`. State is replicated and has no leading device axis.
+"""
+
+import jax
+
+AXIS = "data"
+
+
+def pmap_train(fn):
+    """fn(state, batch) -> (state, metrics), both equal on all devices; the batch has a leading axis of local devices."""
+    return jax.pmap(fn, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0)
+
+
+def pmap_eval(fn):
+    """fn(params, batch) -> results, equal on all devices; params are not donated."""
+    return jax.pmap(fn, axis_name=AXIS, in_axes=(None, 0), out_axes=None)
+
+
+def split(batch, num_devices=None):
+    """[local batch, ...] arrays -> [local devices, batch a device, ...]."""
+    n = num_devices or jax.local_device_count()
+    return {k: v.reshape(n, v.shape[0] // n, *v.shape[1:]) for k, v in batch.items()}

@@ -1,0 +1,107 @@
+"""The training and the evaluation step, per device (see `pwcrf_jax.training.parallel`), without jit."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from pwcrf_jax import metrics, piecewise, segmenter
+from pwcrf_jax.training.parallel import AXIS
+
+
+@flax.struct.dataclass
+class TrainState:
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+
+
+def piecewise_terms(potentials, labels, balance_power=0.0):
+    """(sum, count) of the log-likelihood of every kind of factor: {"unary": ..., relation name: ...}.
+
+    labels: int [B, H, W] of the image; read at the centres of the grid's cells.
+    """
+    grid = piecewise.grid_labels(labels, *potentials.unary.shape[1:3])
+    weights = None
+    if balance_power:
+        weights = piecewise.balance_weights(grid, potentials.unary.shape[-1], power=balance_power)
+    terms = {"unary": piecewise.unary_log_likelihood(potentials.unary, grid, node_weights=weights)}
+    for name, potential in potentials.pairwise.items():
+        terms[name] = piecewise.pairwise_log_likelihood(potential, grid, node_weights=weights)
+    return terms
+
+
+def objective(terms, num_images, reduction="mean", pairwise_weight=1.0):
+    """Negative piecewise log-likelihood of one device's terms, counts already summed over the devices.
+
+    mean: each kind of factor by its own count. sum: all factors, by the number of images. The sum over devices of
+    this is the loss, and so the sum of its gradients is the gradient.
+    """
+    loss = 0.0
+    for name, (total, count) in terms.items():
+        weight = 1.0 if name == "unary" else pairwise_weight
+        loss -= weight * total / (jnp.maximum(count, 1.0) if reduction == "mean" else num_images)
+    return loss
+
+
+def make_train_step(model, tx, loss_config):
+    """Builds step(state, batch) -> (state, metrics).
+
+    batch: image uint8 [B, H, W, 3], label uint8 [B, H, W]. metrics: loss, nll_NAME of every kind of factor, grad_norm.
+    """
+
+    def loss_fn(params, batch):
+        potentials = model.apply({"params": params}, batch["image"])
+        terms = piecewise_terms(potentials, batch["label"], loss_config["balance_power"])
+        # Counts are of labels, not of parameters: summing them here puts no collective into the backward pass.
+        terms = {k: (total, jax.lax.psum(count, AXIS)) for k, (total, count) in terms.items()}
+        num_images = batch["image"].shape[0] * jax.lax.axis_size(AXIS)
+        loss = objective(terms, num_images, loss_config["reduction"], loss_config["pairwise_weight"])
+        return loss, terms
+
+    def step(state, batch):
+        (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+        sums = {k: total for k, (total, _) in terms.items()}
+        loss, sums, grads = jax.lax.psum((loss, sums, grads), AXIS)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        out = {f"nll_{k}": -sums[k] / jnp.maximum(count, 1.0) for k, (_, count) in terms.items()}
+        out |= {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, opt_state), out
+
+    return step
+
+
+def make_eval_step(model, rows, crf_config, balance_power=0.0):
+    """Builds step(params, batch) -> sums over all devices.
+
+    rows: {row of the table: names of the relations whose messages count}; weights of all relations come with crf_config
+    as `relation_weights`, a mapping.
+    batch: image, label as in training and valid_size int32 [B, 2].
+    Returns {"confusion": {row: int32 [K, K]}, "terms": {kind of factor: (sum, count)}, "change": {row: float32
+    [num_iterations], the largest change of a marginal in each iteration}}.
+    """
+
+    def step(params, batch):
+        potentials = model.apply({"params": params}, batch["image"])
+        size = batch["label"].shape[1:3]
+        mask = segmenter.grid_mask(batch["valid_size"], potentials.unary.shape[1:3], size)
+        confusion, change = {}, {}
+        for row, names in rows.items():
+            log_marginals, info = segmenter.infer(
+                potentials,
+                names,
+                [crf_config["relation_weights"][name] for name in names],
+                crf_config["num_iterations"],
+                crf_config["damping"],
+                crf_config["normalize"],
+                mask,
+            )
+            labels = jnp.argmax(segmenter.upsample(log_marginals, *size), axis=-1)
+            confusion[row] = metrics.confusion_matrix(labels, batch["label"], model.num_classes)
+            change[row] = jax.lax.pmax(jnp.max(info.change, axis=-1), AXIS)
+        terms = piecewise_terms(potentials, batch["label"], balance_power)
+        confusion, terms = jax.lax.psum((confusion, terms), AXIS)
+        return {"confusion": confusion, "terms": terms, "change": change}
+
+    return step

@@ -1,0 +1,214 @@
+"""One meaning, two encodings: tables and factored potentials, and what reversing an edge does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pwcrf_jax import pairwise
+from pwcrf_jax.relations import SURROUNDING, Relation, edge_list, offsets
+from reference import crf_oracle, random_problems
+
+H, W, K, M = 4, 5, 3, 6
+RELATION = Relation("skewed", rows=(-2, 1), cols=(-1, 2), unit="cells")
+BOX = offsets(RELATION, H, W)
+
+
+def close(got, expected, tolerance=1e-5):
+    """Equal to `tolerance` of the largest entry."""
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    assert got.shape == expected.shape
+    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * max(np.abs(expected).max(initial=0), 1e-3))
+
+
+def build(a, b, w2, b2, evidence, box=BOX):
+    return pairwise.factored_pairwise(a, b, w2, b2, box, evidence)
+
+
+def flat(x):
+    """[..., H, W, *rest] of a node array -> [..., H * W]."""
+    return x.reshape(*x.shape[:-2], H * W)
+
+
+CASES = [
+    pytest.param(batch, evidence, mask, id=f"{batch}-{'evidence' if evidence else 'free'}-{'mask' if mask else 'all'}")
+    for batch, evidence, mask in [
+        ((), False, False),
+        ((), True, False),
+        ((), True, True),
+        ((2,), False, True),
+        ((2,), True, False),
+        ((2,), True, True),
+        ((2, 3), True, True),
+    ]
+]
+
+
+@pytest.mark.parametrize(("batch", "evidence", "masked"), CASES)
+def test_table_equals_factored(batch, evidence, masked):
+    x = random_problems.grid_problem(1, H, W, K, M, batch)
+    rng = np.random.default_rng(2)
+    mask = jnp.asarray(rng.random((*batch, H, W)) > 0.3) if masked else None
+    weights = jnp.asarray(rng.uniform(0.5, 2, (*batch, H, W)).astype(np.float32)) if masked else None
+    probe = jnp.asarray(rng.normal(size=x.unary.shape).astype(np.float32))
+    marginals = jax.nn.softmax(x.unary)
+    per_node = lambda v: None if v is None else flat(v)
+
+    def outputs(parts, table):
+        potential = build(*parts)
+        if table:
+            labels, m, w = flat(x.labels), per_node(mask), per_node(weights)
+            q = marginals.reshape(*batch, H * W, K)
+            potential = pairwise.to_table(potential)
+        else:
+            labels, m, w, q = x.labels, mask, weights, marginals
+        total, count = pairwise.edge_log_likelihood(potential, jnp.asarray(labels), m, w)
+        message, number = pairwise.messages(potential, q, m)
+        message = message.reshape(x.unary.shape)
+        number = jnp.broadcast_to(number.reshape(number.shape[: -1 if table else -2] + (H, W)), (*batch, H, W))
+        return total + jnp.sum(probe * message), (total, count, message, number)
+
+    parts = tuple(map(jnp.asarray, (x.a, x.b, x.w2, x.b2))) + (jnp.asarray(x.evidence) if evidence else None,)
+    run = jax.jit(jax.grad(outputs, has_aux=True), static_argnums=1)
+    (table_grads, table_out), (grads, out) = run(parts, True), run(parts, False)
+    for got, expected in zip(jax.tree.leaves((out, grads)), jax.tree.leaves((table_out, table_grads)), strict=True):
+        close(got, expected)
+        assert np.abs(expected).max() > 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_table_holds_the_scores_of_the_oracle_in_the_order_of_edge_list(masked):
+    x = random_problems.grid_problem(3, H, W, K, M)
+    table = pairwise.to_table(build(x.a, x.b, x.w2, x.b2, x.evidence))
+    edges = crf_oracle.grid_edges(x.a, x.b, x.w2, x.b2, BOX)
+    close(table.scores, [e.scores for e in edges])
+    np.testing.assert_array_equal(table.p, [e.p for e in edges])
+    np.testing.assert_array_equal(table.q, [e.q for e in edges])
+    np.testing.assert_array_equal((table.p, table.q), edge_list(RELATION, H, W))
+    close(table.evidence, x.evidence.reshape(H * W, K))
+
+    mask = np.random.default_rng(4).random((H, W)) > 0.3 if masked else np.ones((H, W), bool)
+    marginals = np.array(jax.nn.softmax(x.unary))
+    message, count = pairwise.messages(build(x.a, x.b, x.w2, x.b2, x.evidence), marginals, jnp.asarray(mask))
+    expected, number = crf_oracle.messages(edges, marginals.reshape(-1, K), mask.ravel())
+    close(message.reshape(-1, K), expected)
+    np.testing.assert_array_equal(count.ravel(), number)
+
+
+@pytest.mark.parametrize("kind", ["table", "factored"])
+def test_swapping_p_and_q_transposes(kind):
+    """The reversed relation, a and b swapped, the last layer transposed: the same model."""
+    x = random_problems.grid_problem(5, H, W, K, M)
+    forward = build(x.a, x.b, x.w2, x.b2, x.evidence)
+    reverse = lambda w2, b2: build(x.b, x.a, w2, b2, x.evidence, box=-BOX)
+    backward = reverse(x.w2.transpose(0, 2, 1), x.b2.T)
+    untransposed = reverse(x.w2, x.b2)
+    labels, q = x.labels, jax.nn.softmax(x.unary)
+    if kind == "table":
+        labels, q = flat(labels), q.reshape(H * W, K)
+        forward = pairwise.to_table(forward)
+        backward = forward._replace(scores=forward.scores.swapaxes(-1, -2), p=forward.q, q=forward.p)
+        untransposed = backward._replace(scores=forward.scores)
+    run = jax.jit(lambda v: (pairwise.edge_log_likelihood(v, labels), pairwise.messages(v, q)))
+    expected = run(forward)
+    for got, want in zip(jax.tree.leaves(run(backward)), jax.tree.leaves(expected), strict=True):
+        close(got, want)
+    # The scores are not symmetric: forgetting the transposition shows.
+    (total, _), (message, _) = run(untransposed)
+    assert abs(total - expected[0][0]) > 1e-2 * abs(expected[0][0])
+    assert np.abs(message - expected[1][0]).max() > 0.1
+
+
+def test_scores_are_not_symmetric_in_the_direction_of_an_edge():
+    x = random_problems.grid_problem(6, 1, 2, K, M)
+    table = pairwise.to_table(build(x.a, x.b, x.w2, x.b2, None, box=offsets(SURROUNDING, 1, 2)))
+    there, back = (table.scores[int(np.flatnonzero(np.array(table.p) == i)[0])] for i in (0, 1))
+    assert np.abs(there - back.T).max() > 0.1
+
+
+def test_evidence_counts_in_the_likelihood_and_sends_no_messages():
+    x = random_problems.grid_problem(7, H, W, K, M)
+    with_it, without = build(x.a, x.b, x.w2, x.b2, x.evidence), build(x.a, x.b, x.w2, x.b2, None)
+    q = jax.nn.softmax(x.unary)
+    for encode, shape in ((lambda v: v, (H, W)), (pairwise.to_table, (H * W,))):
+        one, other = encode(with_it), encode(without)
+        np.testing.assert_array_equal(
+            pairwise.messages(one, q.reshape(*shape, K))[0], pairwise.messages(other, q.reshape(*shape, K))[0]
+        )
+        values = [pairwise.edge_log_likelihood(v, x.labels.reshape(shape))[0] for v in (one, other)]
+        assert abs(values[0] - values[1]) > 1
+    # Evidence that is constant over the classes of a node is no evidence.
+    constant = build(x.a, x.b, x.w2, x.b2, np.broadcast_to(x.unary[..., :1], x.unary.shape))
+    close(pairwise.edge_log_likelihood(constant, x.labels)[0], values[1])
+
+
+@pytest.mark.parametrize("encode", [lambda v: v, pairwise.to_table], ids=["factored", "table"])
+def test_potentials_without_edges(encode):
+    x = random_problems.grid_problem(8, H, W, K, M)
+    potential = encode(build(x.a, x.b, x.w2, x.b2, x.evidence, box=np.zeros((0, 2), np.int32)))
+    shape = (H, W) if isinstance(potential, pairwise.FactoredPairwise) else (H * W,)
+    total, count = pairwise.edge_log_likelihood(potential, x.labels.reshape(shape))
+    message, number = pairwise.messages(potential, jax.nn.softmax(x.unary).reshape(*shape, K))
+    assert total == 0 and count == 0
+    assert not message.any() and not number.any()
+    assert message.shape == (*shape, K) and number.shape == shape
+
+
+def test_bfloat16_features_keep_the_loss():
+    """Products may be in bfloat16; softmax, sums over edges and counts are float32."""
+    classes, hidden = 40, 32
+    x = random_problems.grid_problem(9, 10, 12, classes, hidden)
+    box = offsets(SURROUNDING, 10, 12)
+    half = [jnp.asarray(v, jnp.bfloat16) for v in (x.a, x.b, x.w2, x.b2)]
+    run = jax.jit(pairwise.edge_log_likelihood)
+    total, count = run(build(*half, x.evidence, box=box), x.labels)
+    expected, number = run(build(*(v.astype(jnp.float32) for v in half), x.evidence, box=box), x.labels)
+    assert total.dtype == count.dtype == jnp.float32
+    assert count == number == len(edge_list(SURROUNDING, 10, 12).p) > 256
+    assert abs(total - expected) < 1e-3 * abs(expected)
+    q = jax.nn.softmax(x.unary)
+    message = pairwise.messages(build(*half, None, box=box), q)[0]
+    assert message.dtype == jnp.float32
+    exact = pairwise.messages(build(*(v.astype(jnp.float32) for v in half), None, box=box), q)[0]
+    close(message, exact, 1e-2)
+
+
+def test_bfloat16_tables_lose_nothing_beyond_their_own_rounding():
+    x = random_problems.graph_problem(10, 30, 700, classes=20)
+    half = jnp.asarray(x.scores, jnp.bfloat16)
+    table = pairwise.PairwiseTable(half, x.p, x.q, jnp.asarray(x.evidence, jnp.bfloat16))
+    full = jax.tree.map(lambda v: v.astype(jnp.float32) if v.dtype == jnp.bfloat16 else v, table)
+    for got, expected in zip(
+        pairwise.edge_log_likelihood(table, x.labels), pairwise.edge_log_likelihood(full, x.labels), strict=True
+    ):
+        assert got.dtype == jnp.float32
+        close(got, expected)
+    for got, expected in zip(pairwise.messages(table, x.unary), pairwise.messages(full, x.unary), strict=True):
+        close(got, expected)
+
+
+def parts(**changes):
+    shapes = dict(a=(H, W, M), b=(H, W, M), w2=(M, K, K), b2=(K, K), evidence=(H, W, K))
+    arrays = {name: np.zeros(changes.pop(name, shape), np.float32) for name, shape in shapes.items()}
+    return arrays | dict(offsets=BOX) | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        (dict(b=(H, W, M + 1)), "a and b of one shape"),
+        (dict(a=(W, M), b=(W, M)), "a and b of one shape"),
+        (dict(w2=(M + 1, K, K)), r"w2 \[M, K, K\]"),
+        (dict(w2=(M, K, K + 1)), r"w2 \[M, K, K\]"),
+        (dict(b2=(K + 1, K)), r"b2 \[K, K\]"),
+        (dict(evidence=(H, W, K + 1)), "expected evidence"),
+        (dict(evidence=(H * W, K)), "expected evidence"),
+        (dict(offsets=BOX.astype(np.float32)), "integer offsets"),
+        (dict(offsets=BOX.ravel()), "integer offsets"),
+    ],
+    ids=str,
+)
+def test_refused_shapes(changes, match):
+    pairwise.factored_pairwise(**parts())
+    with pytest.raises(ValueError, match=match):
+        pairwise.factored_pairwise(**parts(**changes))

@@ -1,0 +1,21 @@
+"""Trains a model: python train.py --config configs/X.py --workdir DIR [--config.key=value ...]
+
+A run that was stopped goes on by itself when it is started again with the same --workdir.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from pwcrf_jax.training import cli, loop
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/demo.py.", lock_config=True)
+flags.DEFINE_string("workdir", None, "Folder of the run: config, checkpoints, logs. Made if it is not there.")
+
+
+def main(_):
+    cli.require("config")
+    loop.train_and_evaluate(_CONFIG.value, cli.require("workdir"))
+
+
+if __name__ == "__main__":
+    cli.run(main)
