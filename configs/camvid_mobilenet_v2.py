@@ -18,16 +18,18 @@ def get_config(variant="residual"):
     config.data.eval_size = (360, 480)
     config.model.backbone = "mobilenet_v2"
     config.model.mobilenet_v2.freeze_until = "block_6"
-    config.model.block6 = ()
-    config.model.hidden = 256
+    # A grid of 36 x 48 cells: at the paper's 1.2 (27 x 36) even perfect cells would score 74 mean IoU, here 78.
+    config.model.scales = (1.6, 0.8, 0.4)
+    config.model.block6 = ((3, 192),)
+    config.model.hidden = 192
     # The pair terms cannot lower the unary when they do not train the features.
     config.model.pairwise_trains_features = False
+    config.loss.balance_power = 0.3
     config.optimizer.learning_rate = 1e-3
     config.train.batch_size = 4
-    config.train.steps = 1000
-    config.train.log_every = 20
-    config.train.eval_every = 250
-    config.train.checkpoint_every = 100
+    config.train.steps = 900
+    config.train.eval_every = 225
+    config.train.checkpoint_every = 50
     config.eval.batch_size = 4
     if variant == "both":
         for name in ("surrounding", "above_below"):

@@ -130,16 +130,21 @@ class _Shift:
         (r, c), lead = self.pad, [(0, 0)] * (x.ndim - 3)
         return jnp.pad(x, [*lead, (r, r), (c, c), (0, 0)], constant_values=fill)
 
+    def _start(self, lead, offset):
+        # One integer type for all: a plain 0 is int64 under jax_enable_x64, the offset int32.
+        zero = jnp.int32(0)
+        return [zero] * lead + [self.pad[0] + offset[0], self.pad[1] + offset[1], zero]
+
     def at(self, bordered, offset):
         """The value at p + offset for every p: [..., H, W, C]."""
         lead = bordered.ndim - 3
-        start = [0] * lead + [self.pad[0] + offset[0], self.pad[1] + offset[1], 0]
+        start = self._start(lead, offset)
         return jax.lax.dynamic_slice(bordered, start, (*bordered.shape[:lead], *self.size, bordered.shape[-1]))
 
     def add_at(self, bordered, x, offset):
         """Adds x [..., H, W, C], given per p, to the cells p + offset."""
         lead = bordered.ndim - 3
-        start = [0] * lead + [self.pad[0] + offset[0], self.pad[1] + offset[1], 0]
+        start = self._start(lead, offset)
         here = jax.lax.dynamic_slice(bordered, start, x.shape)
         return jax.lax.dynamic_update_slice(bordered, here + x, start)
 

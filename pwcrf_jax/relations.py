@@ -109,7 +109,7 @@ def offsets(relation: Relation, height: int, width: int) -> np.ndarray:
     short_side = min(height, width)
     rows = _interval(relation.rows, relation.unit, short_side)
     cols = _interval(relation.cols, relation.unit, short_side)
-    if relation.grid is not None:
+    if relation.grid is not None and rows.size and cols.size:
         rows, cols = (
             np.unique(np.rint(np.linspace(axis[0], axis[-1], relation.grid)).astype(int)) for axis in (rows, cols)
         )

@@ -102,14 +102,14 @@ class FeatMapNet(nn.Module):
         for window in self.pyramid_windows:
             if window < 1 or window % 2 == 0:
                 raise ValueError(f"pyramid windows must be odd and positive, got {window}")
-        known = [name for name in BACKBONES[self.backbone].__dataclass_fields__]
-        known = [name for name in known if name not in ("parent", "name", "dtype")]
+        fields = BACKBONES[self.backbone].__dataclass_fields__
+        known = [name for name in fields if name not in ("parent", "name", "dtype")]
         for option, _ in self.backbone_options:
             if option not in known:
                 raise ValueError(
-                    f"backbone {self.backbone!r} has no option {option!r}; known: {', '.join(known) or 'none'}"
+                    f"backbone {self.backbone!r} has no option {option!r}; known: {', '.join(known) or '-'}"
                 )
-        # Builds one apart from this module, for the checks of its own.
+        # The backbone's own checks, on one that is no part of this module.
         BACKBONES[self.backbone](**dict(self.backbone_options), parent=None)
 
     @nn.compact

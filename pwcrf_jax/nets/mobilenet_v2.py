@@ -24,10 +24,10 @@ class Block(NamedTuple):
 def _blocks() -> tuple[Block, ...]:
     blocks = [Block("expanded_conv", 0, 16, 1, 1, False)]
     index, channels = 1, 16
-    # (channels, number of blocks, stride of the first, dilation after the stride that is left out)
+    # Channels, number of blocks, stride of the first.
     for project, count, stride in ((24, 2, 2), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 1), (320, 1, 1)):
         for i in range(count):
-            # block_13 has stride 2 in the original; here 1, so the depthwise kernels after it are spread by 2.
+            # The stride of block_13, 2 in the original, is 1 here; the kernels after it are spread by 2.
             dilation = 2 if index > 13 else 1
             blocks.append(
                 Block(f"block_{index}", 6 * channels, project, stride if i == 0 else 1, dilation, i > 0)
@@ -84,7 +84,9 @@ class MobileNetV2(nn.Module):
                 f"known: {', '.join(output_names())}"
             )
         if self.depthwise not in ("auto", "shifted", "grouped"):
-            raise ValueError(f"mobilenet_v2: depthwise must be auto, shifted or grouped, got {self.depthwise!r}")
+            raise ValueError(
+                f"mobilenet_v2: depthwise must be auto, shifted or grouped, got {self.depthwise!r}"
+            )
         names = [block.name for block in BLOCKS] + ["Conv_1"]
         if self.freeze_until and self.freeze_until not in names:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Reads ImageNet weights from local files into the parameters of a `FeatMapNet`.
 
-Nothing is downloaded. Formats: Keras Applications' `.h5` files of VGG-16 and MobileNetV2, with or without top,
-and torchvision's or timm's VGG-16 as `.safetensors`.
+Nothing is downloaded. Formats: Keras Applications' `.h5` files of VGG-16 and MobileNetV2, with or without
+top, and torchvision's or timm's VGG-16 as `.safetensors`.
 """
 
 from collections.abc import Callable, Mapping
@@ -54,7 +54,7 @@ class LoadReport:
 def load_pretrained(path: str | Path, params: Mapping[str, Any]) -> tuple[dict[str, Any], LoadReport]:
     """Returns a copy of `params` with the weights of a local file, and a report.
 
-    path: a `.h5` (`.hdf5`, `.keras` is not one) or `.safetensors` file; which network it holds is read from it.
+    path: a `.h5`, `.hdf5` or `.safetensors` file; which network it holds is read from it.
     params: the parameters of a `FeatMapNet` (`{"backbone": ..., "block6_0": ...}`) or a tree that contains
         them once, at any depth. Not changed; leaves that are not loaded are the same arrays.
 
@@ -69,16 +69,16 @@ def load_pretrained(path: str | Path, params: Mapping[str, Any]) -> tuple[dict[s
     path = Path(path)
     where, net = _find_featmap(params)
     backbone = net["backbone"]
-    expected = _architecture(backbone)
+    expected, order = _architecture(backbone)
     with ExitStack() as stack:
         source = _open(path, stack)
         if source.architecture != expected:
             raise WeightsError(
                 f"{path}: holds {source.architecture} ({source.name}), but the backbone is {expected}"
             )
-        new_net = {name: value for name, value in net.items()}
-        new_net["backbone"] = _load_backbone(path, source.layers, backbone)
-        loaded = [f"backbone/{name}" for name in backbone]
+        new_net = dict(net)
+        new_net["backbone"] = _load_backbone(path, source.layers, backbone, order)
+        loaded = {f"backbone/{name}" for name in backbone}
         used = set(backbone)
         if source.fc1 is not None:
             name, read = source.fc1
@@ -90,9 +90,10 @@ def load_pretrained(path: str | Path, params: Mapping[str, Any]) -> tuple[dict[s
                 conv = {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}
                 for block in fitting:
                     new_net[block] = {**net[block], "conv1": conv}
-                    loaded.append(f"{block}/conv1")
+                    loaded.add(f"{block}/conv1")
                 used.add(name)
-    layers = [f"{top}/{layer}" for top in net for layer in net[top]]
+    blocks = sorted(name for name in net if name.startswith("block6_"))
+    layers = [f"{top}/{layer}" for top in ("backbone", *blocks) for layer in new_net[top]]
     report = LoadReport(
         source=source.name,
         scaling=source.scaling,
@@ -141,10 +142,11 @@ def _replace(tree: Mapping[str, Any], where: tuple[str, ...], value: Any) -> dic
     }
 
 
-def _architecture(backbone: Mapping[str, Any]) -> str:
+def _architecture(backbone: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """The backbone's name, and its layers in the order of the network."""
     for name, module in (("vgg16", vgg16), ("mobilenet_v2", mobilenet_v2)):
         if module.layer_names()[0] in backbone:
-            return name
+            return name, tuple(layer for layer in module.layer_names() if layer in backbone)
     raise WeightsError(f"no pretrained weights exist for a backbone with the layers {', '.join(backbone)}")
 
 
@@ -153,13 +155,14 @@ def _takes_fc1(name: str, block: Any) -> bool:
 
 
 def _load_backbone(
-    path: Path, layers: Mapping[str, Callable[[], Layer]], backbone: Mapping[str, Any]
+    path: Path, layers: Mapping[str, Callable[[], Layer]], backbone: Mapping[str, Any], order: tuple[str, ...]
 ) -> dict[str, Any]:
     new = {}
-    missing = [name for name in backbone if name not in layers]
+    missing = [name for name in order if name not in layers]
     if missing:
         raise WeightsError(f"{path}: has no layer {missing[0]} ({len(missing)} missing in all)")
-    for name, old in backbone.items():
+    for name in order:
+        old = backbone[name]
         kernel, bias = layers[name]()
         _check_shape(path, name, "kernel", kernel.shape, old["kernel"].shape)
         _check_shape(path, name, "bias", bias.shape, old["bias"].shape)

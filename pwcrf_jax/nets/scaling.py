@@ -17,9 +17,7 @@ class InputScaling(NamedTuple):
 INPUT_SCALINGS: dict[str, InputScaling] = {
     "tf": InputScaling((127.5,) * 3, (127.5,) * 3),
     "caffe": InputScaling((123.68, 116.779, 103.939), (1.0,) * 3, bgr=True),
-    "torch": InputScaling(
-        (0.485 * 255, 0.456 * 255, 0.406 * 255), (0.229 * 255, 0.224 * 255, 0.225 * 255)
-    ),
+    "torch": InputScaling((0.485 * 255, 0.456 * 255, 0.406 * 255), (0.229 * 255, 0.224 * 255, 0.225 * 255)),
 }
 
 

@@ -48,7 +48,7 @@ def evaluate_params(eval_fn, params, dataset, split, config) -> dict:
     return dict(
         split=split,
         num_images=num_images,
-        rows={row: _figures(metrics.scores(n), dataset.class_names) for row, n in confusion.items()},
+        rows={row: _figures(metrics.scores(confusion[row]), dataset.class_names) for row in configs.table_rows(config)},
         nll={name: float(-total / max(count, 1.0)) for name, (total, count) in terms.items()},
         change={row: [float(x) for x in values] for row, values in change.items()},
     )

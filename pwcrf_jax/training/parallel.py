@@ -9,14 +9,17 @@ import jax
 AXIS = "data"
 
 
-def pmap_train(fn):
-    """fn(state, batch) -> (state, metrics), both equal on all devices; the batch has a leading axis of local devices."""
-    return jax.pmap(fn, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0)
+def pmap_train(fn, devices=None):
+    """fn(state, batch) -> (state, metrics), both equal on all devices.
+
+    state has no device axis and is donated; the batch has a leading axis of local devices. devices: all by default.
+    """
+    return jax.pmap(fn, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=devices)
 
 
-def pmap_eval(fn):
+def pmap_eval(fn, devices=None):
     """fn(params, batch) -> results, equal on all devices; params are not donated."""
-    return jax.pmap(fn, axis_name=AXIS, in_axes=(None, 0), out_axes=None)
+    return jax.pmap(fn, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
 
 
 def split(batch, num_devices=None):

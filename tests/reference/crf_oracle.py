@@ -26,10 +26,8 @@ def log_sum_exp(x):
 
 def log_softmax(x):
     x = np.asarray(x, np.float64)
-    out = np.empty_like(x)
-    for i in np.ndindex(x.shape[:-1]):
-        out[i] = x[i] - log_sum_exp(x[i])
-    return out
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
 # --- edges -----------------------------------------------------------------------------------------------------
@@ -77,7 +75,7 @@ def grid_edges(a, b, w2, b2, offsets):
         for r, c in itertools.product(range(height), range(width)):
             if 0 <= r + dr < height and 0 <= c + dc < width:
                 hidden = np.maximum(a[r, c] + b[r + dr, c + dc], 0)
-                scores = b2 + sum(hidden[m] * w2[m] for m in range(len(hidden)))
+                scores = b2 + np.tensordot(hidden, w2, axes=1)
                 edges.append(Edge(r * width + c, (r + dr) * width + c + dc, scores))
     return edges
 
@@ -173,9 +171,8 @@ def messages(edges, marginals, mask=None):
     for p, q, s in edges:
         if mask is not None and not (mask[p] and mask[q]):
             continue
-        for k in range(q_of.shape[1]):
-            message[p, k] += sum(s[k, j] * q_of[q, j] for j in range(q_of.shape[1]))
-            message[q, k] += sum(s[j, k] * q_of[p, j] for j in range(q_of.shape[1]))
+        message[p] += s @ q_of[q]  # over the labels of q
+        message[q] += q_of[p] @ s  # over the labels of p
         count[p] += 1
         count[q] += 1
     return message, count

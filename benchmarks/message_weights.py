@@ -1,0 +1,107 @@
+"""Mean IoU of a trained workdir against the weight of the mean-field messages, for each set of its relations.
+
+    python benchmarks/message_weights.py --workdir runs/camvid
+
+Two folds: the images of the split are dealt alternately into halves; each weight chosen on one half is reported on the
+other, so that the reported gain is not the choice's own. Ends with one line of JSON.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+
+from pwcrf_jax import metrics, segmenter  # noqa: E402
+from pwcrf_jax.data import eval_batches, load_dataset  # noqa: E402
+from pwcrf_jax.training import checkpoint, config as configs, evaluate, logs  # noqa: E402
+
+
+def relation_sets(config):
+    """Each parameterisation's relations together, and each relation alone."""
+    names = list(config.model.relations)
+    kind = {n: config.relations[n].parameterisation or config.model.parameterisation for n in names}
+    sets = {f"all {k}": tuple(n for n in names if kind[n] == k) for k in ("residual", "free")}
+    return {k: v for k, v in sets.items() if v} | {n: (n,) for n in names}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--split", default="")
+    parser.add_argument("--checkpoint", default="best", choices=["best", "latest"])
+    parser.add_argument("--weights", default="0.25,0.5,1,2,4,8")
+    parser.add_argument("--sums", action="store_true", help="weights of plain sums instead of means of messages")
+    parser.add_argument("--output", help="JSON file of all figures")
+    args = parser.parse_args()
+    logs.setup()
+    config = configs.load(os.path.join(args.workdir, "config.json"))
+    model = configs.build_model(config)
+    folder = os.path.join(args.workdir, {"best": "best", "latest": "checkpoints"}[args.checkpoint])
+    with checkpoint.Store(folder, keep=1) as store:
+        trees, meta = store.restore({"params": evaluate.abstract_params(model)})
+    dataset = load_dataset(**configs.dataset_options(config))
+    weights = [float(w) for w in args.weights.split(",")]
+    rows = {"unary": ((), 0.0)}
+    for label, names in relation_sets(config).items():
+        rows |= {f"{label} x {w:g}": (names, w) for w in weights}
+
+    @jax.jit
+    def step(params, batch):
+        potentials = model.apply({"params": params}, batch["image"])
+        size = batch["label"].shape[1:3]
+        mask = segmenter.grid_mask(batch["valid_size"], potentials.unary.shape[1:3], size)
+        out = {}
+        for row, (names, weight) in rows.items():
+            log_marginals, _ = segmenter.infer(
+                potentials,
+                names,
+                [weight] * len(names),
+                config.crf.num_iterations,
+                config.crf.damping,
+                not args.sums,
+                mask,
+            )
+            labels = jnp.argmax(segmenter.upsample(log_marginals, *size), axis=-1)
+            count = jax.vmap(lambda p, y: metrics.confusion_matrix(p, y, model.num_classes))
+            out[row] = count(labels, batch["label"])
+        return out
+
+    halves = {row: np.zeros((2, model.num_classes, model.num_classes), np.int64) for row in rows}
+    index = 0
+    split = args.split or config.data.eval_split
+    for batch in eval_batches(dataset, split, batch_size=4, size=config.data.eval_size):
+        out = step(trees["params"], {k: batch[k] for k in ("image", "label", "valid_size")})
+        for row, counts in out.items():
+            for i, image in enumerate(np.asarray(counts)):
+                halves[row][(index + i) % 2] += image
+        index += 4
+
+    miou = {row: [100 * metrics.scores(n).mean_iou for n in (*half, half.sum(0))] for row, half in halves.items()}
+    print(f"{'':32s}{'even half':>10s}{'odd half':>10s}{'whole':>10s}")
+    for row, values in miou.items():
+        print(f"{row:32s}" + "".join(f"{v:10.2f}" for v in values))
+    held_out = {}
+    for label in relation_sets(config):
+        mine = [row for row in miou if row.startswith(f"{label} x ")]
+        chosen = [max(mine, key=lambda r: miou[r][half]) for half in (0, 1)]
+        # Each half decoded with the weight that the other half chose, scored as one set.
+        confusion = halves[chosen[1]][0] + halves[chosen[0]][1]
+        held_out[label] = dict(
+            miou=round(100 * metrics.scores(confusion).mean_iou, 2),
+            chosen=[float(row.rsplit(" ", 1)[1]) for row in chosen],
+        )
+    summary = dict(split=split, step=meta["step"], miou_unary=round(miou["unary"][2], 2), held_out=held_out)
+    if args.output:
+        with open(args.output, "w") as f:
+            json.dump(summary | {"miou": miou}, f, indent=1)
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,11 @@
+"""Data sets and input pipelines: NumPy in, NumPy out, nothing here imports jax.
+
+`load_dataset` prepares a data set once (TFDS, array_record) and gives random access to its records;
+`train_batches` and `eval_batches` turn a split into batches (Grain, threads).
+"""
+
+from pwcrf_jax.data.common import VOID, DataError
+from pwcrf_jax.data.datasets import DATASETS, Dataset, load_dataset
+from pwcrf_jax.data.pipeline import eval_batches, train_batches
+
+__all__ = ["DATASETS", "VOID", "DataError", "Dataset", "eval_batches", "load_dataset", "train_batches"]

@@ -1,0 +1,165 @@
+"""The TFDS builder all data sets share, and the reading of loose image/mask files.
+
+A data set module lists its splits as a `Plan`; the builder reads, checks and stores every example.
+TensorFlow is not needed: the file format is array_record and images are handed over as bytes.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from pwcrf_jax.data.common import VOID, DataError, decode_image, decode_label, encode_png
+
+
+class Plan(NamedTuple):
+    """What to prepare: the items of every split, and a fingerprint of all they depend on."""
+
+    splits: Mapping[str, Sequence[Any]]
+    fingerprint: str
+
+
+class Pair(NamedTuple):
+    """One image file and its mask; `listed_in` is the list file or folder that names it."""
+
+    id: str
+    image: Path
+    mask: Path
+    listed_in: Path
+
+
+def fingerprint(*parts: Any) -> str:
+    """16 hex digits that change when any of the (JSON-able) parts changes."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def require_source_dir(name: str, source_dir: str) -> Path:
+    """The absolute source folder, or DataError when none was given or it is no folder."""
+    if not source_dir:
+        raise DataError(f"data set {name!r} is read from your own copy: set data.source_dir to its folder")
+    path = Path(source_dir).expanduser().absolute()
+    if not path.is_dir():
+        raise DataError(f"data.source_dir: {path} is not a folder; set it to your copy of {name!r}")
+    return path
+
+
+def check_options(name: str, options: Mapping[str, Any], allowed: Sequence[str] = ()) -> None:
+    """DataError for an option the data set does not have."""
+    for key in options:
+        if key not in allowed:
+            known = ", ".join(allowed) or "none"
+            raise DataError(f"data set {name!r} has no option {key!r}; its options: {known}")
+
+
+class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Base builder: records of an image, a mask of class indices with 255 = void, and an id.
+
+    Subclasses set `name`, `VERSION`, `class_names`, and give `plan` (and, unless the items of their plan
+    are `Pair`s, `_example`). The prepared folder is `data_dir/name/<fingerprint>/<version>`, so a changed
+    source never meets records prepared from the old one.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    class_names: ClassVar[tuple[str, ...]]
+    void_value: ClassVar[int] = VOID  # what the source calls void
+
+    def __init__(self, *, plan: Plan, data_dir: str):
+        self._plan = plan
+        self.failure: DataError | None = None
+        super().__init__(
+            data_dir=data_dir or None,
+            config=tfds.core.BuilderConfig(name=plan.fingerprint),
+            file_format="array_record",
+        )
+
+    @classmethod
+    def plan(cls, source_dir: str, **options: Any) -> Plan:
+        """Lists the examples of every split without reading them."""
+        raise NotImplementedError
+
+    @classmethod
+    def plan_from_pairs(cls, source_dir: Path, splits: Mapping[str, Sequence[Pair]]) -> Plan:
+        """Checks that all files exist and ids are unique; fingerprints names, sizes and times."""
+        state = {split: _file_states(split, pairs) for split, pairs in splits.items()}
+        return Plan(splits, fingerprint(str(cls.VERSION), str(source_dir), state))
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(None, None, 3)),
+                    "label": tfds.features.Image(shape=(None, None, 1)),
+                    "id": tfds.features.Text(),
+                }
+            ),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+        del dl_manager  # nothing is downloaded
+        return {split: self._generate_examples(items) for split, items in self._plan.splits.items()}
+
+    def _generate_examples(self, items: Sequence[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        try:
+            for item in items:
+                key, image, label = self._example(item)
+                png = io.BytesIO(encode_png(label))
+                yield key, {"image": io.BytesIO(image), "label": png, "id": key}
+        except DataError as e:
+            self.failure = e  # TFDS may wrap it; the caller raises this one
+            raise
+
+    def _example(self, item: Any) -> tuple[str, bytes, np.ndarray]:
+        """One example: id, encoded image, and uint8 [H, W] labels with 255 = void."""
+        image_bytes = _read(item.image)
+        height, width = decode_image(image_bytes, str(item.image)).shape[:2]
+        label = decode_label(_read(item.mask), str(item.mask))
+        if label.shape != (height, width):
+            raise DataError(
+                f"{item.mask}: mask is {label.shape[1]}x{label.shape[0]} pixels but its image {item.image} "
+                f"is {width}x{height}; both need the same size (resize masks with nearest neighbour only)"
+            )
+        return item.id, image_bytes, self._void_to_255(label, item.mask)
+
+    def _void_to_255(self, label: np.ndarray, path: Path) -> np.ndarray:
+        num_classes = len(self.class_names)
+        present = np.flatnonzero(np.bincount(label.ravel(), minlength=256))
+        for value in present:
+            if value >= num_classes and value != self.void_value:
+                raise DataError(
+                    f"{path}: label value {value} is neither a class (0..{num_classes - 1}) nor void "
+                    f"({self.void_value}); correct the mask, or mark those pixels {self.void_value}"
+                )
+        return np.where(label == self.void_value, np.uint8(VOID), label)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read ({e.strerror}); check its permissions") from e
+
+
+def _file_states(split: str, pairs: Sequence[Pair]) -> list[tuple]:
+    states, seen = [], set()
+    for pair in pairs:
+        if pair.id in seen:
+            raise DataError(f"{pair.listed_in}: {pair.id!r} is in split {split!r} twice; remove one of them")
+        seen.add(pair.id)
+        state: list[Any] = [pair.id]
+        for kind, path in (("image", pair.image), ("mask", pair.mask)):
+            try:
+                stat = path.stat()
+            except OSError as e:
+                raise DataError(
+                    f"{path}: {kind} is missing but {pair.listed_in} names it (split {split!r}); "
+                    "add the file or remove it there"
+                ) from e
+            state += [str(path), stat.st_size, stat.st_mtime_ns]
+        states.append(state)
+    return states

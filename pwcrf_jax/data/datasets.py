@@ -1,0 +1,234 @@
+"""`load_dataset`: prepare a data set once, then read its records at random."""
+
+import contextlib
+import difflib
+import fcntl
+import io
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pwcrf_jax.data.common import DataError, decode_image, decode_label
+
+DATASETS = ("synthetic", "camvid", "voc")
+"""Names `load_dataset` takes."""
+
+log = logging.getLogger(__name__)
+
+
+class Source:
+    """Random access to the records of one split; safe to read from several threads."""
+
+    def __init__(self, records: Any, folder: str):
+        self._records = records
+        self._folder = folder
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """{"image": uint8 [H, W, 3], "label": uint8 [H, W] with 255 = void, "id": str}.
+
+        Raises:
+          IndexError: index is not in 0..len-1.
+          DataError: the prepared record is damaged; names the record, the folder and the remedy.
+        """
+        record, where = self._raw(index)
+        image, label = decode_image(record["image"], where), decode_label(record["label"], where)
+        return {"image": image, "label": label, "id": record["id"]}
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """(height, width) of a record's image, from its header only."""
+        width, height = Image.open(io.BytesIO(self._raw(index)[0]["image"])).size
+        return height, width
+
+    def _raw(self, index: int) -> tuple[dict[str, Any], str]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of a split with {len(self)} records")
+        with _reading(self._folder, f"record {index}"):
+            record = dict(self._records[index])
+        if isinstance(record["id"], bytes):
+            record["id"] = record["id"].decode()
+        return record, f"record {record['id']!r} of the prepared data set {self._folder}"
+
+
+class Dataset:
+    """A prepared data set.
+
+    Attributes:
+      name: the name `load_dataset` was given.
+      class_names: tuple of str, one per class.
+      num_classes: number of classes; labels are 0..num_classes-1, or 255 for void.
+      splits: dict of split name -> number of records.
+      folder: the prepared folder.
+    """
+
+    def __init__(self, name: str, builder: Any, splits: dict[str, int]):
+        self.name = name
+        self.class_names: tuple[str, ...] = tuple(builder.class_names)
+        self.num_classes = len(self.class_names)
+        self.splits = splits
+        self.folder = str(builder.data_dir)
+        self._builder = builder
+
+    def __repr__(self) -> str:
+        return f"Dataset({self.name!r}, {self.num_classes} classes, splits={self.splits})"
+
+    def source(self, split: str) -> Source:
+        """Random access to a split; TFDS slices such as "train[:90%]" work.
+
+        The stored order is a fixed shuffle by id, so a slice is a random but reproducible subset.
+
+        Raises:
+          DataError: unknown split, unreadable slice, or a slice without records.
+        """
+        import tensorflow_datasets as tfds
+
+        for part in split.split("+"):
+            name = part.split("[")[0].strip()
+            if name not in self.splits:
+                counts = ", ".join(f"{k} ({n})" for k, n in self.splits.items())
+                raise DataError(f"data set {self.name!r} has no split {name!r} ({split!r}); it has {counts}")
+        raw = {"image": tfds.decode.SkipDecoding(), "label": tfds.decode.SkipDecoding()}
+        try:
+            selected = self._builder.info.splits[split].num_examples
+        except Exception as e:  # TFDS: ValueError, AssertionError, KeyError, by the kind of mistake
+            raise DataError(
+                f"split {split!r} of data set {self.name!r} cannot be read ({e}); "
+                "write it like 'train', 'train[:90%]' or 'train[10:20]'"
+            ) from e
+        if not selected:
+            raise DataError(f"split {split!r} of data set {self.name!r} selects no records; widen the slice")
+        with _quiet(), _reading(self.folder, f"split {split!r}"):
+            return Source(self._builder.as_data_source(split, decoders=raw), self.folder)
+
+
+def load_dataset(name: str, *, source_dir: str = "", data_dir: str = "", **options: Any) -> Dataset:
+    """Gives a data set, preparing it first if this exact source was not prepared before.
+
+    The prepared folder is keyed by a fingerprint of the source (paths, sizes and times of all files, or
+    the parameters of the synthetic set): after any change a new one is prepared beside the old.
+
+    Args:
+      name: one of `DATASETS`.
+      source_dir: folder of your copy (camvid, voc); not used by synthetic.
+      data_dir: where prepared data sets are kept; "" is $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      **options: of synthetic only: image_size=(192, 256), num_train=400, num_val=100, seed=0.
+
+    Raises:
+      DataError: unknown name or option, a source that is missing or damaged, or a prepared folder that
+        cannot be written or read. The message names the file or key, and the remedy.
+    """
+    if name not in DATASETS:
+        near = difflib.get_close_matches(str(name), DATASETS, 1, 0)[0]
+        raise DataError(f"data.name: unknown data set {name!r}, did you mean {near!r}? Known: {DATASETS}")
+    builder_cls = _builder_class(name)
+    plan = builder_cls.plan(source_dir, **options)
+    data_dir = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    home = Path(data_dir) / builder_cls.name / plan.fingerprint
+    with _quiet(), _locked(home):
+        with _reading(str(home), "its description"):
+            builder = builder_cls(plan=plan, data_dir=data_dir)
+        if not Path(builder.data_dir).is_dir():
+            _prepare(name, builder, home)
+    expected = {split: len(items) for split, items in plan.splits.items()}
+    found = {split: info.num_examples for split, info in builder.info.splits.items()}
+    if found != expected:
+        raise DataError(
+            f"{builder.data_dir}: the prepared data set has {found} records instead of {expected}; "
+            "delete this folder, it is then prepared again"
+        )
+    return Dataset(name, builder, expected)
+
+
+def _builder_class(name: str) -> Any:
+    # Imported here so that `import pwcrf_jax.data` does not pay for TFDS.
+    if name == "synthetic":
+        from pwcrf_jax.data.synthetic import Synthetic
+
+        return Synthetic
+    if name == "camvid":
+        from pwcrf_jax.data.camvid import CamVid
+
+        return CamVid
+    from pwcrf_jax.data.voc import Voc
+
+    return Voc
+
+
+def _prepare(name: str, builder: Any, home: Path) -> None:
+    import tensorflow_datasets as tfds
+
+    for leftover in home.glob("incomplete.*"):  # of a run that was killed; the lock says nobody writes it
+        shutil.rmtree(leftover, ignore_errors=True)
+    start = time.monotonic()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces itself with print
+            builder.download_and_prepare(
+                download_config=tfds.download.DownloadConfig(try_download_gcs=False, compute_stats="skip")
+            )
+    except Exception as e:
+        if builder.failure is not None:
+            raise builder.failure from None
+        if isinstance(e, OSError):
+            raise _unwritable(home, e) from e
+        raise
+    counts = ", ".join(f"{k} {v.num_examples}" for k, v in builder.info.splits.items())
+    log.info("Prepared %s (%s) in %.1f s: %s", name, counts, time.monotonic() - start, builder.data_dir)
+
+
+def _unwritable(home: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{home}: the prepared data set cannot be written ({error}); "
+        "make room or set data.data_dir to another folder"
+    )
+
+
+@contextlib.contextmanager
+def _reading(folder: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as e:  # array_record: RuntimeError without a file name; TFDS: many kinds
+        raise DataError(
+            f"{folder}: {what} of the prepared data set cannot be read ({e}); "
+            "delete this folder, it is then prepared again"
+        ) from e
+
+
+@contextlib.contextmanager
+def _locked(home: Path) -> Iterator[None]:
+    """One process prepares, others wait; the system drops the lock of a process that dies."""
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        lock = open(home / "prepare.lock", "a")
+    except OSError as e:
+        if not home.is_dir() or next(home.glob("[0-9]*"), None) is None:
+            raise _unwritable(home, e) from e
+        lock = None  # a read-only folder that is already prepared needs no lock
+    with lock or contextlib.nullcontext():
+        if lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """TFDS logs a page and shows progress bars; our one line says what matters."""
+    import tensorflow_datasets as tfds
+
+    absl_log = logging.getLogger("absl")
+    level = absl_log.level
+    absl_log.setLevel(logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        yield
+    finally:
+        absl_log.setLevel(level)

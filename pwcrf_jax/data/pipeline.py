@@ -1,0 +1,269 @@
+"""Batches for training and evaluation, read and augmented by Grain threads.
+
+What sample number g of a run is depends on (seed, g) alone: the order comes from Grain's per-epoch
+shuffle and the augmentation from its own generator. Threads, hosts and resuming therefore change nothing,
+and the position in the data is one integer.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pwcrf_jax.data.common import MEAN_COLOUR, VOID, DataError
+from pwcrf_jax.data.datasets import Dataset, Source
+
+_ENDLESS = 2**60  # length of the training stream
+
+
+class _TrainView:
+    """Position p of this host -> augmented sample; every host sees its part of each global batch."""
+
+    def __init__(self, order: Any, source: Source, host: int, batch_size: int, local: int, augment: Any):
+        self._order, self._source, self._augment = order, source, augment
+        self._host, self._batch_size, self._local = host, batch_size, local
+
+    def __len__(self) -> int:
+        return _ENDLESS // self._batch_size * self._local
+
+    def __getitem__(self, p: int) -> dict[str, Any]:
+        g = p // self._local * self._batch_size + self._host * self._local + p % self._local
+        return self._augment(self._source[self._order[g]], g)
+
+
+class _Augment:
+    """Random scale, flip and crop of sample number g; image and label go through the same geometry."""
+
+    def __init__(self, crop_size: Any, scale_range: Any, flip: bool, seed: int, pad_value: Any):
+        self._crop_size, self._scale_range, self._flip = crop_size, scale_range, flip
+        self._seed, self._pad_value = seed, pad_value
+
+    def __call__(self, sample: dict[str, Any], g: int) -> dict[str, Any]:
+        rng = np.random.default_rng([self._seed, g])
+        image, label = sample["image"], sample["label"]
+        scale = rng.uniform(*self._scale_range)
+        mirrored = rng.random() < 0.5
+        height, width = (max(1, round(n * scale)) for n in label.shape)
+        if (height, width) != label.shape:
+            image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+            label = np.asarray(Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST))
+        if self._flip and mirrored:
+            image, label = image[:, ::-1], label[:, ::-1]
+        # `extra` pixels too many are cropped away, too few are padded; either way at a random offset.
+        extra = (height - self._crop_size[0], width - self._crop_size[1])
+        top, left = (int(np.sign(e)) * int(rng.integers(abs(e) + 1)) for e in extra)
+        image = _window(image, top, left, self._crop_size, self._pad_value)
+        label = _window(label, top, left, self._crop_size, VOID)
+        return {"image": image, "label": label, "id": sample["id"]}
+
+
+def _window(array: np.ndarray, top: int, left: int, size: tuple[int, int], fill: Any) -> np.ndarray:
+    """The window of `size` at (top, left), which may be negative; outside the array it is `fill`."""
+    out = np.empty((*size, *array.shape[2:]), array.dtype)
+    out[...] = fill
+    inside = array[max(top, 0) : max(top + size[0], 0), max(left, 0) : max(left + size[1], 0)]
+    y, x = max(-top, 0), max(-left, 0)
+    out[y : y + inside.shape[0], x : x + inside.shape[1]] = inside
+    return out
+
+
+class TrainBatches(Iterator):
+    """Endless iterator over training batches; see `train_batches`.
+
+    Attributes:
+      step: number of the next batch (counted from the start of the run, not of this iterator).
+      samples_seen: samples of all hosts before that batch, `step * batch_size`.
+    """
+
+    def __init__(self, view: _TrainView, batch_size: int, local: int, start_step: int, num_threads: int):
+        self._batch_size, self._local = batch_size, local
+        self.step = start_step
+        self._samples = _iterate(view, num_threads, local)
+        self._samples.set_state({"next_index": start_step * local})
+
+    @property
+    def samples_seen(self) -> int:
+        return self.step * self._batch_size
+
+    def __next__(self) -> dict[str, Any]:
+        samples = [next(self._samples) for _ in range(self._local)]
+        self.step += 1
+        return {
+            "image": np.stack([s["image"] for s in samples]),
+            "label": np.stack([s["label"] for s in samples]),
+            "id": [s["id"] for s in samples],
+        }
+
+    def close(self) -> None:
+        """Stops the reading threads."""
+        self._samples.close()
+
+
+def train_batches(
+    dataset: Dataset,
+    split: str,
+    *,
+    batch_size: int,
+    crop_size: tuple[int, int],
+    scale_range: tuple[float, float] = (0.7, 1.2),
+    flip: bool = True,
+    seed: int = 0,
+    start_step: int = 0,
+    host: int = 0,
+    hosts: int = 1,
+    num_threads: int = 2,
+    pad_value: tuple[int, int, int] = MEAN_COLOUR,
+) -> TrainBatches:
+    """Endless shuffled and augmented batches; every epoch is a new permutation of the split.
+
+    Args:
+      batch_size: samples per step over all hosts; each host gets b = batch_size // hosts of them, and
+        hosts 0, 1, ... together the same global batch whatever their number.
+      crop_size: (height, width) of the output; smaller images are padded at random offsets.
+      scale_range: images are scaled by a factor drawn uniformly from this range.
+      flip: mirror half of the samples left to right.
+      seed: of order and augmentation, not negative.
+      start_step: resume; batch 0 of `start_step=k` is batch k of a fresh iterator.
+      num_threads: reading threads; 0 reads in the calling thread.
+      pad_value: RGB colour of padding; its label is void (255).
+
+    Returns:
+      Iterator of {"image": uint8 [b, h, w, 3], "label": uint8 [b, h, w], "id": list of b str}.
+
+    Raises:
+      DataError: an argument out of range, or an unknown or empty split; while iterating, a damaged record.
+    """
+    import grain
+
+    local = _per_host(batch_size, host, hosts, num_threads)
+    crop_size = _check_size("data.crop_size", crop_size)
+    low, high = scale_range
+    if not 0 < low <= high:
+        raise DataError(f"data.scale_range: {tuple(scale_range)} is not 0 < low <= high, such as (0.7, 1.2)")
+    if not 0 <= seed < 2**32:
+        raise DataError(f"seed: {seed} is outside 0..{2**32 - 1}")
+    if start_step < 0:
+        raise DataError(f"start_step: {start_step} is negative; a fresh run starts at 0")
+    source = dataset.source(split)
+    # Shuffling indices, not records, keeps Grain's part to the order and ours to the content.
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    augment = _Augment(crop_size, (low, high), flip, seed, pad_value)
+    view = _TrainView(order, source, host, batch_size, local, augment)
+    return TrainBatches(view, batch_size, local, start_step, num_threads)
+
+
+class _EvalView:
+    """Position p of this host -> (global index, sample), or (global index, None) beyond the end."""
+
+    def __init__(self, source: Source, host: int, batch_size: int, local: int):
+        self._source, self._host, self._batch_size, self._local = source, host, batch_size, local
+
+    def __len__(self) -> int:
+        return -(-len(self._source) // self._batch_size) * self._local
+
+    def __getitem__(self, p: int) -> tuple[int, dict[str, Any] | None]:
+        g = p // self._local * self._batch_size + self._host * self._local + p % self._local
+        return g, (self._source[g] if g < len(self._source) else None)
+
+
+def eval_batches(
+    dataset: Dataset,
+    split: str,
+    *,
+    batch_size: int,
+    size: tuple[int, int] | None = None,
+    host: int = 0,
+    hosts: int = 1,
+    num_threads: int = 2,
+) -> Iterator[dict[str, Any]]:
+    """One pass over a split in stored order, nothing scaled, every batch full.
+
+    Images are padded at bottom and right with the mean colour, labels with void. The last batch is filled
+    up with all-void entries of id "" and valid_size (0, 0); all hosts yield the same number of batches.
+
+    Args:
+      batch_size: images per step over all hosts; each host gets b = batch_size // hosts of them.
+      size: (height, width) to pad to. None pads to the largest height and width of the global batch,
+        rounded up to multiples of 32; shapes then vary between batches (a compiled step compiles again).
+      num_threads: reading threads; 0 reads in the calling thread.
+
+    Returns:
+      Iterator of {"image": uint8 [b, H, W, 3], "label": uint8 [b, H, W], "valid_size": int32 [b, 2]
+      (height, width before padding), "id": list of b str}.
+
+    Raises:
+      DataError: an argument out of range, or an unknown or empty split; while iterating, a damaged record
+        or an image larger than `size`.
+    """
+    local = _per_host(batch_size, host, hosts, num_threads)
+    if size is not None:
+        size = _check_size("data.eval_size", size)
+    source = dataset.source(split)
+    view = _EvalView(source, host, batch_size, local)
+    return _eval_iterator(source, view, batch_size, local, size, num_threads)
+
+
+def _eval_iterator(
+    source: Source, view: _EvalView, batch_size: int, local: int, size: Any, num_threads: int
+) -> Iterator[dict[str, Any]]:
+    samples = _iterate(view, num_threads, local)
+    try:
+        for step in range(len(view) // local):
+            entries = [next(samples)[1] for _ in range(local)]
+            shape = size or _common_size(source, range(step * batch_size, (step + 1) * batch_size))
+            yield _eval_batch(entries, shape)
+    finally:
+        samples.close()
+
+
+def _common_size(source: Source, indices: range) -> tuple[int, int]:
+    # Headers of the whole global batch, so that all hosts agree on the shape without talking.
+    sizes = [source.image_size(i) for i in indices if i < len(source)]
+    height, width = (-(-max(n) // 32) * 32 for n in zip(*sizes, strict=True))
+    return height, width
+
+
+def _eval_batch(entries: list[dict[str, Any] | None], shape: tuple[int, int]) -> dict[str, Any]:
+    empty = {"image": np.zeros((0, 0, 3), np.uint8), "label": np.zeros((0, 0), np.uint8), "id": ""}
+    entries = [entry or empty for entry in entries]
+    for entry in entries:
+        height, width = entry["label"].shape
+        if height > shape[0] or width > shape[1]:
+            raise DataError(
+                f"image {entry['id']!r} is {height}x{width} (height x width), larger than data.eval_size "
+                f"{shape[0]}x{shape[1]}; set data.eval_size to at least the largest image of the split"
+            )
+    return {
+        "image": np.stack([_window(e["image"], 0, 0, shape, MEAN_COLOUR) for e in entries]),
+        "label": np.stack([_window(e["label"], 0, 0, shape, VOID) for e in entries]),
+        "valid_size": np.array([e["label"].shape for e in entries], np.int32),
+        "id": [e["id"] for e in entries],
+    }
+
+
+def _iterate(view: Any, num_threads: int, local: int) -> Any:
+    import grain
+
+    # Two batches ahead hide a slow record; more only costs memory.
+    buffered = max(2 * local, 2 * num_threads) if num_threads else 0
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=buffered)
+    return iter(grain.MapDataset.source(view).to_iter_dataset(options))
+
+
+def _per_host(batch_size: int, host: int, hosts: int, num_threads: int) -> int:
+    if batch_size < 1:
+        raise DataError(f"batch_size: {batch_size} is not positive")
+    if not 0 <= host < hosts:
+        raise DataError(f"host: {host} is not in 0..hosts-1 with hosts={hosts}")
+    if batch_size % hosts:
+        raise DataError(f"batch_size: {batch_size} is not a multiple of the {hosts} hosts; make it one")
+    if num_threads < 0:
+        raise DataError(f"data.num_threads: {num_threads} is negative; 0 reads in the calling thread")
+    return batch_size // hosts
+
+
+def _check_size(key: str, size: Any) -> tuple[int, int]:
+    if np.shape(size) != (2,) or min(size) < 1:
+        raise DataError(f"{key}: {size} is not a positive (height, width)")
+    return int(size[0]), int(size[1])

@@ -1,0 +1,155 @@
+"""Gradients against central differences of the float64 oracle."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pwcrf_jax import mean_field, pairwise, piecewise
+from pwcrf_jax.relations import SURROUNDING, offsets
+from reference import crf_oracle, random_problems
+
+H, W, K, M = 2, 3, 3, 3
+BOX = offsets(SURROUNDING, H, W)
+NAMES = ("a", "b", "w2", "b2", "evidence")
+
+
+def check(got, expected):
+    got = np.asarray(got)
+    scale = np.abs(expected).max()
+    assert scale > 1e-3
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * scale)
+
+
+def numerical(oracle, arguments):
+    """Gradient of oracle(dict) for every argument."""
+    return {
+        name: crf_oracle.numerical_gradient(lambda v, n=name: oracle(arguments | {n: v}), value)
+        for name, value in arguments.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def problem():
+    x = random_problems.grid_problem(51, H, W, K, M)
+    labels = x.labels.copy()
+    labels[0, 2] = 255
+    return x._replace(labels=labels)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return np.random.default_rng(52).uniform(0.5, 2, (H, W)).astype(np.float32)
+
+
+def test_unary_log_likelihood(problem, weights):
+    got = jax.grad(lambda z: piecewise.unary_log_likelihood(z, problem.labels, node_weights=weights)[0])(problem.unary)
+    oracle = lambda z: crf_oracle.unary_log_likelihood(z.reshape(-1, K), problem.labels.ravel(), weights.ravel())[0]
+    check(got, crf_oracle.numerical_gradient(oracle, problem.unary))
+    assert not got[0, 2].any()
+
+
+@pytest.mark.parametrize("encoding", ["factored", "table"])
+def test_pairwise_log_likelihood(problem, weights, encoding):
+    x = problem
+    arguments = {name: getattr(x, name) for name in NAMES}
+
+    def loss(v):
+        potential = pairwise.factored_pairwise(*(v[n] for n in NAMES[:4]), BOX, v["evidence"])
+        labels, w = x.labels, weights
+        if encoding == "table":
+            potential, labels, w = pairwise.to_table(potential), labels.ravel(), w.ravel()
+        return piecewise.pairwise_log_likelihood(potential, labels, node_weights=w)[0]
+
+    def oracle(v):
+        edges = crf_oracle.grid_edges(*(v[n] for n in NAMES[:4]), BOX)
+        edges = crf_oracle.with_evidence(edges, v["evidence"].reshape(-1, K))
+        return crf_oracle.pairwise_log_likelihood(edges, x.labels.ravel(), weights.ravel())[0]
+
+    got, expected = jax.jit(jax.grad(loss))(arguments), numerical(oracle, arguments)
+    for name in NAMES:
+        check(got[name], expected[name])
+
+
+def test_pairwise_log_likelihood_of_a_table():
+    x = random_problems.graph_problem(53, nodes=5, edges=8)
+    labels = np.where(np.arange(5) == 2, 255, x.labels)
+
+    def loss(scores):
+        return piecewise.pairwise_log_likelihood(pairwise.PairwiseTable(scores, x.p, x.q), labels)[0]
+
+    oracle = lambda s: crf_oracle.pairwise_log_likelihood(crf_oracle.table_edges(s, x.p, x.q), labels)[0]
+    check(jax.grad(loss)(x.scores), crf_oracle.numerical_gradient(oracle, x.scores))
+
+
+@pytest.mark.parametrize(("encoding", "normalize"), [("factored", False), ("factored", True), ("table", True)])
+def test_mean_field_run(problem, encoding, normalize):
+    """Of a random linear function of the log marginals, by the unary, both relations' weights and all their parts."""
+    x = problem
+    second = np.array([[-1, 0]])
+    mask = np.arange(H * W).reshape(H, W) != 4
+    probe = np.random.default_rng(54).normal(size=(H, W, K)).astype(np.float32)
+    arguments = {name: getattr(x, name) for name in ("unary", *NAMES[:4])}
+    arguments["weights"] = np.array([0.2, -0.3], np.float32)
+    settings = dict(damping=0.25, normalize=normalize)
+
+    def objective(v):
+        parts = [v[n] for n in NAMES[:4]]
+        potentials = [pairwise.factored_pairwise(*parts, box) for box in (BOX, second)]
+        unary, m = v["unary"], jnp.asarray(mask)
+        if encoding == "table":
+            potentials, unary, m = list(map(pairwise.to_table, potentials)), unary.reshape(H * W, K), m.ravel()
+        log_q, _ = mean_field.run(unary, potentials, 2, v["weights"], node_mask=m, **settings)
+        return jnp.sum(log_q.reshape(H, W, K) * probe)
+
+    def oracle(v):
+        parts = [v[n] for n in NAMES[:4]]
+        relations = [crf_oracle.grid_edges(*parts, box) for box in (BOX, second)]
+        log_q, _ = crf_oracle.mean_field(
+            v["unary"].reshape(-1, K), relations, 2, weights=v["weights"], mask=mask.ravel(), **settings
+        )
+        return (log_q * probe.reshape(-1, K)).sum()
+
+    got, expected = jax.jit(jax.grad(objective))(arguments), numerical(oracle, arguments)
+    for name in arguments:
+        check(got[name], expected[name])
+
+
+def test_evidence_has_no_gradient_through_mean_field(problem):
+    x = problem
+
+    def objective(evidence):
+        potential = pairwise.factored_pairwise(x.a, x.b, x.w2, x.b2, BOX, evidence)
+        return jnp.sum(mean_field.run(x.unary, [potential])[0] ** 2)
+
+    assert not jax.grad(objective)(x.evidence).any()
+
+
+def test_zero_weights_have_finite_gradients(problem):
+    """An edge weighs sqrt(w_p w_q): the slope at 0 is guarded."""
+    x = problem
+    potential = pairwise.factored_pairwise(x.a, x.b, x.w2, x.b2, BOX)
+    weights = np.arange(H * W, dtype=np.float32).reshape(H, W)
+    loss = lambda w: piecewise.pairwise_log_likelihood(potential, x.labels, node_weights=w)[0]
+    assert np.isfinite(jax.grad(loss)(weights)).all()
+    kept = np.where(weights > 0, x.labels, 255)
+    np.testing.assert_allclose(
+        loss(weights), piecewise.pairwise_log_likelihood(potential, kept, node_weights=weights)[0], rtol=1e-4
+    )
+
+
+def test_works_under_x64(problem):
+    """Every result is float32 by contract, and no scan carry changes its type."""
+    x = problem
+    with jax.enable_x64(True):
+        double = [jnp.asarray(v, jnp.float64) for v in (x.a, x.b, x.w2, x.b2)]
+        potential = pairwise.factored_pairwise(*double, BOX, jnp.asarray(x.evidence, jnp.float64))
+        total, count = piecewise.pairwise_log_likelihood(potential, jnp.asarray(x.labels, jnp.int64))
+        log_q, info = mean_field.run(jnp.asarray(x.unary, jnp.float64), [potential], damping=0.5)
+        dtypes = {v.dtype for v in (total, count, log_q, info.change)}
+    edges = crf_oracle.with_evidence(
+        crf_oracle.grid_edges(x.a, x.b, x.w2, x.b2, BOX), x.evidence.reshape(-1, K)
+    )
+    expected = crf_oracle.pairwise_log_likelihood(edges, x.labels.ravel())
+    assert dtypes == {np.dtype("float32")}
+    np.testing.assert_allclose((total, count), expected, rtol=1e-5)

@@ -1,0 +1,246 @@
+"""Mean field against loops over edges, its free energy against enumeration, and every check of its arguments."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pwcrf_jax import mean_field, pairwise
+from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING, offsets
+from reference import crf_oracle, random_problems
+
+run = jax.jit(mean_field.run, static_argnames=("num_iterations", "normalize"))
+step = jax.jit(mean_field.step, static_argnames="normalize")
+
+
+def grid_model(seed, height, width, classes=3, scale=1.0, evidence=True):
+    """Two relations on one grid: unary [H, W, K], factored potentials, edge lists of the oracle."""
+    potentials, relations = [], []
+    for i, relation in enumerate((SURROUNDING, ABOVE_BELOW)):
+        x = random_problems.grid_problem(seed + i, height, width, classes, scale=scale)
+        box = offsets(relation, height, width)
+        potentials.append(
+            pairwise.factored_pairwise(x.a, x.b, x.w2, x.b2, box, x.evidence if evidence else None)
+        )
+        relations.append(crf_oracle.grid_edges(x.a, x.b, x.w2, x.b2, box))
+    return x.unary, potentials, relations
+
+
+@pytest.mark.parametrize("encoding", ["factored", "table"])
+@pytest.mark.parametrize(
+    ("weights", "damping", "normalize", "masked"),
+    [
+        (None, 0.0, False, False),
+        ((0.3, -0.7), 0.0, False, True),
+        (None, 0.5, True, True),
+        ((0.1, 0.2), 0.25, False, False),
+    ],
+    ids=["plain", "weighted-masked", "normalized-damped-masked", "weighted-damped"],
+)
+def test_step_and_run_match_the_oracle(weights, damping, normalize, masked, encoding):
+    height, width, classes = 3, 4, 3
+    unary, potentials, relations = grid_model(30, height, width)
+    mask = np.random.default_rng(31).random((height, width)) > 0.3 if masked else None
+    nodes = (height, width)
+    if encoding == "table":
+        nodes = (height * width,)
+        potentials = [pairwise.to_table(v) for v in potentials]
+    reshape = lambda v: None if v is None else jnp.asarray(v).reshape(*nodes, *v.shape[2:])
+    w = None if weights is None else jnp.array(weights)
+    settings = dict(damping=damping, normalize=normalize)
+    oracle = dict(settings, weights=weights, mask=None if mask is None else mask.ravel())
+    flat = unary.reshape(-1, classes)
+
+    log_q, info = run(
+        reshape(unary), potentials, num_iterations=3, weights=w, node_mask=reshape(mask), **settings
+    )
+    expected, changes = crf_oracle.mean_field(flat, relations, 3, **oracle)
+    np.testing.assert_allclose(log_q.reshape(-1, classes), expected, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(info.change, changes, rtol=1e-4, atol=1e-6)
+    assert log_q.dtype == info.change.dtype == jnp.float32 and log_q.shape == (*nodes, classes)
+    assert max(changes) > 0.05
+
+    # One step from a state that is not the unary's.
+    start = crf_oracle.log_softmax(np.random.default_rng(32).normal(size=flat.shape))
+    got, change = step(
+        reshape(start.reshape(unary.shape).astype(np.float32)), reshape(unary), potentials, w, node_mask=reshape(mask),
+        **settings,
+    )  # fmt: skip
+    expected, expected_change = crf_oracle.mean_field_step(start, flat, relations, **oracle)
+    np.testing.assert_allclose(got.reshape(-1, classes), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(change, expected_change, rtol=1e-4)
+
+
+def test_masked_nodes_keep_their_unary_and_influence_nobody():
+    unary, potentials, _ = grid_model(33, 3, 4)
+    mask = np.ones((3, 4), bool)
+    mask[1, 1:3] = False
+    log_q, _ = run(unary, potentials, node_mask=mask)
+    alone = jax.nn.log_softmax(unary)
+    np.testing.assert_allclose(log_q[~mask], alone[~mask], atol=1e-6)
+    assert np.abs(log_q[mask] - alone[mask]).max() > 0.1
+    other = np.where(mask[..., None], unary, 50 * unary[::-1])
+    np.testing.assert_array_equal(run(other, potentials, node_mask=mask)[0][mask], log_q[mask])
+
+
+@pytest.mark.parametrize("sender", [0, 1])
+def test_messages_go_both_ways(sender):
+    """One edge (0, 1). The receiver hears sum_l z[k, l] Q(l) as p, sum_k z[k, l] Q(k) as q, by hand."""
+    z = np.array([[[0.0, 1.0], [2.0, 5.0]]], np.float32)
+    table = pairwise.PairwiseTable(z, np.array([0]), np.array([1]))
+    marginals = np.array([[0.25, 0.75], [0.5, 0.5]], np.float32)
+    message, count = pairwise.messages(table, marginals)
+    np.testing.assert_allclose(message[0], [0.5, 3.5])
+    np.testing.assert_allclose(message[1], [1.5, 4.0])
+    assert count.tolist() == [1, 1]
+    mask = np.array([True, True])
+    mask[sender] = False
+    message, count = pairwise.messages(table, marginals, mask)
+    assert not message.any() and not count.any()
+    # The same on a grid of one row: q is right of p.
+    a = np.zeros((1, 2, 1), np.float32)
+    grid = pairwise.factored_pairwise(a, a, np.zeros((1, 2, 2), np.float32), z[0], np.array([[0, 1]]))
+    message, count = pairwise.messages(grid, marginals[None])
+    np.testing.assert_allclose(message[0], [[0.5, 3.5], [1.5, 4.0]])
+    assert count.tolist() == [[1, 1]]
+
+
+@pytest.mark.parametrize("size", [(2, 2), (2, 3)], ids=str)
+def test_free_energy_is_above_minus_log_z(size):
+    unary, potentials, relations = grid_model(34, *size, scale=0.5, evidence=False)
+    edges, flat = relations[0] + relations[1], unary.reshape(-1, 3)
+    log_z = crf_oracle.log_partition(flat, edges)
+    energies = []
+    for iterations, damping in ((0, 0.0), (1, 0.0), (3, 0.0), (60, 0.5)):
+        log_q, _ = run(unary, potentials, num_iterations=iterations, damping=damping)
+        energies.append(crf_oracle.free_energy(np.float64(log_q.reshape(-1, 3)), flat, edges))
+        assert energies[-1] >= -log_z - 1e-5
+    assert energies[-1] < energies[0] - 0.01
+
+
+def test_marginals_approach_the_enumerated_ones_for_weak_couplings():
+    unary, potentials, relations = grid_model(35, 2, 3, scale=0.05)
+    edges, flat = relations[0] + relations[1], unary.reshape(-1, 3)
+    exact = crf_oracle.marginals(flat, edges)
+    log_q, info = run(unary, potentials, num_iterations=20)
+    error = np.abs(np.exp(log_q).reshape(-1, 3) - exact).max()
+    alone = np.abs(np.exp(crf_oracle.log_softmax(flat)) - exact).max()
+    assert info.change[-1] < 1e-6
+    assert error < 0.01 and error < alone / 5
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.5])
+def test_zero_pairwise_is_the_softmax_of_the_unary(damping):
+    x = random_problems.grid_problem(36, 3, 3)
+    zero = pairwise.factored_pairwise(x.a, x.b, 0 * x.w2, 0 * x.b2, offsets(SURROUNDING, 3, 3), x.evidence)
+    expected = crf_oracle.log_softmax(x.unary)
+    table = pairwise.to_table(zero)
+    for unary, potentials in (
+        (x.unary, [zero]),
+        (x.unary, []),
+        (x.unary.reshape(9, 3), [table]),
+        (x.unary.reshape(9, 3), []),
+    ):
+        log_q, info = run(unary, potentials, damping=damping)
+        np.testing.assert_allclose(log_q, expected.reshape(unary.shape), atol=1e-6)
+        assert info.change.shape == (3,) and info.change.max() < 1e-6
+    np.testing.assert_allclose(mean_field.init(x.unary), expected, atol=1e-6)
+
+
+def test_constant_scores_and_zero_weights_change_nothing():
+    x = random_problems.grid_problem(37, 3, 3)
+    box = offsets(SURROUNDING, 3, 3)
+    constant = pairwise.factored_pairwise(x.a, x.b, 0 * x.w2, 0 * x.b2 + 7, box)
+    strong = pairwise.factored_pairwise(x.a, x.b, x.w2, x.b2, box)
+    expected = jax.nn.log_softmax(x.unary)
+    np.testing.assert_allclose(run(x.unary, [constant])[0], expected, atol=1e-4)
+    np.testing.assert_allclose(run(x.unary, [strong], weights=jnp.zeros(1))[0], expected, atol=1e-6)
+
+
+def test_normalize_makes_the_weight_independent_of_the_number_of_neighbours():
+    """All edges alike and all nodes alike: with `normalize` any box gives one node's worth of message."""
+    unary = np.zeros((5, 5, 2), np.float32) + np.float32([0.3, 0.0])
+    a = np.zeros((5, 5, 1), np.float32)
+    b2 = np.float32([[0.1, 0.0], [0.0, 0.1]])
+    results = []
+    for radius in (1, 2, 4):
+        box = [(r, c) for r in range(-radius, radius + 1) for c in range(-radius, radius + 1) if (r, c) != (0, 0)]
+        potential = pairwise.factored_pairwise(a, a, np.zeros((1, 2, 2), np.float32), b2, np.array(box))
+        results.append(run(unary, [potential], num_iterations=2, normalize=True)[0])
+    assert np.ptp(run(unary, [potential], num_iterations=2)[0] - results[0]) > 0.1
+    np.testing.assert_allclose(results[0], results[1], atol=1e-5)
+    np.testing.assert_allclose(results[0], results[2], atol=1e-5)
+
+
+def test_strong_couplings_flip_for_ever_unless_damped():
+    """Two nodes that want to agree and start apart exchange their labels in each parallel update."""
+    unary = np.float32([[1.0, 0.0], [0.0, 1.0]])
+    table = pairwise.PairwiseTable(4 * np.eye(2, dtype=np.float32)[None], np.array([0]), np.array([1]))
+    _, wild = run(unary, [table], num_iterations=40)
+    assert wild.change[-1] > 0.9
+    # Damping settles: with a nudge to break the tie, on the label that the nudge prefers.
+    nudged = unary + np.float32([0.1, 0])
+    assert run(nudged, [table], num_iterations=40)[1].change[-1] > 0.9
+    log_q, calm = run(nudged, [table], num_iterations=40, damping=0.5)
+    assert calm.change[-1] < 1e-4
+    np.testing.assert_array_equal(log_q.argmax(-1), [0, 0])
+
+
+def test_batches_equal_single_images():
+    x = random_problems.grid_problem(38, 3, 4, batch=(2,))
+    mask = np.random.default_rng(39).random((2, 3, 4)) > 0.2
+    box = offsets(SURROUNDING, 3, 4)
+    make = lambda a, b: pairwise.factored_pairwise(a, b, x.w2, x.b2, box)
+    log_q, info = run(x.unary, [make(x.a, x.b)], node_mask=mask, normalize=True)
+    assert info.change.shape == (3, 2)
+    for i in range(2):  # the second image reuses the first's compilation
+        single, one = run(x.unary[i], [make(x.a[i], x.b[i])], node_mask=mask[i], normalize=True)
+        np.testing.assert_allclose(log_q[i], single, atol=1e-5)
+        np.testing.assert_allclose(info.change[:, i], one.change, atol=1e-6)
+
+
+def test_batched_unary_without_potentials_has_one_change_per_image():
+    unary = random_problems.grid_problem(40, 3, 4, batch=(2,)).unary
+    log_q, info = mean_field.run(unary, [])
+    assert log_q.shape == unary.shape and info.change.shape == (3, 2)
+
+
+def test_zero_iterations_give_the_unary():
+    unary, potentials, _ = grid_model(41, 2, 3)
+    log_q, info = run(unary, potentials, num_iterations=0)
+    np.testing.assert_allclose(log_q, jax.nn.log_softmax(unary), atol=1e-6)
+    assert info.change.shape == (0,)
+
+
+def test_state_stays_in_log_space_for_huge_scores():
+    unary, potentials, _ = grid_model(42, 2, 3, scale=300.0)
+    log_q, info = run(1000 * unary, potentials)
+    assert np.isfinite(log_q).all() and np.isfinite(info.change).all()
+    np.testing.assert_allclose(np.exp(log_q).sum(-1), 1, atol=1e-5)
+
+
+def test_bfloat16_unary_gives_a_float32_state():
+    unary, potentials, _ = grid_model(43, 2, 3)
+    half = jnp.asarray(unary, jnp.bfloat16)
+    log_q, info = run(half, potentials)
+    assert log_q.dtype == info.change.dtype == mean_field.init(half).dtype == jnp.float32
+    np.testing.assert_allclose(log_q, run(half.astype(jnp.float32), potentials)[0], atol=1e-5)
+
+
+def test_refused_arguments():
+    unary, potentials, _ = grid_model(44, 2, 3)
+    table = pairwise.to_table(potentials[0])
+    for arguments, match in (
+        (dict(potentials=[potentials[0], table]), "mix PairwiseTable and FactoredPairwise"),
+        (dict(num_iterations=-1), "at least 0, got -1"),
+        (dict(weights=[1.0]), "expected 2 weights, one a potential, got 1"),
+        (dict(weights=jnp.ones(3)), "expected 2 weights, one a potential, got 3"),
+        (dict(damping=1.0), r"damping must lie in \[0, 1\), got 1.0"),
+        (dict(damping=-0.1), "damping must lie"),
+        (dict(damping=1), "damping must lie"),
+        (dict(unary=unary[..., :2]), "2 classes, a potential has 3"),
+        (dict(unary=unary.reshape(6, 3)[:, :2], potentials=[table]), "2 classes, a potential has 3"),
+        (dict(unary=unary.transpose(1, 0, 2)), r"unary grid is \(3, 2\), a potential's is \(2, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            mean_field.run(**{**dict(unary=unary, potentials=potentials), **arguments})

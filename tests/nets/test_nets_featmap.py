@@ -1,0 +1,245 @@
+"""Backbones and FeatMapNet."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from pwcrf_jax import nets
+from pwcrf_jax.nets import mobilenet_v2
+
+
+def image(height, width, batch=1, seed=0):
+    values = np.random.default_rng(seed).uniform(-1, 1, (batch, height, width, 3))
+    return jnp.asarray(values, jnp.float32)
+
+
+def tiny_net(**changes):
+    settings = {"backbone": "tiny", "backbone_options": {"features": (4, 4, 4, 6)}, "block6": ((3, 5),)}
+    return nets.FeatMapNet(**{**settings, **changes})
+
+
+@pytest.mark.parametrize("size", [(32, 48), (33, 47), (20, 65)])
+@pytest.mark.parametrize(
+    "backbone, channels", [(nets.Tiny(), 64), (nets.MobileNetV2(), 576), (nets.VGG16(), 512)]
+)
+def test_backbone_shapes(backbone, channels, size):
+    shape = jax.eval_shape(
+        lambda x: backbone.init_with_output(jax.random.key(0), x)[0],
+        jax.ShapeDtypeStruct((2, *size, 3), jnp.float32),
+    ).shape
+    assert shape == (2, -(-size[0] // 16), -(-size[1] // 16), channels)
+
+
+@pytest.mark.parametrize(
+    "output, channels",
+    [
+        ("block_6_project", 64),
+        ("block_12", 96),
+        ("block_16_expand", 960),
+        ("block_16", 320),
+        ("Conv_1", 1280),
+    ],
+)
+def test_mobilenet_outputs(output, channels):
+    x = jax.ShapeDtypeStruct((1, 33, 40, 3), jnp.float32)
+    net = nets.MobileNetV2(output=output)
+    out, variables = jax.eval_shape(lambda x: net.init_with_output(jax.random.key(0), x), x)
+    assert out.shape == (1, 3, 3, channels)
+    names = mobilenet_v2.layer_names()
+    last = output if output in names else f"{output}_project"
+    assert set(variables["params"]) == set(names[: names.index(last) + 1])  # nothing past the output
+
+
+def direct_conv(x, kernel, bias):
+    height, width, _ = x.shape
+    padded = np.pad(x, ((1, 1), (1, 1), (0, 0)))
+    out = np.empty((height, width, kernel.shape[3]))
+    for row in range(height):
+        for col in range(width):
+            out[row, col] = np.tensordot(padded[row : row + 3, col : col + 3], kernel, 3) + bias
+    return out
+
+
+def test_vgg_first_layers_equal_direct_convolution():
+    x = image(5, 6)
+    net = nets.VGG16()
+    variables = net.init(jax.random.key(0), x)
+    _, state = net.apply(variables, x, capture_intermediates=True)
+    seen = state["intermediates"]
+    expected = np.asarray(x[0])
+    for name in ("block1_conv1", "block1_conv2"):
+        layer = variables["params"][name]
+        expected = direct_conv(expected, np.asarray(layer["kernel"]), np.asarray(layer["bias"]))
+        np.testing.assert_allclose(seen[name]["__call__"][0][0], expected, atol=1e-4)
+        expected = np.maximum(expected, 0)
+    assert len(variables["params"]) == 13
+
+
+def test_tiny_cells_see_only_their_own_pixels():
+    x = image(32, 48)
+    net = nets.Tiny(mix=True)
+    variables = net.init(jax.random.key(0), x)
+    changed = net.apply(variables, x.at[:, 16:32, 16:32].add(1.0)) != net.apply(variables, x)
+    cells = np.asarray(changed.any(-1)[0])
+    assert cells[1, 1] and cells.sum() == 1
+
+
+def test_mobilenet_depthwise_methods_agree():
+    x = image(33, 40)
+    variables = nets.MobileNetV2(output="block_14").init(jax.random.key(0), x)
+    outs = [
+        nets.MobileNetV2(output="block_14", depthwise=method).apply(variables, x)
+        for method in ("shifted", "grouped")
+    ]
+    np.testing.assert_allclose(*outs, atol=1e-4)
+
+
+def test_freeze_until_stops_the_gradient_below():
+    x = image(32, 32)
+    net = nets.MobileNetV2(output="block_7_expand", freeze_until="block_6")
+    variables = net.init(jax.random.key(0), x)
+    loss = jax.jit(jax.grad(lambda variables, net: (net.apply(variables, x) ** 2).sum()), static_argnums=1)
+    grads = loss(variables, net)["params"]
+    for name, layer in grads.items():
+        below = name in mobilenet_v2.layer_names()[: mobilenet_v2.layer_names().index("block_6_expand")]
+        assert (np.abs(layer["kernel"]).max() == 0) == below, name
+    free = nets.MobileNetV2(output="block_7_expand")
+    assert np.abs(loss(variables, free)["params"]["Conv1"]["kernel"]).max() > 0
+    np.testing.assert_array_equal(net.apply(variables, x), free.apply(variables, x))
+
+
+def test_featmap_output_and_parameters():
+    x = image(50, 67, batch=2)
+    net = tiny_net(block6=((3, 5), (1, 7)))
+    out, variables = net.init_with_output(jax.random.key(0), x)
+    assert out.shape == (2, *nets.grid_size((50, 67), net.scales), 3 * 3 * 7) == (2, 4, 5, 63)
+    params = variables["params"]
+    assert list(params) == ["backbone", "block6_0", "block6_1", "block6_2"]
+    assert list(params["block6_1"]) == ["conv1", "conv2"]
+    assert params["block6_0"]["conv2"]["kernel"].shape == (1, 1, 5, 7)
+
+
+def test_each_part_can_be_left_out():
+    x = image(48, 64)
+    sizes = {}
+    for name, changes in {
+        "all": {},
+        "no pyramid": {"pyramid_windows": ()},
+        "one scale": {"scales": (1.0,)},
+        "no block 6": {"block6": ()},
+        "bare": {"pyramid_windows": (), "scales": (1.0,), "block6": ()},
+    }.items():
+        net = tiny_net(**changes)
+        out, variables = net.init_with_output(jax.random.key(0), x)
+        sizes[name] = out.shape[-1]
+    assert sizes == {"all": 45, "no pyramid": 15, "one scale": 15, "no block 6": 54, "bare": 6}
+    backbone = nets.Tiny(features=(4, 4, 4, 6)).apply({"params": variables["params"]["backbone"]}, x)
+    np.testing.assert_allclose(out, backbone, atol=1e-6)
+
+
+def test_scales_may_stand_in_any_order():
+    x = image(48, 64)
+    net, turned = tiny_net(block6=(), scales=(1.2, 0.4)), tiny_net(block6=(), scales=(0.4, 1.2))
+    variables = net.init(jax.random.key(0), x)
+    first, second = net.apply(variables, x), turned.apply(variables, x)
+    half = first.shape[-1] // 2
+    np.testing.assert_allclose(first[..., :half], second[..., half:], atol=1e-6)
+    np.testing.assert_allclose(first[..., half:], second[..., :half], atol=1e-6)
+
+
+def test_grid_size():
+    assert nets.grid_size((360, 480), (1.2, 0.8, 0.4)) == (27, 36)
+    assert nets.grid_size((33, 31), (1.0,)) == (3, 2)
+    assert nets.grid_size((1, 1), (0.4,)) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"backbone": "mobilenet_v2", "backbone_options": {"output": "block_7_expand"}, "block6": ()},
+        {"backbone": "vgg16", "backbone_options": {}, "scales": (1.0,)},
+    ],
+)
+def test_bfloat16_and_jit(changes):
+    x = image(32, 32)
+    net, low = tiny_net(**changes), tiny_net(**changes, dtype=jnp.bfloat16)
+    variables = low.init(jax.random.key(0), x)
+    assert {leaf.dtype for leaf in flatten_dict(variables).values()} == {jnp.dtype("float32")}
+    eager, jitted = net.apply(variables, x), jax.jit(net.apply)(variables, x)
+    np.testing.assert_allclose(eager, jitted, atol=1e-4)
+    rough = low.apply(variables, x)
+    assert rough.dtype == jnp.bfloat16
+    error = np.abs(rough.astype(jnp.float32) - eager).mean() / np.abs(eager).mean()
+    assert error < 0.05
+
+
+def test_lowers_for_every_platform():
+    net = tiny_net()
+    x = image(32, 32)
+    variables = net.init(jax.random.key(0), x)
+    for changes in ({}, {"backbone": "mobilenet_v2", "backbone_options": {}}):
+        net = tiny_net(**changes)
+        variables = jax.eval_shape(lambda x, net=net: net.init(jax.random.key(0), x), x)
+        grad = jax.jit(jax.grad(lambda variables, x, net=net: net.apply(variables, x).sum()))
+        exported = jax.export.export(grad, platforms=("cpu", "cuda", "tpu"))(variables, x)
+        assert exported.platforms == ("cpu", "cuda", "tpu")
+
+
+def test_freeze_backbone():
+    x = image(32, 32)
+    net = tiny_net(freeze_backbone=True)
+    variables = net.init(jax.random.key(0), x)
+    grads = jax.grad(lambda variables: (net.apply(variables, x) ** 2).sum())(variables)["params"]
+    assert all(np.abs(leaf).max() == 0 for leaf in jax.tree.leaves(grads["backbone"]))
+    assert np.abs(grads["block6_0"]["conv1"]["kernel"]).max() > 0
+
+
+def test_lists_and_mappings_make_the_same_hashable_net():
+    net = tiny_net(backbone_options={"mix": True, "features": [4, 4, 4, 6]}, scales=[1.0], block6=[[3, 5]])
+    same = tiny_net(
+        backbone_options=(("features", (4, 4, 4, 6)), ("mix", True)), scales=(1.0,), block6=((3, 5),)
+    )
+    assert net == same and hash(net) == hash(same)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"backbone": "vgg"}, "unknown backbone 'vgg'; did you mean 'vgg16'"),
+        ({"backbone_options": {"output": "x"}}, "'tiny' has no option 'output'; known: features, mix"),
+        ({"backbone_options": {"features": (1, 2)}}, "features must be four positive numbers"),
+        ({"backbone": "vgg16"}, "'vgg16' has no option 'features'; known: -"),
+        ({"scales": ()}, "scales must not be empty"),
+        ({"scales": (1.0, -0.5)}, "scales must be positive numbers, got -0.5"),
+        ({"scales": (float("nan"),)}, "scales must be positive numbers, got nan"),
+        ({"block6": ((4, 8),)}, "kernel sizes must be odd and positive, got 4"),
+        ({"block6": ((3, 0),)}, "block6 features must be positive, got 0"),
+        ({"block6": ((3,),)}, "block6 must hold pairs"),
+        ({"pyramid_windows": (5, 8)}, "windows must be odd and positive, got 8"),
+        ({"dtype": jnp.int32}, "dtype must be float32 or bfloat16, got int32"),
+    ],
+)
+def test_featmap_refuses_at_construction(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_net(**changes)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"output": "block_3_expand"}, "output 'block_3_expand' is not a layer at stride 16"),
+        ({"depthwise": "fast"}, "depthwise must be auto, shifted or grouped, got 'fast'"),
+        ({"freeze_until": "block_17"}, "freeze_until 'block_17' is not a block"),
+        ({"freeze_until": "block_14"}, "freeze_until 'block_14' lies past the output 'block_13_expand'"),
+        ({"freeze_until": "Conv_1"}, "freeze_until 'Conv_1' lies past the output"),
+        ({"freeze_until": "block_16", "output": "block_1"}, "is not a layer at stride 16"),
+    ],
+)
+def test_mobilenet_refuses_at_construction(options, message):
+    with pytest.raises(ValueError, match=message):
+        nets.MobileNetV2(**options)
+    with pytest.raises(ValueError, match=message):
+        nets.FeatMapNet(backbone="mobilenet_v2", backbone_options=options)

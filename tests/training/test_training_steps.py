@@ -1,0 +1,190 @@
+"""Steps over devices: eight equal one, both lower for other platforms, both parameterisations mean what they say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from configs import camvid_mobilenet_v2, demo, voc_vgg16
+from jax import export
+
+from pwcrf_jax import mean_field, piecewise, segmenter
+from pwcrf_jax.training import config as configs
+from pwcrf_jax.training import evaluate, parallel, steps
+from pwcrf_jax.training.optimizer import make_optimizer
+
+
+def _batch(rng, size, height=64, width=80, num_classes=6):
+    label = rng.integers(0, num_classes, (size, height, width)).astype(np.uint8)
+    # Another share of void in every image: a mean of per-device means would be wrong.
+    for i in range(size):
+        label[i, : height * i // size] = 255
+    return {"image": rng.integers(0, 256, (size, height, width, 3)).astype(np.uint8), "label": label}
+
+
+def _state(model, tx, seed=0):
+    params = evaluate.init_params(model, seed)
+    return steps.TrainState(jnp.int32(0), params, tx.init(params))
+
+
+def _assert_trees_close(a, b, rtol):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * max(1e-3, float(np.abs(y).max())))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_eight_devices_equal_one(config, reduction):
+    # Plain SGD: Adam would hide a gradient that is wrong by a constant factor.
+    config.loss.reduction = reduction
+    config.loss.balance_power = 0.5
+    config.model.parameterisation = "free"
+    model, tx = configs.build_model(config), optax.sgd(1e-3 if reduction == "sum" else 0.1)
+    batch, out = _batch(np.random.default_rng(0), 8), {}
+    for n in (1, 8):
+        step = parallel.pmap_train(
+            steps.make_train_step(model, tx, config.loss.to_dict()), devices=jax.devices()[:n]
+        )
+        state, losses = _state(model, tx), []
+        for _ in range(3):
+            state, metrics = step(state, parallel.split(batch, n))
+            losses.append(float(metrics["loss"]))
+        out[n] = state.params, losses
+    assert out[1][1][0] != out[1][1][2], "the parameters did not move"
+    np.testing.assert_allclose(out[8][1], out[1][1], rtol=1e-5)
+    _assert_trees_close(out[8][0], out[1][0], 1e-4)
+
+
+def test_loss_is_the_mean_over_all_valid_factors(config):
+    # Against one plain evaluation of the whole batch, without devices.
+    model, tx = configs.build_model(config), optax.sgd(0.0)
+    batch = _batch(np.random.default_rng(1), 8)
+    step = parallel.pmap_train(steps.make_train_step(model, tx, config.loss.to_dict()))
+    state = _state(model, tx)
+    potentials = model.apply({"params": state.params}, batch["image"])
+    terms = steps.piecewise_terms(potentials, jnp.asarray(batch["label"]))
+    expected = sum(-float(total) / float(count) for total, count in terms.values())
+    _, metrics = step(state, parallel.split(batch))
+    np.testing.assert_allclose(float(metrics["loss"]), expected, rtol=1e-5)
+
+
+def test_eval_over_eight_devices_equals_one(config):
+    model = configs.build_model(config)
+    params = evaluate.init_params(model, 0)
+    batch = _batch(np.random.default_rng(2), 8)
+    batch["valid_size"] = np.array([[64, 80]] * 7 + [[0, 0]], np.int32)
+    batch["label"][7] = 255
+    step = steps.make_eval_step(model, configs.table_rows(config), configs.crf_settings(config))
+    one, eight = (
+        parallel.pmap_eval(step, devices=jax.devices()[:n])(params, parallel.split(batch, n)) for n in (1, 8)
+    )
+    for row in configs.table_rows(config):
+        np.testing.assert_array_equal(one["confusion"][row], eight["confusion"][row])
+        assert int(np.sum(one["confusion"][row])) == int(np.sum(batch["label"] != 255))
+        np.testing.assert_allclose(one["change"][row], eight["change"][row], rtol=1e-5)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("name", ["demo", "camvid_mobilenet_v2", "voc_vgg16"])
+def test_steps_lower_for_accelerators(name, platform):
+    config = {"demo": demo, "camvid_mobilenet_v2": camvid_mobilenet_v2, "voc_vgg16": voc_vgg16}[name].get_config()
+    model = configs.build_model(config)
+    tx = make_optimizer(config.optimizer, config.model, config.train.steps)
+    params = evaluate.abstract_params(model)
+    state = jax.eval_shape(lambda p: steps.TrainState(jnp.int32(0), p, tx.init(p)), params)
+    height, width = config.data.crop_size
+    batch = {
+        "image": jax.ShapeDtypeStruct((1, 2, height, width, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((1, 2, height, width), jnp.uint8),
+    }
+    one = jax.devices()[:1]
+    train = parallel.pmap_train(steps.make_train_step(model, tx, config.loss.to_dict()), devices=one)
+    lowered = export.export(jax.jit(train), platforms=[platform])(state, batch)
+    assert lowered.platforms == (platform,)
+    evaluation = parallel.pmap_eval(
+        steps.make_eval_step(model, configs.table_rows(config), configs.crf_settings(config)), devices=one
+    )
+    batch["valid_size"] = jax.ShapeDtypeStruct((1, 2, 2), jnp.int32)
+    assert export.export(jax.jit(evaluation), platforms=[platform])(params, batch).platforms == (platform,)
+
+
+def test_residual_starts_as_two_unaries_and_sends_nothing(config):
+    config.model.parameterisation = "residual"
+    model = configs.build_model(config)
+    batch = _batch(np.random.default_rng(3), 2)
+    potentials = model.apply({"params": evaluate.init_params(model, 0)}, batch["image"])
+    labels = piecewise.grid_labels(jnp.asarray(batch["label"]), *potentials.unary.shape[1:3])
+    log_probs = jax.nn.log_softmax(potentials.unary)
+    for name, potential in potentials.pairwise.items():
+        # At the start P_V(y_p, y_q) = P_U(y_p) P_U(y_q): compare on one offset's edges, by hand.
+        total, count = piecewise.pairwise_log_likelihood(potential, labels)
+        by_hand = 0.0
+        picked = jnp.take_along_axis(log_probs, jnp.where(labels == 255, 0, labels)[..., None], -1)[..., 0]
+        valid, edges = np.asarray(labels != 255), 0
+        h, w = labels.shape[1:]
+        for dr, dc in potential.offsets:
+            for r in range(h):
+                for c in range(w):
+                    if 0 <= r + dr < h and 0 <= c + dc < w:
+                        both = valid[:, r, c] & valid[:, r + dr, c + dc]
+                        by_hand += float(np.sum(both * np.asarray(picked[:, r, c] + picked[:, r + dr, c + dc])))
+                        edges += int(both.sum())
+        np.testing.assert_allclose(float(total), by_hand, rtol=1e-4, err_msg=name)
+        assert int(count) == edges
+    log_marginals, info = segmenter.infer(potentials, list(potentials.pairwise), [1.0, 1.0])
+    np.testing.assert_allclose(log_marginals, mean_field.init(potentials.unary), atol=1e-6)
+    assert float(jnp.max(info.change)) < 1e-6
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_pairwise_terms_train_the_features_only_if_asked(config, trains):
+    config.model.pairwise_trains_features = trains
+    config.model.parameterisation = "free"
+    model = configs.build_model(config)
+    batch = _batch(np.random.default_rng(4), 2)
+
+    def pair_terms(params):
+        terms = steps.piecewise_terms(model.apply({"params": params}, batch["image"]), jnp.asarray(batch["label"]))
+        return sum(total for name, (total, _) in terms.items() if name != "unary")
+
+    grads = jax.grad(pair_terms)(evaluate.init_params(model, 0))
+    size = {k: float(optax.global_norm(v)) for k, v in grads.items()}
+    assert (size["featmap"] > 0) == trains
+    assert size["unary"] == 0
+    assert size["pairwise_surrounding"] > 0 and size["pairwise_above_below"] > 0
+
+
+def test_frozen_layers_stay_and_the_backbone_learns_slower():
+    config = camvid_mobilenet_v2.get_config()
+    config.optimizer.name, config.optimizer.warmup_steps, config.optimizer.clip_norm = "sgd", 0, 0.0
+    tx = make_optimizer(config.optimizer, config.model, 10)
+    params = evaluate.abstract_params(configs.build_model(config))
+    ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), params)
+    updates, _ = tx.update(ones, tx.init(ones), ones)
+    backbone = updates["featmap"]["backbone"]
+    rate = config.optimizer.learning_rate
+    assert float(jnp.abs(backbone["block_5_project"]["kernel"]).max()) == 0
+    assert float(jnp.abs(backbone["Conv1"]["kernel"]).max()) == 0
+    np.testing.assert_allclose(backbone["block_6_expand"]["bias"], -rate * config.optimizer.backbone_factor, rtol=1e-5)
+    np.testing.assert_allclose(updates["unary"]["last"]["bias"], -rate, rtol=1e-5)
+
+
+def test_padding_of_an_image_changes_no_figure(config):
+    # Cells on the padding neither send nor receive, and its pixels are void.
+    model = configs.build_model(config)
+    params = evaluate.init_params(model, 0)
+    step = steps.make_eval_step(model, configs.table_rows(config), configs.crf_settings(config))
+    batch = _batch(np.random.default_rng(5), 2)
+    batch["valid_size"] = np.array([[48, 64], [64, 48]], np.int32)
+    for i, (h, w) in enumerate(batch["valid_size"]):
+        batch["label"][i, h:], batch["label"][i, :, w:] = 255, 255
+    other = {k: v.copy() for k, v in batch.items()}
+    for i, (h, w) in enumerate(batch["valid_size"]):
+        other["image"][i, h:], other["image"][i, :, w:] = 255, 0
+    fn = parallel.pmap_eval(step, devices=jax.devices()[:1])
+    a, b = (fn(params, parallel.split(x, 1)) for x in (batch, other))
+    # Interior cells alone: bilinear upsampling reads half a cell across the border.
+    for row in a["confusion"]:
+        moved = np.abs(np.asarray(a["confusion"][row]) - np.asarray(b["confusion"][row])).sum() / 2
+        assert moved <= 8 * (64 + 80) * 2, row
+    for name, (total, count) in a["terms"].items():
+        np.testing.assert_allclose([total, count], b["terms"][name], rtol=1e-5)
