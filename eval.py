@@ -28,7 +28,7 @@ def _workdir_of(argv):
 
 def main(_):
     workdir = cli.require("workdir")
-    result = evaluate.evaluate(CONFIG.value, workdir, flags.FLAGS.checkpoint, flags.FLAGS.split)
+    result = evaluate.evaluate(cli.require("config"), workdir, flags.FLAGS.checkpoint, flags.FLAGS.split)
     print(evaluate.table(result))
     print(json.dumps(evaluate.summary(result)))
 
@@ -39,5 +39,5 @@ if __name__ == "__main__":
         _config = configs.load(os.path.join(_dir, "config.json")) if _dir else configs.ConfigDict()
     except configs.ConfigError as error:
         sys.exit(f"error: {error}")
-    CONFIG = config_flags.DEFINE_config_dict("config", _config, lock_config=True)
+    config_flags.DEFINE_config_dict("config", _config, lock_config=True)
     cli.run(main)

@@ -8,13 +8,12 @@ from ml_collections import config_flags
 
 from pwcrf_jax.training import cli, loop
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/demo.py.", lock_config=True)
+config_flags.DEFINE_config_file("config", None, "Config file, such as configs/demo.py.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Folder of the run: config, checkpoints, logs. Made if it is not there.")
 
 
 def main(_):
-    cli.require("config")
-    loop.train_and_evaluate(_CONFIG.value, cli.require("workdir"))
+    loop.train_and_evaluate(cli.require("config"), cli.require("workdir"))
 
 
 if __name__ == "__main__":

@@ -87,7 +87,8 @@ def run(unary, potentials, num_iterations=3, weights=None, damping=0.0, normaliz
     def body(state, _):
         return step(state, unary, potentials, weights, damping, normalize, node_mask)
 
-    state, change = jax.lax.scan(body, init(unary), None, length=num_iterations)
+    # Rematerialised: else the scan keeps the scores of all offsets, as they are the same in each iteration.
+    state, change = jax.lax.scan(jax.checkpoint(body), init(unary), None, length=num_iterations)
     return state, MeanFieldInfo(change)
 
 

@@ -20,13 +20,15 @@ def _parse(argv):
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError, TypeError, ValueError, ImportError, OSError, SyntaxError) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        given = " ".join(arg for arg in argv[1:] if arg.lstrip("-").startswith("config"))
+        print(f"error: {_one_line(error)} (while reading {given})", file=sys.stderr)
         sys.exit(REFUSED)
 
 
 def _one_line(error):
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return " ".join(str(text).split())
+    # Errors of ml_collections hold a message with escaped line ends and quotes around it.
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    return " ".join(text.replace("\\n", " ").replace("\\'", "'").strip("\"").split())
 
 
 def run(main) -> None:
@@ -49,9 +51,12 @@ def run(main) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
-def require(name: str) -> str:
+def require(name: str):
     """The value of a flag that must be given."""
-    value = flags.FLAGS[name].value
-    if not value:
+    try:
+        value = flags.FLAGS[name].value
+    except OSError as error:  # ml_collections reports a config file that is not there when its value is read
+        raise ConfigError(f"--{name}: {error}") from None
+    if value is None or value == "":
         raise ConfigError(f"--{name} must be given")
     return value

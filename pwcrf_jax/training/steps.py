@@ -66,7 +66,7 @@ def make_train_step(model, tx, loss_config):
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         out = {f"nll_{k}": -sums[k] / jnp.maximum(count, 1.0) for k, (_, count) in terms.items()}
-        out |= {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        out |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state), out
 
     return step

@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import crf_oracle, random_problems
 
 from pwcrf_jax import pairwise
 from pwcrf_jax.relations import SURROUNDING, Relation, edge_list, offsets
-from reference import crf_oracle, random_problems
 
 H, W, K, M = 4, 5, 3, 6
+edge_log_likelihood = jax.jit(pairwise.edge_log_likelihood)
+messages = jax.jit(pairwise.messages)
 RELATION = Relation("skewed", rows=(-2, 1), cols=(-1, 2), unit="cells")
 BOX = offsets(RELATION, H, W)
 
@@ -18,7 +20,9 @@ def close(got, expected, tolerance=1e-5):
     """Equal to `tolerance` of the largest entry."""
     got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
     assert got.shape == expected.shape
-    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * max(np.abs(expected).max(initial=0), 1e-3))
+    np.testing.assert_allclose(
+        got, expected, rtol=0, atol=tolerance * max(np.abs(expected).max(initial=0), 1e-3)
+    )
 
 
 def build(a, b, w2, b2, evidence, box=BOX):
@@ -31,7 +35,9 @@ def flat(x):
 
 
 CASES = [
-    pytest.param(batch, evidence, mask, id=f"{batch}-{'evidence' if evidence else 'free'}-{'mask' if mask else 'all'}")
+    pytest.param(
+        batch, evidence, mask, id=f"{batch}-{'evidence' if evidence else 'free'}-{'mask' if mask else 'all'}"
+    )
     for batch, evidence, mask in [
         ((), False, False),
         ((), True, True),
@@ -60,16 +66,20 @@ def test_table_equals_factored(batch, evidence, masked):
             potential = pairwise.to_table(potential)
         else:
             labels, m, w, q = x.labels, mask, weights, marginals
-        total, count = pairwise.edge_log_likelihood(potential, jnp.asarray(labels), m, w)
-        message, number = pairwise.messages(potential, q, m)
+        total, count = edge_log_likelihood(potential, jnp.asarray(labels), m, w)
+        message, number = messages(potential, q, m)
         message = message.reshape(x.unary.shape)
-        number = jnp.broadcast_to(number.reshape(number.shape[: -1 if table else -2] + (H, W)), (*batch, H, W))
+        number = jnp.broadcast_to(
+            number.reshape(number.shape[: -1 if table else -2] + (H, W)), (*batch, H, W)
+        )
         return total + jnp.sum(probe * message), (total, count, message, number)
 
     parts = tuple(map(jnp.asarray, (x.a, x.b, x.w2, x.b2))) + (jnp.asarray(x.evidence) if evidence else None,)
     run = jax.jit(jax.grad(outputs, has_aux=True), static_argnums=1)
     (table_grads, table_out), (grads, out) = run(parts, True), run(parts, False)
-    for got, expected in zip(jax.tree.leaves((out, grads)), jax.tree.leaves((table_out, table_grads)), strict=True):
+    for got, expected in zip(
+        jax.tree.leaves((out, grads)), jax.tree.leaves((table_out, table_grads)), strict=True
+    ):
         close(got, expected)
         assert np.abs(expected).max() > 0
 
@@ -87,7 +97,7 @@ def test_table_holds_the_scores_of_the_oracle_in_the_order_of_edge_list(masked):
 
     mask = np.random.default_rng(4).random((H, W)) > 0.3 if masked else np.ones((H, W), bool)
     marginals = np.array(jax.nn.softmax(x.unary))
-    message, count = pairwise.messages(build(x.a, x.b, x.w2, x.b2, x.evidence), marginals, jnp.asarray(mask))
+    message, count = messages(build(x.a, x.b, x.w2, x.b2, x.evidence), marginals, jnp.asarray(mask))
     expected, number = crf_oracle.messages(edges, marginals.reshape(-1, K), mask.ravel())
     close(message.reshape(-1, K), expected)
     np.testing.assert_array_equal(count.ravel(), number)
@@ -107,7 +117,7 @@ def test_swapping_p_and_q_transposes(kind):
         forward = pairwise.to_table(forward)
         backward = forward._replace(scores=forward.scores.swapaxes(-1, -2), p=forward.q, q=forward.p)
         untransposed = backward._replace(scores=forward.scores)
-    run = jax.jit(lambda v: (pairwise.edge_log_likelihood(v, labels), pairwise.messages(v, q)))
+    run = jax.jit(lambda v: (edge_log_likelihood(v, labels), messages(v, q)))
     expected = run(forward)
     for got, want in zip(jax.tree.leaves(run(backward)), jax.tree.leaves(expected), strict=True):
         close(got, want)
@@ -131,13 +141,13 @@ def test_evidence_counts_in_the_likelihood_and_sends_no_messages():
     for encode, shape in ((lambda v: v, (H, W)), (pairwise.to_table, (H * W,))):
         one, other = encode(with_it), encode(without)
         np.testing.assert_array_equal(
-            pairwise.messages(one, q.reshape(*shape, K))[0], pairwise.messages(other, q.reshape(*shape, K))[0]
+            messages(one, q.reshape(*shape, K))[0], messages(other, q.reshape(*shape, K))[0]
         )
-        values = [pairwise.edge_log_likelihood(v, x.labels.reshape(shape))[0] for v in (one, other)]
+        values = [edge_log_likelihood(v, x.labels.reshape(shape))[0] for v in (one, other)]
         assert abs(values[0] - values[1]) > 1
     # Evidence that is constant over the classes of a node is no evidence.
     constant = build(x.a, x.b, x.w2, x.b2, np.broadcast_to(x.unary[..., :1], x.unary.shape))
-    close(pairwise.edge_log_likelihood(constant, x.labels)[0], values[1])
+    close(edge_log_likelihood(constant, x.labels)[0], values[1])
 
 
 @pytest.mark.parametrize("encode", [lambda v: v, pairwise.to_table], ids=["factored", "table"])
@@ -145,8 +155,8 @@ def test_potentials_without_edges(encode):
     x = random_problems.grid_problem(8, H, W, K, M)
     potential = encode(build(x.a, x.b, x.w2, x.b2, x.evidence, box=np.zeros((0, 2), np.int32)))
     shape = (H, W) if isinstance(potential, pairwise.FactoredPairwise) else (H * W,)
-    total, count = pairwise.edge_log_likelihood(potential, x.labels.reshape(shape))
-    message, number = pairwise.messages(potential, jax.nn.softmax(x.unary).reshape(*shape, K))
+    total, count = edge_log_likelihood(potential, x.labels.reshape(shape))
+    message, number = messages(potential, jax.nn.softmax(x.unary).reshape(*shape, K))
     assert total == 0 and count == 0
     assert not message.any() and not number.any()
     assert message.shape == (*shape, K) and number.shape == shape
@@ -157,31 +167,36 @@ def test_bfloat16_features_keep_the_loss():
     classes, hidden = 40, 32
     x = random_problems.grid_problem(9, 10, 12, classes, hidden)
     box = offsets(SURROUNDING, 10, 12)
+    # One hidden unit adds 256 to all scores: nothing to a softmax, but bfloat16 scores would be even numbers.
+    x.a[..., 0], x.b[..., 0], x.w2[0] = 16, 0, 16
     half = [jnp.asarray(v, jnp.bfloat16) for v in (x.a, x.b, x.w2, x.b2)]
-    run = jax.jit(pairwise.edge_log_likelihood)
-    total, count = run(build(*half, x.evidence, box=box), x.labels)
-    expected, number = run(build(*(v.astype(jnp.float32) for v in half), x.evidence, box=box), x.labels)
+    total, count = edge_log_likelihood(build(*half, x.evidence, box=box), x.labels)
+    expected, number = edge_log_likelihood(
+        build(*(v.astype(jnp.float32) for v in half), x.evidence, box=box), x.labels
+    )
     assert total.dtype == count.dtype == jnp.float32
     assert count == number == len(edge_list(SURROUNDING, 10, 12).p) > 256
     assert abs(total - expected) < 1e-3 * abs(expected)
     q = jax.nn.softmax(x.unary)
-    message = pairwise.messages(build(*half, None, box=box), q)[0]
+    message = messages(build(*half, None, box=box), q)[0]
     assert message.dtype == jnp.float32
-    exact = pairwise.messages(build(*(v.astype(jnp.float32) for v in half), None, box=box), q)[0]
+    exact = messages(build(*(v.astype(jnp.float32) for v in half), None, box=box), q)[0]
     close(message, exact, 1e-2)
 
 
-def test_bfloat16_tables_lose_nothing_beyond_their_own_rounding():
+@pytest.mark.parametrize("evidence", [False, True])
+def test_bfloat16_tables_lose_nothing_beyond_their_own_rounding(evidence):
     x = random_problems.graph_problem(10, 30, 700, classes=20)
     half = jnp.asarray(x.scores, jnp.bfloat16)
-    table = pairwise.PairwiseTable(half, x.p, x.q, jnp.asarray(x.evidence, jnp.bfloat16))
+    extra = jnp.asarray(x.evidence, jnp.bfloat16) if evidence else None
+    table = pairwise.PairwiseTable(half, x.p, x.q, extra)
     full = jax.tree.map(lambda v: v.astype(jnp.float32) if v.dtype == jnp.bfloat16 else v, table)
     for got, expected in zip(
-        pairwise.edge_log_likelihood(table, x.labels), pairwise.edge_log_likelihood(full, x.labels), strict=True
+        edge_log_likelihood(table, x.labels), edge_log_likelihood(full, x.labels), strict=True
     ):
         assert got.dtype == jnp.float32
         close(got, expected)
-    for got, expected in zip(pairwise.messages(table, x.unary), pairwise.messages(full, x.unary), strict=True):
+    for got, expected in zip(messages(table, x.unary), messages(full, x.unary), strict=True):
         close(got, expected)
 
 

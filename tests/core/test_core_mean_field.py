@@ -1,16 +1,17 @@
-"""Mean field against loops over edges, its free energy against enumeration, and every check of its arguments."""
+"""Mean field against loops over edges, its free energy against enumeration, its argument checks."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import crf_oracle, random_problems
 
 from pwcrf_jax import mean_field, pairwise
 from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING, offsets
-from reference import crf_oracle, random_problems
 
 run = jax.jit(mean_field.run, static_argnames=("num_iterations", "normalize"))
 step = jax.jit(mean_field.step, static_argnames="normalize")
+messages = jax.jit(pairwise.messages)
 
 
 def grid_model(seed, height, width, classes=3, scale=1.0, evidence=True):
@@ -63,9 +64,13 @@ def test_step_and_run_match_the_oracle(weights, damping, normalize, masked, enco
     # One step from a state that is not the unary's.
     start = crf_oracle.log_softmax(np.random.default_rng(32).normal(size=flat.shape))
     got, change = step(
-        reshape(start.reshape(unary.shape).astype(np.float32)), reshape(unary), potentials, w, node_mask=reshape(mask),
+        reshape(start.reshape(unary.shape).astype(np.float32)),
+        reshape(unary),
+        potentials,
+        w,
+        node_mask=reshape(mask),
         **settings,
-    )  # fmt: skip
+    )
     expected, expected_change = crf_oracle.mean_field_step(start, flat, relations, **oracle)
     np.testing.assert_allclose(got.reshape(-1, classes), expected, rtol=0, atol=1e-4)
     np.testing.assert_allclose(change, expected_change, rtol=1e-4)
@@ -83,24 +88,34 @@ def test_masked_nodes_keep_their_unary_and_influence_nobody():
     np.testing.assert_array_equal(run(other, potentials, node_mask=mask)[0][mask], log_q[mask])
 
 
+def test_change_leaves_masked_nodes_out():
+    x = random_problems.graph_problem(45, nodes=3, edges=4)
+    table = pairwise.PairwiseTable(0.1 * x.scores, x.p, x.q)
+    start = np.log(np.float32([[0.3, 0.3, 0.4], [0.3, 0.3, 0.4], [1 - 2e-6, 1e-6, 1e-6]]))
+    unary = np.where(np.arange(3)[:, None] == 2, np.float32([0, 9, 0]), start)
+    mask = np.array([True, True, False])
+    assert step(start, unary, [table])[1] > 0.9
+    assert step(start, unary, [table], node_mask=mask)[1] < 0.5
+
+
 @pytest.mark.parametrize("sender", [0, 1])
 def test_messages_go_both_ways(sender):
     """One edge (0, 1). The receiver hears sum_l z[k, l] Q(l) as p, sum_k z[k, l] Q(k) as q, by hand."""
     z = np.array([[[0.0, 1.0], [2.0, 5.0]]], np.float32)
     table = pairwise.PairwiseTable(z, np.array([0]), np.array([1]))
     marginals = np.array([[0.25, 0.75], [0.5, 0.5]], np.float32)
-    message, count = pairwise.messages(table, marginals)
+    message, count = messages(table, marginals)
     np.testing.assert_allclose(message[0], [0.5, 3.5])
     np.testing.assert_allclose(message[1], [1.5, 4.0])
     assert count.tolist() == [1, 1]
     mask = np.array([True, True])
     mask[sender] = False
-    message, count = pairwise.messages(table, marginals, mask)
+    message, count = messages(table, marginals, mask)
     assert not message.any() and not count.any()
     # The same on a grid of one row: q is right of p.
     a = np.zeros((1, 2, 1), np.float32)
     grid = pairwise.factored_pairwise(a, a, np.zeros((1, 2, 2), np.float32), z[0], np.array([[0, 1]]))
-    message, count = pairwise.messages(grid, marginals[None])
+    message, count = messages(grid, marginals[None])
     np.testing.assert_allclose(message[0], [[0.5, 3.5], [1.5, 4.0]])
     assert count.tolist() == [[1, 1]]
 
@@ -110,8 +125,10 @@ def test_free_energy_is_above_minus_log_z(size):
     unary, potentials, relations = grid_model(34, *size, scale=0.5, evidence=False)
     edges, flat = relations[0] + relations[1], unary.reshape(-1, 3)
     log_z = crf_oracle.log_partition(flat, edges)
-    energies = []
-    for iterations, damping in ((0, 0.0), (1, 0.0), (3, 0.0), (60, 0.5)):
+    start = np.float64(mean_field.init(unary).reshape(-1, 3))
+    energies = [crf_oracle.free_energy(start, flat, edges)]
+    assert energies[0] >= -log_z
+    for iterations, damping in ((3, 0.0), (40, 0.0), (40, 0.5)):
         log_q, _ = run(unary, potentials, num_iterations=iterations, damping=damping)
         energies.append(crf_oracle.free_energy(np.float64(log_q.reshape(-1, 3)), flat, edges))
         assert energies[-1] >= -log_z - 1e-5
@@ -163,13 +180,14 @@ def test_normalize_makes_the_weight_independent_of_the_number_of_neighbours():
     a = np.zeros((5, 5, 1), np.float32)
     b2 = np.float32([[0.1, 0.0], [0.0, 0.1]])
     results = []
-    for radius in (1, 2, 4):
-        box = [(r, c) for r in range(-radius, radius + 1) for c in range(-radius, radius + 1) if (r, c) != (0, 0)]
+    for radius in (1, 4):
+        box = [
+            (r, c) for r in range(-radius, radius + 1) for c in range(-radius, radius + 1) if (r, c) != (0, 0)
+        ]
         potential = pairwise.factored_pairwise(a, a, np.zeros((1, 2, 2), np.float32), b2, np.array(box))
         results.append(run(unary, [potential], num_iterations=2, normalize=True)[0])
     assert np.ptp(run(unary, [potential], num_iterations=2)[0] - results[0]) > 0.1
     np.testing.assert_allclose(results[0], results[1], atol=1e-5)
-    np.testing.assert_allclose(results[0], results[2], atol=1e-5)
 
 
 def test_strong_couplings_flip_for_ever_unless_damped():

@@ -1,4 +1,4 @@
-"""The piecewise likelihood against enumerated joints, and the data side of it: void, balancing, grid labels."""
+"""The piecewise likelihood against enumerated joints, and void, balancing and grid labels."""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import crf_oracle, random_problems
 
 from pwcrf_jax import pairwise, piecewise
 from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING, offsets
-from reference import crf_oracle, random_problems
 
 GRIDS = [(2, 2), (2, 3)]
 ll_unary = jax.jit(piecewise.unary_log_likelihood, static_argnames="void")
@@ -28,7 +28,7 @@ def relation_potential(x, relation, evidence=False):
 @pytest.mark.parametrize("evidence", [False, True])
 @pytest.mark.parametrize("size", GRIDS, ids=str)
 def test_piecewise_bounds_the_enumerated_likelihood(size, evidence):
-    """Z = sum_y prod_f psi_f <= prod_f sum psi_f, so for *all* factors together -log P_piecewise >= -log P."""
+    """Z = sum_y prod_f psi_f <= prod_f sum psi_f, so over *all* factors -log P_piecewise >= -log P."""
     x = random_problems.grid_problem(11, *size)
     unary, labels = x.unary.reshape(-1, 3), x.labels.ravel()
     terms, all_edges = [ll_unary(x.unary, x.labels)], []
@@ -121,10 +121,17 @@ def test_all_void_is_zero_of_nothing_with_a_zero_gradient():
     x = random_problems.grid_problem(18, 2, 3)
     labels = np.full((2, 3), 255)
     box = offsets(SURROUNDING, 2, 3)
-    loss = lambda a: piecewise.pairwise_log_likelihood(pairwise.factored_pairwise(a, x.b, x.w2, x.b2, box), labels)
-    assert loss(x.a) == (0, 0) and piecewise.unary_log_likelihood(x.unary, labels) == (0, 0)
-    assert not jax.grad(lambda a: loss(a)[0])(x.a).any()
-    assert not jax.grad(lambda z: piecewise.unary_log_likelihood(z, labels)[0])(x.unary).any()
+
+    @jax.jit
+    @jax.grad
+    def gradient(parts):
+        unary, a = parts
+        potential = pairwise.factored_pairwise(a, x.b, x.w2, x.b2, box)
+        return ll_unary(unary, labels)[0] + ll_pairwise(potential, labels)[0]
+
+    potential = pairwise.factored_pairwise(x.a, x.b, x.w2, x.b2, box)
+    assert ll_unary(x.unary, labels) == ll_pairwise(potential, labels) == (0, 0)
+    assert not any(g.any() for g in gradient((x.unary, x.a)))
 
 
 def test_batch_sums_over_images():
@@ -147,7 +154,7 @@ def test_bfloat16_unary_takes_its_softmax_in_float32():
     rng = np.random.default_rng(20)
     scores = jnp.asarray(40 + rng.normal(size=(50, 21)), jnp.bfloat16)
     labels = rng.integers(0, 21, 50)
-    got = piecewise.unary_log_likelihood(scores, labels)
+    got = ll_unary(scores, labels)
     expected = crf_oracle.unary_log_likelihood(np.asarray(scores, np.float64), labels)
     assert got[0].dtype == got[1].dtype == jnp.float32
     np.testing.assert_allclose(got, expected, rtol=1e-5)
@@ -155,10 +162,12 @@ def test_bfloat16_unary_takes_its_softmax_in_float32():
 
 def test_large_scores_do_not_overflow():
     labels = np.array([0, 1])
-    total, _ = piecewise.unary_log_likelihood(np.array([[1e4, -1e4], [1e4, -1e4]], np.float32), labels)
+    total, _ = ll_unary(np.array([[1e4, -1e4], [1e4, -1e4]], np.float32), labels)
     assert total == -2e4
-    table = pairwise.PairwiseTable(np.array([[[1e4, 0], [0, -1e4]]], np.float32), np.array([0]), np.array([1]))
-    assert piecewise.pairwise_log_likelihood(table, labels)[0] == -1e4
+    table = pairwise.PairwiseTable(
+        np.array([[[1e4, 0], [0, -1e4]]], np.float32), np.array([0]), np.array([1])
+    )
+    assert ll_pairwise(table, labels)[0] == -1e4
 
 
 @pytest.mark.parametrize(
@@ -182,13 +191,15 @@ def test_refused_labels(labels, match):
             piecewise.pairwise_log_likelihood(pairwise.to_table(potential), labels.ravel())
 
 
-# --- balancing -------------------------------------------------------------------------------------------------
+# --- balancing -------------------------------------------------------------------------------------
 
 balance = jax.jit(piecewise.balance_weights, static_argnums=1, static_argnames="void")
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(st.lists(st.sampled_from([0, 1, 2, 3, 255]), min_size=12, max_size=12), st.sampled_from([0.0, 0.5, 1.0]))
+@given(
+    st.lists(st.sampled_from([0, 1, 2, 3, 255]), min_size=12, max_size=12), st.sampled_from([0.0, 0.5, 1.0])
+)
 def test_balance_weights_match_the_oracle(values, power):
     labels = np.array(values).reshape(3, 4)
     got = balance(labels, 4, power=power)
@@ -221,7 +232,7 @@ def test_balance_weights_with_a_void_label_inside_the_classes():
     )
 
 
-# --- labels of the grid ----------------------------------------------------------------------------------------
+# --- labels of the grid ----------------------------------------------------------------------------
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

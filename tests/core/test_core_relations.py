@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from pwcrf_jax.relations import ABOVE_BELOW, RELATIONS, SURROUNDING, Relation, edge_list, offsets, validity_mask
 from reference import crf_oracle
+
+from pwcrf_jax.relations import (
+    ABOVE_BELOW,
+    RELATIONS,
+    SURROUNDING,
+    Relation,
+    edge_list,
+    offsets,
+    validity_mask,
+)
 
 MAPS = [(1, 1), (1, 2), (1, 9), (8, 1), (2, 2), (3, 3), (4, 6), (5, 7), (10, 11), (13, 10), (15, 16)]
 BOXES = [

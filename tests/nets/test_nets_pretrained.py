@@ -256,7 +256,7 @@ def test_real_mobilenet():
     params = make_params(backbone="mobilenet_v2", block6=(), scales=(1.0,), pyramid_windows=())
     params, report = nets.load_pretrained(path, params)
     assert report.left_random == () and len(report.loaded) == 40
-    features = net.apply({"params": params}, nets.scale_input(pixels, report.scaling))
+    features = jax.jit(net.apply)({"params": params}, nets.scale_input(pixels, report.scaling))
     assert features.shape == (1, 4, 5, 576)
     assert np.isfinite(features).all()
     assert features.std() > 0.05 and features.std((1, 2)).max() > 0.05

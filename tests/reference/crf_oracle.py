@@ -1,4 +1,4 @@
-"""A CRF by enumeration, its piecewise likelihood and its mean field, by loops over nodes and edges, in float64.
+"""A CRF by enumeration, its piecewise likelihood and mean field, by loops over nodes and edges, in float64.
 
 A graph is unary scores [N, K] and a list of `Edge`. Grids are flattened row-major. No batch axes.
 """
@@ -30,7 +30,7 @@ def log_softmax(x):
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-# --- edges -----------------------------------------------------------------------------------------------------
+# --- edges -----------------------------------------------------------------------------------------
 
 
 def box_axis(low, high, unit, short_side, size, grid=None):
@@ -90,7 +90,7 @@ def with_evidence(edges, evidence):
     return [Edge(p, q, s + e[p][:, None] + e[q][None, :]) for p, q, s in edges]
 
 
-# --- the exact model, by enumeration ---------------------------------------------------------------------------
+# --- the exact model, by enumeration ---------------------------------------------------------------
 
 
 def log_score(labels, unary, edges):
@@ -125,7 +125,7 @@ def exact_log_likelihood(labels, unary, edges):
     return log_score(labels, unary, edges) - log_partition(unary, edges)
 
 
-# --- piecewise -------------------------------------------------------------------------------------------------
+# --- piecewise -------------------------------------------------------------------------------------
 
 
 def unary_log_likelihood(scores, labels, weights=None, void=255):
@@ -161,7 +161,7 @@ def balance_weights(labels, classes, void=255, power=1.0):
     return weights * valid.sum() / weights.sum() if valid.any() else weights
 
 
-# --- mean field ------------------------------------------------------------------------------------------------
+# --- mean field ------------------------------------------------------------------------------------
 
 
 def messages(edges, marginals, mask=None):
@@ -211,7 +211,7 @@ def free_energy(log_q, unary, edges):
     return energy + (q * log_q).sum()
 
 
-# --- finite differences ----------------------------------------------------------------------------------------
+# --- finite differences ----------------------------------------------------------------------------
 
 
 def numerical_gradient(function, x, step=1e-6):

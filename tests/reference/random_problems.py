@@ -6,7 +6,7 @@ import numpy as np
 
 
 class GridProblem(NamedTuple):
-    """unary [..., H, W, K]; a, b [..., H, W, M]; w2 [M, K, K]; b2 [K, K]; evidence [..., H, W, K]; labels [..., H, W]."""
+    """unary, evidence [..., H, W, K]; a, b [..., H, W, M]; w2 [M, K, K]; b2 [K, K]; labels [..., H, W]."""
 
     unary: np.ndarray
     a: np.ndarray

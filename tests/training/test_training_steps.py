@@ -147,7 +147,7 @@ def test_pairwise_terms_train_the_features_only_if_asked(config, trains):
         return sum(total for name, (total, _) in terms.items() if name != "unary")
 
     grads = jax.grad(pair_terms)(evaluate.init_params(model, 0))
-    size = {k: float(optax.global_norm(v)) for k, v in grads.items()}
+    size = {k: float(optax.tree.norm(v)) for k, v in grads.items()}
     assert (size["featmap"] > 0) == trains
     assert size["unary"] == 0
     assert size["pairwise_surrounding"] > 0 and size["pairwise_above_below"] > 0

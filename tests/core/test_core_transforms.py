@@ -1,0 +1,174 @@
+"""Every public function of the core: eager == jit == vmap, and the second call does not trace again."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import random_problems
+
+import pwcrf_jax
+from pwcrf_jax import mean_field, metrics, pairwise, piecewise, relations
+
+H, W, K, M = 3, 4, 3, 4
+BOX = relations.offsets(relations.SURROUNDING, H, W)
+WEIGHTS = (0.5, 0.25)
+
+
+def inputs(seed):
+    x = random_problems.grid_problem(seed, H, W, K, M)
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, K, (2 * H, 3 * W)).astype(np.int32)
+    return jax.tree.map(
+        jnp.asarray,
+        dict(
+            x._asdict(),
+            labels=np.where(rng.random((H, W)) < 0.2, 255, x.labels),
+            image=np.where(rng.random(image.shape) < 0.2, 255, image),
+            predictions=rng.integers(0, K, image.shape).astype(np.int32),
+            mask=rng.random((H, W)) > 0.2,
+            weights=rng.uniform(0.5, 2, (H, W)).astype(np.float32),
+            relation_weights=np.float32(WEIGHTS),
+            damping=np.float32(rng.uniform(0, 0.9)),
+        ),
+    )
+
+
+def grid(v, evidence=True):
+    return pairwise.factored_pairwise(
+        v["a"], v["b"], v["w2"], v["b2"], BOX, v["evidence"] if evidence else None
+    )
+
+
+def table(v, evidence=True):
+    return pairwise.to_table(grid(v, evidence))
+
+
+def nodes(v, name):
+    return v[name].reshape(H * W, *v[name].shape[2:])
+
+
+def mean_field_settings(v, masks):
+    return dict(weights=v["relation_weights"], damping=v["damping"], normalize=True, node_mask=masks)
+
+
+CASES = {
+    "unary_log_likelihood": lambda v: piecewise.unary_log_likelihood(
+        v["unary"], v["labels"], node_weights=v["weights"]
+    ),
+    "pairwise_log_likelihood-factored": lambda v: piecewise.pairwise_log_likelihood(
+        grid(v), v["labels"], node_weights=v["weights"]
+    ),
+    "pairwise_log_likelihood-table": lambda v: piecewise.pairwise_log_likelihood(
+        table(v), nodes(v, "labels")
+    ),
+    "edge_log_likelihood": lambda v: pairwise.edge_log_likelihood(grid(v, False), v["labels"], v["mask"]),
+    "messages-factored": lambda v: pairwise.messages(grid(v), jax.nn.softmax(v["unary"]), v["mask"]),
+    "messages-table": lambda v: pairwise.messages(
+        table(v), jax.nn.softmax(nodes(v, "unary")), nodes(v, "mask")
+    ),
+    "factored_pairwise": grid,
+    "to_table": table,
+    "init": lambda v: mean_field.init(v["unary"]),
+    "step": lambda v: mean_field.step(
+        mean_field.init(v["evidence"]),
+        v["unary"],
+        [grid(v), grid(v, False)],
+        **mean_field_settings(v, v["mask"]),
+    ),
+    "run-factored": lambda v: mean_field.run(
+        v["unary"], [grid(v), grid(v, False)], **mean_field_settings(v, v["mask"])
+    ),
+    "run-table": lambda v: mean_field.run(
+        nodes(v, "unary"), [table(v), table(v)], **mean_field_settings(v, nodes(v, "mask"))
+    ),
+    "balance_weights": lambda v: piecewise.balance_weights(v["labels"], K, power=v["damping"]),
+    "grid_labels": lambda v: piecewise.grid_labels(v["image"], H, W),
+    "confusion_matrix": lambda v: metrics.confusion_matrix(v["predictions"], v["image"], K),
+}
+# Static geometry and figures on the host: plain NumPy, nothing to trace.
+HOST = {"offsets", "edge_list", "validity_mask", "scores"}
+
+
+def public_functions():
+    modules = (relations, pairwise, piecewise, mean_field, metrics)
+    for module in modules:
+        for name, value in vars(module).items():
+            if not name.startswith("_") and not isinstance(value, type) and callable(value):
+                if getattr(value, "__module__", "") == module.__name__:
+                    yield name
+
+
+def test_every_public_function_is_in_the_battery():
+    covered = {name.split("-")[0] for name in CASES} | HOST
+    assert set(public_functions()) == covered
+    exported = {
+        n for n in pwcrf_jax.__all__ if callable(v := getattr(pwcrf_jax, n)) and not isinstance(v, type)
+    }
+    assert {
+        n for n in exported if getattr(pwcrf_jax, n).__module__.startswith("pwcrf_jax.")
+    } - covered == set()
+
+
+def equal(got, expected):
+    got, expected = jax.tree.leaves(got), jax.tree.leaves(expected)
+    assert len(got) == len(expected)
+    for one, other in zip(got, expected, strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_eager_jit_and_vmap_agree_and_trace_once(name):
+    function, traces = CASES[name], []
+
+    def counted(v):
+        traces.append(1)
+        return function(v)
+
+    first, second = inputs(61), inputs(62)
+    jitted = jax.jit(counted)
+    one, two = jitted(first), jitted(second)
+    assert len(traces) == 1
+    equal(one, function(first))
+    batch = jax.tree.map(lambda *v: jnp.stack(v), first, second)
+    equal(jax.jit(jax.vmap(function))(batch), jax.tree.map(lambda *v: jnp.stack(v), one, two))
+    # The battery's two inputs are told apart by the function.
+    assert any(
+        np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(*map(jax.tree.leaves, (one, two)), strict=True)
+    )
+
+
+class Model(NamedTuple):
+    unary: jax.Array
+    potentials: list
+
+
+@pytest.mark.parametrize("encode", [grid, table])
+def test_potentials_pass_through_jit_as_arguments(encode):
+    """Potentials are pytrees, their offsets static: a new potential of one relation traces nothing."""
+    traces = []
+
+    @jax.jit
+    def run(model):
+        traces.append(1)
+        return mean_field.run(model.unary, model.potentials)[0]
+
+    for seed in (63, 64):
+        v = inputs(seed)
+        unary = v["unary"] if encode is grid else nodes(v, "unary")
+        run(Model(unary, [encode(v), encode(v, evidence=False)]))
+    assert len(traces) == 1
+    if encode is grid:
+        fewer = pairwise.factored_pairwise(v["a"], v["b"], v["w2"], v["b2"], BOX[1:])
+        run(Model(v["unary"], [fewer, fewer]))
+        assert len(traces) == 2
+
+
+def test_factored_pairwise_is_a_pytree_of_its_arrays():
+    potential = grid(inputs(65))
+    leaves, tree = jax.tree.flatten(potential)
+    assert len(leaves) == 5 and len(jax.tree.leaves(grid(inputs(65), evidence=False))) == 4
+    assert hash(tree) == hash(jax.tree.structure(grid(inputs(66))))
+    assert jax.tree.unflatten(tree, leaves).offsets == tuple(map(tuple, BOX.tolist()))

@@ -1,0 +1,82 @@
+"""Every file in configs/ resolves, is valid, builds its model and its steps; the scripts run end to end."""
+
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pwcrf_jax.training import config as configs
+from pwcrf_jax.training import evaluate, parallel, steps
+from pwcrf_jax.training.optimizer import make_optimizer, schedule
+
+ROOT = pathlib.Path(__file__).parents[2]
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_builds_and_its_step_is_traced(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    configs.validate(config, num_devices=1)
+    model = configs.build_model(config)
+    tx = make_optimizer(config.optimizer, config.model, config.train.steps)
+    params = evaluate.abstract_params(model)
+    state = jax.eval_shape(lambda p: steps.TrainState(jnp.int32(0), p, tx.init(p)), params)
+    batch = {
+        "image": jax.ShapeDtypeStruct((1, 1, *config.data.crop_size, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((1, 1, *config.data.crop_size), jnp.uint8),
+    }
+    step = steps.make_train_step(model, tx, config.loss.to_dict())
+    new, metrics = jax.eval_shape(parallel.pmap_train(step, devices=jax.devices()[:1]), state, batch)
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    assert {"loss", "nll_unary", *(f"nll_{n}" for n in config.model.relations)} <= set(metrics)
+
+
+def test_camvid_variants():
+    module = importlib.import_module("configs.camvid_mobilenet_v2")
+    both = configs.build_model(module.get_config("both"))
+    assert both.parameterisation == ("residual", "residual", "free", "free")
+    assert configs.build_model(module.get_config("free")).parameterisation == ("free", "free")
+    with pytest.raises(ValueError, match="residual, free, both"):
+        module.get_config("other")
+
+
+@pytest.mark.parametrize("name", ["poly", "cosine", "constant"])
+def test_schedules(name, config):
+    config.optimizer.schedule, config.optimizer.warmup_steps = name, 10
+    rate = schedule(config.optimizer, 100)
+    peak = config.optimizer.learning_rate
+    assert 0 < rate(0) < rate(5) < peak
+    assert float(rate(10)) == pytest.approx(peak)
+    assert float(rate(99)) <= peak * (1.0 if name == "constant" else 0.05)
+
+
+def test_scripts_end_to_end(config, tmp_path):
+    """train.py, again (nothing left to do), then eval.py with no more than --workdir; its last line is JSON."""
+    env = {**os.environ, "XLA_FLAGS": ""}
+
+    def run(*args):
+        return subprocess.run(
+            [sys.executable, *map(str, args)], capture_output=True, text=True, cwd=tmp_path, env=env, check=False
+        )
+
+    train = [ROOT / "train.py", "--config", ROOT / "configs" / "demo.py", "--workdir", tmp_path / "work",
+             f"--config.data.data_dir={config.data.data_dir}", "--config.data.synthetic.num_train=24",
+             "--config.data.synthetic.num_val=10", "--config.train.steps=4", "--config.train.log_every=2",
+             "--config.model.hidden=8", "--config.model.tiny.features=(4,4,8,8)"]  # fmt: skip
+    first = run(*train)
+    assert first.returncode == 0, first.stderr
+    assert "2 x unary" in first.stderr and "left" in first.stderr
+    again = run(*train)
+    assert again.returncode == 0 and "already trained for 4 steps" in again.stderr, again.stderr
+    done = run(ROOT / "eval.py", "--workdir", tmp_path / "work", "--config.crf.weights=(0.5,2.0)")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert {"miou_unary", "miou_surrounding", "miou_above_below", "miou_all"} <= set(figures)
+    assert "all relations" in done.stdout
+    assert json.loads((tmp_path / "work" / "eval_val.json").read_text())["config"]["crf"]["weights"] == [0.5, 2.0]

@@ -1,0 +1,215 @@
+"""Bad input is refused before training, with a message that names the file or key and the remedy."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from configs import camvid_mobilenet_v2
+from PIL import Image
+
+from pwcrf_jax.data import DataError
+from pwcrf_jax.nets import WeightsError
+from pwcrf_jax.training import checkpoint, evaluate, loop, steps
+from pwcrf_jax.training import config as configs
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def camvid(tmp_path):
+    """A CamVid folder of four images, as a config that trains on it."""
+    source = tmp_path / "camvid"
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        (source / split).mkdir(parents=True)
+        (source / f"{split}annot").mkdir()
+        for i in range(2):
+            Image.fromarray(rng.integers(0, 256, (32, 48, 3)).astype(np.uint8)).save(source / split / f"{i}.png")
+            Image.fromarray(rng.integers(0, 12, (32, 48)).astype(np.uint8)).save(source / f"{split}annot" / f"{i}.png")
+        lines = [f"{split}/{i}.png {split}annot/{i}.png" for i in range(2)]
+        (source / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    config = camvid_mobilenet_v2.get_config()
+    config.data.source_dir, config.data.data_dir = str(source), str(tmp_path / "prepared")
+    config.data.crop_size = config.data.eval_size = (32, 48)
+    config.model.backbone, config.model.hidden, config.model.scales, config.model.block6 = "tiny", 4, (1.0,), ()
+    config.train.batch_size = config.eval.batch_size = jax.device_count()
+    config.train.steps = 1
+    return source, config
+
+
+def _refused(config, tmp_path, error, match, monkeypatch):
+    # Before training: no step may be built, let alone run.
+    monkeypatch.setattr(steps, "make_train_step", lambda *_: pytest.fail("training was started"))
+    with pytest.raises(error, match=match):
+        loop.train_and_evaluate(config, str(tmp_path / "work"))
+
+
+def test_the_folder_itself_is_fine(camvid, tmp_path):
+    loop.train_and_evaluate(camvid[1], str(tmp_path / "work"))
+
+
+def _missing_image(source):
+    (source / "train" / "1.png").unlink()
+
+
+def _unreadable_image(source):
+    (source / "train" / "1.png").write_bytes(b"not a picture")
+
+
+def _mask_of_another_size(source):
+    Image.fromarray(np.zeros((16, 48), np.uint8)).save(source / "trainannot" / "1.png")
+
+
+def _label_out_of_range(source):
+    Image.fromarray(np.full((32, 48), 77, np.uint8)).save(source / "valannot" / "1.png")
+
+
+def _empty_split(source):
+    (source / "val.txt").write_text("")
+    shutil.rmtree(source / "val")
+    (source / "val").mkdir()
+
+
+@pytest.mark.parametrize(
+    "spoil, match",
+    [
+        (_missing_image, r"1\.png"),
+        (_unreadable_image, r"1\.png"),
+        (_mask_of_another_size, r"1\.png.*16|1\.png.*48"),
+        (_label_out_of_range, r"valannot.*1\.png.*77"),
+        (_empty_split, r"val"),
+    ],
+)
+def test_spoiled_data(camvid, tmp_path, monkeypatch, spoil, match):
+    source, config = camvid
+    spoil(source)
+    _refused(config, tmp_path, DataError, match, monkeypatch)
+
+
+def test_wrong_number_of_classes(camvid, tmp_path, monkeypatch):
+    config = camvid[1]
+    config.data.num_classes = 12
+    _refused(config, tmp_path, configs.ConfigError, r"data\.num_classes = 12.*num_classes=11", monkeypatch)
+
+
+def test_image_larger_than_eval_size(camvid, tmp_path):
+    config = camvid[1]
+    config.data.eval_size = (16, 48)
+    with pytest.raises(DataError, match=r"data\.eval_size"):
+        loop.train_and_evaluate(config, str(tmp_path / "work"))
+
+
+def test_batch_size_that_devices_do_not_divide(config, tmp_path, monkeypatch):
+    config.train.batch_size = 12
+    _refused(config, tmp_path, configs.ConfigError, r"train\.batch_size = 12.*8 devices.*16", monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "key, value, match",
+    [
+        ("model.hidden", 16, r"first.*\[8\] in the checkpoint and float32 \[16\]"),
+        ("model.relations", ("surrounding",), r"pairwise_above_below"),
+        ("optimizer.name", "sgd", r"opt_state"),
+    ],
+)
+def test_checkpoint_of_another_model(config, trained, tmp_path, monkeypatch, key, value, match):
+    shutil.copytree(trained, tmp_path / "work")
+    before = (tmp_path / "work" / "config.json").read_text()
+    config.update_from_flattened_dict({key: value})
+    config.train.steps = 2
+    _refused(config, tmp_path, checkpoint.CheckpointError, rf"another model.*({match}).*--workdir", monkeypatch)
+    assert (tmp_path / "work" / "config.json").read_text() == before, "the refused config replaced the run's own"
+
+
+def test_checkpoint_of_another_model_in_evaluation(config, trained):
+    config.model.hidden = 16
+    with pytest.raises(checkpoint.CheckpointError, match=r"first.*\[8\].*\[16\]"):
+        evaluate.evaluate(config, str(trained))
+
+
+def test_no_checkpoint(config, tmp_path):
+    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint in.*train first"):
+        evaluate.evaluate(config, str(tmp_path))
+
+
+def test_missing_weights(config, tmp_path, monkeypatch):
+    config.init_from = str(tmp_path / "gone.h5")
+    config.model.backbone = "mobilenet_v2"
+    _refused(config, tmp_path, WeightsError, r"gone\.h5", monkeypatch)
+
+
+def test_unknown_split(config, tmp_path, monkeypatch):
+    config.data.eval_split = "vall"
+    _refused(config, tmp_path, DataError, r"vall.*val", monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "key, value, match",
+    [
+        ("data.name", "camvd", "camvid"),
+        ("model.backbone", "vgg61", "vgg16"),
+        ("model.parameterisation", "residul", "residual"),
+        ("model.relations", ("surounding",), "surrounding"),
+        ("model.scales", (), "scales"),
+        ("model.scales", (1.0, -1.0), "positive"),
+        ("model.block6", ((2, 8),), "odd"),
+        ("model.mobilenet_v2.output", "block_99", "block_99"),
+        ("crf.relations", ("left",), "crf.relations"),
+        ("crf.weights", (1.0, 1.0, 1.0), "crf.weights"),
+        ("crf.damping", 1.0, "damping"),
+        ("optimizer.learning_rate", float("nan"), "learning_rate.*finite"),
+        ("optimizer.learning_rate", 0.0, "learning_rate.*positive"),
+        ("train.batch_size", 0, "batch_size.*positive"),
+        ("train.steps", -1, "steps.*0 or more"),
+        ("data.scale_range", (1.2, 0.7), "scale_range"),
+        ("data.num_classes", 256, r"2\.\.255"),
+        ("relations.surrounding.unit", "pixels", "surrounding.*unit"),
+        ("relations.surrounding.parameterisation", "fre", "free"),
+    ],
+)
+def test_config_values(config, key, value, match):
+    if key.startswith("model.mobilenet_v2"):
+        config.model.backbone = "mobilenet_v2"
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(configs.ConfigError, match=match):
+        configs.validate(config)
+
+
+def _run(script, *args):
+    return subprocess.run([sys.executable, ROOT / script, *args], capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    "args, match",
+    [
+        (["--config=configs/demo.py", "--config.model.hiden=3"], "hidden"),
+        (["--config=configs/demo.py", "--config.train.steps=many"], "many"),
+        (["--config=configs/nothing.py", "--workdir=somewhere"], "nothing.py"),
+        (["--config=configs/default.py:x", "--workdir=somewhere"], "default.py"),
+        (["--config=configs/demo.py"], "--workdir"),
+        (["--workdir=somewhere"], "--config"),
+    ],
+)
+def test_command_line(args, match, tmp_path):
+    done = _run("train.py", *args)
+    assert done.returncode != 0
+    assert match in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_eval_without_a_run(tmp_path):
+    done = _run("eval.py", f"--workdir={tmp_path}")
+    assert done.returncode != 0 and "config.json does not exist" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(config, tmp_path):
+    config.optimizer.learning_rate = 1e30
+    config.optimizer.clip_norm = 0.0
+    config.optimizer.name = "sgd"
+    config.train.log_every = config.train.checkpoint_every = 1
+    with pytest.raises(loop.NonFiniteError, match="learning_rate"):
+        loop.train_and_evaluate(config, str(tmp_path))
