@@ -67,7 +67,7 @@ def main():
                 not args.sums,
                 mask,
             )
-            labels = jnp.argmax(segmenter.upsample(log_marginals, *size), axis=-1)
+            labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask), axis=-1)
             count = jax.vmap(lambda p, y: metrics.confusion_matrix(p, y, model.num_classes))
             out[row] = count(labels, batch["label"])
         return out

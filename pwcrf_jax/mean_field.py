@@ -36,7 +36,8 @@ def step(log_marginals, unary, potentials, weights=None, damping=0.0, normalize=
     Args:
       log_marginals: float32 [..., num_nodes, K] or [..., H, W, K].
       unary: scores z, same shape.
-      potentials: sequence of `PairwiseTable` or `FactoredPairwise`, one a relation; may be empty.
+      potentials: sequence of `PairwiseTable` or `FactoredPairwise`, one a relation. May be empty: then a
+        unary of three axes or more is read as [..., H, W, K].
       weights: sequence or array of one weight a relation; None: 1 (the paper). Piecewise-trained potentials over-count,
         so weights below 1 are worth choosing on held-out data. Differentiable.
       damping: 0 (none) to below 1, the share of the old log marginals.
@@ -59,8 +60,7 @@ def step(log_marginals, unary, potentials, weights=None, damping=0.0, normalize=
     change = jnp.abs(jnp.exp(updated) - marginals)
     if node_mask is not None:
         change = jnp.where(node_mask[..., None], change, 0.0)
-    axes = (-3, -2, -1) if _on_grid(potentials) else (-2, -1)
-    return updated, jnp.max(change, axis=axes)
+    return updated, jnp.max(change, axis=_image_axes(unary, potentials))
 
 
 def run(unary, potentials, num_iterations=3, weights=None, damping=0.0, normalize=False, node_mask=None):
@@ -81,8 +81,8 @@ def run(unary, potentials, num_iterations=3, weights=None, damping=0.0, normaliz
     potentials = list(potentials)
     _check(unary, potentials, num_iterations, weights, damping)
     if not potentials:
-        state = init(unary)
-        return state, MeanFieldInfo(jnp.zeros((num_iterations, *_batch_shape(unary, potentials)), jnp.float32))
+        batch = unary.shape[: len(_image_axes(unary, potentials)) * -1]
+        return init(unary), MeanFieldInfo(jnp.zeros((num_iterations, *batch), jnp.float32))
 
     def body(state, _):
         return step(state, unary, potentials, weights, damping, normalize, node_mask)
@@ -92,12 +92,10 @@ def run(unary, potentials, num_iterations=3, weights=None, damping=0.0, normaliz
     return state, MeanFieldInfo(change)
 
 
-def _on_grid(potentials: Sequence) -> bool:
-    return all(isinstance(p, pairwise.FactoredPairwise) for p in potentials)
-
-
-def _batch_shape(unary, potentials):
-    return unary.shape[:-3] if _on_grid(potentials) else unary.shape[:-2]
+def _image_axes(unary, potentials: Sequence) -> tuple[int, ...]:
+    """The axes of one image, nodes and classes."""
+    grid = unary.ndim > 2 if not potentials else isinstance(potentials[0], pairwise.FactoredPairwise)
+    return (-3, -2, -1) if grid else (-2, -1)
 
 
 def _check(unary, potentials, num_iterations, weights, damping):

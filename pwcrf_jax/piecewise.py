@@ -55,8 +55,9 @@ def pairwise_log_likelihood(potential, labels, void=VOID, node_weights=None):
     """
     if isinstance(potential, pairwise.FactoredPairwise):
         _check_labels(potential.a.shape[:-1], labels)
-    else:
-        _check_labels(labels.shape, labels)
+    else:  # without evidence a table does not know its number of nodes
+        nodes = labels.shape if potential.evidence is None else potential.evidence.shape[:-1]
+        _check_labels(nodes, labels)
     return pairwise.edge_log_likelihood(potential, labels, node_mask=labels != void, node_weights=node_weights)
 
 

@@ -109,10 +109,17 @@ def infer(
     return mean_field.run(potentials.unary, chosen, num_iterations, weights, damping, normalize, node_mask)
 
 
-def upsample(log_marginals: jax.Array, height: int, width: int) -> jax.Array:
-    """Bilinear upsampling of the score map to the image: [B, h, w, K] -> [B, height, width, K]."""
-    shape = (log_marginals.shape[0], height, width, log_marginals.shape[-1])
-    return jax.image.resize(log_marginals, shape, "bilinear")
+def upsample(log_marginals: jax.Array, height: int, width: int, node_mask: jax.Array | None = None) -> jax.Array:
+    """Bilinear upsampling of the score map to the image: [B, h, w, K] -> [B, height, width, K].
+
+    node_mask: bool [B, h, w]; masked cells (padding) lend nothing to the pixels beside them: the weights of the others
+    are scaled up, as at the border of the map. Pixels that no valid cell reaches get zeros.
+    """
+    resize = lambda x: jax.image.resize(x, (x.shape[0], height, width, x.shape[-1]), "bilinear")
+    if node_mask is None:
+        return resize(log_marginals)
+    weight = resize(node_mask[..., None].astype(jnp.float32))
+    return resize(jnp.where(node_mask[..., None], log_marginals, 0.0)) / jnp.maximum(weight, 1e-6)
 
 
 def grid_mask(valid_size: jax.Array, grid: tuple[int, int], image_size: tuple[int, int]) -> jax.Array:

@@ -28,7 +28,10 @@ def _parse(argv):
 def _one_line(error):
     # Errors of ml_collections hold a message with escaped line ends and quotes around it.
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    return " ".join(text.replace("\\n", " ").replace("\\'", "'").strip("\"").split())
+    text = text.replace("\\n", " ").replace("\\'", "'")
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]
+    return " ".join(text.split())
 
 
 def run(main) -> None:
@@ -55,7 +58,8 @@ def require(name: str):
     """The value of a flag that must be given."""
     try:
         value = flags.FLAGS[name].value
-    except OSError as error:  # ml_collections reports a config file that is not there when its value is read
+        hasattr(value, "keys")  # where the config file is not there, ml_collections says so at the first access
+    except OSError as error:
         raise ConfigError(f"--{name}: {error}") from None
     if value is None or value == "":
         raise ConfigError(f"--{name} must be given")

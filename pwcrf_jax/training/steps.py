@@ -97,7 +97,7 @@ def make_eval_step(model, rows, crf_config, balance_power=0.0):
                 crf_config["normalize"],
                 mask,
             )
-            labels = jnp.argmax(segmenter.upsample(log_marginals, *size), axis=-1)
+            labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask), axis=-1)
             confusion[row] = metrics.confusion_matrix(labels, batch["label"], model.num_classes)
             change[row] = jax.lax.pmax(jnp.max(info.change, axis=-1), AXIS)
         terms = piecewise_terms(potentials, batch["label"], balance_power)

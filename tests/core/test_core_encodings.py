@@ -42,7 +42,6 @@ CASES = [
         ((), False, False),
         ((), True, True),
         ((2,), False, True),
-        ((2,), True, False),
         ((2, 3), True, True),
     ]
 ]

@@ -1,0 +1,230 @@
+"""The documents against the code: examples run, paths and names exist, commands are accepted."""
+
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from pwcrf_jax.training import config as configs
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+IDS = [str(path.relative_to(ROOT)) for path in DOCS]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FOLDERS = "pwcrf_jax|configs|tests|docs|benchmarks"
+
+each_document = pytest.mark.parametrize("path", DOCS, ids=IDS)
+
+
+def blocks(text, language):
+    return [body for name, body in FENCE.findall(text) if name == language]
+
+
+def spans(text):
+    """What stands between single backticks, outside the fenced blocks."""
+    return re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+
+
+def paths(text):
+    """Words that can only be paths of the repository: below a folder of it, or a source file at its top."""
+    words = " ".join([*spans(text), *blocks(text, "bash")])
+    below = rf"(?<![\w/.-])(?:{FOLDERS})/[\w./-]*"
+    top = r"(?<![\w/.-])[A-Za-z_]\w*\.(?:py|cfg|toml)(?![\w.])"
+    return {word.rstrip(".") for word in re.findall(rf"{below}|{top}", words)}
+
+
+def anchors(text):
+    """GitHub's anchors of the headings."""
+    titles = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def names(text):
+    return set(re.findall(r"(?<![\w/.])pwcrf_jax(?:\.[A-Za-z_]\w*)+", text))
+
+
+def resolve(name):
+    """The object of a dotted name; AttributeError where there is none."""
+    module, *rest = name.split(".")
+    found = importlib.import_module(module)
+    for part in rest:
+        module = f"{module}.{part}"
+        if not hasattr(found, part):
+            try:
+                importlib.import_module(module)
+            except ModuleNotFoundError:
+                raise AttributeError(name) from None
+        found = getattr(found, part)
+    return found
+
+
+def commands(text):
+    """Lines of the bash blocks that run our scripts, continuations joined, split into words."""
+    lines = "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
+    split = [shlex.split(line, comments=True) for line in lines]
+    return [words for words in split if words[:1] == ["python"]]
+
+
+def keys(text):
+    """Config keys in running text: `config.KEY` and `--config.KEY=value`, NAME standing for a relation."""
+    found = [re.match(r"(?:--)?config\.([\w.]+)", word) for span in spans(text) for word in span.split()]
+    return {m[1].replace("NAME", "surrounding") for m in found if m} - {"json"}
+
+
+def parse(words, monkeypatch, trained_with=None):
+    """The config that a command of train.py or eval.py ends with, checked as the scripts do.
+
+    trained_with: the config argument of the training run that an evaluation belongs to.
+    """
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", words[1:])  # where ml_collections looks for the overrides
+    values = flags.FlagValues()
+    for name in ("workdir", "split", "checkpoint"):
+        flags.DEFINE_string(name, None, "", flag_values=values)
+    if trained_with:
+        file, _, variant = trained_with.partition(":")
+        get_config = importlib.import_module(file.removesuffix(".py").replace("/", ".")).get_config
+        config = get_config(variant) if variant else get_config()
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, lock_config=True)
+    else:
+        config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True)
+    assert len(values(sys.argv)) == 1, f"words that are no flags: {values(sys.argv)[1:]}"
+    configs.validate(values["config"].value, num_devices=1)
+    return values["config"].value
+
+
+def flag(words, name):
+    """Value of --name=value or --name value."""
+    joined = " ".join(words)
+    found = re.search(rf"--{name}[= ](\S+)", joined)
+    return found and found[1]
+
+
+# --- the documents -----------------------------------------------------------------------------------
+
+
+def test_readme_examples_run():
+    code = blocks((ROOT / "README.md").read_text(), "python")
+    assert code
+    scope = {}
+    with jax.default_device(jax.devices("cpu")[0]):
+        exec(compile("\n".join(code), "README.md", "exec"), scope)
+    assert scope["log_marginals"].shape == scope["unary"].shape
+    assert jax.numpy.isfinite(scope["value"]) and scope["info"].change.shape == (3, 2)
+
+
+@each_document
+def test_paths_and_links_exist(path):
+    text = path.read_text()
+    missing = {word for word in paths(text) if not (ROOT / word).exists()}
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"\w+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = path.parent / file if file else path
+        if not linked.exists() or (anchor and anchor not in anchors(linked.read_text())):
+            missing.add(target)
+    assert not missing
+
+
+@each_document
+def test_dotted_names_exist(path):
+    for name in sorted(names(path.read_text())):
+        resolve(name)
+
+
+def test_math_names_the_functional_core():
+    assert len(names((ROOT / "docs" / "math.md").read_text())) > 20
+
+
+def test_design_names_every_module():
+    text = (ROOT / "docs" / "design.md").read_text()
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "pwcrf_jax").rglob("*.py")}
+    assert not modules - paths(text), "add these to the layout table of docs/design.md"
+
+
+@each_document
+def test_config_keys_exist(path):
+    config = importlib.import_module("configs.default").get_config()
+    assert not {key for key in keys(path.read_text()) if not _has(config, key)}
+
+
+def _has(config, key):
+    for part in key.split("."):
+        if part not in config:
+            return False
+        config = config[part]
+    return True
+
+
+@each_document
+def test_commands_are_accepted(path, monkeypatch):
+    trained = {}
+    for words in commands(path.read_text()):
+        workdir = flag(words, "workdir")
+        if words[1] == "train.py":
+            parse(words, monkeypatch)
+            trained[workdir] = flag(words, "config")
+        else:
+            assert workdir in trained, f"{words} evaluates a workdir that no command before it trains"
+        if words[1] == "eval.py":
+            parse(words, monkeypatch, trained[workdir])
+
+
+@each_document
+def test_settings_in_running_text_are_accepted(path, monkeypatch):
+    for span in spans(path.read_text()):
+        if span.startswith("--config.") and "=" in span:
+            parse(shlex.split(f"python train.py --config=configs/default.py {span}"), monkeypatch)
+
+
+# --- no names of one machine ---------------------------------------------------------------------------
+
+MACHINE = re.compile(r"(?<![\w.~$}])/(?:work|tmp|root|home)\b/?")
+NEIGHBOUR = re.compile(r"\.\./shared")
+
+
+def sources():
+    top = [p for p in ROOT.iterdir() if p.is_file() and p.suffix in {".py", ".md", ".cfg", ".toml"}]
+    below = [p for name in FOLDERS.split("|") for p in (ROOT / name).rglob("*") if p.suffix in {".py", ".md"}]
+    return [*top, *below, ROOT / "Makefile"]
+
+
+def test_nothing_names_paths_of_one_machine():
+    found = []
+    for path in sources():
+        if path == Path(__file__).resolve():
+            continue
+        text = path.read_text()
+        inside_tests = ROOT / "tests" in path.parents  # they may look for data beside the checkout
+        for pattern in (MACHINE,) if inside_tests else (MACHINE, NEIGHBOUR):
+            found += [f"{path.relative_to(ROOT)}: {m[0]}" for m in pattern.finditer(text)]
+    assert not found
+
+
+# --- the readers themselves: each finds a planted fault ------------------------------------------------
+
+
+def test_planted_faults_are_found(monkeypatch):
+    assert paths("`pwcrf_jax/nothing.py` and `nothing.py`, `SegmentationClass/x.png`, `config.json`") == {
+        "pwcrf_jax/nothing.py",
+        "nothing.py",
+    }
+    assert names("`pwcrf_jax.metrics.nothing`.") == {"pwcrf_jax.metrics.nothing"}
+    with pytest.raises(AttributeError):
+        resolve("pwcrf_jax.metrics.nothing")
+    with pytest.raises(AttributeError):
+        resolve("pwcrf_jax.nothing.metrics")
+    assert keys("`--config.nothing.here=3` `config.json` `pwcrf_jax.training.config`") == {"nothing.here"}
+    block = "```bash\npython train.py --config configs/demo.py \\\n    --config.nothing=3  # a comment\n```\n"
+    (words,) = commands(block)
+    assert words[-1] == "--config.nothing=3"
+    with pytest.raises((AttributeError, KeyError)):
+        parse(words, monkeypatch)
+    assert MACHINE.search("in /tmp/run") and not MACHINE.search("~/tmp/run, a/work/b, https://x.org/work")
