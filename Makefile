@@ -8,7 +8,7 @@ DEMO := runs/demo-seed$(SEED)
 .PHONY: demo test test-slow lint clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v < (3, 13) and "pwcrf_jax needs Python 3.11 or 3.12, $(PYTHON) is %d.%d; try make PYTHON=python3.12" % v[:2])'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not v >= (3, 11) and "pwcrf_jax needs Python 3.11 or newer, $(PYTHON) is %d.%d; try make PYTHON=python3.12" % v[:2])'
 	@echo "Setting up $(VENV) ..." >&2
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,lint]" >&2

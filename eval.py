@@ -1,7 +1,7 @@
 """Evaluates a trained workdir: python eval.py --workdir DIR [--split NAME] [--config.key=value ...]
 
-Prints one table (unary alone, each relation added, all), writes it to WORKDIR/eval_SPLIT.json, and ends with one line of
-JSON on standard output.
+Prints one table (unary alone, each relation added, all), writes it to WORKDIR/eval_SPLIT.json, and ends with one line
+of JSON on standard output.
 """
 
 import argparse
@@ -12,7 +12,8 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from pwcrf_jax.training import cli, config as configs, evaluate
+from pwcrf_jax.training import cli, evaluate
+from pwcrf_jax.training import config as configs
 
 flags.DEFINE_string("workdir", None, "Folder of a training run.")
 flags.DEFINE_string("split", "", "Split of the data set; default: data.eval_split of the run's config.")
@@ -38,6 +39,7 @@ if __name__ == "__main__":
     try:
         _config = configs.load(os.path.join(_dir, "config.json")) if _dir else configs.ConfigDict()
     except configs.ConfigError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(cli.REFUSED)
     config_flags.DEFINE_config_dict("config", _config, lock_config=True)
     cli.run(main)

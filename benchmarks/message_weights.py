@@ -17,9 +17,10 @@ import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from pwcrf_jax import metrics, segmenter  # noqa: E402
-from pwcrf_jax.data import eval_batches, load_dataset  # noqa: E402
-from pwcrf_jax.training import checkpoint, config as configs, evaluate, logs  # noqa: E402
+from pwcrf_jax import metrics, segmenter
+from pwcrf_jax.data import eval_batches, load_dataset
+from pwcrf_jax.training import checkpoint, evaluate, logs
+from pwcrf_jax.training import config as configs
 
 
 def relation_sets(config):
@@ -43,7 +44,7 @@ def main():
     config = configs.load(os.path.join(args.workdir, "config.json"))
     model = configs.build_model(config)
     folder = os.path.join(args.workdir, {"best": "best", "latest": "checkpoints"}[args.checkpoint])
-    with checkpoint.Store(folder, keep=1) as store:
+    with checkpoint.Store(folder) as store:
         trees, meta = store.restore({"params": evaluate.abstract_params(model)})
     dataset = load_dataset(**configs.dataset_options(config))
     weights = [float(w) for w in args.weights.split(",")]

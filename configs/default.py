@@ -30,9 +30,7 @@ def get_config():
 
     config.model = ConfigDict()
     config.model.backbone = "vgg16"  # vgg16, mobilenet_v2, tiny
-    config.model.mobilenet_v2 = ConfigDict(
-        dict(output="block_13_expand", depthwise="auto", freeze_until="")
-    )
+    config.model.mobilenet_v2 = ConfigDict(dict(output="block_13_expand", depthwise="auto", freeze_until=""))
     config.model.tiny = ConfigDict(dict(features=(16, 32, 48, 64)))
     config.model.scales = (1.2, 0.8, 0.4)
     config.model.block6 = ((7, 4096), (3, 512), (3, 512))  # (kernel, features) of each convolution

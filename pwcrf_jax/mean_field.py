@@ -41,8 +41,8 @@ def step(log_marginals, unary, potentials, weights=None, damping=0.0, normalize=
       weights: sequence or array of one weight a relation; None: 1 (the paper). Piecewise-trained potentials over-count,
         so weights below 1 are worth choosing on held-out data. Differentiable.
       damping: 0 (none) to below 1, the share of the old log marginals.
-      normalize: divide each node's messages by their number, relation by relation, so that one weight serves maps and boxes
-        of any size; False: plain sums (the paper).
+      normalize: divide each node's messages by their number, relation by relation, so that one weight serves maps and
+        boxes of any size; False: plain sums (the paper).
       node_mask: bool [..., num_nodes] or [..., H, W]; false nodes (void, padding) neither send nor receive.
 
     Returns:

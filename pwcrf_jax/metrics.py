@@ -51,9 +51,9 @@ def scores(confusion) -> Scores:
         IoU_k = n_kk / (t_k + p_k - n_kk),  accuracy_k = n_kk / t_k,  t_k = sum_j n_kj,  p_k = sum_j n_jk
         frequency-weighted IoU = sum_k t_k IoU_k / sum_k t_k
 
-    A class that is neither in the truth nor predicted has no IoU (NaN) and is left out of the mean. A class that is absent
-    from the truth but predicted somewhere has IoU 0 and *does* count in the mean IoU; it has no accuracy (NaN) and is left
-    out of the mean accuracy. With no valid pixel at all every figure is NaN.
+    A class that is neither in the truth nor predicted has no IoU (NaN) and is left out of the mean. A class that is
+    absent from the truth but predicted somewhere has IoU 0 and *does* count in the mean IoU; it has no accuracy (NaN)
+    and is left out of the mean accuracy. With no valid pixel at all every figure is NaN.
     """
     n = np.asarray(confusion, np.float64)
     if n.ndim != 2 or n.shape[0] != n.shape[1]:

@@ -15,8 +15,9 @@ The paper's energies are V = -z (section 3). z is not symmetric: z_pq[k, l] is n
 
 Two parameterisations of the scores. *free*: the net alone, as in the paper. *residual*: `evidence` holds
 log P_U(y | x), the unary's log-softmax with its gradient stopped, and is added for both ends; the net then models what
-the unary cannot know. The evidence counts in the likelihood but sends no messages: in mean field each node has its own
-unary already, and a hundred neighbours repeating theirs would drown it.
+the unary cannot know. The evidence counts in the likelihood but sends no messages: what node i would receive with it
+is its own evidence once per neighbour (that of the neighbour is a constant, sum_l e_q[l] Q_q(l)), and mean field has
+node i's unary already.
 """
 
 import dataclasses
@@ -78,9 +79,7 @@ def factored_pairwise(a, b, w2, b2, offsets, evidence=None) -> FactoredPairwise:
         raise ValueError(f"expected a and b of one shape [..., H, W, M], got {a.shape} and {b.shape}")
     num_classes = b2.shape[-1]
     if w2.shape != (a.shape[-1], num_classes, num_classes) or b2.shape != (num_classes, num_classes):
-        raise ValueError(
-            f"expected w2 [M, K, K] and b2 [K, K] with M = {a.shape[-1]}, got {w2.shape} and {b2.shape}"
-        )
+        raise ValueError(f"expected w2 [M, K, K] and b2 [K, K] with M = {a.shape[-1]}, got {w2.shape} and {b2.shape}")
     if evidence is not None and evidence.shape != (*a.shape[:-1], num_classes):
         raise ValueError(f"expected evidence {(*a.shape[:-1], num_classes)}, got {evidence.shape}")
     box = np.asarray(offsets)
@@ -167,7 +166,7 @@ def edge_log_likelihood(potential, labels, node_mask=None, node_weights=None):
 
     Args:
       potential: `PairwiseTable` or `FactoredPairwise`; leading batch axes allowed in both.
-      labels: int, [..., num_nodes] or [..., H, W]; only read where node_mask is true. Out-of-range values are allowed there.
+      labels: int, [..., num_nodes] or [..., H, W]; only read where node_mask is true, any value elsewhere.
       node_mask: bool, same shape; false for void and padded nodes. An edge counts only if both its ends do. None: all.
       node_weights: float, same shape: class balancing. An edge weighs sqrt(w_p w_q). None: 1.
 

@@ -31,8 +31,7 @@ def _open(data: bytes, where: str) -> Image.Image:
         im.load()
     except Exception as e:  # PIL raises OSError, SyntaxError, ValueError, zlib.error, struct.error, ...
         raise DataError(
-            f"{where}: cannot be decoded, the file is damaged or not an image ({e}); "
-            "restore it from the original data"
+            f"{where}: cannot be decoded, the file is damaged or not an image ({e}); restore it from the original data"
         ) from e
     return im
 

@@ -185,8 +185,7 @@ def _prepare(name: str, builder: Any, home: Path) -> None:
 
 def _unwritable(home: Path, error: OSError) -> DataError:
     return DataError(
-        f"{home}: the prepared data set cannot be written ({error}); "
-        "make room or set data.data_dir to another folder"
+        f"{home}: the prepared data set cannot be written ({error}); make room or set data.data_dir to another folder"
     )
 
 

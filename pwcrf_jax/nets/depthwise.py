@@ -42,9 +42,7 @@ def depthwise_shifted(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation
 def _shifted(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.Array:
     rows, cols = (-(-size // stride) for size in x.shape[1:3])
     padded = _pad_same(x, stride, dilation)
-    return sum(
-        _every(padded, i * dilation, j * dilation, rows, cols, stride) * kernel[i, j, 0] for i, j in TAPS
-    )
+    return sum(_every(padded, i * dilation, j * dilation, rows, cols, stride) * kernel[i, j, 0] for i, j in TAPS)
 
 
 def _shifted_forward(x: jax.Array, kernel: jax.Array, stride: int, dilation: int):
@@ -96,9 +94,7 @@ def _input_gradient_of_stride_2(shape: tuple[int, ...], kernel: jax.Array, grad:
     return full[:, top : top + height, left : left + width]
 
 
-def _kernel_gradient(
-    x: jax.Array, kernel: jax.Array, grad: jax.Array, stride: int, dilation: int
-) -> jax.Array:
+def _kernel_gradient(x: jax.Array, kernel: jax.Array, grad: jax.Array, stride: int, dilation: int) -> jax.Array:
     # Row after row into sums that stay in the cache. Reducing whole maps is several times slower.
     rows, cols = grad.shape[1:3]
     padded = _pad_same(x, stride, dilation)

@@ -54,7 +54,6 @@ class FeatMapNet(nn.Module):
     scales: factors of the image size, each positive.
     block6: (kernel size, features) of each convolution of block 6, odd sizes; () for none.
     pyramid_windows: odd windows of the sliding pyramid pooling; () for none.
-    freeze_backbone: no gradient passes into the backbone.
     dtype: float32 or bfloat16, the type computed in.
     Raises ValueError at construction for anything else.
     """
@@ -64,7 +63,6 @@ class FeatMapNet(nn.Module):
     scales: tuple[float, ...] = (1.2, 0.8, 0.4)
     block6: tuple[tuple[int, int], ...] = ((7, 4096), (3, 512), (3, 512))
     pyramid_windows: tuple[int, ...] = (5, 9)
-    freeze_backbone: bool = False
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
@@ -121,8 +119,6 @@ class FeatMapNet(nn.Module):
         maps = []
         for index, scale in enumerate(self.scales):
             x = backbone(_resize(images, _scaled_size(image_size, scale)))
-            if self.freeze_backbone:
-                x = jax.lax.stop_gradient(x)
             if self.block6:
                 x = _Block6(self.block6, dtype=self.dtype, name=f"block6_{index}")(x)
             if self.pyramid_windows:

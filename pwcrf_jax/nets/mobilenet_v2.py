@@ -29,9 +29,7 @@ def _blocks() -> tuple[Block, ...]:
         for i in range(count):
             # The stride of block_13, 2 in the original, is 1 here; the kernels after it are spread by 2.
             dilation = 2 if index > 13 else 1
-            blocks.append(
-                Block(f"block_{index}", 6 * channels, project, stride if i == 0 else 1, dilation, i > 0)
-            )
+            blocks.append(Block(f"block_{index}", 6 * channels, project, stride if i == 0 else 1, dilation, i > 0))
             index, channels = index + 1, project
     return tuple(blocks)
 
@@ -80,13 +78,10 @@ class MobileNetV2(nn.Module):
     def __post_init__(self) -> None:
         if self.output not in output_names():
             raise ValueError(
-                f"mobilenet_v2: output {self.output!r} is not a layer at stride 16; "
-                f"known: {', '.join(output_names())}"
+                f"mobilenet_v2: output {self.output!r} is not a layer at stride 16; known: {', '.join(output_names())}"
             )
         if self.depthwise not in ("auto", "shifted", "grouped"):
-            raise ValueError(
-                f"mobilenet_v2: depthwise must be auto, shifted or grouped, got {self.depthwise!r}"
-            )
+            raise ValueError(f"mobilenet_v2: depthwise must be auto, shifted or grouped, got {self.depthwise!r}")
         names = [block.name for block in BLOCKS] + ["Conv_1"]
         if self.freeze_until and self.freeze_until not in names:
             raise ValueError(

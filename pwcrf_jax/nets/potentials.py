@@ -58,9 +58,7 @@ class PairwiseNet(nn.Module):
         # Half the variance of a layer over D inputs: that of one layer over the 2D inputs [x_p ; x_q].
         init = nn.initializers.variance_scaling(0.5, "fan_in", "truncated_normal")
         a = nn.Dense(self.hidden, kernel_init=init, dtype=self.dtype, name="first_p")(features)
-        b = nn.Dense(self.hidden, use_bias=False, kernel_init=init, dtype=self.dtype, name="first_q")(
-            features
-        )
+        b = nn.Dense(self.hidden, use_bias=False, kernel_init=init, dtype=self.dtype, name="first_q")(features)
         zeros = nn.initializers.zeros_init()
         last_init = zeros if self.zero_last else nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         pairs = (self.num_classes, self.num_classes)

@@ -73,9 +73,7 @@ def load_pretrained(path: str | Path, params: Mapping[str, Any]) -> tuple[dict[s
     with ExitStack() as stack:
         source = _open(path, stack)
         if source.architecture != expected:
-            raise WeightsError(
-                f"{path}: holds {source.architecture} ({source.name}), but the backbone is {expected}"
-            )
+            raise WeightsError(f"{path}: holds {source.architecture} ({source.name}), but the backbone is {expected}")
         new_net = dict(net)
         new_net["backbone"] = _load_backbone(path, source.layers, backbone, order)
         loaded = {f"backbone/{name}" for name in backbone}
@@ -137,9 +135,7 @@ def _find_featmap(params: Mapping[str, Any]) -> tuple[tuple[str, ...], Mapping[s
 def _replace(tree: Mapping[str, Any], where: tuple[str, ...], value: Any) -> dict[str, Any]:
     if not where:
         return value
-    return {
-        name: _replace(child, where[1:], value) if name == where[0] else child for name, child in tree.items()
-    }
+    return {name: _replace(child, where[1:], value) if name == where[0] else child for name, child in tree.items()}
 
 
 def _architecture(backbone: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:

@@ -103,9 +103,7 @@ def open_torch_vgg16(path: Path, stack: ExitStack) -> WeightFile:
     convs = sorted(int(m[1]) for key in keys if (m := re.fullmatch(r"features\.(\d+)\.weight", key)))
     if not convs:
         some = ", ".join(keys[:4]) or "none"
-        raise WeightsError(
-            f"{path}: not a network known here (VGG-16 of torchvision, timm); its keys: {some}"
-        )
+        raise WeightsError(f"{path}: not a network known here (VGG-16 of torchvision, timm); its keys: {some}")
     if tuple(convs) != TORCH_VGG16_CONVS:
         raise WeightsError(
             f"{path}: not a VGG-16, its convolutions are features {convs}, "

@@ -39,12 +39,13 @@ def _check_same(saved: dict, wanted: dict, where: str) -> None:
 class Store:
     """One folder of checkpoints. Each holds named trees of arrays and a `meta` dict of plain JSON values."""
 
-    def __init__(self, folder: str, keep: int):
+    def __init__(self, folder: str, keep: int | None = None):
+        """keep: how many of the newest checkpoints stay; None to read only, which leaves a running save alone."""
         self.folder = os.path.abspath(folder)
         self._orbax = ocp.training.Checkpointer(
             self.folder,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=keep is not None,
         )
 
     @property

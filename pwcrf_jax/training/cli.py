@@ -39,7 +39,9 @@ def run(main) -> None:
 
     def guarded(argv):
         if argv[1:]:
-            print(f"error: unknown arguments {' '.join(argv[1:])}; options look like --config.key=value", file=sys.stderr)
+            print(
+                f"error: unknown arguments {' '.join(argv[1:])}; options look like --config.key=value", file=sys.stderr
+            )
             sys.exit(REFUSED)
         logs.setup()
         try:

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from pwcrf_jax import metrics
 from pwcrf_jax.data import eval_batches, load_dataset
-from pwcrf_jax.training import checkpoint, config as configs, parallel, steps
+from pwcrf_jax.training import checkpoint, parallel, steps
+from pwcrf_jax.training import config as configs
 from pwcrf_jax.training.logs import log
 
 
@@ -85,7 +86,9 @@ def table(result: dict) -> str:
 
 def _columns(lines):
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    cells = lambda line: [x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(line, widths, strict=True))]
+    cells = lambda line: [
+        x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(line, widths, strict=True))
+    ]
     return "\n".join("  ".join(cells(line)).rstrip() for line in lines)
 
 
@@ -121,7 +124,7 @@ def evaluate(config, workdir: str, which: str = "best", split: str = "") -> dict
     if not os.path.isdir(path):
         raise checkpoint.CheckpointError(f"no checkpoint in {path}: train first, or name another --workdir")
     model = configs.build_model(config)
-    with checkpoint.Store(path, keep=1) as store:
+    with checkpoint.Store(path) as store:
         trees, meta = store.restore({"params": abstract_params(model)})
     dataset = load_dataset(**configs.dataset_options(config))
     configs.check_classes(config, dataset.class_names)

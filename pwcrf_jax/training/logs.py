@@ -68,9 +68,7 @@ class Progress:
         left = _duration((self._num_steps - step) * seconds / max(step - before, 1))
         # Before any inference: a relation whose NLL stays above twice the unary's has learned no interaction.
         twice = 2 * metrics["nll_unary"]
-        pairs = ", ".join(
-            f"{k[4:]} {v:.3f}" for k, v in metrics.items() if k.startswith("nll_") and k != "nll_unary"
-        )
+        pairs = ", ".join(f"{k[4:]} {v:.3f}" for k, v in metrics.items() if k.startswith("nll_") and k != "nll_unary")
         text = f"loss {metrics['loss']:.4f}  nll unary {metrics['nll_unary']:.3f}"
         if pairs:
             text += f"  pairs {pairs} (2 x unary {twice:.3f})"

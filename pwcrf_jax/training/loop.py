@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from pwcrf_jax.data import load_dataset, train_batches
 from pwcrf_jax.nets import load_pretrained
-from pwcrf_jax.training import checkpoint, config as configs, evaluate, parallel, steps
+from pwcrf_jax.training import checkpoint, evaluate, parallel, steps
+from pwcrf_jax.training import config as configs
 from pwcrf_jax.training.logs import Progress, Writer, log
 from pwcrf_jax.training.optimizer import make_optimizer
 

@@ -33,7 +33,7 @@ def frozen_layers(model_config) -> frozenset[str]:
 
 
 def _groups(params, frozen):
-    """"frozen", "backbone" or "new" for every leaf."""
+    """ "frozen", "backbone" or "new" for every leaf."""
 
     def group(path, _):
         names = [k.key for k in path]

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import crf_oracle, random_problems
 
 from pwcrf_jax import pairwise
 from pwcrf_jax.relations import SURROUNDING, Relation, edge_list, offsets
+from reference import crf_oracle, random_problems
 
 H, W, K, M = 4, 5, 3, 6
 edge_log_likelihood = jax.jit(pairwise.edge_log_likelihood)
@@ -20,9 +20,7 @@ def close(got, expected, tolerance=1e-5):
     """Equal to `tolerance` of the largest entry."""
     got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
     assert got.shape == expected.shape
-    np.testing.assert_allclose(
-        got, expected, rtol=0, atol=tolerance * max(np.abs(expected).max(initial=0), 1e-3)
-    )
+    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * max(np.abs(expected).max(initial=0), 1e-3))
 
 
 def build(a, b, w2, b2, evidence, box=BOX):
@@ -35,9 +33,7 @@ def flat(x):
 
 
 CASES = [
-    pytest.param(
-        batch, evidence, mask, id=f"{batch}-{'evidence' if evidence else 'free'}-{'mask' if mask else 'all'}"
-    )
+    pytest.param(batch, evidence, mask, id=f"{batch}-{'evidence' if evidence else 'free'}-{'mask' if mask else 'all'}")
     for batch, evidence, mask in [
         ((), False, False),
         ((), True, True),
@@ -68,17 +64,13 @@ def test_table_equals_factored(batch, evidence, masked):
         total, count = edge_log_likelihood(potential, jnp.asarray(labels), m, w)
         message, number = messages(potential, q, m)
         message = message.reshape(x.unary.shape)
-        number = jnp.broadcast_to(
-            number.reshape(number.shape[: -1 if table else -2] + (H, W)), (*batch, H, W)
-        )
+        number = jnp.broadcast_to(number.reshape(number.shape[: -1 if table else -2] + (H, W)), (*batch, H, W))
         return total + jnp.sum(probe * message), (total, count, message, number)
 
     parts = tuple(map(jnp.asarray, (x.a, x.b, x.w2, x.b2))) + (jnp.asarray(x.evidence) if evidence else None,)
     run = jax.jit(jax.grad(outputs, has_aux=True), static_argnums=1)
     (table_grads, table_out), (grads, out) = run(parts, True), run(parts, False)
-    for got, expected in zip(
-        jax.tree.leaves((out, grads)), jax.tree.leaves((table_out, table_grads)), strict=True
-    ):
+    for got, expected in zip(jax.tree.leaves((out, grads)), jax.tree.leaves((table_out, table_grads)), strict=True):
         close(got, expected)
         assert np.abs(expected).max() > 0
 
@@ -139,9 +131,7 @@ def test_evidence_counts_in_the_likelihood_and_sends_no_messages():
     q = jax.nn.softmax(x.unary)
     for encode, shape in ((lambda v: v, (H, W)), (pairwise.to_table, (H * W,))):
         one, other = encode(with_it), encode(without)
-        np.testing.assert_array_equal(
-            messages(one, q.reshape(*shape, K))[0], messages(other, q.reshape(*shape, K))[0]
-        )
+        np.testing.assert_array_equal(messages(one, q.reshape(*shape, K))[0], messages(other, q.reshape(*shape, K))[0])
         values = [edge_log_likelihood(v, x.labels.reshape(shape))[0] for v in (one, other)]
         assert abs(values[0] - values[1]) > 1
     # Evidence that is constant over the classes of a node is no evidence.
@@ -170,9 +160,7 @@ def test_bfloat16_features_keep_the_loss():
     x.a[..., 0], x.b[..., 0], x.w2[0] = 16, 0, 16
     half = [jnp.asarray(v, jnp.bfloat16) for v in (x.a, x.b, x.w2, x.b2)]
     total, count = edge_log_likelihood(build(*half, x.evidence, box=box), x.labels)
-    expected, number = edge_log_likelihood(
-        build(*(v.astype(jnp.float32) for v in half), x.evidence, box=box), x.labels
-    )
+    expected, number = edge_log_likelihood(build(*(v.astype(jnp.float32) for v in half), x.evidence, box=box), x.labels)
     assert total.dtype == count.dtype == jnp.float32
     assert count == number == len(edge_list(SURROUNDING, 10, 12).p) > 256
     assert abs(total - expected) < 1e-3 * abs(expected)
@@ -190,9 +178,7 @@ def test_bfloat16_tables_lose_nothing_beyond_their_own_rounding(evidence):
     extra = jnp.asarray(x.evidence, jnp.bfloat16) if evidence else None
     table = pairwise.PairwiseTable(half, x.p, x.q, extra)
     full = jax.tree.map(lambda v: v.astype(jnp.float32) if v.dtype == jnp.bfloat16 else v, table)
-    for got, expected in zip(
-        edge_log_likelihood(table, x.labels), edge_log_likelihood(full, x.labels), strict=True
-    ):
+    for got, expected in zip(edge_log_likelihood(table, x.labels), edge_log_likelihood(full, x.labels), strict=True):
         assert got.dtype == jnp.float32
         close(got, expected)
     for got, expected in zip(messages(table, x.unary), messages(full, x.unary), strict=True):

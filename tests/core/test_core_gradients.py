@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import crf_oracle, random_problems
 
 from pwcrf_jax import mean_field, pairwise, piecewise
 from pwcrf_jax.relations import SURROUNDING, offsets
+from reference import crf_oracle, random_problems
 
 H, W, K, M = 2, 3, 3, 3
 BOX = offsets(SURROUNDING, H, W)
@@ -84,9 +84,7 @@ def test_pairwise_log_likelihood_of_a_table():
     check(jax.jit(jax.grad(loss))(x.scores), crf_oracle.numerical_gradient(oracle, x.scores))
 
 
-@pytest.mark.parametrize(
-    ("encoding", "normalize"), [("factored", False), ("factored", True), ("table", True)]
-)
+@pytest.mark.parametrize(("encoding", "normalize"), [("factored", False), ("factored", True), ("table", True)])
 def test_mean_field_run(problem, encoding, normalize):
     """Of a linear function of the log marginals, by the unary, the relations' weights and all parts."""
     x = problem
@@ -155,9 +153,7 @@ def test_works_under_x64(problem):
         total, count = piecewise.pairwise_log_likelihood(potential, jnp.asarray(x.labels, jnp.int64))
         log_q, info = mean_field.run(jnp.asarray(x.unary, jnp.float64), [potential], damping=0.5)
         dtypes = {v.dtype for v in (total, count, log_q, info.change)}
-    edges = crf_oracle.with_evidence(
-        crf_oracle.grid_edges(x.a, x.b, x.w2, x.b2, BOX), x.evidence.reshape(-1, K)
-    )
+    edges = crf_oracle.with_evidence(crf_oracle.grid_edges(x.a, x.b, x.w2, x.b2, BOX), x.evidence.reshape(-1, K))
     expected = crf_oracle.pairwise_log_likelihood(edges, x.labels.ravel())
     assert dtypes == {np.dtype("float32")}
     np.testing.assert_allclose((total, count), expected, rtol=1e-5)

@@ -80,10 +80,7 @@ def outside_core(names):
     return {
         n
         for n in names
-        if top(n) not in ALLOWED_IN_CORE
-        and n not in exported
-        and n != "pwcrf_jax"
-        and not below(n, *ours[1:])
+        if top(n) not in ALLOWED_IN_CORE and n not in exported and n != "pwcrf_jax" and not below(n, *ours[1:])
     }
 
 
@@ -107,9 +104,7 @@ def test_data_knows_no_jax():
     found = {(p.name, n) for p in files("data") for n in imports_of(p) if top(n) in ("jax", "jaxlib", "flax")}
     assert not found
     # Nor by way of our own core, which imports it.
-    core = tuple(
-        f"pwcrf_jax.{m}" for m in ("pairwise", "piecewise", "mean_field", "metrics", "nets", "training")
-    )
+    core = tuple(f"pwcrf_jax.{m}" for m in ("pairwise", "piecewise", "mean_field", "metrics", "nets", "training"))
     found = {(p.name, n) for p in files("data") for n in imports_of(p) if below(n, *core)}
     assert not found
 
@@ -122,19 +117,13 @@ def test_no_private_jax_and_no_global_settings():
 def test_flags_and_configs_stay_in_training():
     inside = PACKAGE / "training"
     found = {
-        (p.name, n)
-        for p in files()
-        if inside not in p.parents
-        for n in imports_of(p)
-        if top(n) in FLAGS_AND_CONFIGS
+        (p.name, n) for p in files() if inside not in p.parents for n in imports_of(p) if top(n) in FLAGS_AND_CONFIGS
     }
     assert not found
 
 
 def test_importing_the_package_loads_no_framework():
-    heavy = (
-        "flax tensorflow tensorflow_datasets orbax optax grain matplotlib absl.flags ml_collections".split()
-    )
+    heavy = "flax tensorflow tensorflow_datasets orbax optax grain matplotlib absl.flags ml_collections".split()
     code = f"import sys, pwcrf_jax; print([m for m in {heavy} if m in sys.modules])"
     path = str(PACKAGE.parent)
     done = subprocess.run([sys.executable, "-c", code], cwd=path, capture_output=True, text=True, check=True)
@@ -177,8 +166,6 @@ def test_imports_outside_the_core_are_found(source):
 
 
 def test_imports_within_the_core_are_allowed():
-    assert not outside_core(
-        imported("import math\nimport jax.numpy as jnp\nfrom pwcrf_jax import pairwise, relations")
-    )
+    assert not outside_core(imported("import math\nimport jax.numpy as jnp\nfrom pwcrf_jax import pairwise, relations"))
     assert not outside_core(imported("from pwcrf_jax.pairwise import PairwiseTable\nfrom . import relations"))
     assert imported("from ..piecewise import x", "pwcrf_jax.nets") >= {"pwcrf_jax.piecewise"}

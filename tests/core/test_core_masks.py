@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import crf_oracle, random_problems
 
 from pwcrf_jax import mean_field, metrics, pairwise, piecewise
+from reference import crf_oracle, random_problems
 
 H, W, K, M = 3, 4, 3, 4
 PAD = ((1, 2), (2, 1))  # rows above and below, columns left and right
@@ -39,18 +39,14 @@ def problem():
 
 def surround(x, garbage):
     return x._replace(
-        **{
-            n: padded(getattr(x, n), s * garbage)
-            for n, s in (("unary", 1), ("a", 1), ("b", -0.5), ("evidence", -1))
-        },
+        **{n: padded(getattr(x, n), s * garbage) for n, s in (("unary", 1), ("a", 1), ("b", -0.5), ("evidence", -1))},
         labels=padded(x.labels, 255),
     )
 
 
 def make(x, encoding, evidence=True):
     potentials = [
-        pairwise.factored_pairwise(x.a, x.b, x.w2, x.b2, box, x.evidence if evidence else None)
-        for box in BOXES
+        pairwise.factored_pairwise(x.a, x.b, x.w2, x.b2, box, x.evidence if evidence else None) for box in BOXES
     ]
     return potentials if encoding == "factored" else [pairwise.to_table(v) for v in potentials]
 

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import crf_oracle, random_problems
 
 from pwcrf_jax import mean_field, pairwise
 from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING, offsets
+from reference import crf_oracle, random_problems
 
 run = jax.jit(mean_field.run, static_argnames=("num_iterations", "normalize"))
 step = jax.jit(mean_field.step, static_argnames="normalize")
@@ -20,9 +20,7 @@ def grid_model(seed, height, width, classes=3, scale=1.0, evidence=True):
     for i, relation in enumerate((SURROUNDING, ABOVE_BELOW)):
         x = random_problems.grid_problem(seed + i, height, width, classes, scale=scale)
         box = offsets(relation, height, width)
-        potentials.append(
-            pairwise.factored_pairwise(x.a, x.b, x.w2, x.b2, box, x.evidence if evidence else None)
-        )
+        potentials.append(pairwise.factored_pairwise(x.a, x.b, x.w2, x.b2, box, x.evidence if evidence else None))
         relations.append(crf_oracle.grid_edges(x.a, x.b, x.w2, x.b2, box))
     return x.unary, potentials, relations
 
@@ -52,9 +50,7 @@ def test_step_and_run_match_the_oracle(weights, damping, normalize, masked, enco
     oracle = dict(settings, weights=weights, mask=None if mask is None else mask.ravel())
     flat = unary.reshape(-1, classes)
 
-    log_q, info = run(
-        reshape(unary), potentials, num_iterations=3, weights=w, node_mask=reshape(mask), **settings
-    )
+    log_q, info = run(reshape(unary), potentials, num_iterations=3, weights=w, node_mask=reshape(mask), **settings)
     expected, changes = crf_oracle.mean_field(flat, relations, 3, **oracle)
     np.testing.assert_allclose(log_q.reshape(-1, classes), expected, rtol=0, atol=2e-4)
     np.testing.assert_allclose(info.change, changes, rtol=1e-4, atol=1e-6)
@@ -181,9 +177,7 @@ def test_normalize_makes_the_weight_independent_of_the_number_of_neighbours():
     b2 = np.float32([[0.1, 0.0], [0.0, 0.1]])
     results = []
     for radius in (1, 4):
-        box = [
-            (r, c) for r in range(-radius, radius + 1) for c in range(-radius, radius + 1) if (r, c) != (0, 0)
-        ]
+        box = [(r, c) for r in range(-radius, radius + 1) for c in range(-radius, radius + 1) if (r, c) != (0, 0)]
         potential = pairwise.factored_pairwise(a, a, np.zeros((1, 2, 2), np.float32), b2, np.array(box))
         results.append(run(unary, [potential], num_iterations=2, normalize=True)[0])
     assert np.ptp(run(unary, [potential], num_iterations=2)[0] - results[0]) > 0.1

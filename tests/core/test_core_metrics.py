@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import metrics_oracle
 
 from pwcrf_jax import metrics
+from reference import metrics_oracle
 
 
 @pytest.mark.parametrize("void", [255, -1, 0])
@@ -95,9 +95,7 @@ def test_figures_of_sums_beyond_int32():
 def test_matrices_add_up():
     rng = np.random.default_rng(82)
     predictions, labels = rng.integers(0, 3, (2, 4, 5, 5))
-    parts = sum(
-        np.asarray(metrics.confusion_matrix(predictions[i], labels[i], 3), np.int64) for i in range(4)
-    )
+    parts = sum(np.asarray(metrics.confusion_matrix(predictions[i], labels[i], 3), np.int64) for i in range(4))
     np.testing.assert_array_equal(parts, metrics.confusion_matrix(predictions, labels, 3))
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import crf_oracle, random_problems
 
 from pwcrf_jax import pairwise, piecewise
 from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING, offsets
+from reference import crf_oracle, random_problems
 
 GRIDS = [(2, 2), (2, 3)]
 ll_unary = jax.jit(piecewise.unary_log_likelihood, static_argnames="void")
@@ -62,9 +62,7 @@ def test_factors_that_share_no_variable_are_exact(evidence):
     """Isolated edges without a unary, or a unary without edges: then piecewise is the likelihood itself."""
     x = random_problems.grid_problem(13, 3, 2)
     # Three edges that share no node: each cell of the left column with its right neighbour.
-    potential = pairwise.factored_pairwise(
-        x.a, x.b, x.w2, x.b2, np.array([[0, 1]]), x.evidence if evidence else None
-    )
+    potential = pairwise.factored_pairwise(x.a, x.b, x.w2, x.b2, np.array([[0, 1]]), x.evidence if evidence else None)
     edges = crf_oracle.grid_edges(x.a, x.b, x.w2, x.b2, [(0, 1)])
     assert sorted([e.p for e in edges] + [e.q for e in edges]) == list(range(6))
     if evidence:
@@ -164,9 +162,7 @@ def test_large_scores_do_not_overflow():
     labels = np.array([0, 1])
     total, _ = ll_unary(np.array([[1e4, -1e4], [1e4, -1e4]], np.float32), labels)
     assert total == -2e4
-    table = pairwise.PairwiseTable(
-        np.array([[[1e4, 0], [0, -1e4]]], np.float32), np.array([0]), np.array([1])
-    )
+    table = pairwise.PairwiseTable(np.array([[[1e4, 0], [0, -1e4]]], np.float32), np.array([0]), np.array([1]))
     assert ll_pairwise(table, labels)[0] == -1e4
 
 
@@ -197,9 +193,7 @@ balance = jax.jit(piecewise.balance_weights, static_argnums=1, static_argnames="
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(
-    st.lists(st.sampled_from([0, 1, 2, 3, 255]), min_size=12, max_size=12), st.sampled_from([0.0, 0.5, 1.0])
-)
+@given(st.lists(st.sampled_from([0, 1, 2, 3, 255]), min_size=12, max_size=12), st.sampled_from([0.0, 0.5, 1.0]))
 def test_balance_weights_match_the_oracle(values, power):
     labels = np.array(values).reshape(3, 4)
     got = balance(labels, 4, power=power)

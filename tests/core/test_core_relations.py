@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import crf_oracle
 
 from pwcrf_jax.relations import (
     ABOVE_BELOW,
@@ -17,6 +16,7 @@ from pwcrf_jax.relations import (
     offsets,
     validity_mask,
 )
+from reference import crf_oracle
 
 MAPS = [(1, 1), (1, 2), (1, 9), (8, 1), (2, 2), (3, 3), (4, 6), (5, 7), (10, 11), (13, 10), (15, 16)]
 BOXES = [

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import random_problems
 
 import pwcrf_jax
 from pwcrf_jax import mean_field, metrics, pairwise, piecewise, relations
+from reference import random_problems
 
 H, W, K, M = 3, 4, 3, 4
 BOX = relations.offsets(relations.SURROUNDING, H, W)
@@ -36,9 +36,7 @@ def inputs(seed):
 
 
 def grid(v, evidence=True):
-    return pairwise.factored_pairwise(
-        v["a"], v["b"], v["w2"], v["b2"], BOX, v["evidence"] if evidence else None
-    )
+    return pairwise.factored_pairwise(v["a"], v["b"], v["w2"], v["b2"], BOX, v["evidence"] if evidence else None)
 
 
 def table(v, evidence=True):
@@ -60,14 +58,10 @@ CASES = {
     "pairwise_log_likelihood-factored": lambda v: piecewise.pairwise_log_likelihood(
         grid(v), v["labels"], node_weights=v["weights"]
     ),
-    "pairwise_log_likelihood-table": lambda v: piecewise.pairwise_log_likelihood(
-        table(v), nodes(v, "labels")
-    ),
+    "pairwise_log_likelihood-table": lambda v: piecewise.pairwise_log_likelihood(table(v), nodes(v, "labels")),
     "edge_log_likelihood": lambda v: pairwise.edge_log_likelihood(grid(v, False), v["labels"], v["mask"]),
     "messages-factored": lambda v: pairwise.messages(grid(v), jax.nn.softmax(v["unary"]), v["mask"]),
-    "messages-table": lambda v: pairwise.messages(
-        table(v), jax.nn.softmax(nodes(v, "unary")), nodes(v, "mask")
-    ),
+    "messages-table": lambda v: pairwise.messages(table(v), jax.nn.softmax(nodes(v, "unary")), nodes(v, "mask")),
     "factored_pairwise": grid,
     "to_table": table,
     "init": lambda v: mean_field.init(v["unary"]),
@@ -103,12 +97,8 @@ def public_functions():
 def test_every_public_function_is_in_the_battery():
     covered = {name.split("-")[0] for name in CASES} | HOST
     assert set(public_functions()) == covered
-    exported = {
-        n for n in pwcrf_jax.__all__ if callable(v := getattr(pwcrf_jax, n)) and not isinstance(v, type)
-    }
-    assert {
-        n for n in exported if getattr(pwcrf_jax, n).__module__.startswith("pwcrf_jax.")
-    } - covered == set()
+    exported = {n for n in pwcrf_jax.__all__ if callable(v := getattr(pwcrf_jax, n)) and not isinstance(v, type)}
+    assert {n for n in exported if getattr(pwcrf_jax, n).__module__.startswith("pwcrf_jax.")} - covered == set()
 
 
 def equal(got, expected):
@@ -135,9 +125,7 @@ def test_eager_jit_and_vmap_agree_and_trace_once(name):
     batch = jax.tree.map(lambda *v: jnp.stack(v), first, second)
     equal(jax.jit(jax.vmap(function))(batch), jax.tree.map(lambda *v: jnp.stack(v), one, two))
     # The battery's two inputs are told apart by the function.
-    assert any(
-        np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(*map(jax.tree.leaves, (one, two)), strict=True)
-    )
+    assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(*map(jax.tree.leaves, (one, two)), strict=True))
 
 
 class Model(NamedTuple):

@@ -342,9 +342,7 @@ def test_two_processes_prepare_at_once(camvid, tmp_path):
     "name, folder, counts",
     [
         ("camvid", "camvid", {"train": 367, "val": 101}),
-        pytest.param(
-            "voc", "voc2012_animals", {"train": 437, "train_aug": 1000, "val": 222}, marks=pytest.mark.slow
-        ),
+        pytest.param("voc", "voc2012_animals", {"train": 437, "train_aug": 1000, "val": 222}, marks=pytest.mark.slow),
     ],
 )
 def test_real_data(tmp_path, name, folder, counts):

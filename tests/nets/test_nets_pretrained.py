@@ -83,9 +83,7 @@ def vgg_params():
     return make_params(backbone="vgg16")
 
 
-@pytest.mark.parametrize(
-    "style, prefix", [("new", ""), ("keras3", "model_weights/"), ("old", ""), ("nested", "")]
-)
+@pytest.mark.parametrize("style, prefix", [("new", ""), ("keras3", "model_weights/"), ("old", ""), ("nested", "")])
 def test_keras_vgg16_layouts(tmp_path, vgg_params, style, prefix):
     layers = vgg_layers()
     write_keras(tmp_path / "vgg.h5", layers, style, prefix)
@@ -319,9 +317,7 @@ def test_refuses_missing_layers_and_parts(tmp_path, vgg_params, mobilenet_params
 def test_refuses_another_shape_naming_both(tmp_path, vgg_params, mobilenet_params):
     layers = vgg_layers()
     layers["block2_conv1"] = (np.zeros((3, 3, 64, 96), np.float32), np.zeros(96, np.float32))
-    message = (
-        r"layer block2_conv1 has a kernel of shape \(3, 3, 64, 96\), the network needs \(3, 3, 64, 128\)"
-    )
+    message = r"layer block2_conv1 has a kernel of shape \(3, 3, 64, 96\), the network needs \(3, 3, 64, 128\)"
     write_keras(tmp_path / "vgg.h5", layers)
     refused(tmp_path / "vgg.h5", vgg_params, message)
     save_file(torch_tensors(layers), tmp_path / "vgg.safetensors")

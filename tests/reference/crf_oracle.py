@@ -59,10 +59,7 @@ def box_edges(rows, cols, unit, height, width, grid=None):
     col_offsets = box_axis(*cols, unit, short_side, width, grid)
     nodes = list(itertools.product(range(height), range(width)))
     return {
-        (p, q)
-        for p in nodes
-        for q in nodes
-        if p != q and q[0] - p[0] in row_offsets and q[1] - p[1] in col_offsets
+        (p, q) for p in nodes for q in nodes if p != q and q[0] - p[0] in row_offsets and q[1] - p[1] in col_offsets
     }
 
 

@@ -4,8 +4,8 @@ import h5py
 import jax
 import numpy as np
 import pytest
-from configs import demo
 
+from configs import demo
 from pwcrf_jax.nets import MobileNetV2
 
 

@@ -8,9 +8,9 @@ import sys
 import jax
 import numpy as np
 import pytest
-from configs import camvid_mobilenet_v2
 from PIL import Image
 
+from configs import camvid_mobilenet_v2
 from pwcrf_jax.data import DataError
 from pwcrf_jax.nets import WeightsError
 from pwcrf_jax.training import checkpoint, evaluate, loop, steps

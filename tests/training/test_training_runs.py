@@ -12,7 +12,7 @@ from pwcrf_jax.training import config as configs
 
 def _params(workdir, config, folder="checkpoints"):
     model = configs.build_model(config)
-    with checkpoint.Store(str(workdir / folder), keep=1) as store:
+    with checkpoint.Store(str(workdir / folder)) as store:
         trees, meta = store.restore({"params": evaluate.abstract_params(model)})
     return trees["params"], meta
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from configs import camvid_mobilenet_v2, demo, voc_vgg16
 from jax import export
 
+from configs import camvid_mobilenet_v2, demo, voc_vgg16
 from pwcrf_jax import mean_field, piecewise, segmenter
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate, parallel, steps
@@ -41,9 +41,7 @@ def test_eight_devices_equal_one(config, reduction):
     model, tx = configs.build_model(config), optax.sgd(1e-3 if reduction == "sum" else 0.1)
     batch, out = _batch(np.random.default_rng(0), 8), {}
     for n in (1, 8):
-        step = parallel.pmap_train(
-            steps.make_train_step(model, tx, config.loss.to_dict()), devices=jax.devices()[:n]
-        )
+        step = parallel.pmap_train(steps.make_train_step(model, tx, config.loss.to_dict()), devices=jax.devices()[:n])
         state, losses = _state(model, tx), []
         for _ in range(3):
             state, metrics = step(state, parallel.split(batch, n))
@@ -74,9 +72,7 @@ def test_eval_over_eight_devices_equals_one(config):
     batch["valid_size"] = np.array([[64, 80]] * 7 + [[0, 0]], np.int32)
     batch["label"][7] = 255
     step = steps.make_eval_step(model, configs.table_rows(config), configs.crf_settings(config))
-    one, eight = (
-        parallel.pmap_eval(step, devices=jax.devices()[:n])(params, parallel.split(batch, n)) for n in (1, 8)
-    )
+    one, eight = (parallel.pmap_eval(step, devices=jax.devices()[:n])(params, parallel.split(batch, n)) for n in (1, 8))
     for row in configs.table_rows(config):
         np.testing.assert_array_equal(one["confusion"][row], eight["confusion"][row])
         assert int(np.sum(one["confusion"][row])) == int(np.sum(batch["label"] != 255))
