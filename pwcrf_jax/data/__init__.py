@@ -6,6 +6,6 @@
 
 from pwcrf_jax.data.common import VOID, DataError
 from pwcrf_jax.data.datasets import DATASETS, Dataset, load_dataset
-from pwcrf_jax.data.pipeline import eval_batches, train_batches
+from pwcrf_jax.data.pipeline import check_sizes, eval_batches, train_batches
 
-__all__ = ["DATASETS", "VOID", "DataError", "Dataset", "eval_batches", "load_dataset", "train_batches"]
+__all__ = ["DATASETS", "VOID", "DataError", "Dataset", "check_sizes", "eval_batches", "load_dataset", "train_batches"]

@@ -204,6 +204,22 @@ def eval_batches(
     return _eval_iterator(source, view, batch_size, local, size, num_threads)
 
 
+def check_sizes(dataset: Dataset, split: str, size: tuple[int, int]) -> None:
+    """Reads the headers of a split: DataError if an image is larger than `size` (height, width) of `eval_batches`."""
+    source = dataset.source(split)
+    for i in range(len(source)):
+        height, width = source.image_size(i)
+        if height > size[0] or width > size[1]:
+            _too_large(source[i]["id"], (height, width), size)
+
+
+def _too_large(name: str, got: tuple[int, int], size: tuple[int, int]) -> None:
+    raise DataError(
+        f"image {name!r} is {got[0]}x{got[1]} (height x width), larger than data.eval_size "
+        f"{size[0]}x{size[1]}; set data.eval_size to at least the largest image of the split"
+    )
+
+
 def _eval_iterator(
     source: Source, view: _EvalView, batch_size: int, local: int, size: Any, num_threads: int
 ) -> Iterator[dict[str, Any]]:
@@ -230,10 +246,7 @@ def _eval_batch(entries: list[dict[str, Any] | None], shape: tuple[int, int]) ->
     for entry in entries:
         height, width = entry["label"].shape
         if height > shape[0] or width > shape[1]:
-            raise DataError(
-                f"image {entry['id']!r} is {height}x{width} (height x width), larger than data.eval_size "
-                f"{shape[0]}x{shape[1]}; set data.eval_size to at least the largest image of the split"
-            )
+            _too_large(entry["id"], (height, width), shape)
     return {
         "image": np.stack([_window(e["image"], 0, 0, shape, MEAN_COLOUR) for e in entries]),
         "label": np.stack([_window(e["label"], 0, 0, shape, VOID) for e in entries]),

@@ -7,7 +7,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from pwcrf_jax.data import load_dataset, train_batches
+from pwcrf_jax.data import check_sizes, load_dataset, train_batches
 from pwcrf_jax.nets import load_pretrained
 from pwcrf_jax.training import checkpoint, evaluate, parallel, steps
 from pwcrf_jax.training import config as configs
@@ -31,8 +31,8 @@ def train_and_evaluate(config, workdir: str) -> dict:
     configs.validate(config)
     dataset = load_dataset(**configs.dataset_options(config))
     configs.check_classes(config, dataset.class_names)
-    for split in (config.data.train_split, config.data.eval_split):
-        dataset.source(split)  # unknown and empty splits are refused here
+    dataset.source(config.data.train_split)  # unknown and empty splits are refused here
+    check_sizes(dataset, config.data.eval_split, config.data.eval_size)
     os.makedirs(workdir, exist_ok=True)
     with (
         checkpoint.Store(os.path.join(workdir, "checkpoints"), config.train.keep_checkpoints) as latest,
