@@ -7,10 +7,9 @@ of JSON on standard output.
 import argparse
 import json
 import os
-import sys
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from pwcrf_jax.training import cli, evaluate
 from pwcrf_jax.training import config as configs
@@ -30,16 +29,16 @@ def _workdir_of(argv):
 def main(_):
     workdir = cli.require("workdir")
     result = evaluate.evaluate(cli.require("config"), workdir, flags.FLAGS.checkpoint, flags.FLAGS.split)
-    print(evaluate.table(result))
+    print(evaluate.table(result), flush=True)
+    evaluate.write(result, workdir)
     print(json.dumps(evaluate.summary(result)))
 
 
+def _define_config(argv):
+    workdir = _workdir_of(argv[1:])
+    config = configs.load(os.path.join(workdir, "config.json")) if workdir else ConfigDict()
+    config_flags.DEFINE_config_dict("config", config, lock_config=True)  # reads the overrides in argv
+
+
 if __name__ == "__main__":
-    _dir = _workdir_of(sys.argv[1:])
-    try:
-        _config = configs.load(os.path.join(_dir, "config.json")) if _dir else configs.ConfigDict()
-    except configs.ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(cli.REFUSED)
-    config_flags.DEFINE_config_dict("config", _config, lock_config=True)
-    cli.run(main)
+    cli.run(main, before_parsing=_define_config)

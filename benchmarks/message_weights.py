@@ -19,8 +19,8 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 from pwcrf_jax import metrics, segmenter
 from pwcrf_jax.data import eval_batches, load_dataset
-from pwcrf_jax.training import checkpoint, evaluate, logs
 from pwcrf_jax.training import config as configs
+from pwcrf_jax.training import evaluate, logs
 
 
 def relation_sets(config):
@@ -42,10 +42,7 @@ def main():
     args = parser.parse_args()
     logs.setup()
     config = configs.load(os.path.join(args.workdir, "config.json"))
-    model = configs.build_model(config)
-    folder = os.path.join(args.workdir, {"best": "best", "latest": "checkpoints"}[args.checkpoint])
-    with checkpoint.Store(folder) as store:
-        trees, meta = store.restore({"params": evaluate.abstract_params(model)})
+    model, params, trained_steps = evaluate.restore_params(config, args.workdir, args.checkpoint)
     dataset = load_dataset(**configs.dataset_options(config))
     weights = [float(w) for w in args.weights.split(",")]
     rows = {"unary": ((), 0.0)}
@@ -77,7 +74,7 @@ def main():
     index = 0
     split = args.split or config.data.eval_split
     for batch in eval_batches(dataset, split, batch_size=4, size=config.data.eval_size):
-        out = step(trees["params"], {k: batch[k] for k in ("image", "label", "valid_size")})
+        out = step(params, {k: batch[k] for k in ("image", "label", "valid_size")})
         for row, counts in out.items():
             for i, image in enumerate(np.asarray(counts)):
                 halves[row][(index + i) % 2] += image
@@ -97,7 +94,7 @@ def main():
             miou=round(100 * metrics.scores(confusion).mean_iou, 2),
             chosen=[float(row.rsplit(" ", 1)[1]) for row in chosen],
         )
-    summary = dict(split=split, step=meta["step"], miou_unary=round(miou["unary"][2], 2), held_out=held_out)
+    summary = dict(split=split, step=trained_steps, miou_unary=round(miou["unary"][2], 2), held_out=held_out)
     if args.output:
         with open(args.output, "w") as f:
             json.dump(summary | {"miou": miou}, f, indent=1)

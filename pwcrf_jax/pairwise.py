@@ -168,7 +168,7 @@ def edge_log_likelihood(potential, labels, node_mask=None, node_weights=None):
       potential: `PairwiseTable` or `FactoredPairwise`; leading batch axes allowed in both.
       labels: int, [..., num_nodes] or [..., H, W]; only read where node_mask is true, any value elsewhere.
       node_mask: bool, same shape; false for void and padded nodes. An edge counts only if both its ends do. None: all.
-      node_weights: float, same shape: class balancing. An edge weighs sqrt(w_p w_q). None: 1.
+      node_weights: float, same shape: class balancing. An edge weighs w_p w_q. None: 1.
 
     Returns:
       (sum, count), float32 scalars: the weighted sum of log-likelihoods over batch and edges, and the sum of weights.
@@ -176,7 +176,7 @@ def edge_log_likelihood(potential, labels, node_mask=None, node_weights=None):
     Differentiable in the potential; the sum over a factored potential stores no scores (module docstring).
     """
     num_classes = potential.b2.shape[-1] if isinstance(potential, FactoredPairwise) else potential.scores.shape[-1]
-    weight = jnp.ones(labels.shape, jnp.float32) if node_weights is None else jnp.sqrt(_positive(node_weights))
+    weight = jnp.ones(labels.shape, jnp.float32) if node_weights is None else node_weights.astype(jnp.float32)
     if node_mask is not None:
         weight = jnp.where(node_mask, weight, 0.0)
     labels = jnp.clip(labels.astype(jnp.int32), 0, num_classes - 1)
@@ -190,11 +190,6 @@ def edge_log_likelihood(potential, labels, node_mask=None, node_weights=None):
     value = _pick_log_prob(scores, labels[..., p], labels[..., q])
     edge_weight = weight[..., p] * weight[..., q]
     return jnp.sum(edge_weight * value), jnp.sum(jnp.broadcast_to(edge_weight, value.shape))
-
-
-def _positive(weights):
-    # sqrt has an infinite slope at 0; weights are data, but a caller may differentiate through them
-    return jnp.maximum(weights.astype(jnp.float32), 1e-12)
 
 
 def _pick_log_prob(scores, label_p, label_q):

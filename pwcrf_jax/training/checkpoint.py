@@ -28,7 +28,7 @@ def leaves(tree) -> dict[str, list]:
 def _check_same(saved: dict, wanted: dict, where: str) -> None:
     for name in [*wanted, *saved]:
         if saved.get(name) != wanted.get(name):
-            say = lambda leaf: f"{leaf[0]} {leaf[1]}" if leaf else "absent"
+            say = lambda value: "absent" if value is None else repr(value)
             raise CheckpointError(
                 f"{where} belongs to another model: {name} is {say(saved.get(name))} in the checkpoint and "
                 f"{say(wanted.get(name))} in the model of this config. Use another --workdir, or the config it was "
@@ -39,9 +39,14 @@ def _check_same(saved: dict, wanted: dict, where: str) -> None:
 class Store:
     """One folder of checkpoints. Each holds named trees of arrays and a `meta` dict of plain JSON values."""
 
-    def __init__(self, folder: str, keep: int | None = None):
-        """keep: how many of the newest checkpoints stay; None to read only, which leaves a running save alone."""
-        self.folder = os.path.abspath(folder)
+    def __init__(self, folder: str, model: dict, keep: int | None = None):
+        """model: `config.identity` of the model whose checkpoints these are.
+
+        keep: how many of the newest checkpoints stay; None to read only, which leaves a running save alone.
+        """
+        self.folder, self._model = os.path.abspath(folder), model
+        if keep is None and not os.path.isdir(folder):
+            raise CheckpointError(f"no checkpoint in {folder}: train first, or name another --workdir")
         self._orbax = ocp.training.Checkpointer(
             self.folder,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
@@ -54,32 +59,43 @@ class Store:
         return None if found is None else found.step
 
     def save(self, step: int, trees: dict, meta: dict) -> None:
-        """Starts a save in the background; `wait` for it before leaving. A step that is there already stays."""
-        if self.latest is not None and step <= self.latest:
-            return
-        meta = {**meta, "step": step, "leaves": leaves(trees)}
+        """Starts a save in the background; `wait` for it before leaving."""
+        meta = {**meta, "step": step, "model": self._model, "leaves": leaves(trees)}
         # A copy: on CPU a plain view would share the buffers that the next training step donates.
         trees = jax.tree.map(lambda x: np.array(x, copy=True), trees)
         self._orbax.save_checkpointables_async(step, {**trees, "meta": meta}, force=True)
 
     def meta(self) -> dict:
-        """The meta of the newest checkpoint."""
+        """The meta of the newest checkpoint; CheckpointError as in `restore`."""
         if self.latest is None:
             raise CheckpointError(f"no checkpoint in {self.folder}: train first, or name another --workdir")
-        return self._orbax.load_checkpointables(self.latest, {"meta": None})["meta"]
+        meta = self._load({"meta": None})["meta"]
+        _check_same(meta["model"], self._model, self._newest())
+        return meta
 
     def restore(self, abstract: dict) -> tuple[dict, dict]:
         """The named trees of the newest checkpoint, and its meta.
 
         abstract: {name: tree of ShapeDtypeStruct or arrays}; trees that are not named are not read.
-        Raises CheckpointError: none there, or another model's, naming the first leaf that differs.
+        Raises CheckpointError: none there, unreadable, or another model's, naming the first key or leaf that differs.
         """
         meta = self.meta()
         saved = {k: v for k, v in meta["leaves"].items() if k.split("/")[0] in abstract}
-        _check_same(saved, leaves(abstract), os.path.join(self.folder, str(self.latest)))
+        _check_same(saved, leaves(abstract), self._newest())
         place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract)
-        return self._orbax.load_checkpointables(self.latest, abstract), meta
+        return self._load(abstract), meta
+
+    def _newest(self) -> str:
+        return os.path.join(self.folder, str(self.latest))
+
+    def _load(self, abstract):
+        try:
+            return self._orbax.load_checkpointables(self.latest, abstract)
+        except Exception as error:  # Orbax raises many kinds for damaged files
+            raise CheckpointError(
+                f"{self._newest()} cannot be read ({type(error).__name__}); move it away, then the one before is used"
+            ) from error
 
     def wait(self) -> None:
         self._orbax.wait()

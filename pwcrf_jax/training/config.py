@@ -2,16 +2,16 @@
 
 import difflib
 import json
-import math
 import pathlib
 
 import jax
 from ml_collections import ConfigDict
 
 from pwcrf_jax.data import DATASETS
-from pwcrf_jax.nets import BACKBONES, INPUT_SCALINGS, FeatMapNet
-from pwcrf_jax.relations import Relation
+from pwcrf_jax.nets import BACKBONES, INPUT_SCALINGS, FeatMapNet, grid_size
+from pwcrf_jax.relations import Relation, offsets
 from pwcrf_jax.segmenter import PARAMETERISATIONS, Segmenter
+from pwcrf_jax.training import schema
 
 
 class ConfigError(ValueError):
@@ -33,41 +33,21 @@ def _flat(config, prefix=""):
             yield f"{prefix}{key}", value
 
 
-def _numbers(value):
-    if isinstance(value, (tuple, list)):
-        for x in value:
-            yield from _numbers(x)
-    elif isinstance(value, float):
-        yield value
+_BATCHES = ("train.batch_size", "eval.batch_size")
+_RESERVED = ("unary", "all")  # rows of the table, terms of the loss
 
 
-_POSITIVE = (
-    "data.crop_size data.eval_size data.scale_range data.num_threads model.hidden model.scales "
-    "optimizer.learning_rate train.batch_size train.log_every train.checkpoint_every "
-    "train.keep_checkpoints eval.batch_size data.synthetic.num_train data.synthetic.num_val"
-).split()
-_NOT_NEGATIVE = (
-    "seed loss.pairwise_weight loss.balance_power optimizer.backbone_factor optimizer.warmup_steps "
-    "optimizer.weight_decay optimizer.clip_norm train.steps train.eval_every crf.num_iterations"
-).split()
-
-
-def validate(config: ConfigDict, num_devices: int | None = None) -> None:
+def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[str, ...] = _BATCHES) -> None:
     """Refuses what cannot work, before data are read or anything is compiled.
+
+    batches: the batch sizes that the devices must divide.
 
     Raises:
       ConfigError: naming the key, its value and the remedy.
     """
     flat = dict(_flat(config))
-    for key, value in flat.items():
-        if not all(math.isfinite(x) for x in _numbers(value)):
-            raise ConfigError(f"config.{key} = {value} must be finite")
-    for keys, bad, word in ((_POSITIVE, lambda x: x <= 0, "positive"), (_NOT_NEGATIVE, lambda x: x < 0, "0 or more")):
-        for key in keys:
-            value = flat[key]
-            for x in value if isinstance(value, tuple) else (value,):
-                if bad(x):
-                    raise ConfigError(f"config.{key} = {value} must be {word}")
+    for problem in schema.problems(flat, config.get("relations", {})):
+        raise ConfigError(problem)
     for key, known in {
         "data.name": DATASETS,
         "model.backbone": BACKBONES,
@@ -79,16 +59,12 @@ def validate(config: ConfigDict, num_devices: int | None = None) -> None:
         "optimizer.schedule": ("poly", "cosine", "constant"),
     }.items():
         _choose(key, flat[key], list(known))
-    for key in ("data.crop_size", "data.eval_size", "data.scale_range"):
-        if len(flat[key]) != 2:
-            raise ConfigError(f"config.{key} = {flat[key]} must hold two numbers")
     low, high = config.data.scale_range
     if low > high:
         raise ConfigError(f"config.data.scale_range = {(low, high)} must be (lowest, highest)")
-    if not 2 <= config.data.num_classes <= 255:
-        raise ConfigError(f"config.data.num_classes = {config.data.num_classes} must lie in 2..255")
-    if not 0 <= config.crf.damping < 1:
-        raise ConfigError(f"config.crf.damping = {config.crf.damping} must lie in [0, 1)")
+    for key in ("model.relations", "crf.relations"):
+        if len(set(flat[key])) != len(flat[key]):
+            raise ConfigError(f"config.{key} = {flat[key]} names a relation twice")
     for name in config.model.relations:
         _choose("model.relations", name, list(config.relations))
         kind = config.relations[name].parameterisation
@@ -101,13 +77,21 @@ def validate(config: ConfigDict, num_devices: int | None = None) -> None:
             f"{crf_relations(config)}"
         )
     devices = num_devices or jax.device_count()
-    for key in ("train.batch_size", "eval.batch_size"):
+    for key in batches:
         if flat[key] % devices:
             raise ConfigError(
                 f"config.{key} = {flat[key]} is not divisible by the {devices} devices; use a multiple, such as "
                 f"{-(-flat[key] // devices) * devices}"
             )
     build_model(config)
+    for key in ("data.crop_size", "data.eval_size"):
+        grid = grid_size(flat[key], config.model.scales)
+        for relation in relations(config):
+            if not len(offsets(relation, *grid)):
+                raise ConfigError(
+                    f"config.relations.{relation.name}: its box holds no edge on the {grid[0]} x {grid[1]} grid of "
+                    f"config.{key} = {flat[key]}; change the box, or take the relation out of config.model.relations"
+                )
 
 
 def check_classes(config: ConfigDict, class_names) -> None:
@@ -124,6 +108,10 @@ def relations(config: ConfigDict) -> tuple[Relation, ...]:
     out = []
     for name in config.model.relations:
         c = config.relations[name]
+        if name in _RESERVED or not name.isidentifier():
+            raise ConfigError(
+                f"config.relations.{name}: use another name, of letters, digits and _, and not one of {_RESERVED}"
+            )
         try:
             out.append(Relation(name, tuple(c.rows), tuple(c.cols), c.unit, c.grid or None))
         except ValueError as error:
@@ -158,6 +146,26 @@ def build_model(config: ConfigDict) -> Segmenter:
         raise
     except (ValueError, TypeError) as error:
         raise ConfigError(f"config.model: {error}") from None
+
+
+def identity(config: ConfigDict) -> dict:
+    """What makes a model the model it is, as flat JSON values: a checkpoint means nothing under another.
+
+    Left out is what may change between runs: dtype, how depthwise convolutions are computed, what is trained.
+    """
+    free = ("model.dtype", "model.mobilenet_v2.depthwise", "model.mobilenet_v2.freeze_until", "model.parameterisation")
+    free += ("model.pairwise_trains_features",)
+    other_backbones = tuple(f"model.{name}." for name in BACKBONES if name != config.model.backbone)
+    used = tuple(f"relations.{name}." for name in config.model.relations)
+    flat = {}
+    for key, value in _flat(config):
+        model = key.startswith("model.") and key not in free and not key.startswith(other_backbones)
+        if model or key.startswith(used) or key in ("data.name", "data.num_classes"):
+            flat[key] = value
+    for name in config.model.relations:  # what "" stands for
+        kind = config.relations[name].parameterisation
+        flat[f"relations.{name}.parameterisation"] = kind or config.model.parameterisation
+    return json.loads(json.dumps(flat))
 
 
 def crf_relations(config: ConfigDict) -> tuple[str, ...]:
@@ -201,11 +209,16 @@ def save(config: ConfigDict, path) -> None:
 def load(path) -> ConfigDict:
     """Reads a config written by `save`; lists become tuples again, so that flags can override them."""
     try:
-        return ConfigDict(_tuples(json.loads(pathlib.Path(path).read_text())))
+        stored = json.loads(pathlib.Path(path).read_text())
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: is this the --workdir of a training run?") from None
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): is --workdir the folder of a run?") from None
+    except ValueError as error:  # JSON or UTF-8
         raise ConfigError(f"{path} is not a config: {error}") from None
+    if not isinstance(stored, dict) or not stored:
+        raise ConfigError(f"{path} is not a config: expected a JSON object with the keys of configs/default.py")
+    return ConfigDict(_tuples(stored))
 
 
 def _tuples(x):

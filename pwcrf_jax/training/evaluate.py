@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pwcrf_jax import metrics
-from pwcrf_jax.data import eval_batches, load_dataset
+from pwcrf_jax.data import check_sizes, eval_batches, load_dataset
 from pwcrf_jax.training import checkpoint, parallel, steps
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training.logs import log
@@ -113,29 +113,37 @@ def init_params(model, seed):
 
 
 def evaluate(config, workdir: str, which: str = "best", split: str = "") -> dict:
-    """Evaluates a trained workdir; prints nothing, writes WORKDIR/eval_SPLIT.json.
+    """Evaluates a trained workdir; returns `evaluate_params`' dict, with step, checkpoint and config.
 
     which: "best" (by validation mean IoU) or "latest".
     split: of the data set; "": config.data.eval_split.
     """
-    configs.validate(config)
-    folder = {"best": "best", "latest": "checkpoints"}[which]
-    path = os.path.join(workdir, folder)
-    if not os.path.isdir(path):
-        raise checkpoint.CheckpointError(f"no checkpoint in {path}: train first, or name another --workdir")
-    model = configs.build_model(config)
-    with checkpoint.Store(path) as store:
-        trees, meta = store.restore({"params": abstract_params(model)})
+    configs.validate(config, batches=("eval.batch_size",))
+    model, params, step = restore_params(config, workdir, which)
     dataset = load_dataset(**configs.dataset_options(config))
     configs.check_classes(config, dataset.class_names)
     split = split or config.data.eval_split
-    log.info("%s checkpoint of step %d, split %s", which, meta["step"], split)
-    result = evaluate_params(make_eval_fn(config, model), trees["params"], dataset, split, config)
-    result |= dict(step=meta["step"], checkpoint=which, config=config.to_dict())
-    out = os.path.join(workdir, f"eval_{_file_name(result['split'])}.json")
-    with open(out, "w") as f:
+    check_sizes(dataset, split, config.data.eval_size)
+    log.info("%s checkpoint of step %d, split %s", which, step, split)
+    result = evaluate_params(make_eval_fn(config, model), params, dataset, split, config)
+    return result | dict(step=step, checkpoint=which, config=config.to_dict())
+
+
+def restore_params(config, workdir: str, which: str = "best"):
+    """(model, parameters, step) of a trained workdir; which as in `evaluate`."""
+    folder = {"best": "best", "latest": "checkpoints"}[which]
+    model = configs.build_model(config)
+    with checkpoint.Store(os.path.join(workdir, folder), configs.identity(config)) as store:
+        trees, meta = store.restore({"params": abstract_params(model)})
+    return model, trees["params"], meta["step"]
+
+
+def write(result: dict, workdir: str) -> str:
+    """Writes the result of `evaluate` to WORKDIR/eval_SPLIT.json and returns that path."""
+    path = os.path.join(workdir, f"eval_{_file_name(result['split'])}.json")
+    with open(path, "w") as f:
         json.dump(result, f, indent=2)
-    return result
+    return path
 
 
 def _file_name(split):

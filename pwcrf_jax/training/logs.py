@@ -60,12 +60,15 @@ class Progress:
         """Starts a new interval: what was done since the last report (evaluation) does not count."""
         self._last = (step, time.monotonic())
 
-    def report(self, step: int, metrics: dict) -> float:
-        """Prints one report and returns images per second since the last."""
+    def report(self, step: int, metrics: dict) -> float | None:
+        """Prints one report and returns images per second since the last; None if no step was timed since."""
         before, since = self._last
-        seconds = max(time.monotonic() - since, 1e-9)
-        rate = (step - before) * self._batch_size / seconds
-        left = _duration((self._num_steps - step) * seconds / max(step - before, 1))
+        rate, speed = None, ""
+        if step > before:
+            seconds = max(time.monotonic() - since, 1e-9)
+            rate = (step - before) * self._batch_size / seconds
+            left = _duration((self._num_steps - step) * seconds / (step - before))
+            speed = f"{rate:.1f} img/s  {left} left"
         # Before any inference: a relation whose NLL stays above twice the unary's has learned no interaction.
         twice = 2 * metrics["nll_unary"]
         pairs = ", ".join(f"{k[4:]} {v:.3f}" for k, v in metrics.items() if k.startswith("nll_") and k != "nll_unary")
@@ -73,10 +76,10 @@ class Progress:
         if pairs:
             text += f"  pairs {pairs} (2 x unary {twice:.3f})"
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{text}  {rate:.1f} img/s")
+            self._bar.set_postfix_str(f"{text}  {speed}")
             self._bar.update(step - self._bar.n)
         else:
-            log.info("step %d/%d  %s  %.1f img/s  %s left", step, self._num_steps, text, rate, left)
+            log.info("step %d/%d  %s  %s", step, self._num_steps, text, speed)
         self._last = (step, time.monotonic())
         return rate
 

@@ -33,47 +33,59 @@ def train_and_evaluate(config, workdir: str) -> dict:
     configs.check_classes(config, dataset.class_names)
     dataset.source(config.data.train_split)  # unknown and empty splits are refused here
     check_sizes(dataset, config.data.eval_split, config.data.eval_size)
-    os.makedirs(workdir, exist_ok=True)
+    config, fresh_params = _resolve(config, workdir)
+    identity = configs.identity(config)
     with (
-        checkpoint.Store(os.path.join(workdir, "checkpoints"), config.train.keep_checkpoints) as latest,
-        checkpoint.Store(os.path.join(workdir, "best"), 1) as best,
+        checkpoint.Store(os.path.join(workdir, "checkpoints"), identity, config.train.keep_checkpoints) as latest,
+        checkpoint.Store(os.path.join(workdir, "best"), identity, 1) as best,
     ):
-        config, model, tx, state, meta = _start(config, latest)
-        configs.save(config, os.path.join(workdir, "config.json"))
+        model = configs.build_model(config)
+        tx = make_optimizer(config.optimizer, config.model, config.train.steps)
+        if latest.latest is None:
+            if best.latest is not None:
+                raise checkpoint.CheckpointError(
+                    f"{best.folder} holds a model, but {latest.folder} is empty, so the run cannot go on; "
+                    "use another --workdir, or move that folder away"
+                )
+            state, meta = _fresh(model, tx, fresh_params()), {"samples_seen": 0, "score": None}
+        else:
+            abstract = jax.eval_shape(lambda: _fresh(model, tx, evaluate.init_params(model, config.seed)))
+            trees, meta = latest.restore(_trees(abstract))
+            state = steps.TrainState(**trees["rest"], params=trees["params"])
+            log.info("resumed from step %d of %s", meta["step"], latest.folder)
         return _train(config, workdir, model, tx, state, meta, dataset, latest, best)
 
 
-def _start(config, latest):
-    """State to begin with: the newest checkpoint, or a fresh one with pretrained weights.
+def _resolve(config, workdir):
+    """The config with input_scaling settled, and a function that makes the parameters of a fresh run.
 
-    The input scaling belongs to the weights, so "auto" is resolved here and kept in the config from then on.
+    The scaling belongs to the weights a run started from: a run that goes on has it in its config.json.
     """
     config = config.copy_and_resolve_references()
-    meta = latest.meta() if latest.latest is not None else {"samples_seen": 0, "best": None}
-    if config.model.input_scaling == "auto" and "input_scaling" in meta:
-        config.model.input_scaling = meta["input_scaling"]
-    model = configs.build_model(config)
-    tx = make_optimizer(config.optimizer, config.model, config.train.steps)
-    if latest.latest is not None:
-        abstract = jax.eval_shape(lambda: _fresh(model, tx, evaluate.init_params(model, config.seed)))
-        trees, meta = latest.restore(_trees(abstract))
-        log.info("resumed from step %d of %s", meta["step"], latest.folder)
-        return config, model, tx, steps.TrainState(**trees["rest"], params=trees["params"]), meta
-    params = jax.jit(lambda: evaluate.init_params(model, config.seed))()
-    if config.init_from:
-        featmap, report = load_pretrained(config.init_from, params["featmap"])
-        params = {**params, "featmap": featmap}
-        log.info("%s", report)
-        if config.model.input_scaling not in ("auto", report.scaling):
-            log.info(
-                "config.model.input_scaling = %s, but these weights were trained with %s",
-                config.model.input_scaling,
-                report.scaling,
-            )
+    stored = os.path.join(workdir, "config.json")
+    os.makedirs(workdir, exist_ok=True)
+    if os.path.exists(stored):
+        if config.model.input_scaling == "auto":
+            config.model.input_scaling = configs.load(stored).model.input_scaling
+        return config, lambda: _fresh_params(config)[0]
+    params, scaling = _fresh_params(config)
     if config.model.input_scaling == "auto":
-        config.model.input_scaling = report.scaling if config.init_from else "tf"
-        model = configs.build_model(config)
-    return config, model, tx, _fresh(model, tx, params), meta
+        config.model.input_scaling = scaling
+    return config, lambda: params
+
+
+def _fresh_params(config):
+    """Random parameters with the pretrained weights read into them, and the input scaling of those."""
+    model = configs.build_model(config)
+    params = jax.jit(lambda: evaluate.init_params(model, config.seed))()
+    if not config.init_from:
+        return params, "tf"
+    featmap, report = load_pretrained(config.init_from, params["featmap"])
+    log.info("%s", report)
+    given = config.model.input_scaling
+    if given not in ("auto", report.scaling):
+        log.info("config.model.input_scaling = %s, but these weights were trained with %s", given, report.scaling)
+    return {**params, "featmap": featmap}, report.scaling
 
 
 def _fresh(model, tx, params):
@@ -87,9 +99,16 @@ def _trees(state):
 def _train(config, workdir, model, tx, state, meta, dataset, latest, best):
     c = config.train
     step = int(state.step)
+    best_score = best.meta()["miou_all"] if best.latest is not None else None
+    if meta["score"] is not None and (best_score is None or meta["score"] > best_score):
+        # Stopped between the two saves of an evaluation.
+        best_score = meta["score"]
+        best.save(step, {"params": state.params}, {"miou_all": best_score})
     if step >= c.steps:
+        best.wait()
         log.info("already trained for %d steps; raise config.train.steps to go on", step)
         return {}
+    configs.save(config, os.path.join(workdir, "config.json"))
     batches = train_batches(
         dataset,
         config.data.train_split,
@@ -105,7 +124,7 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best):
     )
     train_step = parallel.pmap_train(steps.make_train_step(model, tx, config.loss.to_dict()))
     eval_fn = evaluate.make_eval_fn(config, model)
-    best_score, samples_seen, result = meta["best"], meta["samples_seen"], {}
+    samples_seen, score, result = meta["samples_seen"], None, {}
     writer = Writer(workdir) if jax.process_index() == 0 else None
     num_params = sum(x.size for x in jax.tree.leaves(state.params))
     log.info(
@@ -115,8 +134,7 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best):
     )  # fmt: skip
 
     def save():
-        new_meta = {"samples_seen": samples_seen, "best": best_score, "input_scaling": config.model.input_scaling}
-        latest.save(step, _trees(state), new_meta)
+        latest.save(step, _trees(state), {"samples_seen": samples_seen, "score": score})
 
     started, progress = time.monotonic(), None
     try:
@@ -136,7 +154,7 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best):
                 if step % c.log_every == 0 or last:
                     rate = progress.report(step, values)
                     if writer:
-                        writer.write(step, values | {"images_per_second": rate}, "train")
+                        writer.write(step, values | ({"images_per_second": rate} if rate else {}), "train")
             if evaluate_now:
                 result = evaluate.evaluate_params(eval_fn, state.params, dataset, config.data.eval_split, config)
                 score = result["rows"]["all"]["miou"] or 0.0
@@ -144,12 +162,15 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best):
                 if writer:
                     numbers = evaluate.summary(result)
                     writer.write(step, {k: v for k, v in numbers.items() if isinstance(v, float)}, "val")
-                if best_score is None or score > best_score:
-                    best_score = score
-                    best.save(step, {"params": state.params}, {"miou_all": score})
                 progress.restart(step)
             if save_now:
                 save()
+            if score is not None and (best_score is None or score > best_score):
+                # After the state that would save it again, were this one lost.
+                latest.wait()
+                best_score = score
+                best.save(step, {"params": state.params}, {"miou_all": score})
+            score = None
             if last:
                 break
     finally:

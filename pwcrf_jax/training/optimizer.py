@@ -44,13 +44,18 @@ def _groups(params, frozen):
     return jax.tree_util.tree_map_with_path(group, params)
 
 
+def _decayed(params):
+    """True for kernels. By name: the pairwise net's last bias is a matrix too, [K, K]."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: "bias" not in path[-1].key, params)
+
+
 def make_optimizer(config, model_config, num_steps):
     """optax transformation for config.optimizer.
 
     Weight decay (the paper's lambda) acts on kernels, not on biases; in adamw decoupled, in sgd as an L2 term. The
     backbone learns at backbone_factor times the rate; layers that the model freezes get no update at all.
     """
-    decay = optax.add_decayed_weights(config.weight_decay, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p))
+    decay = optax.add_decayed_weights(config.weight_decay, mask=_decayed)
     if config.name == "adamw":
         rule = [optax.scale_by_adam(), decay]
     else:

@@ -132,7 +132,7 @@ def test_evidence_has_no_gradient_through_mean_field(problem):
 
 
 def test_zero_weights_have_finite_gradients(problem):
-    """An edge weighs sqrt(w_p w_q): the slope at 0 is guarded."""
+    """An edge weighs w_p w_q, at 0 too."""
     x = problem
     potential = pairwise.factored_pairwise(x.a, x.b, x.w2, x.b2, BOX)
     weights = np.arange(H * W, dtype=np.float32).reshape(H, W)

@@ -141,7 +141,7 @@ def pairwise_log_likelihood(edges, labels, weights=None, void=255):
     total = count = 0.0
     for p, q, s in edges:
         if labels[p] != void and labels[q] != void:
-            weight = 1.0 if weights is None else float(np.sqrt(float(weights[p]) * float(weights[q])))
+            weight = 1.0 if weights is None else float(weights[p]) * float(weights[q])
             total += weight * (s[labels[p], labels[q]] - log_sum_exp(s))
             count += weight
     return total, count

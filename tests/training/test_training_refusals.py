@@ -98,7 +98,7 @@ def test_wrong_number_of_classes(camvid, tmp_path, monkeypatch):
 
 def test_image_larger_than_eval_size(camvid, tmp_path, monkeypatch):
     config = camvid[1]
-    config.data.eval_size = (16, 48)
+    config.data.eval_size = (32, 32)
     _refused(config, tmp_path, DataError, r"32x48.*data\.eval_size", monkeypatch)
 
 
@@ -110,8 +110,11 @@ def test_batch_size_that_devices_do_not_divide(config, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "key, value, match",
     [
-        ("model.hidden", 16, r"first.*\[8\] in the checkpoint and float32 \[16\]"),
-        ("model.relations", ("surrounding",), r"pairwise_above_below"),
+        ("model.hidden", 16, r"model\.hidden is 8 in the checkpoint and 16"),
+        ("model.relations", ("surrounding",), r"model\.relations is \['surrounding', 'above_below'\]"),
+        ("model.parameterisation", "free", r"parameterisation is 'residual'"),
+        ("model.input_scaling", "caffe", r"model\.input_scaling is 'tf'"),
+        ("relations.surrounding.rows", (-0.4, 0.4), r"relations\.surrounding\.rows"),
         ("optimizer.name", "sgd", r"opt_state"),
     ],
 )
@@ -126,7 +129,7 @@ def test_checkpoint_of_another_model(config, trained, tmp_path, monkeypatch, key
 
 def test_checkpoint_of_another_model_in_evaluation(config, trained):
     config.model.hidden = 16
-    with pytest.raises(checkpoint.CheckpointError, match=r"first.*\[8\].*\[16\]"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"model\.hidden is 8"):
         evaluate.evaluate(config, str(trained))
 
 
@@ -154,7 +157,7 @@ def test_unknown_split(config, tmp_path, monkeypatch):
         ("model.parameterisation", "residul", "residual"),
         ("model.relations", ("surounding",), "surrounding"),
         ("model.scales", (), "scales"),
-        ("model.scales", (1.0, -1.0), "positive"),
+        ("model.scales", (1.0, -1.0), "scales.*positive"),
         ("model.block6", ((2, 8),), "odd"),
         ("model.mobilenet_v2.output", "block_99", "block_99"),
         ("crf.relations", ("left",), "crf.relations"),
@@ -162,11 +165,23 @@ def test_unknown_split(config, tmp_path, monkeypatch):
         ("crf.damping", 1.0, "damping"),
         ("optimizer.learning_rate", float("nan"), "learning_rate.*finite"),
         ("optimizer.learning_rate", 0.0, "learning_rate.*positive"),
-        ("train.batch_size", 0, "batch_size.*positive"),
-        ("train.steps", -1, "steps.*0 or more"),
+        ("train.batch_size", 0, "batch_size.*1 or more"),
+        ("train.steps", 0, "steps.*1 or more"),
         ("data.scale_range", (1.2, 0.7), "scale_range"),
-        ("data.num_classes", 256, r"2\.\.255"),
+        ("data.num_classes", 256, "num_classes.*at most 255"),
         ("relations.surrounding.unit", "pixels", "surrounding.*unit"),
+        ("relations.surrounding.rows", (0.51, 0.52), "surrounding.*no edge"),
+        ("crf.relations", ("surrounding", "surrounding"), "twice"),
+        ("crf.weights", ("a", "b"), "crf.weights.*number.*'a'"),
+        ("crf.weights", (True,), "crf.weights.*number"),
+        ("data.crop_size", (192.5, 256), "crop_size.*integer"),
+        ("data.crop_size", ("a", "b"), "crop_size.*integer"),
+        ("data.eval_size", (192, 256, 3), "eval_size.*2 values"),
+        ("data.synthetic.image_size", (1, 2, 3), "image_size.*2 values"),
+        ("model.block6", ((3, 64.5),), "block6.*integer"),
+        ("model.tiny.features", (1.5, 4, 4, 4), "features.*integer"),
+        ("optimizer.momentum", 1.0, "momentum.*below 1"),
+        ("seed", 10**23, "seed.*at most"),
         ("relations.surrounding.parameterisation", "fre", "free"),
     ],
 )
@@ -178,6 +193,47 @@ def test_config_values(config, key, value, match):
         configs.validate(config)
 
 
+@pytest.mark.parametrize("name", ["unary", "all", "a/b"])
+def test_relation_names(config, name):
+    config.relations[name] = config.relations.surrounding.copy_and_resolve_references()
+    config.model.relations = (name,)
+    with pytest.raises(configs.ConfigError, match="another name"):
+        configs.validate(config)
+
+
+def test_missing_and_unknown_keys(config):
+    del config.relations.surrounding.unit
+    with pytest.raises(configs.ConfigError, match=r"relations\.surrounding\.unit is missing"):
+        configs.validate(config)
+    config.relations.surrounding.unit = "short_side"
+    config.train.stepz = 3
+    with pytest.raises(configs.ConfigError, match=r"train\.stepz is not a key"):
+        configs.validate(config)
+
+
+def test_best_without_a_state_to_go_on_from(config, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "work")
+    shutil.rmtree(tmp_path / "work" / "checkpoints")
+    with pytest.raises(checkpoint.CheckpointError, match="best.*holds a model.*checkpoints is empty"):
+        loop.train_and_evaluate(config, str(tmp_path / "work"))
+
+
+def test_damaged_checkpoint(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "work")
+    for path in (tmp_path / "work" / "best" / "1").rglob("*"):
+        if path.is_file() and "params" in str(path):
+            path.write_bytes(b"")
+    with pytest.raises(checkpoint.CheckpointError, match=r"best/1 cannot be read.*move it away"):
+        evaluate.evaluate(configs.load(tmp_path / "work" / "config.json"), str(tmp_path / "work"))
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[1]", b"{", b"\xff\xfe"])
+def test_unreadable_config(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(configs.ConfigError, match="config.json is not a config"):
+        configs.load(tmp_path / "config.json")
+
+
 def _run(script, *args):
     return subprocess.run([sys.executable, ROOT / script, *args], capture_output=True, text=True, cwd=ROOT)
 
@@ -185,24 +241,50 @@ def _run(script, *args):
 @pytest.mark.parametrize(
     "args, match",
     [
-        (["--config=configs/demo.py", "--config.model.hiden=3"], "hidden"),
+        (["--config=configs/demo.py", "--config.model.hiden=3"], 'Did you mean "hidden"'),
         (["--config=configs/demo.py", "--config.train.steps=many"], "many"),
+        (["--config=configs/demo.py", "--config.data.nope.x=1"], "nope"),
         (["--config=configs/nothing.py", "--workdir=somewhere"], "nothing.py"),
-        (["--config=configs/default.py:x", "--workdir=somewhere"], "default.py"),
+        (["--config=configs/camvid_mobilenet_v2.py:x", "--workdir=somewhere"], "known are residual, free, both"),
         (["--config=configs/demo.py"], "--workdir"),
+        (
+            [
+                "--config=configs/demo.py",
+                "--workdir=setup.cfg",
+                "--config.data.data_dir={tmp}",
+                "--config.eval.batch_size=8",
+            ],
+            "setup.cfg",
+        ),
         (["--workdir=somewhere"], "--config"),
     ],
 )
 def test_command_line(args, match, tmp_path):
-    done = _run("train.py", *args)
-    assert done.returncode != 0
+    done = _run("train.py", *(arg.replace("{tmp}", str(tmp_path)) for arg in args))
+    assert done.returncode == 2, done.stderr
+    assert match in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "args, match",
+    [
+        (["--config.crf.wieghts=(1.0,)"], 'Did you mean "weights"'),
+        (["--config.crf.weights=('a',)"], "config.crf.weights"),
+        (["--config.model.input_scaling=caffe"], "model.input_scaling is 'tf' in the checkpoint"),
+        (["--split=tset"], "tset"),
+    ],
+)
+def test_command_line_of_eval(trained, args, match):
+    done = _run("eval.py", f"--workdir={trained}", *args)
+    assert done.returncode == 2, done.stderr
     assert match in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_eval_without_a_run(tmp_path):
     done = _run("eval.py", f"--workdir={tmp_path}")
-    assert done.returncode != 0 and "config.json does not exist" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "config.json does not exist" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(config, tmp_path):

@@ -1,6 +1,7 @@
 """Whole runs of the loop: train, resume, evaluate, and what they write."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -12,7 +13,8 @@ from pwcrf_jax.training import config as configs
 
 def _params(workdir, config, folder="checkpoints"):
     model = configs.build_model(config)
-    with checkpoint.Store(str(workdir / folder)) as store:
+    config = configs.load(workdir / "config.json")  # with the input scaling settled
+    with checkpoint.Store(str(workdir / folder), configs.identity(config)) as store:
         trees, meta = store.restore({"params": evaluate.abstract_params(model)})
     return trees["params"], meta
 
@@ -42,7 +44,8 @@ def test_resumed_run_equals_uninterrupted_run(config, tmp_path, monkeypatch):
     whole, whole_meta = _params(tmp_path / "whole", config)
     resumed, resumed_meta = _params(tmp_path / "stopped", config)
     assert whole_meta["step"] == resumed_meta["step"] == 6
-    assert whole_meta["best"] == resumed_meta["best"]
+    assert whole_meta["score"] == resumed_meta["score"] is not None
+    assert _params(tmp_path / "whole", config, "best")[1] == _params(tmp_path / "stopped", config, "best")[1]
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -66,6 +69,7 @@ def test_a_run_writes_what_it_says(config, tmp_path, capsys):
     assert meta["step"] == max(scores, key=lambda s: (scores[s], -s))
     stored = configs.load(tmp_path / "config.json")
     again = evaluate.evaluate(stored, str(tmp_path), "latest")
+    evaluate.write(again, str(tmp_path))
     assert again["rows"] == result["rows"]
     written = json.loads((tmp_path / "eval_val.json").read_text())
     assert written["rows"] == json.loads(json.dumps(again["rows"]))
@@ -124,3 +128,15 @@ def test_bfloat16_trains_float32_parameters(config, tmp_path):
     assert np.isfinite(result["nll"]["surrounding"])
     params, _ = _params(tmp_path, config)
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(params))
+
+
+def test_best_is_saved_again_when_the_run_stopped_between_the_two_saves(config, tmp_path):
+    config.train.steps = 3
+    loop.train_and_evaluate(config, str(tmp_path))
+    shutil.rmtree(tmp_path / "best" / "3")
+    assert loop.train_and_evaluate(config, str(tmp_path)) == {}
+    best, meta = _params(tmp_path, config, "best")
+    latest, _ = _params(tmp_path, config)
+    assert meta["step"] == 3
+    for a, b in zip(jax.tree.leaves(best), jax.tree.leaves(latest), strict=True):
+        np.testing.assert_array_equal(a, b)

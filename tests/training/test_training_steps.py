@@ -164,6 +164,16 @@ def test_frozen_layers_stay_and_the_backbone_learns_slower():
     np.testing.assert_allclose(updates["unary"]["last"]["bias"], -rate, rtol=1e-5)
 
 
+def test_weight_decay_acts_on_kernels_alone(config):
+    config.optimizer.weight_decay, config.optimizer.warmup_steps = 1.0, 0
+    tx = make_optimizer(config.optimizer, config.model, 10)
+    params = jax.tree.map(lambda x: jnp.ones(x.shape), evaluate.abstract_params(configs.build_model(config)))
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    for path, update in jax.tree_util.tree_flatten_with_path(updates)[0]:
+        decayed = float(jnp.abs(update).max()) > 0
+        assert decayed == ("bias" not in path[-1].key), path
+
+
 def test_padding_of_an_image_changes_no_figure(config):
     # The tiny backbone sees one cell, and the valid sizes are whole cells: what follows is exact.
     model = configs.build_model(config)
