@@ -104,7 +104,8 @@ def load_pretrained(path: str | Path, params: Mapping[str, Any]) -> tuple[dict[s
 
 def _open(path: Path, stack: ExitStack):
     if not path.is_file():
-        raise WeightsError(f"{path}: no such file")
+        what = "a folder" if path.is_dir() else "no such file"
+        raise WeightsError(f"{path}: {what}; give the path of a .h5 or .safetensors file (config.init_from)")
     suffix = path.suffix.lower()
     if suffix in (".h5", ".hdf5"):
         return open_keras(path, stack)

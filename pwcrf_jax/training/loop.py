@@ -189,6 +189,6 @@ def _check_finite(values, step, ids, latest):
     bad = [k for k, v in values.items() if not math.isfinite(v)]
     if bad:
         raise NonFiniteError(
-            f"step {step}: {', '.join(bad)} not finite (images {', '.join(map(str, ids))}); the newest checkpoint, "
-            f"step {latest.latest}, is of before. Try a lower config.optimizer.learning_rate or dtype float32"
+            f"by step {step}: {', '.join(bad)} not finite (images of that step: {', '.join(map(str, ids))}); "
+            f"the newest checkpoint, step {latest.latest}, is of before. Try a lower config.optimizer.learning_rate or dtype float32"
         )
