@@ -189,6 +189,7 @@ def _check_finite(values, step, ids, latest):
     bad = [k for k, v in values.items() if not math.isfinite(v)]
     if bad:
         raise NonFiniteError(
-            f"by step {step}: {', '.join(bad)} not finite (images of that step: {', '.join(map(str, ids))}); "
-            f"the newest checkpoint, step {latest.latest}, is of before. Try a lower config.optimizer.learning_rate or dtype float32"
+            f"by step {step}: {', '.join(bad)} not finite (images of that step: {', '.join(map(str, ids))}). "
+            f"The newest checkpoint, step {latest.latest}, is of before; "
+            "try a lower config.optimizer.learning_rate or dtype float32"
         )
