@@ -36,6 +36,11 @@ def _check_same(saved: dict, wanted: dict, where: str) -> None:
             )
 
 
+def exists(folder: str) -> bool:
+    """Whether a folder holds a whole checkpoint; those that are being written have longer names."""
+    return os.path.isdir(folder) and any(name.isdigit() for name in os.listdir(folder))
+
+
 class Store:
     """One folder of checkpoints. Each holds named trees of arrays and a `meta` dict of plain JSON values."""
 

@@ -52,7 +52,8 @@ def train_and_evaluate(config, workdir: str) -> dict:
             abstract = jax.eval_shape(lambda: _fresh(model, tx, evaluate.init_params(model, config.seed)))
             trees, meta = latest.restore(_trees(abstract))
             state = steps.TrainState(**trees["rest"], params=trees["params"])
-            log.info("resumed from step %d of %s", meta["step"], latest.folder)
+            unread = "; config.init_from is not read again" if config.init_from else ""
+            log.info("resumed from step %d of %s%s", meta["step"], latest.folder, unread)
         return _train(config, workdir, model, tx, state, meta, dataset, latest, best)
 
 
@@ -62,12 +63,11 @@ def _resolve(config, workdir):
     The scaling belongs to the weights a run started from: a run that goes on has it in its config.json.
     """
     config = config.copy_and_resolve_references()
-    stored = os.path.join(workdir, "config.json")
     os.makedirs(workdir, exist_ok=True)
-    if os.path.exists(stored):
+    if checkpoint.exists(os.path.join(workdir, "checkpoints")):
         if config.model.input_scaling == "auto":
-            config.model.input_scaling = configs.load(stored).model.input_scaling
-        return config, lambda: _fresh_params(config)[0]
+            config.model.input_scaling = configs.load(os.path.join(workdir, "config.json")).model.input_scaling
+        return config, None
     params, scaling = _fresh_params(config)
     if config.model.input_scaling == "auto":
         config.model.input_scaling = scaling
@@ -174,6 +174,7 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best):
             if last:
                 break
     finally:
+        batches.close()
         latest.wait()
         best.wait()
         if progress:

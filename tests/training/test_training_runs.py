@@ -140,3 +140,17 @@ def test_best_is_saved_again_when_the_run_stopped_between_the_two_saves(config, 
     assert meta["step"] == 3
     for a, b in zip(jax.tree.leaves(best), jax.tree.leaves(latest), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_scaling_of_a_run_that_never_saved_is_forgotten(config, tmp_path, monkeypatch):
+    config.train.checkpoint_every, config.train.eval_every = 100, 0
+    with monkeypatch.context() as m:
+        _interrupt_after(m, 1)
+        with pytest.raises(KeyboardInterrupt):
+            config.model.input_scaling = "caffe"
+            loop.train_and_evaluate(config, str(tmp_path))
+    assert configs.load(tmp_path / "config.json").model.input_scaling == "caffe"
+    config.model.input_scaling = "auto"
+    config.train.steps = 1
+    loop.train_and_evaluate(config, str(tmp_path))
+    assert configs.load(tmp_path / "config.json").model.input_scaling == "tf"
