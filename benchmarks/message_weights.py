@@ -2,11 +2,13 @@
 
     python benchmarks/message_weights.py --workdir runs/camvid
 
+Also prints the pairwise NLL of each relation beside that of its evidence alone: what the nets have learnt at all.
 Two folds: the images of the split are dealt alternately into halves; each weight chosen on one half is reported on the
 other, so that the reported gain is not the choice's own. Ends with one line of JSON.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -17,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from pwcrf_jax import metrics, segmenter
+from pwcrf_jax import metrics, piecewise, segmenter
 from pwcrf_jax.data import eval_batches, load_dataset
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate, logs
@@ -54,6 +56,13 @@ def main():
         potentials = model.apply({"params": params}, batch["image"])
         size = batch["label"].shape[1:3]
         mask = segmenter.grid_mask(batch["valid_size"], potentials.unary.shape[1:3], size)
+        labels = piecewise.grid_labels(batch["label"], *potentials.unary.shape[1:3])
+        terms = {}
+        for name, p in potentials.pairwise.items():
+            terms[name] = piecewise.pairwise_log_likelihood(p, labels)
+            if p.evidence is not None:  # the same with a net that says nothing: two independent unaries
+                silent = dataclasses.replace(p, w2=jnp.zeros_like(p.w2), b2=jnp.zeros_like(p.b2))
+                terms[f"{name}, evidence alone"] = piecewise.pairwise_log_likelihood(silent, labels)
         out = {}
         for row, (names, weight) in rows.items():
             log_marginals, _ = segmenter.infer(
@@ -68,13 +77,15 @@ def main():
             labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask), axis=-1)
             count = jax.vmap(lambda p, y: metrics.confusion_matrix(p, y, model.num_classes))
             out[row] = count(labels, batch["label"])
-        return out
+        return out, terms
 
     halves = {row: np.zeros((2, model.num_classes, model.num_classes), np.int64) for row in rows}
-    index = 0
+    index, nll = 0, {}
     split = args.split or config.data.eval_split
     for batch in eval_batches(dataset, split, batch_size=4, size=config.data.eval_size):
-        out = step(params, {k: batch[k] for k in ("image", "label", "valid_size")})
+        out, terms = step(params, {k: batch[k] for k in ("image", "label", "valid_size")})
+        for name, term in terms.items():
+            nll[name] = nll.get(name, 0) + np.array(term, np.float64)
         for row, counts in out.items():
             for i, image in enumerate(np.asarray(counts)):
                 halves[row][(index + i) % 2] += image
@@ -84,6 +95,8 @@ def main():
     print(f"{'':32s}{'even half':>10s}{'odd half':>10s}{'whole':>10s}")
     for row, values in miou.items():
         print(f"{row:32s}" + "".join(f"{v:10.2f}" for v in values))
+    nll = {name: round(float(-total / count), 4) for name, (total, count) in sorted(nll.items())}
+    print("\nNLL of an edge: " + ", ".join(f"{name} {value:.4f}" for name, value in nll.items()))
     held_out = {}
     for label in relation_sets(config):
         mine = [row for row in miou if row.startswith(f"{label} x ")]
@@ -94,7 +107,7 @@ def main():
             miou=round(100 * metrics.scores(confusion).mean_iou, 2),
             chosen=[float(row.rsplit(" ", 1)[1]) for row in chosen],
         )
-    summary = dict(split=split, step=trained_steps, miou_unary=round(miou["unary"][2], 2), held_out=held_out)
+    summary = dict(split=split, step=trained_steps, miou_unary=round(miou["unary"][2], 2), held_out=held_out, nll=nll)
     if args.output:
         with open(args.output, "w") as f:
             json.dump(summary | {"miou": miou}, f, indent=1)
