@@ -79,8 +79,8 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
 
     @classmethod
     def plan(cls, source_dir: str, **options: Any) -> Plan:
-        """Lists the examples of every split without reading them."""
-        raise NotImplementedError
+        """Lists the examples of every split without reading them. Abstract: each data set has its own layout."""
+        raise NotImplementedError(f"{cls.__name__} does not say where its examples are")
 
     @classmethod
     def plan_from_pairs(cls, source_dir: Path, splits: Mapping[str, Sequence[Pair]]) -> Plan:
