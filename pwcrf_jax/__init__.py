@@ -3,10 +3,19 @@
 Everything named here imports jax and numpy only, carries no `jit`, and is differentiable and batched.
 """
 
-from pwcrf_jax import mean_field, metrics, pairwise, piecewise, relations
+from pwcrf_jax import costs, mean_field, metrics, pairwise, piecewise, relations
 from pwcrf_jax.mean_field import MeanFieldInfo
 from pwcrf_jax.metrics import confusion_matrix, scores
-from pwcrf_jax.pairwise import FactoredPairwise, PairwiseTable, factored_pairwise, messages, to_table
+from pwcrf_jax.pairwise import (
+    FactoredPairwise,
+    GridScores,
+    PairwiseTable,
+    factored_pairwise,
+    messages,
+    prepare_messages,
+    sample_offsets,
+    to_table,
+)
 from pwcrf_jax.piecewise import balance_weights, grid_labels, pairwise_log_likelihood, unary_log_likelihood
 from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING, EdgeList, Relation, edge_list, offsets, validity_mask
 
@@ -17,11 +26,13 @@ __all__ = [
     "SURROUNDING",
     "EdgeList",
     "FactoredPairwise",
+    "GridScores",
     "MeanFieldInfo",
     "PairwiseTable",
     "Relation",
     "balance_weights",
     "confusion_matrix",
+    "costs",
     "edge_list",
     "factored_pairwise",
     "grid_labels",
@@ -32,7 +43,9 @@ __all__ = [
     "pairwise",
     "pairwise_log_likelihood",
     "piecewise",
+    "prepare_messages",
     "relations",
+    "sample_offsets",
     "scores",
     "to_table",
     "unary_log_likelihood",

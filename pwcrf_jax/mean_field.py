@@ -28,7 +28,9 @@ def init(unary):
     return jax.nn.log_softmax(unary.astype(jnp.float32), axis=-1)
 
 
-def step(log_marginals, unary, potentials, weights=None, damping=0.0, normalize=False, node_mask=None):
+def step(
+    log_marginals, unary, potentials, weights=None, damping=0.0, normalize=False, node_mask=None, chunk_edges=None
+):
     """One parallel update of all nodes.
 
         log Q_new = (1 - damping) log_softmax(z + sum_r w_r m_r(Q)) + damping log Q_old, normalised
@@ -44,6 +46,7 @@ def step(log_marginals, unary, potentials, weights=None, damping=0.0, normalize=
       normalize: divide each node's messages by their number, relation by relation, so that one weight serves maps and
         boxes of any size; False: plain sums (the paper).
       node_mask: bool [..., num_nodes] or [..., H, W]; false nodes (void, padding) neither send nor receive.
+      chunk_edges: of `pairwise.messages`.
 
     Returns:
       (log_marginals, change): the new state, and the largest |Q_new - Q_old| of each image, float32 [...batch].
@@ -51,7 +54,7 @@ def step(log_marginals, unary, potentials, weights=None, damping=0.0, normalize=
     marginals = jnp.exp(log_marginals)
     total = unary.astype(jnp.float32)
     for i, potential in enumerate(potentials):
-        message, count = pairwise.messages(potential, marginals, node_mask)
+        message, count = pairwise.messages(potential, marginals, node_mask, chunk_edges)
         if normalize:
             message = message / jnp.maximum(count, 1.0)[..., None]
         total = total + (1.0 if weights is None else weights[i]) * message
@@ -63,20 +66,32 @@ def step(log_marginals, unary, potentials, weights=None, damping=0.0, normalize=
     return updated, jnp.max(change, axis=_image_axes(unary, potentials))
 
 
-def run(unary, potentials, num_iterations=3, weights=None, damping=0.0, normalize=False, node_mask=None):
+def run(
+    unary,
+    potentials,
+    num_iterations=3,
+    weights=None,
+    damping=0.0,
+    normalize=False,
+    node_mask=None,
+    route="auto",
+    chunk_edges=None,
+):
     """Mean field from the unary, `num_iterations` parallel updates with `lax.scan`.
 
     Args:
       unary: scores z (= -U), float [..., num_nodes, K] for tables or [..., H, W, K] for factored potentials.
       num_iterations: static, at least 0; the paper uses 3.
-      Others: see `step`. All potentials must be of one encoding.
+      route: how messages of a factored potential are computed, "auto", "folded" or "table"; see
+        `pairwise.prepare_messages`. The marginals are the same, time and memory are not.
+      Others: see `step`. Tables of graphs and potentials on grids do not mix.
 
     Returns:
       (log_marginals, MeanFieldInfo): float32, the shape of unary; changes [num_iterations, ...batch].
 
     Raises:
-      ValueError: mixed encodings, a number of weights other than the number of potentials, damping outside [0, 1) where
-        it is a Python number, a negative number of iterations.
+      ValueError: mixed encodings, an unknown route, a number of weights other than the number of potentials, damping
+        outside [0, 1) where it is a Python number, a negative number of iterations.
     """
     potentials = list(potentials)
     _check(unary, potentials, num_iterations, weights, damping)
@@ -84,23 +99,24 @@ def run(unary, potentials, num_iterations=3, weights=None, damping=0.0, normaliz
         batch = unary.shape[: len(_image_axes(unary, potentials)) * -1]
         return init(unary), MeanFieldInfo(jnp.zeros((num_iterations, *batch), jnp.float32))
 
-    def body(state, _):
-        return step(state, unary, potentials, weights, damping, normalize, node_mask)
+    potentials = [pairwise.prepare_messages(p, num_iterations, route) for p in potentials]
 
-    # Rematerialised: else the scan keeps the scores of all offsets, as they are the same in each iteration.
+    def body(state, _):
+        return step(state, unary, potentials, weights, damping, normalize, node_mask, chunk_edges)
+
+    # Rematerialised: else the scan keeps the hidden units of all edges, as they are the same in each iteration.
     state, change = jax.lax.scan(jax.checkpoint(body), init(unary), None, length=num_iterations)
     return state, MeanFieldInfo(change)
 
 
 def _image_axes(unary, potentials: Sequence) -> tuple[int, ...]:
     """The axes of one image, nodes and classes."""
-    grid = unary.ndim > 2 if not potentials else isinstance(potentials[0], pairwise.FactoredPairwise)
+    grid = unary.ndim > 2 if not potentials else not isinstance(potentials[0], pairwise.PairwiseTable)
     return (-3, -2, -1) if grid else (-2, -1)
 
 
 def _check(unary, potentials, num_iterations, weights, damping):
-    grids = {isinstance(p, pairwise.FactoredPairwise) for p in potentials}
-    if len(grids) > 1:
+    if len({isinstance(p, pairwise.PairwiseTable) for p in potentials}) > 1:
         raise ValueError("potentials mix PairwiseTable and FactoredPairwise: expand with `pairwise.to_table` first")
     if num_iterations < 0:
         raise ValueError(f"num_iterations must be at least 0, got {num_iterations}")
@@ -109,8 +125,7 @@ def _check(unary, potentials, num_iterations, weights, damping):
     if isinstance(damping, (int, float)) and not 0 <= damping < 1:
         raise ValueError(f"damping must lie in [0, 1), got {damping}")
     for p in potentials:
-        k = p.b2.shape[-1] if isinstance(p, pairwise.FactoredPairwise) else p.scores.shape[-1]
-        if k != unary.shape[-1]:
-            raise ValueError(f"unary scores have {unary.shape[-1]} classes, a potential has {k}")
-        if isinstance(p, pairwise.FactoredPairwise) and p.a.shape[-3:-1] != unary.shape[-3:-1]:
-            raise ValueError(f"unary grid is {unary.shape[-3:-1]}, a potential's is {p.a.shape[-3:-1]}")
+        if p.num_classes != unary.shape[-1]:
+            raise ValueError(f"unary scores have {unary.shape[-1]} classes, a potential has {p.num_classes}")
+        if not isinstance(p, pairwise.PairwiseTable) and p.grid != unary.shape[-3:-1]:
+            raise ValueError(f"unary grid is {unary.shape[-3:-1]}, a potential's is {p.grid}")

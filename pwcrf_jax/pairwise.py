@@ -8,8 +8,9 @@ Two encodings of one meaning:
 
       z_pq[k, l] = b2[k, l] + sum_m relu(A_p + B_q)[m] W2[m, k, l]   (+ evidence_p[k] + evidence_q[l], see below).
 
-  All work walks the offsets of the relation's box with one rematerialised `lax.scan`, so that training keeps the
-  scores of one offset at a time: memory does not grow with the size of the box.
+  Memory grows with neither the size of the box nor, in inference, with K^2 (docs/math.md, "Full range"):
+  - the likelihood walks the edges in chunks, and its gradient is made in the same pass (`edge_log_likelihood`);
+  - a message needs sum_l z_pq[k, l] Q_q(l) only, so Q is folded into the last layer first (`messages`).
 
 The paper's energies are V = -z (section 3). z is not symmetric: z_pq[k, l] is not z_qp[l, k].
 
@@ -28,7 +29,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pwcrf_jax import relations
+from pwcrf_jax import costs, relations
+
+ROUTES = ("auto", "folded", "table")
 
 
 class PairwiseTable(NamedTuple):
@@ -44,6 +47,10 @@ class PairwiseTable(NamedTuple):
     p: jax.Array
     q: jax.Array
     evidence: jax.Array | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return self.scores.shape[-1]
 
 
 @functools.partial(jax.tree_util.register_dataclass)
@@ -67,6 +74,36 @@ class FactoredPairwise:
     b2: jax.Array
     evidence: jax.Array | None
     offsets: tuple[tuple[int, int], ...] = dataclasses.field(metadata=dict(static=True))
+
+    @property
+    def num_classes(self) -> int:
+        return self.b2.shape[-1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.a.shape[-3:-1]
+
+
+@functools.partial(jax.tree_util.register_dataclass)
+@dataclasses.dataclass(frozen=True)
+class GridScores:
+    """A factored potential whose scores are stored, for inference alone; made by `prepare_messages`.
+
+    Attributes:
+      scores: float32 [num_offsets, ..., H, W, K, K], z of the edge from each node p to p + offset.
+      offsets: as in `FactoredPairwise`.
+    """
+
+    scores: jax.Array
+    offsets: tuple[tuple[int, int], ...] = dataclasses.field(metadata=dict(static=True))
+
+    @property
+    def num_classes(self) -> int:
+        return self.scores.shape[-1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.scores.shape[-4:-2]
 
 
 def factored_pairwise(a, b, w2, b2, offsets, evidence=None) -> FactoredPairwise:
@@ -94,7 +131,7 @@ def to_table(potential: FactoredPairwise) -> PairwiseTable:
     Memory grows with num_edges * (M + K^2): for small graphs, oracles and inspection.
     """
     a, b = potential.a, potential.b
-    height, width = a.shape[-3:-1]
+    height, width = potential.grid
     box = np.array(potential.offsets, np.int32).reshape(-1, 2)
     which, row, col = np.nonzero(relations.validity_mask(box, height, width))
     p = row * width + col
@@ -116,6 +153,351 @@ def _last_layer(hidden, w2, b2):
     return flat.reshape(*hidden.shape[:-1], k, k) + b2.astype(jnp.float32)
 
 
+# --------------------------------------------------------------------------------------------- likelihood
+
+
+def sample_offsets(key, num_offsets: int, num_sampled: int):
+    """A uniform random subset of a relation's offsets, for `edge_log_likelihood`.
+
+    Args:
+      key: a JAX random key.
+      num_offsets: of the relation, `len(potential.offsets)`.
+      num_sampled: size of the subset, static, 1 .. num_offsets.
+
+    Returns:
+      int32 [num_sampled], positions in `potential.offsets`, all different.
+
+    Raises:
+      ValueError: a size outside 1 .. num_offsets.
+    """
+    if not 1 <= num_sampled <= num_offsets:
+        raise ValueError(f"cannot sample {num_sampled} of {num_offsets} offsets without repeating one")
+    return jax.random.choice(key, num_offsets, (num_sampled,), replace=False).astype(jnp.int32)
+
+
+def edge_log_likelihood(potential, labels, node_mask=None, node_weights=None, chunk_edges=None, sample=None):
+    """Sum and count of log P_V(y_p, y_q | x) over the edges of one relation (Lin et al., CVPR 2016, section 4).
+
+        log P_V(y_p, y_q | x) = s_pq[y_p, y_q] - log sum_{k,l} exp s_pq[k, l],   s = z + evidence_p + evidence_q.
+
+    Args:
+      potential: `PairwiseTable` or `FactoredPairwise`; leading batch axes allowed in both.
+      labels: int, [..., num_nodes] or [..., H, W]; only read where node_mask is true, any value elsewhere.
+      node_mask: bool, same shape; false for void and padded nodes. An edge counts only if both its ends do. None: all.
+      node_weights: float, same shape: class balancing. An edge weighs w_p w_q. None: 1.
+      chunk_edges: static int; a factored potential holds the scores of about so many edges at a time, in whole rows of
+        the map. None: chosen from the shapes (`pwcrf_jax.costs.default_chunk_edges`). The value does not depend on it.
+      sample: int [n], positions in the offsets of a factored potential, from `sample_offsets`; may be traced. The sum
+        is then over those offsets, scaled by num_offsets / n: over random samples its expectation, and that of its
+        gradient, are those of the full sum. The count is always that of the full sum.
+
+    Returns:
+      (sum, count), float32 scalars: the weighted sum of log-likelihoods over batch and edges, and the sum of weights.
+
+    Differentiable in the potential and the weights, in reverse mode and any number of times; a factored potential makes
+    the gradient in the same pass as the sum, chunk by chunk, so that no scores are kept or formed twice.
+
+    Raises:
+      ValueError: chunk_edges below 1; a sample for a table.
+    """
+    if chunk_edges is not None and chunk_edges < 1:
+        raise ValueError(f"chunk_edges must be at least 1, or None to choose it, got {chunk_edges}")
+    num_classes = potential.num_classes
+    weight = jnp.ones(labels.shape, jnp.float32) if node_weights is None else node_weights.astype(jnp.float32)
+    if node_mask is not None:
+        weight = jnp.where(node_mask, weight, 0.0)
+    labels = jnp.clip(labels.astype(jnp.int32), 0, num_classes - 1)
+    if isinstance(potential, FactoredPairwise):
+        return _factored_log_likelihood(potential, labels, weight, chunk_edges, sample)
+    if sample is not None:
+        raise ValueError("offsets can be sampled on a grid alone: give a FactoredPairwise, or a table of fewer edges")
+    p, q = potential.p, potential.q
+    scores = potential.scores.astype(jnp.float32)
+    if potential.evidence is not None:
+        evidence = potential.evidence.astype(jnp.float32)
+        scores = scores + evidence[..., p, :, None] + evidence[..., q, None, :]
+    flat = scores.reshape(*scores.shape[:-2], num_classes**2)
+    index = jnp.broadcast_to(labels[..., p] * num_classes + labels[..., q], flat.shape[:-1])[..., None]
+    value = jnp.take_along_axis(flat, index, axis=-1)[..., 0] - jax.nn.logsumexp(flat, axis=-1)
+    edge_weight = jnp.broadcast_to(weight[..., p] * weight[..., q], value.shape)
+    return jnp.sum(edge_weight * value), jnp.sum(edge_weight)
+
+
+def _factored_log_likelihood(potential, labels, weight, chunk_edges, sample):
+    """Flattens the batch, cuts the edges into chunks, and adds the count, for which no scores are needed."""
+    height, width = potential.grid
+    if not relations.validity_mask(np.array(potential.offsets).reshape(-1, 2), height, width).any():
+        return jnp.float32(0), jnp.float32(0)
+    grids = lambda x, *tail: jnp.broadcast_to(x, (*potential.a.shape[:-3], *x.shape[-2 - len(tail) :])).reshape(
+        -1, height, width, *tail
+    )
+    a, b = (jnp.asarray(x).reshape(-1, height, width, x.shape[-1]) for x in (potential.a, potential.b))
+    labels, weight = grids(labels), grids(weight)
+    evidence = None if potential.evidence is None else grids(potential.evidence, potential.num_classes)
+    count = jnp.sum(weight * _neighbours(weight, potential.offsets)[0])
+    if chunk_edges is None:
+        chunk_edges = costs.default_chunk_edges(potential.num_classes, a.shape[-1])
+    box = np.array(potential.offsets, np.int32)
+    row_edges = a.shape[0] * width
+    if sample is None:
+        rows, _ = costs.chunk_rows(potential.offsets, height, row_edges, chunk_edges)
+        chunks = _static_chunks(box, height, rows)
+    else:
+        chunks = _sampled_chunks(box, sample, height, min(height, max(1, chunk_edges // row_edges)))
+    reach = int(np.abs(box[:, 1]).max())
+    total = _chunked_sum(reach, a, b, potential.w2, potential.b2, evidence, labels, weight, chunks)
+    return (total if sample is None else total * (len(box) / sample.shape[0])), count
+
+
+class _Chunks(NamedTuple):
+    """Edges in chunks of one column offset and whole rows of p, so that reading q is one slice and one row gather.
+
+    col: int32 [num_chunks]; p, q: int32 [num_chunks, rows], the map's rows; valid: float32 [num_chunks, rows].
+    """
+
+    col: jax.Array
+    p: jax.Array
+    q: jax.Array
+    valid: jax.Array
+
+
+def _static_chunks(box, height, rows):
+    """All edges but those that leave the map sideways, which weigh 0."""
+    groups = []
+    for col in np.unique(box[:, 1]):
+        down = box[box[:, 1] == col, 0]
+        pairs = [(p, p + r) for r in down for p in range(max(0, -r), min(height, height - r))]
+        groups += [(col, np.array(pairs, np.int32))] if pairs else []
+    chunks = []
+    for col, pairs in groups:
+        for i in range(0, len(pairs), rows):
+            part = pairs[i : i + rows]
+            fill = np.zeros((rows - len(part), 2), np.int32)
+            p, q = np.concatenate([part, fill]).T
+            chunks.append((col, p, q, np.arange(rows) < len(part)))
+    col, p, q, valid = (np.stack(x) for x in zip(*chunks, strict=True))
+    return _Chunks(*(jnp.asarray(x, jnp.int32) for x in (col, p, q)), jnp.asarray(valid, jnp.float32))
+
+
+def _sampled_chunks(box, sample, height, rows):
+    """The same for offsets that are traced: every row of p, those without a q weigh 0."""
+    blocks = -(-height // rows)
+    p = jnp.arange(blocks * rows, dtype=jnp.int32).reshape(1, blocks, rows)
+    offset = jnp.asarray(box)[sample]
+    q = p + offset[:, 0, None, None]
+    valid = (p < height) & (q >= 0) & (q < height)
+    p, q = (jnp.broadcast_to(jnp.clip(x, 0, height - 1), q.shape).reshape(-1, rows) for x in (p, q))
+    return _Chunks(jnp.repeat(offset[:, 1], blocks), p, q, valid.reshape(-1, rows).astype(jnp.float32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked_sum(reach, a, b, w2, b2, evidence, labels, weight, chunks):
+    """sum over edges of w_p w_q log P_V(y_p, y_q); arrays [B, H, W, ...], reach the largest |column offset|."""
+    return _walk_chunks(reach, a, b, w2, b2, evidence, labels, weight, chunks, gradient=False)[0]
+
+
+def _chunked_sum_forward(reach, a, b, w2, b2, evidence, labels, weight, chunks):
+    return _walk_chunks(reach, a, b, w2, b2, evidence, labels, weight, chunks, gradient=True)
+
+
+def _chunked_sum_backward(reach, gradients, cotangent):
+    # The sum is a scalar, so its gradient, made on the way forward, only needs scaling.
+    *arrays, weight = jax.tree.map(lambda g: (cotangent * g.astype(jnp.float32)).astype(g.dtype), gradients)
+    return *arrays, None, weight, None
+
+
+_chunked_sum.defvjp(_chunked_sum_forward, _chunked_sum_backward)
+
+
+def _walk_chunks(reach, a, b, w2, b2, evidence, labels, weight, chunks, gradient):
+    """Returns (sum, gradients): gradients of (a, b, w2, b2, evidence, weight) in their dtypes, or None."""
+    num_images, height, width, m = a.shape
+    k = b2.shape[-1]
+    matrix, bias = w2.reshape(m, k * k).astype(a.dtype), b2.reshape(k * k).astype(jnp.float32)
+    border = lambda x: jnp.pad(x, ((0, 0), (0, 0), (reach, reach), (0, 0)))
+    # What is read at q, with a border so that a slice of columns is a shift; weights in it are 0.
+    at_q = {"b": b, "label": labels[..., None], "weight": weight[..., None]}
+    evidence_dtype = None if evidence is None else evidence.dtype
+    if evidence is not None:
+        evidence = evidence.astype(jnp.float32)
+        at_q["evidence"] = evidence
+    at_q = {name: border(x) for name, x in at_q.items()}
+
+    def add_rows(total, rows, x):
+        # A scatter as a product with zeros and ones: always summed in one order, on any device.
+        select = jax.nn.one_hot(rows, height, axis=0, dtype=jnp.float32)
+        select = jnp.broadcast_to(select, (num_images, *select.shape))
+        flat = jnp.matmul(select, x.reshape(num_images, len(rows), -1), precision="highest")
+        return total + flat.reshape(total.shape)
+
+    def body(state, chunk):
+        shift = lambda x: jax.lax.dynamic_slice_in_dim(x, reach + chunk.col, width, axis=2)
+        edges = lambda x: x.reshape(num_images * len(chunk.p) * width, *x.shape[3:])
+        q = {name: shift(x)[:, chunk.q] for name, x in at_q.items()}
+        hidden = jax.nn.relu(edges(a[:, chunk.p] + q["b"]))
+        scores = jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32) + bias
+        if evidence is not None:
+            pair = edges(evidence[:, chunk.p])[:, :, None] + edges(q["evidence"])[:, None, :]
+            scores = scores + pair.reshape(scores.shape)
+        weight_p = weight[:, chunk.p] * chunk.valid[:, None]
+        edge_weight = edges(weight_p * q["weight"][..., 0])
+        index = edges(labels[:, chunk.p] * k + q["label"][..., 0])[:, None]
+        # Spelt out because the gradient below reuses the exponentials.
+        highest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+        exp = jnp.exp(scores - highest)
+        norm = jnp.sum(exp, axis=-1, keepdims=True)
+        value = (jnp.take_along_axis(scores, index, axis=-1) - highest - jnp.log(norm))[:, 0]
+        total = state["total"] + jnp.sum(edge_weight * value)
+        if not gradient:
+            return {"total": total}
+        picked = index == jnp.arange(k * k, dtype=jnp.int32)
+        d_scores = jnp.where(picked, edge_weight[:, None], 0.0) - exp * (edge_weight[:, None] / norm)
+        narrow = d_scores.astype(a.dtype)
+        d_hidden = jnp.matmul(narrow, matrix.T, preferred_element_type=jnp.float32)
+        d_hidden = jnp.where(hidden > 0, d_hidden, 0.0)
+        new = dict(total=total, bias=state["bias"] + jnp.sum(d_scores, axis=0))
+        new["matrix"] = state["matrix"] + jnp.matmul(hidden.T, narrow, preferred_element_type=jnp.float32)
+
+        def add(name, at_p, at_q):
+            """Adds what flows to p, and to q through the shift."""
+            new[name + "_p"] = add_rows(state[name + "_p"], chunk.p, at_p)
+            old = jax.lax.dynamic_slice_in_dim(state[name + "_q"], reach + chunk.col, width, axis=2)
+            shifted = add_rows(old, chunk.q, at_q)
+            new[name + "_q"] = jax.lax.dynamic_update_slice_in_dim(
+                state[name + "_q"], shifted, reach + chunk.col, axis=2
+            )
+
+        add("hidden", d_hidden, d_hidden)
+        value = value.reshape(weight_p.shape)
+        add("weight", (value * q["weight"][..., 0] * chunk.valid[:, None])[..., None], (value * weight_p)[..., None])
+        if evidence is not None:
+            pair = d_scores.reshape(-1, k, k)
+            add("evidence", jnp.sum(pair, axis=2), jnp.sum(pair, axis=1))
+        return new
+
+    state = {"total": jnp.float32(0)}
+    if gradient:
+        state |= {"matrix": jnp.zeros(matrix.shape, jnp.float32), "bias": jnp.zeros(bias.shape, jnp.float32)}
+        for name, channels in (("hidden", m), ("weight", 1), *([] if evidence is None else [("evidence", k)])):
+            zeros = jnp.zeros((num_images, height, width, channels), jnp.float32)
+            state |= {name + "_p": zeros, name + "_q": border(zeros)}
+    # Rematerialised for the sake of second derivatives.
+    step = jax.checkpoint(lambda state, chunk: (body(state, chunk), None))
+    state, _ = jax.lax.scan(step, state, chunks)
+    if not gradient:
+        return state["total"], None
+    crop = lambda x: x[:, :, reach : reach + width]
+    gradients = (
+        state["hidden_p"].astype(a.dtype),
+        crop(state["hidden_q"]).astype(b.dtype),
+        state["matrix"].reshape(w2.shape).astype(w2.dtype),
+        state["bias"].reshape(b2.shape).astype(b2.dtype),
+        None if evidence is None else (state["evidence_p"] + crop(state["evidence_q"])).astype(evidence_dtype),
+        (state["weight_p"] + crop(state["weight_q"]))[..., 0],
+    )
+    return state["total"], gradients
+
+
+def _neighbours(x, offsets):
+    """(sum of x over p + offset, sum of x over p - offset), both [..., H, W]; what lies beyond the map counts 0."""
+    box = np.array(offsets, np.int32).reshape(-1, 2)
+    reach = np.abs(box).max(axis=0, initial=0)
+    kernel = np.zeros(2 * reach + 1, np.float32)
+    np.add.at(kernel, tuple((box + reach).T), 1)
+    both = jnp.asarray(np.stack([kernel, kernel[::-1, ::-1]])[:, None])
+    images = x.reshape(-1, 1, *x.shape[-2:]).astype(jnp.float32)
+    out = jax.lax.conv_general_dilated(images, both, (1, 1), [(r, r) for r in reach], precision="highest")
+    return tuple(out[:, i].reshape(x.shape) for i in (0, 1))
+
+
+# ------------------------------------------------------------------------------------------------- messages
+
+
+def messages(potential, marginals, node_mask=None, chunk_edges=None):
+    """Mean-field messages of one relation to every node, as p and as q (method: Lin et al., CVPR 2016, section 3).
+
+        message_i[k] = sum_{(p,q): p=i} sum_l z_pq[k, l] Q_q(l)  +  sum_{(p,q): q=i} sum_l z_pq[l, k] Q_p(l)
+
+    Only the net's part z sends messages, never the evidence (module docstring). A factored potential forms no scores:
+
+        sum_l z_pq[k, l] Q_q(l) = sum_m relu(A_p + B_q)[m] G_q[m, k] + sum_l b2[k, l] Q_q(l),
+        G_q[m, k] = sum_l W2[m, k, l] Q_q(l)   once per node q, and likewise in the other direction.
+
+    Args:
+      potential: `PairwiseTable`, `FactoredPairwise` or `GridScores`.
+      marginals: float [..., num_nodes, K] or [..., H, W, K], Q.
+      node_mask: bool [..., num_nodes] or [..., H, W]; a false node neither sends nor receives. None: all.
+      chunk_edges: static int; a factored potential holds the hidden units of about so many edges at a time. None:
+        chosen from the shapes (`pwcrf_jax.costs.default_chunk_edges`). The value does not depend on it.
+
+    Returns:
+      (message, num_messages): float32, the shape of marginals; and the number of messages summed in each node,
+      [..., num_nodes] or [..., H, W] (without batch axes where there is no mask).
+
+    Raises:
+      ValueError: chunk_edges below 1.
+    """
+    if chunk_edges is not None and chunk_edges < 1:
+        raise ValueError(f"chunk_edges must be at least 1, or None to choose it, got {chunk_edges}")
+    marginals = marginals.astype(jnp.float32)
+    table = isinstance(potential, PairwiseTable)
+    node_shape = marginals.shape[-2:-1] if table else marginals.shape[-3:-1]
+    mask = jnp.ones(node_shape, jnp.float32) if node_mask is None else node_mask.astype(jnp.float32)
+    sent = marginals * mask[..., None]  # a masked node sends nothing
+    if table:
+        message, count = _table_messages(potential, sent, mask)
+    else:
+        count = sum(_neighbours(mask, potential.offsets))
+        if isinstance(potential, GridScores):
+            message = _stored_messages(potential, sent)
+        else:
+            message = _folded_messages(potential, sent, chunk_edges)
+    return message * mask[..., None], count * mask
+
+
+def prepare_messages(potential, num_iterations, route="auto"):
+    """What `messages` of one relation reads fastest, when it is called `num_iterations` times.
+
+    Args:
+      potential: `FactoredPairwise`; other encodings are returned as they are.
+      num_iterations: static, how many times messages will be computed.
+      route: "folded": the potential itself. "table": a `GridScores`, whose scores are formed once: cheaper where K is
+        small or iterations are many, in memory of num_offsets * nodes * K^2. "auto": the cheaper by the cost model
+        `pwcrf_jax.costs.route`, from shapes alone.
+
+    Raises:
+      ValueError: unknown route.
+    """
+    if route not in ROUTES:
+        raise ValueError(f"route must be one of {ROUTES}, got {route!r}")
+    if not isinstance(potential, FactoredPairwise):
+        return potential
+    if route == "auto":
+        num_images = int(np.prod(potential.a.shape[:-3]))
+        shapes = (*potential.grid, potential.num_classes, potential.a.shape[-1], num_images)
+        route = costs.route(potential.offsets, *shapes, num_iterations)
+    if route == "folded" or not potential.offsets:
+        return potential
+    shift = _Shift(potential.offsets, *potential.grid)
+    b = shift.border(potential.b)
+
+    def scores(offset):
+        return _last_layer(jax.nn.relu(potential.a + shift.at(b, offset)), potential.w2, potential.b2)
+
+    return GridScores(jax.lax.map(jax.checkpoint(scores), jnp.asarray(shift.offsets)), potential.offsets)
+
+
+def _table_messages(potential, sent, mask):
+    p, q = potential.p, potential.q
+    scores = potential.scores.astype(jnp.float32)
+    to_p = jnp.einsum("...ekl,...el->...ek", scores, sent[..., q, :])
+    to_q = jnp.einsum("...ekl,...ek->...el", scores, sent[..., p, :])
+    message = jnp.zeros(to_p.shape[:-2] + sent.shape[-2:], jnp.float32)
+    message = message.at[..., p, :].add(to_p).at[..., q, :].add(to_q)
+    count = jnp.zeros_like(mask).at[..., p].add(mask[..., q]).at[..., q].add(mask[..., p])
+    return message, count
+
+
 class _Shift:
     """Reads node arrays at q = p + offset for an offset that is traced: one zero border, then a dynamic slice."""
 
@@ -124,10 +506,10 @@ class _Shift:
         self.pad = tuple(int(np.abs(self.offsets[:, i]).max(initial=0)) for i in (0, 1))
         self.size = (height, width)
 
-    def border(self, x, fill=0):
+    def border(self, x):
         """x [..., H, W, C] with a border wide enough for every offset in both directions."""
         (r, c), lead = self.pad, [(0, 0)] * (x.ndim - 3)
-        return jnp.pad(x, [*lead, (r, r), (c, c), (0, 0)], constant_values=fill)
+        return jnp.pad(x, [*lead, (r, r), (c, c), (0, 0)])
 
     def _start(self, lead, offset):
         # One integer type for all: a plain 0 is int64 under jax_enable_x64, the offset int32.
@@ -142,8 +524,7 @@ class _Shift:
 
     def add_at(self, bordered, x, offset):
         """Adds x [..., H, W, C], given per p, to the cells p + offset."""
-        lead = bordered.ndim - 3
-        start = self._start(lead, offset)
+        start = self._start(bordered.ndim - 3, offset)
         here = jax.lax.dynamic_slice(bordered, start, x.shape)
         return jax.lax.dynamic_update_slice(bordered, here + x, start)
 
@@ -151,129 +532,83 @@ class _Shift:
         (r, c), (h, w) = self.pad, self.size
         return bordered[..., r : r + h, c : c + w, :]
 
-    def scan(self, body, carry):
-        """Walks the offsets; each step is rematerialised, so the backward pass stores carries only."""
-        if not len(self.offsets):
-            return carry
-        step = jax.checkpoint(lambda state, offset: (body(state, offset), None))
-        return jax.lax.scan(step, carry, jnp.asarray(self.offsets))[0]
 
+def _stored_messages(potential, sent):
+    shift = _Shift(potential.offsets, *potential.grid)
+    sent_q = shift.border(sent)
 
-def edge_log_likelihood(potential, labels, node_mask=None, node_weights=None):
-    """Sum and count of log P_V(y_p, y_q | x) over the edges of one relation (Lin et al., CVPR 2016, section 4).
-
-        log P_V(y_p, y_q | x) = s_pq[y_p, y_q] - log sum_{k,l} exp s_pq[k, l],   s = z + evidence_p + evidence_q.
-
-    Args:
-      potential: `PairwiseTable` or `FactoredPairwise`; leading batch axes allowed in both.
-      labels: int, [..., num_nodes] or [..., H, W]; only read where node_mask is true, any value elsewhere.
-      node_mask: bool, same shape; false for void and padded nodes. An edge counts only if both its ends do. None: all.
-      node_weights: float, same shape: class balancing. An edge weighs w_p w_q. None: 1.
-
-    Returns:
-      (sum, count), float32 scalars: the weighted sum of log-likelihoods over batch and edges, and the sum of weights.
-
-    Differentiable in the potential; the sum over a factored potential stores no scores (module docstring).
-    """
-    num_classes = potential.b2.shape[-1] if isinstance(potential, FactoredPairwise) else potential.scores.shape[-1]
-    weight = jnp.ones(labels.shape, jnp.float32) if node_weights is None else node_weights.astype(jnp.float32)
-    if node_mask is not None:
-        weight = jnp.where(node_mask, weight, 0.0)
-    labels = jnp.clip(labels.astype(jnp.int32), 0, num_classes - 1)
-    if isinstance(potential, FactoredPairwise):
-        return _factored_log_likelihood(potential, labels, weight)
-    p, q = potential.p, potential.q
-    scores = potential.scores.astype(jnp.float32)
-    if potential.evidence is not None:
-        evidence = potential.evidence.astype(jnp.float32)
-        scores = scores + evidence[..., p, :, None] + evidence[..., q, None, :]
-    value = _pick_log_prob(scores, labels[..., p], labels[..., q])
-    edge_weight = weight[..., p] * weight[..., q]
-    return jnp.sum(edge_weight * value), jnp.sum(jnp.broadcast_to(edge_weight, value.shape))
-
-
-def _pick_log_prob(scores, label_p, label_q):
-    """log softmax over all K^2 pairs, read at (label_p, label_q); scores [..., K, K] -> [...]."""
-    k = scores.shape[-1]
-    flat = scores.reshape(*scores.shape[:-2], k * k)
-    index = (label_p * k + label_q)[..., None]
-    index = jnp.broadcast_to(index, (*flat.shape[:-1], 1))
-    return jnp.take_along_axis(flat, index, axis=-1)[..., 0] - jax.nn.logsumexp(flat, axis=-1)
-
-
-def _factored_log_likelihood(potential, labels, weight):
-    shift = _Shift(potential.offsets, *potential.a.shape[-3:-1])
-    b = shift.border(potential.b)
-    label_q, weight_q = shift.border(labels[..., None]), shift.border(weight[..., None])
-    evidence = None if potential.evidence is None else potential.evidence.astype(jnp.float32)
-    evidence_q = None if evidence is None else shift.border(evidence)
-
-    def body(carry, offset):
-        total, count = carry
-        scores = _last_layer(jax.nn.relu(potential.a + shift.at(b, offset)), potential.w2, potential.b2)
-        if evidence is not None:
-            scores = scores + evidence[..., :, None] + shift.at(evidence_q, offset)[..., None, :]
-        # The border's weight is 0: edges that leave the map count for nothing.
-        edge_weight = weight * shift.at(weight_q, offset)[..., 0]
-        value = _pick_log_prob(scores, labels, shift.at(label_q, offset)[..., 0])
-        edge_weight = jnp.broadcast_to(edge_weight, value.shape)
-        return total + jnp.sum(edge_weight * value), count + jnp.sum(edge_weight)
-
-    return shift.scan(body, (jnp.float32(0), jnp.float32(0)))
-
-
-def messages(potential, marginals, node_mask=None):
-    """Mean-field messages of one relation to every node, as p and as q (method: Lin et al., CVPR 2016, section 3).
-
-        message_i[k] = sum_{(p,q): p=i} sum_l z_pq[k, l] Q_q(l)  +  sum_{(p,q): q=i} sum_l z_pq[l, k] Q_p(l)
-
-    Only the net's part z sends messages, never the evidence (module docstring).
-
-    Args:
-      potential: `PairwiseTable` or `FactoredPairwise`.
-      marginals: float [..., num_nodes, K] or [..., H, W, K], Q.
-      node_mask: bool [..., num_nodes] or [..., H, W]; a false node neither sends nor receives. None: all.
-
-    Returns:
-      (message, num_messages): float32, the shape of marginals; and the number of messages summed in each node,
-      [..., num_nodes] or [..., H, W] (without batch axes where there is no mask).
-    """
-    marginals = marginals.astype(jnp.float32)
-    grid = isinstance(potential, FactoredPairwise)
-    node_shape = marginals.shape[-3:-1] if grid else marginals.shape[-2:-1]
-    mask = jnp.ones(node_shape, jnp.float32) if node_mask is None else node_mask.astype(jnp.float32)
-    sent = marginals * mask[..., None]  # a masked node sends nothing
-    message, count = (_factored_messages if grid else _table_messages)(potential, sent, mask)
-    return message * mask[..., None], count * mask
-
-
-def _table_messages(potential, sent, mask):
-    p, q = potential.p, potential.q
-    scores = potential.scores.astype(jnp.float32)
-    to_p = jnp.einsum("...ekl,...el->...ek", scores, sent[..., q, :])
-    to_q = jnp.einsum("...ekl,...ek->...el", scores, sent[..., p, :])
-    message = jnp.zeros(to_p.shape[:-2] + sent.shape[-2:], jnp.float32)
-    message = message.at[..., p, :].add(to_p).at[..., q, :].add(to_q)
-    count = jnp.zeros_like(mask).at[..., p].add(mask[..., q]).at[..., q].add(mask[..., p])
-    return message, count
-
-
-def _factored_messages(potential, sent, mask):
-    shift = _Shift(potential.offsets, *potential.a.shape[-3:-1])
-    b, sent_q, mask_q = shift.border(potential.b), shift.border(sent), shift.border(mask[..., None])
-
-    def body(carry, offset):
-        to_p, count_p, to_q, count_q = carry
-        scores = _last_layer(jax.nn.relu(potential.a + shift.at(b, offset)), potential.w2, potential.b2)
+    def body(carry, x):
+        to_p, to_q = carry
+        scores, offset = x
+        # Scores of edges that leave the map meet marginals of 0 at q; what p sends there is cropped away.
         to_p = to_p + jnp.einsum("...kl,...l->...k", scores, shift.at(sent_q, offset))
-        count_p = count_p + shift.at(mask_q, offset)
-        # What p says to q lands in q's cell; beyond the map it lands in the border and is cropped away.
         to_q = shift.add_at(to_q, jnp.einsum("...kl,...k->...l", scores, sent), offset)
-        count_q = shift.add_at(count_q, mask[..., None], offset)
-        return to_p, count_p, to_q, count_q
+        return (to_p, to_q), None
 
-    shape = jnp.broadcast_shapes(potential.a.shape[:-1], sent.shape[:-1]) + sent.shape[-1:]
-    zeros, zero_count = jnp.zeros(shape, jnp.float32), jnp.zeros_like(mask)[..., None]
-    carry = (zeros, zero_count, shift.border(zeros), shift.border(zero_count))
-    to_p, count_p, to_q, count_q = shift.scan(body, carry)
-    return to_p + shift.crop(to_q), (count_p + shift.crop(count_q))[..., 0]
+    lead = jnp.broadcast_shapes(potential.scores.shape[1:-4], sent.shape[:-3])
+    zeros = jnp.zeros((*lead, *sent.shape[-3:]), jnp.float32)
+    step = jax.checkpoint(body)
+    (to_p, to_q), _ = jax.lax.scan(step, (zeros, shift.border(zeros)), (potential.scores, jnp.asarray(shift.offsets)))
+    return to_p + shift.crop(to_q)
+
+
+def _folded_messages(potential, sent, chunk_edges):
+    lead = jnp.broadcast_shapes(potential.a.shape[:-3], sent.shape[:-3])
+    flat = lambda x: jnp.broadcast_to(x, (*lead, *x.shape[-3:])).reshape(-1, *x.shape[-3:])
+    if not potential.offsets:
+        return jnp.zeros((*lead, *sent.shape[-3:]), jnp.float32)
+    a, b, sent = flat(potential.a), flat(potential.b), flat(sent)
+    if chunk_edges is None:
+        chunk_edges = costs.default_chunk_edges(potential.num_classes, a.shape[-1], folded=True)
+    box = np.array(potential.offsets, np.int32)
+    w2, b2 = (x.astype(jnp.float32) for x in (potential.w2, potential.b2))
+    # The first axis of both is the label summed over: that of the sender.
+    to_p = _send(b, a, sent, -box, jnp.moveaxis(w2, 2, 0), b2.T, chunk_edges)
+    to_q = _send(a, b, sent, box, jnp.moveaxis(w2, 1, 0), b2, chunk_edges)
+    return (to_p + to_q).reshape(*lead, *sent.shape[1:])
+
+
+def _send(sender, receiver, sent, box, w2, b2, chunk_edges):
+    """What every node s sends to the nodes s + offset: sum_m relu(S_s + R_r)[m] G_s[m, k] + sum_l b2[l, k] Q_s(l).
+
+    sender, receiver: [B, H, W, M], the first layer's parts of both ends; sent: [B, H, W, K]; w2: [K, M, K] and
+    b2 [K, K], the sender's label first. Returns float32 [B, H, W, K].
+
+    Walks runs of senders, cells of one row: then G is formed once per sender and serves its whole box, one product of
+    [num_offsets, M] and [M, K] for each.
+    """
+    num_images, height, width, m = sender.shape
+    k = sent.shape[-1]
+    run, runs = costs.sender_runs(len(box), width, chunk_edges)
+    per_row = -(-width // run)
+    total = num_images * height * per_row
+    fill = per_row * run - width
+    reach_row, reach_col = (int(x) for x in np.abs(box).max(axis=0))
+    widen = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, fill), (0, 0)))
+    border = lambda x: jnp.pad(x, ((0, 0), (reach_row, reach_row), (reach_col, reach_col + fill), (0, 0)))
+    sender, sent, receiver = widen(sender), widen(sent), border(receiver)
+    out = jnp.zeros((*receiver.shape[:-1], k), jnp.float32)
+    windows = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2), inserted_window_dims=(0, 1), scatter_dims_to_operand_dims=(0, 1, 2)
+    )
+    at = jax.lax.GatherDimensionNumbers(offset_dims=(1, 2), collapsed_slice_dims=(0, 1), start_index_map=(0, 1, 2))
+    read = lambda x, start: jax.lax.gather(x, start, at, (1, 1, run, x.shape[-1]), mode="promise_in_bounds")
+
+    def body(out, step):
+        number = step * runs + jnp.arange(runs, dtype=jnp.int32)
+        real = (number < total).astype(jnp.float32)
+        number = jnp.minimum(number, total - 1)
+        start = jnp.stack([number // (height * per_row), number // per_row % height, number % per_row * run], axis=-1)
+        q = read(sent, start) * real[:, None, None]
+        folded = jnp.einsum("rtl,lmk->rtmk", q, w2).astype(sender.dtype)
+        shifts = jnp.asarray(np.concatenate([np.zeros((len(box), 1), np.int32), box + (reach_row, reach_col)], axis=1))
+        ends = (start[:, None] + shifts.astype(jnp.int32)).reshape(-1, 3)
+        ends_part = read(receiver, ends).reshape(runs, len(box), run, m)
+        hidden = jax.nn.relu(jnp.moveaxis(ends_part, 1, 2) + read(sender, start)[:, :, None])
+        message = jnp.einsum("rtcm,rtmk->rtck", hidden, folded, preferred_element_type=jnp.float32)
+        message = message + jnp.einsum("rtl,lk->rtk", q, b2)[:, :, None]
+        updates = jnp.moveaxis(message, 2, 1).reshape(-1, run, k)
+        return jax.lax.scatter_add(out, ends, updates, windows, mode="promise_in_bounds"), None
+
+    out, _ = jax.lax.scan(jax.checkpoint(body), out, jnp.arange(-(-total // runs), dtype=jnp.int32))
+    return out[:, reach_row : reach_row + height, reach_col : reach_col + width]

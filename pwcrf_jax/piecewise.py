@@ -43,11 +43,11 @@ def unary_log_likelihood(scores, labels, void=VOID, node_weights=None):
     return jnp.sum(weight * value), jnp.sum(weight)
 
 
-def pairwise_log_likelihood(potential, labels, void=VOID, node_weights=None):
+def pairwise_log_likelihood(potential, labels, void=VOID, node_weights=None, chunk_edges=None, sample=None):
     """Sum and count of log P_V(y_p, y_q | x) over the edges of one relation; void at either end leaves an edge out.
 
-    See `pwcrf_jax.pairwise.edge_log_likelihood` for the equation. labels, void and node_weights as in
-    `unary_log_likelihood`, with labels [..., num_nodes] for a table and [..., H, W] for a factored potential. An edge
+    See `pwcrf_jax.pairwise.edge_log_likelihood` for the equation, chunk_edges and sample. labels, void and node_weights
+    as in `unary_log_likelihood`, with labels [..., num_nodes] for a table and [..., H, W] for a factored potential. An edge
     weighs w_p w_q: a softmax trained with class weights w models w(k) P(k), so only with the product do the weighted
     pair and the two weighted unaries agree where there is no interaction; with any other weight each message would
     carry a prior for or against rare classes.
@@ -60,7 +60,7 @@ def pairwise_log_likelihood(potential, labels, void=VOID, node_weights=None):
     else:  # without evidence a table does not know its number of nodes
         nodes = labels.shape if potential.evidence is None else potential.evidence.shape[:-1]
         _check_labels(nodes, labels)
-    return pairwise.edge_log_likelihood(potential, labels, node_mask=labels != void, node_weights=node_weights)
+    return pairwise.edge_log_likelihood(potential, labels, labels != void, node_weights, chunk_edges, sample)
 
 
 def balance_weights(labels, num_classes, void=VOID, power=1.0):

@@ -1,0 +1,145 @@
+"""What the pairwise parts cost, from shapes alone: multiply-adds, bytes of temporaries, and the choices made by them.
+
+Everything here is plain Python arithmetic on static shapes. Bytes are those of the temporaries of the compiled program
+in float32, checked against XLA's `memory_analysis` on a CPU; multiply-adds are those carried out, masked and padded
+edges included, checked against its `cost_analysis`. Both agree within 20 %.
+
+Notation: N nodes of all images, O offsets, M hidden units, K classes, C edges of a chunk, S senders of a step.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+CHUNK_BYTES = 2**23
+"""Size of the arrays of one chunk; some MiB, which a CPU's cache holds, were the fastest there."""
+
+TABLE_BYTES = 2**29
+"""The most that the route "auto" stores as scores of one relation."""
+
+# Of the cost model of `route`, in multiply-adds of a large matrix product; measured on two CPU cores with
+# benchmarks/message_routes.py.
+_HIDDEN_UNIT = 4.0  # to form one hidden unit, relu(A_p + B_q)
+_SMALL_PRODUCT = 3.0  # one multiply-add of a product of [O, M] and [M, K]
+_TABLE_READ = 6.0  # to read one stored score, for one of the two directions
+
+
+class Cost(NamedTuple):
+    multiply_adds: int
+    temp_bytes: int
+
+
+def default_chunk_edges(num_classes: int, hidden: int, folded: bool = False) -> int:
+    """How many edges to hold at a time where the caller does not say.
+
+    Likelihood: C (K^2 + M) float32 make CHUNK_BYTES, but at least 1024 edges, below which matrix products are slow, and
+    at most 16384. Messages (`folded`): C (K + M) make half of it.
+    """
+    if folded:
+        return int(np.clip(CHUNK_BYTES // 2 // (4 * (num_classes + hidden)), 256, 16384))
+    return int(np.clip(CHUNK_BYTES // (4 * (num_classes**2 + hidden)), 1024, 16384))
+
+
+def sender_runs(num_offsets: int, width: int, chunk_edges: int) -> tuple[int, int]:
+    """How messages are walked: (cells of a row that send together, such runs in one step); see `pairwise.messages`."""
+    run = int(np.clip(chunk_edges // num_offsets, 1, width))
+    run = -(-width // -(-width // run))
+    return run, max(1, chunk_edges // (num_offsets * width)) if run == width else 1
+
+
+def chunk_rows(offsets, height: int, row_edges: int, chunk_edges: int) -> tuple[int, int]:
+    """How the likelihood is walked: (rows of the map in a chunk, number of chunks).
+
+    A chunk holds pairs of rows (that of p, that of q) of one column offset; row_edges is the number of edges of such a
+    pair, images times width. Of the sizes a little below chunk_edges, the one that leaves fewest rows empty.
+    """
+    most = max(1, chunk_edges // row_edges)
+    groups = {}
+    for down, right in offsets:
+        groups[right] = groups.get(right, 0) + max(0, height - abs(down))
+    chunks = lambda rows: sum(-(-pairs // rows) for pairs in groups.values())
+    rows = min(range(max(1, 3 * most // 4), most + 1), key=lambda rows: (rows * chunks(rows), -rows))
+    return rows, chunks(rows)
+
+
+def pairwise_loss(
+    offsets, height, width, num_classes, hidden, batch=1, itemsize=4, chunk_edges=None, num_sampled_offsets=0
+) -> Cost:
+    """Likelihood and gradient of one relation, `pairwise.edge_log_likelihood` of a factored potential.
+
+    multiply_adds: edges walked * (3 M K^2 + 2 M H): the last layer, its two products backwards, and the summing of
+    the gradient into the rows of both ends. temp_bytes: 4 (2 C K^2 + 4 C M), and q's part of the first layer with its
+    border of columns. Flat in the number of offsets, but for the border.
+    """
+    if not len(offsets):
+        return Cost(0, 0)
+    if chunk_edges is None:
+        chunk_edges = default_chunk_edges(num_classes, hidden)
+    if num_sampled_offsets:
+        rows = min(height, max(1, chunk_edges // (batch * width)))
+        chunks = num_sampled_offsets * -(-height // rows)
+    else:
+        rows, chunks = chunk_rows(offsets, height, batch * width, chunk_edges)
+    edges = rows * width * batch
+    reach = max(abs(right) for _, right in offsets)
+    border = batch * height * (width + 2 * reach) * hidden * itemsize
+    return Cost(
+        multiply_adds=chunks * edges * hidden * (3 * num_classes**2 + 2 * height),
+        temp_bytes=4 * edges * (2 * num_classes**2 + 4 * hidden) + border,
+    )
+
+
+def folded_messages(offsets, height, width, num_classes, hidden, batch=1, itemsize=4, chunk_edges=None) -> Cost:
+    """Messages of one relation, once, both directions, without scores: `pairwise.messages` of a factored potential.
+
+    multiply_adds: 2 N O M K + 2 N M K^2 (the products with G, and G). temp_bytes: S O (M + K) of a step, its G, the
+    last layer once per direction, and the first layer's parts with their borders; flat in the number of offsets, but
+    for the border.
+    """
+    if not len(offsets):
+        return Cost(0, 0)
+    if chunk_edges is None:
+        chunk_edges = default_chunk_edges(num_classes, hidden, folded=True)
+    run, runs = sender_runs(len(offsets), width, chunk_edges)
+    padded = -(-width // run) * run
+    nodes, senders = batch * height * padded, run * runs
+    reach_row, reach_col = np.abs(np.array(offsets)).max(axis=0)
+    bordered = batch * int((height + 2 * reach_row) * (padded + 2 * reach_col))
+    copies = 2 if padded == width else 4
+    return Cost(
+        multiply_adds=2 * nodes * hidden * num_classes * (len(offsets) + num_classes),
+        temp_bytes=senders * (len(offsets) * (hidden * itemsize + num_classes * 4) + hidden * num_classes * 4)
+        + 8 * hidden * num_classes**2
+        + (bordered + copies * nodes) * hidden * itemsize,
+    )
+
+
+def table_messages(offsets, height, width, num_classes, hidden, batch=1, num_iterations=3) -> Cost:
+    """Messages of one relation, `num_iterations` times, from stored scores: `pairwise.prepare_messages`, "table".
+
+    multiply_adds: N O M K^2 once, and 2 N O K^2 an iteration. temp_bytes: 4 N O K^2, the scores.
+    """
+    scores = batch * height * width * len(offsets) * num_classes**2
+    return Cost(scores * (hidden + 2 * num_iterations), 4 * scores)
+
+
+def route(offsets, height, width, num_classes, hidden, batch=1, num_iterations=3) -> str:
+    """The cheaper way to messages, "folded" or "table", for `num_iterations` of them.
+
+    Cost model, in multiply-adds of a large matrix product, with E = N O edges:
+
+        folded: iterations * (2 E (3 M K + 4 M) + 2 N M K^2)
+        table:  E (M K^2 + 4 M) + iterations * 2 E 6 K^2
+
+    A small product of [O, M] and [M, K] runs at a third of the rate of a large one, forming a hidden unit costs as much
+    as 4 multiply-adds, reading a stored score as much as 6. Tables above TABLE_BYTES are never chosen.
+    """
+    if not len(offsets) or not num_iterations:
+        return "folded"
+    nodes = batch * height * width
+    edges, k = nodes * len(offsets), num_classes
+    folded = 2 * edges * hidden * (_SMALL_PRODUCT * k + _HIDDEN_UNIT) + 2 * nodes * hidden * k**2
+    formed = edges * hidden * (k**2 + _HIDDEN_UNIT)
+    table = formed + num_iterations * 2 * edges * _TABLE_READ * k**2
+    fits = 4 * edges * k**2 <= TABLE_BYTES
+    return "table" if fits and table < num_iterations * folded else "folded"
