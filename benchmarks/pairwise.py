@@ -176,17 +176,18 @@ def stored_mean_field(unary, tables, edges):
 
 @dataclasses.dataclass
 class Rival:
-    """run(*args) is what is timed; run(*args, edges) where `per_edge_bytes` is given.
+    """run(*args) is what is timed; run(*args, edges) if it takes its edges and so can do with fewer.
 
     flops: useful work, a function of the number of edges.
-    per_edge_bytes: of the arrays that any program of this kind must hold; given where it can run on fewer edges.
+    per_edge_bytes: of the arrays that any program of this kind must hold.
     """
 
     name: str
     run: Callable
     args: tuple
     flops: Callable[[int], float]
-    per_edge_bytes: int | None = None
+    per_edge_bytes: int = 0
+    takes_edges: bool = False
 
 
 def loss_rivals(problem):
@@ -216,11 +217,12 @@ def loss_rivals(problem):
 
     gradient = lambda f: jax.value_and_grad(f, argnums=(0, 1))
     out = [
-        Rival("tables", gradient(tables), args, factored, 4 * k**2),
+        Rival("tables", gradient(tables), args, factored, 4 * k**2, takes_edges=True),
         Rival("ours", gradient(ours), args, factored),
     ]
     if k == 21:
-        out.insert(0, Rival("concat", gradient(concat), args, lambda e: last(e) + 12 * e * d * m, 2 * d * itemsize))
+        flops = lambda e: last(e) + 12 * e * d * m
+        out.insert(0, Rival("concat", gradient(concat), args, flops, 2 * d * itemsize, takes_edges=True))
     return out
 
 
@@ -256,16 +258,16 @@ def mean_field_rivals(problem):
 
     args = halves, params, problem.unary
     out = [
-        Rival("tables", tables, args, table_flops, 4 * k**2),
+        Rival("tables", tables, args, table_flops, 4 * k**2, takes_edges=True),
         # Its useful work is that of the route it takes: see `prepare_all`.
         Rival("ours", ours(), args, lambda e: min(folded_flops(e), table_flops(e))),
         Rival("ours folded", ours(route="folded"), args, folded_flops),
-        Rival("ours table", ours(route="table"), args, table_flops),
+        Rival("ours table", ours(route="table"), args, table_flops, 4 * k**2),
     ]
     if k == 21:
         args = problem.features, params, problem.unary
         flops = lambda e: table_flops(e) + 4 * e * d * m
-        out.insert(0, Rival("concat", concat, args, flops, 2 * d * itemsize))
+        out.insert(0, Rival("concat", concat, args, flops, 2 * d * itemsize, takes_edges=True))
     return out
 
 
@@ -322,14 +324,14 @@ def prepare(rival, problem, limit, programs):
 
     programs: {text: compiled}, of this size so far; a forced route is often the default one.
     """
-    fraction, whole = 1.0, rival.per_edge_bytes is None
+    fraction = 1.0
     while fraction * problem.num_edges >= 1:
         args, num_edges = rival.args, problem.num_edges
-        if not whole:
+        if rival.takes_edges:
             edges = problem.edges(fraction)
             args, num_edges = (*args, edges), problem.size.batch * sum(len(p) for p, _ in edges)
         # Asked first: the compiler is slow on shapes far beyond the memory.
-        if whole or num_edges * rival.per_edge_bytes <= limit:
+        if num_edges * rival.per_edge_bytes <= limit:
             lowered = jax.jit(rival.run).lower(*args)
             text = lowered.as_text()
             compiled = programs[text] = programs.get(text) or lowered.compile()
@@ -340,7 +342,7 @@ def prepare(rival, problem, limit, programs):
                 except jax.errors.JaxRuntimeError as error:
                     if not out_of_memory(error):
                         raise
-        if whole:
+        if not rival.takes_edges:
             return None
         fraction /= 2
     return None

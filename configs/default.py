@@ -50,6 +50,8 @@ def get_config():
     config.loss.reduction = "mean"  # mean: of each term's factors [choice]; sum: over all factors of an image
     config.loss.pairwise_weight = 1.0
     config.loss.balance_power = 0.0  # 1: per-image inverse class frequency; 0: off
+    config.loss.sampled_offsets = 0  # of each relation, drawn anew every step, at most; 0: all
+    config.loss.chunk_edges = 0  # edges whose scores are held at a time; 0: chosen from the shapes
 
     config.optimizer = ConfigDict()  # all [choice]
     config.optimizer.name = "adamw"  # adamw, sgd
@@ -75,6 +77,8 @@ def get_config():
     config.crf.weights = (1.0,)  # of the messages, one for all or one a relation
     config.crf.damping = 0.0
     config.crf.normalize = True  # mean of a node's messages a relation; False: the paper's plain sum
+    config.crf.route = "auto"  # how messages are computed: folded, table; auto: the cheaper by the cost model
+    config.crf.chunk_edges = 0  # edges whose hidden units are held at a time; 0: chosen from the shapes
 
     config.eval = ConfigDict()
     config.eval.batch_size = 8  # over all devices and hosts

@@ -47,7 +47,7 @@ def pairwise_log_likelihood(potential, labels, void=VOID, node_weights=None, chu
     """Sum and count of log P_V(y_p, y_q | x) over the edges of one relation; void at either end leaves an edge out.
 
     See `pwcrf_jax.pairwise.edge_log_likelihood` for the equation, chunk_edges and sample. labels, void and node_weights
-    as in `unary_log_likelihood`, with labels [..., num_nodes] for a table and [..., H, W] for a factored potential. An edge
+    as in `unary_log_likelihood`, with labels [..., num_nodes] for a table and [..., H, W] for a factored one. An edge
     weighs w_p w_q: a softmax trained with class weights w models w(k) P(k), so only with the product do the weighted
     pair and the two weighted unaries agree where there is no interaction; with any other weight each message would
     carry a prior for or against rare classes.

@@ -99,6 +99,8 @@ def infer(
     damping: float = 0.0,
     normalize: bool = False,
     node_mask: jax.Array | None = None,
+    route: str = "auto",
+    chunk_edges: int | None = None,
 ):
     """Mean field over the unary and the named relations; see `pwcrf_jax.mean_field.run`.
 
@@ -106,7 +108,8 @@ def infer(
       (log_marginals float32 [B, h, w, K], MeanFieldInfo). Without relations: the log softmax of the unary.
     """
     chosen = [potentials.pairwise[name] for name in relations]
-    return mean_field.run(potentials.unary, chosen, num_iterations, weights, damping, normalize, node_mask)
+    settings = (num_iterations, weights, damping, normalize, node_mask, route, chunk_edges)
+    return mean_field.run(potentials.unary, chosen, *settings)
 
 
 def upsample(log_marginals: jax.Array, height: int, width: int, node_mask: jax.Array | None = None) -> jax.Array:

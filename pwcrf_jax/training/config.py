@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from pwcrf_jax.data import DATASETS
 from pwcrf_jax.nets import BACKBONES, INPUT_SCALINGS, FeatMapNet, grid_size
+from pwcrf_jax.pairwise import ROUTES
 from pwcrf_jax.relations import Relation, offsets
 from pwcrf_jax.segmenter import PARAMETERISATIONS, Segmenter
 from pwcrf_jax.training import schema
@@ -33,6 +34,8 @@ def _flat(config, prefix=""):
             yield f"{prefix}{key}", value
 
 
+# Keys that configs of version 0.1 do not have, with values that keep their meaning.
+_ADDED = {"loss.sampled_offsets": 0, "loss.chunk_edges": 0, "crf.route": "auto", "crf.chunk_edges": 0}
 _BATCHES = ("train.batch_size", "eval.batch_size")
 _RESERVED = ("unary", "all")  # rows of the table, terms of the loss
 
@@ -55,6 +58,7 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
         "model.input_scaling": ("auto", *INPUT_SCALINGS),
         "model.dtype": ("float32", "bfloat16"),
         "loss.reduction": ("mean", "sum"),
+        "crf.route": ROUTES,
         "optimizer.name": ("adamw", "sgd"),
         "optimizer.schedule": ("poly", "cosine", "constant"),
     }.items():
@@ -182,6 +186,8 @@ def crf_settings(config: ConfigDict) -> dict:
         num_iterations=config.crf.num_iterations,
         damping=config.crf.damping,
         normalize=config.crf.normalize,
+        route=config.crf.route,
+        chunk_edges=config.crf.chunk_edges or None,
     )
 
 
@@ -207,7 +213,10 @@ def save(config: ConfigDict, path) -> None:
 
 
 def load(path) -> ConfigDict:
-    """Reads a config written by `save`; lists become tuples again, so that flags can override them."""
+    """Reads a config written by `save`; lists become tuples again, so that flags can override them.
+
+    Keys that came later than the file stand as what the code did before it had them.
+    """
     try:
         stored = json.loads(pathlib.Path(path).read_text())
     except FileNotFoundError:
@@ -218,6 +227,10 @@ def load(path) -> ConfigDict:
         raise ConfigError(f"{path} is not a config: {error}") from None
     if not isinstance(stored, dict) or not stored:
         raise ConfigError(f"{path} is not a config: expected a JSON object with the keys of configs/default.py")
+    for key, value in _ADDED.items():
+        section, name = key.split(".")
+        if isinstance(stored.get(section), dict):
+            stored[section].setdefault(name, value)
     return ConfigDict(_tuples(stored))
 
 

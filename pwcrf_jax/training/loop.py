@@ -122,7 +122,7 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best):
         hosts=jax.process_count(),
         num_threads=config.data.num_threads,
     )
-    train_step = parallel.pmap_train(steps.make_train_step(model, tx, config.loss.to_dict()))
+    train_step = parallel.pmap_train(steps.make_train_step(model, tx, config.loss.to_dict(), config.seed))
     eval_fn = evaluate.make_eval_fn(config, model)
     samples_seen, score, result = meta["samples_seen"], None, {}
     writer = Writer(workdir) if jax.process_index() == 0 else None

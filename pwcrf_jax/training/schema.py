@@ -103,6 +103,8 @@ SCHEMA = {
     "loss.reduction": Text(),
     "loss.pairwise_weight": _NOT_NEGATIVE,
     "loss.balance_power": _NOT_NEGATIVE,
+    "loss.sampled_offsets": _COUNT,
+    "loss.chunk_edges": _COUNT,
     "optimizer.name": Text(),
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.backbone_factor": _NOT_NEGATIVE,
@@ -122,6 +124,8 @@ SCHEMA = {
     "crf.weights": Tuple(Number(float), empty=False),
     "crf.damping": Number(float, low=0, below=1),
     "crf.normalize": Flag(),
+    "crf.route": Text(),
+    "crf.chunk_edges": _COUNT,
     "eval.batch_size": _POSITIVE_INT,
 }
 

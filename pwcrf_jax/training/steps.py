@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pwcrf_jax import metrics, piecewise, segmenter
+from pwcrf_jax import metrics, pairwise, piecewise, segmenter
 from pwcrf_jax.training.parallel import AXIS
 
 
@@ -16,18 +16,24 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def piecewise_terms(potentials, labels, balance_power=0.0):
+def piecewise_terms(potentials, labels, balance_power=0.0, chunk_edges=None, sampled_offsets=0, key=None):
     """(sum, count) of the log-likelihood of every kind of factor: {"unary": ..., relation name: ...}.
 
     labels: int [B, H, W] of the image; read at the centres of the grid's cells.
+    sampled_offsets: of each relation, drawn with `key`; 0, or as many as there are: all.
     """
     grid = piecewise.grid_labels(labels, *potentials.unary.shape[1:3])
     weights = None
     if balance_power:
         weights = piecewise.balance_weights(grid, potentials.unary.shape[-1], power=balance_power)
     terms = {"unary": piecewise.unary_log_likelihood(potentials.unary, grid, node_weights=weights)}
-    for name, potential in potentials.pairwise.items():
-        terms[name] = piecewise.pairwise_log_likelihood(potential, grid, node_weights=weights)
+    for i, (name, potential) in enumerate(potentials.pairwise.items()):
+        sample = None
+        if 0 < sampled_offsets < len(potential.offsets):
+            sample = pairwise.sample_offsets(jax.random.fold_in(key, i), len(potential.offsets), sampled_offsets)
+        terms[name] = piecewise.pairwise_log_likelihood(
+            potential, grid, node_weights=weights, chunk_edges=chunk_edges, sample=sample
+        )
     return terms
 
 
@@ -44,15 +50,24 @@ def objective(terms, num_images, reduction="mean", pairwise_weight=1.0):
     return loss
 
 
-def make_train_step(model, tx, loss_config):
+def make_train_step(model, tx, loss_config, seed=0):
     """Builds step(state, batch) -> (state, metrics).
+
+    seed: of the sampled offsets, which follow from it and from the number of the step alone.
 
     batch: image uint8 [B, H, W, 3], label uint8 [B, H, W]. metrics: loss, nll_NAME of every kind of factor, grad_norm.
     """
 
-    def loss_fn(params, batch):
+    def loss_fn(params, batch, step):
         potentials = model.apply({"params": params}, batch["image"])
-        terms = piecewise_terms(potentials, batch["label"], loss_config["balance_power"])
+        terms = piecewise_terms(
+            potentials,
+            batch["label"],
+            loss_config["balance_power"],
+            loss_config["chunk_edges"] or None,
+            loss_config["sampled_offsets"],
+            jax.random.fold_in(jax.random.key(seed), step),
+        )
         # Counts are of labels, not of parameters: summing them here puts no collective into the backward pass.
         terms = {k: (total, jax.lax.psum(count, AXIS)) for k, (total, count) in terms.items()}
         num_images = batch["image"].shape[0] * jax.lax.axis_size(AXIS)
@@ -60,7 +75,7 @@ def make_train_step(model, tx, loss_config):
         return loss, terms
 
     def step(state, batch):
-        (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+        (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, state.step)
         sums = {k: total for k, (total, _) in terms.items()}
         loss, sums, grads = jax.lax.psum((loss, sums, grads), AXIS)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -96,6 +111,8 @@ def make_eval_step(model, rows, crf_config, balance_power=0.0):
                 crf_config["damping"],
                 crf_config["normalize"],
                 mask,
+                crf_config["route"],
+                crf_config["chunk_edges"],
             )
             labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask), axis=-1)
             confusion[row] = metrics.confusion_matrix(labels, batch["label"], model.num_classes)
