@@ -71,7 +71,7 @@ class Size:
         return self.batch * self.height * self.width
 
 
-QUICK = Size(height=8, width=10, features=128, hidden=64, product_rows=512)
+QUICK = Size(height=12, width=16, features=1024, hidden=256, product_rows=1024)
 
 
 class Disagreement(SystemExit):

@@ -17,11 +17,16 @@ CHUNK_BYTES = 2**23
 TABLE_BYTES = 2**29
 """The most that the route "auto" stores as scores of one relation."""
 
-# Of the cost model of `route`, in multiply-adds of a large matrix product; measured on two CPU cores with
-# benchmarks/message_routes.py.
-_HIDDEN_UNIT = 4.0  # to form one hidden unit, relu(A_p + B_q)
-_SMALL_PRODUCT = 3.0  # one multiply-add of a product of [O, M] and [M, K]
-_TABLE_READ = 6.0  # to read one stored score, for one of the two directions
+# Of the cost model of `route`, in multiply-adds of a large matrix product (some 7 ps); fitted to measurements on two
+# CPU cores, benchmarks/message_routes.py.
+_HIDDEN = 20.0  # one hidden unit, relu(A_p + B_q)
+_SMALL_PRODUCT = 2.5  # one multiply-add of the product of [O, M] and [M, K]
+_EDGE = 4500.0  # reading and adding up at both ends of an edge
+_WRITE = 100.0  # storing a score
+_READ_ROW, _READ = 430.0, 17.0  # a label's row of stored scores, and each score in it
+
+
+CHUNK_OVERHEAD = 64
 
 
 class Cost(NamedTuple):
@@ -40,25 +45,30 @@ def default_chunk_edges(num_classes: int, hidden: int, folded: bool = False) -> 
     return int(np.clip(CHUNK_BYTES // (4 * (num_classes**2 + hidden)), 1024, 16384))
 
 
-def sender_runs(num_offsets: int, width: int, chunk_edges: int) -> tuple[int, int]:
-    """How messages are walked: (cells of a row that send together, such runs in one step); see `pairwise.messages`."""
-    run = int(np.clip(chunk_edges // num_offsets, 1, width))
-    run = -(-width // -(-width // run))
-    return run, max(1, chunk_edges // (num_offsets * width)) if run == width else 1
+def sender_runs(num_offsets: int, rows: int, width: int, chunk_edges: int) -> tuple[int, int]:
+    """How messages are walked: (cells of a row that send together, such runs in one step); see `pairwise.messages`.
+
+    rows: of all images together. Runs and steps are of nearly equal size, so that few are padding.
+    """
+    even = lambda total, most: -(-total // -(-total // most))
+    run = even(width, int(np.clip(chunk_edges // num_offsets, 1, width)))
+    runs = chunk_edges // (num_offsets * width) if run == width else 1
+    return run, even(rows, int(np.clip(runs, 1, rows)))
 
 
 def chunk_rows(offsets, height: int, row_edges: int, chunk_edges: int) -> tuple[int, int]:
     """How the likelihood is walked: (rows of the map in a chunk, number of chunks).
 
     A chunk holds pairs of rows (that of p, that of q) of one column offset; row_edges is the number of edges of such a
-    pair, images times width. Of the sizes a little below chunk_edges, the one that leaves fewest rows empty.
+    pair, images times width. The size, at most chunk_edges, with the least to do, where an edge that only fills up a
+    chunk costs as much as any, and a chunk as much as CHUNK_OVERHEAD edges.
     """
-    most = max(1, chunk_edges // row_edges)
     groups = {}
     for down, right in offsets:
         groups[right] = groups.get(right, 0) + max(0, height - abs(down))
     chunks = lambda rows: sum(-(-pairs // rows) for pairs in groups.values())
-    rows = min(range(max(1, 3 * most // 4), most + 1), key=lambda rows: (rows * chunks(rows), -rows))
+    most = int(np.clip(chunk_edges // row_edges, 1, max(1, *groups.values(), 1)))
+    rows = min(range(1, most + 1), key=lambda rows: chunks(rows) * (rows * row_edges + CHUNK_OVERHEAD))
     return rows, chunks(rows)
 
 
@@ -100,7 +110,7 @@ def folded_messages(offsets, height, width, num_classes, hidden, batch=1, itemsi
         return Cost(0, 0)
     if chunk_edges is None:
         chunk_edges = default_chunk_edges(num_classes, hidden, folded=True)
-    run, runs = sender_runs(len(offsets), width, chunk_edges)
+    run, runs = sender_runs(len(offsets), batch * height, width, chunk_edges)
     padded = -(-width // run) * run
     nodes, senders = batch * height * padded, run * runs
     reach_row, reach_col = np.abs(np.array(offsets)).max(axis=0)
@@ -128,18 +138,19 @@ def route(offsets, height, width, num_classes, hidden, batch=1, num_iterations=3
 
     Cost model, in multiply-adds of a large matrix product, with E = N O edges:
 
-        folded: iterations * (2 E (3 M K + 4 M) + 2 N M K^2)
-        table:  E (M K^2 + 4 M) + iterations * 2 E 6 K^2
+        folded: iterations * (2 E (4500 + 20 M + 2.5 M K) + 2 N M K^2)
+        table:  E (20 M + M K^2 + 100 K^2) + iterations * 2 E (430 K + 17 K^2)
 
-    A small product of [O, M] and [M, K] runs at a third of the rate of a large one, forming a hidden unit costs as much
-    as 4 multiply-adds, reading a stored score as much as 6. Tables above TABLE_BYTES are never chosen.
+    The terms: what an edge costs by itself, its hidden units, the small product with G; G itself. Then forming the
+    scores and storing them; reading them for both directions. Fitted on CPU cores alone; other devices have other
+    ratios. Tables above TABLE_BYTES are never chosen.
     """
     if not len(offsets) or not num_iterations:
         return "folded"
-    nodes = batch * height * width
-    edges, k = nodes * len(offsets), num_classes
-    folded = 2 * edges * hidden * (_SMALL_PRODUCT * k + _HIDDEN_UNIT) + 2 * nodes * hidden * k**2
-    formed = edges * hidden * (k**2 + _HIDDEN_UNIT)
-    table = formed + num_iterations * 2 * edges * _TABLE_READ * k**2
+    nodes, k, m = batch * height * width, num_classes, hidden
+    edges = nodes * len(offsets)
+    folded = 2 * edges * (_EDGE + m * (_HIDDEN + _SMALL_PRODUCT * k)) + 2 * nodes * m * k**2
+    formed = edges * (_HIDDEN * m + m * k**2 + _WRITE * k**2)
+    table = formed + num_iterations * 2 * edges * (_READ_ROW * k + _READ * k**2)
     fits = 4 * edges * k**2 <= TABLE_BYTES
     return "table" if fits and table < num_iterations * folded else "folded"

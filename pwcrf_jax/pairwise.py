@@ -579,7 +579,7 @@ def _send(sender, receiver, sent, box, w2, b2, chunk_edges):
     """
     num_images, height, width, m = sender.shape
     k = sent.shape[-1]
-    run, runs = costs.sender_runs(len(box), width, chunk_edges)
+    run, runs = costs.sender_runs(len(box), num_images * height, width, chunk_edges)
     per_row = -(-width // run)
     total = num_images * height * per_row
     fill = per_row * run - width
