@@ -17,6 +17,7 @@ from pwcrf_jax.pairwise import (
     to_table,
 )
 from pwcrf_jax.piecewise import balance_weights, grid_labels, pairwise_log_likelihood, unary_log_likelihood
+from pwcrf_jax.planning import Plan, plan
 from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING, EdgeList, Relation, edge_list, offsets, validity_mask
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "GridScores",
     "MeanFieldInfo",
     "PairwiseTable",
+    "Plan",
     "Relation",
     "balance_weights",
     "confusion_matrix",
@@ -43,6 +45,7 @@ __all__ = [
     "pairwise",
     "pairwise_log_likelihood",
     "piecewise",
+    "plan",
     "prepare_messages",
     "relations",
     "sample_offsets",

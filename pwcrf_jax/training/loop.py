@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pwcrf_jax.data import check_sizes, load_dataset, train_batches
 from pwcrf_jax.nets import load_pretrained
+from pwcrf_jax.planning import plan
 from pwcrf_jax.training import checkpoint, evaluate, parallel, steps
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training.logs import Progress, Writer, log
@@ -132,6 +133,7 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best):
         dataset.name, len(dataset.source(config.data.train_split)), f"batches of {c.batch_size}",
         f"{num_params:,}", jax.device_count(), jax.devices()[0].device_kind,
     )  # fmt: skip
+    log.info("%s", _plan(config, model, tx).summary())
 
     def save():
         latest.save(step, _trees(state), {"samples_seen": samples_seen, "score": score})
@@ -184,6 +186,23 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best):
     log.info("trained %d steps in %.0f s; best %s mean IoU %.1f", step, time.monotonic() - started,
              config.data.eval_split, 100 * best_score)  # fmt: skip
     return result
+
+
+def _plan(config, model, tx):
+    """Multiply-adds and memory of a device, inference at the size and batch of training."""
+    crf = configs.crf_settings(config)
+    return plan(
+        model,
+        config.data.crop_size,
+        config.train.batch_size // jax.device_count(),
+        num_iterations=crf["num_iterations"],
+        num_sampled_offsets=config.loss.sampled_offsets,
+        chunk_edges=config.loss.chunk_edges or None,
+        message_chunk_edges=crf["chunk_edges"],
+        route=crf["route"],
+        message_relations=tuple(crf["relation_weights"]),
+        optimizer=tx,
+    )
 
 
 def _check_finite(values, step, ids, latest):
