@@ -65,7 +65,7 @@ def chunk_rows(offsets, height: int, row_edges: int, chunk_edges: int) -> tuple[
     """
     groups = {}
     for down, right in offsets:
-        groups[right] = groups.get(right, 0) + max(0, height - abs(down))
+        groups[int(right)] = groups.get(int(right), 0) + max(0, height - abs(int(down)))
     chunks = lambda rows: sum(-(-pairs // rows) for pairs in groups.values())
     most = int(np.clip(chunk_edges // row_edges, 1, max(1, *groups.values(), 1)))
     rows = min(range(1, most + 1), key=lambda rows: chunks(rows) * (rows * row_edges + CHUNK_OVERHEAD))
@@ -78,8 +78,8 @@ def pairwise_loss(
     """Likelihood and gradient of one relation, `pairwise.edge_log_likelihood` of a factored potential.
 
     multiply_adds: edges walked * (3 M K^2 + 2 M H): the last layer, its two products backwards, and the summing of
-    the gradient into the rows of both ends. temp_bytes: 4 (2 C K^2 + 4 C M), and q's part of the first layer with its
-    border of columns. Flat in the number of offsets, but for the border.
+    the gradient into the rows of both ends. temp_bytes: 4 (2 C K^2 + 3 C M), q's part of the first layer with its
+    border of columns, and its gradient. Flat in the number of offsets, but for the border.
     """
     if not len(offsets):
         return Cost(0, 0)
@@ -91,11 +91,11 @@ def pairwise_loss(
     else:
         rows, chunks = chunk_rows(offsets, height, batch * width, chunk_edges)
     edges = rows * width * batch
-    reach = max(abs(right) for _, right in offsets)
-    border = batch * height * (width + 2 * reach) * hidden * itemsize
+    reach = max(abs(int(right)) for _, right in offsets)
+    border = batch * height * (width + 2 * reach) * hidden * (itemsize + 4)
     return Cost(
         multiply_adds=chunks * edges * hidden * (3 * num_classes**2 + 2 * height),
-        temp_bytes=4 * edges * (2 * num_classes**2 + 4 * hidden) + border,
+        temp_bytes=4 * edges * (2 * num_classes**2 + 3 * hidden) + border,
     )
 
 
@@ -103,8 +103,8 @@ def folded_messages(offsets, height, width, num_classes, hidden, batch=1, itemsi
     """Messages of one relation, once, both directions, without scores: `pairwise.messages` of a factored potential.
 
     multiply_adds: 2 N O M K + 2 N M K^2 (the products with G, and G). temp_bytes: S O (M + K) of a step, its G, the
-    last layer once per direction, and the first layer's parts with their borders; flat in the number of offsets, but
-    for the border.
+    last layer once per direction, the first layer's parts and the messages with their borders; flat in the number of
+    offsets, but for the border.
     """
     if not len(offsets):
         return Cost(0, 0)
@@ -113,14 +113,15 @@ def folded_messages(offsets, height, width, num_classes, hidden, batch=1, itemsi
     run, runs = sender_runs(len(offsets), batch * height, width, chunk_edges)
     padded = -(-width // run) * run
     nodes, senders = batch * height * padded, run * runs
-    reach_row, reach_col = np.abs(np.array(offsets)).max(axis=0)
-    bordered = batch * int((height + 2 * reach_row) * (padded + 2 * reach_col))
+    reach_row, reach_col = (max(abs(int(offset[axis])) for offset in offsets) for axis in (0, 1))
+    bordered = batch * (height + 2 * reach_row) * (padded + 2 * reach_col)
     copies = 2 if padded == width else 4
     return Cost(
         multiply_adds=2 * nodes * hidden * num_classes * (len(offsets) + num_classes),
         temp_bytes=senders * (len(offsets) * (hidden * itemsize + num_classes * 4) + hidden * num_classes * 4)
         + 8 * hidden * num_classes**2
-        + (bordered + copies * nodes) * hidden * itemsize,
+        + (bordered + copies * nodes) * hidden * itemsize
+        + (bordered + 2 * nodes) * num_classes * 4,
     )
 
 
