@@ -2,7 +2,8 @@
 
 Everything here is plain Python arithmetic on static shapes. Bytes are those of the temporaries of the compiled program
 in float32, checked against XLA's `memory_analysis` on a CPU; multiply-adds are those carried out, masked and padded
-edges included, checked against its `cost_analysis`. Both agree within 20 %.
+edges included, checked against its `cost_analysis`. Both agree within 20 % where the work takes several steps; maps so
+small that all fits one step, some MB, take up to twice the bytes. In bfloat16 a CPU needs more: it computes in float32.
 
 Notation: N nodes of all images, O offsets, M hidden units, K classes, C edges of a chunk, S senders of a step.
 """
@@ -78,8 +79,9 @@ def pairwise_loss(
     """Likelihood and gradient of one relation, `pairwise.edge_log_likelihood` of a factored potential.
 
     multiply_adds: edges walked * (3 M K^2 + 2 M H): the last layer, its two products backwards, and the summing of
-    the gradient into the rows of both ends. temp_bytes: 4 (2 C K^2 + 3 C M), q's part of the first layer with its
-    border of columns, and its gradient. Flat in the number of offsets, but for the border.
+    the gradient into the rows of both ends. temp_bytes: 4 (2 C K^2 + 3.25 C M), the gradient of the last layer before
+    it is scaled, q's part of the first layer with its border of columns, and its gradient; flat in the number of
+    offsets, but for the border.
     """
     if not len(offsets):
         return Cost(0, 0)
@@ -95,7 +97,7 @@ def pairwise_loss(
     border = batch * height * (width + 2 * reach) * hidden * (itemsize + 4)
     return Cost(
         multiply_adds=chunks * edges * hidden * (3 * num_classes**2 + 2 * height),
-        temp_bytes=4 * edges * (2 * num_classes**2 + 3 * hidden) + border,
+        temp_bytes=edges * (8 * num_classes**2 + 13 * hidden) + 4 * hidden * num_classes**2 + border,
     )
 
 

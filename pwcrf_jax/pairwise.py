@@ -90,7 +90,7 @@ class GridScores:
     """A factored potential whose scores are stored, for inference alone; made by `prepare_messages`.
 
     Attributes:
-      scores: float32 [num_offsets, ..., H, W, K, K], z of the edge from each node p to p + offset.
+      scores: float32 [..., num_offsets, H, W, K, K], z of the edge from each node p to p + offset.
       offsets: as in `FactoredPairwise`.
     """
 
@@ -130,6 +130,8 @@ def to_table(potential: FactoredPairwise) -> PairwiseTable:
 
     Memory grows with num_edges * (M + K^2): for small graphs, oracles and inspection.
     """
+    if not isinstance(potential, FactoredPairwise):
+        raise TypeError(f"expected a FactoredPairwise, got {type(potential).__name__}")
     a, b = potential.a, potential.b
     height, width = potential.grid
     box = np.array(potential.offsets, np.int32).reshape(-1, 2)
@@ -198,8 +200,11 @@ def edge_log_likelihood(potential, labels, node_mask=None, node_weights=None, ch
     the gradient in the same pass as the sum, chunk by chunk, so that no scores are kept or formed twice.
 
     Raises:
-      ValueError: chunk_edges below 1; a sample for a table.
+      ValueError: chunk_edges below 1; a sample for a table, or an empty one.
+      TypeError: `GridScores`, which do not hold what the likelihood needs.
     """
+    if isinstance(potential, GridScores):
+        raise TypeError("GridScores are for messages: give the FactoredPairwise that they were made from")
     if chunk_edges is not None and chunk_edges < 1:
         raise ValueError(f"chunk_edges must be at least 1, or None to choose it, got {chunk_edges}")
     num_classes = potential.num_classes
@@ -208,7 +213,11 @@ def edge_log_likelihood(potential, labels, node_mask=None, node_weights=None, ch
         weight = jnp.where(node_mask, weight, 0.0)
     labels = jnp.clip(labels.astype(jnp.int32), 0, num_classes - 1)
     if isinstance(potential, FactoredPairwise):
-        return _factored_log_likelihood(potential, labels, weight, chunk_edges, sample)
+        if sample is not None:
+            sample = jnp.asarray(sample)
+            if sample.ndim != 1 or not sample.size:
+                raise ValueError(f"expected a sample of shape [n], n at least 1, got {sample.shape}")
+        return _factored_log_likelihood(_silence(potential, node_mask), labels, weight, chunk_edges, sample)
     if sample is not None:
         raise ValueError("offsets can be sampled on a grid alone: give a FactoredPairwise, or a table of fewer edges")
     p, q = potential.p, potential.q
@@ -216,6 +225,8 @@ def edge_log_likelihood(potential, labels, node_mask=None, node_weights=None, ch
     if potential.evidence is not None:
         evidence = potential.evidence.astype(jnp.float32)
         scores = scores + evidence[..., p, :, None] + evidence[..., q, None, :]
+    if node_mask is not None:
+        scores = jnp.where((node_mask[..., p] & node_mask[..., q])[..., None, None], scores, 0.0)
     flat = scores.reshape(*scores.shape[:-2], num_classes**2)
     index = jnp.broadcast_to(labels[..., p] * num_classes + labels[..., q], flat.shape[:-1])[..., None]
     value = jnp.take_along_axis(flat, index, axis=-1)[..., 0] - jax.nn.logsumexp(flat, axis=-1)
@@ -223,15 +234,26 @@ def edge_log_likelihood(potential, labels, node_mask=None, node_weights=None, ch
     return jnp.sum(edge_weight * value), jnp.sum(edge_weight)
 
 
+def _silence(potential, node_mask):
+    """Zeros at masked nodes: what is there, NaN and infinities too, then reaches neither sums nor gradients."""
+    if node_mask is None:
+        return potential
+    quiet = lambda x: None if x is None else jnp.where(node_mask[..., None], x, jnp.zeros((), x.dtype))
+    parts = {name: quiet(getattr(potential, name)) for name in ("a", "b", "evidence")}
+    return dataclasses.replace(potential, **parts)
+
+
 def _factored_log_likelihood(potential, labels, weight, chunk_edges, sample):
     """Flattens the batch, cuts the edges into chunks, and adds the count, for which no scores are needed."""
     height, width = potential.grid
-    if not relations.validity_mask(np.array(potential.offsets).reshape(-1, 2), height, width).any():
+    exist = relations.validity_mask(np.array(potential.offsets).reshape(-1, 2), height, width)
+    if not exist.any() or 0 in potential.a.shape:
         return jnp.float32(0), jnp.float32(0)
     grids = lambda x, *tail: jnp.broadcast_to(x, (*potential.a.shape[:-3], *x.shape[-2 - len(tail) :])).reshape(
         -1, height, width, *tail
     )
-    a, b = (jnp.asarray(x).reshape(-1, height, width, x.shape[-1]) for x in (potential.a, potential.b))
+    dtype = jnp.result_type(potential.a, potential.b)
+    a, b = (jnp.asarray(x, dtype).reshape(-1, height, width, x.shape[-1]) for x in (potential.a, potential.b))
     labels, weight = grids(labels), grids(weight)
     evidence = None if potential.evidence is None else grids(potential.evidence, potential.num_classes)
     count = jnp.sum(weight * _neighbours(weight, potential.offsets)[0])
@@ -245,7 +267,8 @@ def _factored_log_likelihood(potential, labels, weight, chunk_edges, sample):
     else:
         chunks = _sampled_chunks(box, sample, height, min(height, max(1, chunk_edges // row_edges)))
     reach = int(np.abs(box[:, 1]).max())
-    total = _chunked_sum(reach, a, b, potential.w2, potential.b2, evidence, labels, weight, chunks)
+    dtypes = tuple(None if x is None else x.dtype for x in (a, b, potential.w2, potential.b2, evidence, weight))
+    total = _chunked_sum((reach, dtypes), a, b, potential.w2, potential.b2, evidence, labels, weight, chunks)
     return (total if sample is None else total * (len(box) / sample.shape[0])), count
 
 
@@ -291,18 +314,23 @@ def _sampled_chunks(box, sample, height, rows):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked_sum(reach, a, b, w2, b2, evidence, labels, weight, chunks):
-    """sum over edges of w_p w_q log P_V(y_p, y_q); arrays [B, H, W, ...], reach the largest |column offset|."""
-    return _walk_chunks(reach, a, b, w2, b2, evidence, labels, weight, chunks, gradient=False)[0]
+def _chunked_sum(static, a, b, w2, b2, evidence, labels, weight, chunks):
+    """sum over edges of w_p w_q log P_V(y_p, y_q); arrays [B, H, W, ...].
+
+    static: the largest |column offset|, and the dtypes of what is differentiated, (a, b, w2, b2, evidence, weight).
+    """
+    return _walk_chunks(static[0], a, b, w2, b2, evidence, labels, weight, chunks, gradient=False)[0]
 
 
-def _chunked_sum_forward(reach, a, b, w2, b2, evidence, labels, weight, chunks):
-    return _walk_chunks(reach, a, b, w2, b2, evidence, labels, weight, chunks, gradient=True)
+def _chunked_sum_forward(static, a, b, w2, b2, evidence, labels, weight, chunks):
+    return _walk_chunks(static[0], a, b, w2, b2, evidence, labels, weight, chunks, gradient=True)
 
 
-def _chunked_sum_backward(reach, gradients, cotangent):
-    # The sum is a scalar, so its gradient, made on the way forward, only needs scaling.
-    *arrays, weight = jax.tree.map(lambda g: (cotangent * g.astype(jnp.float32)).astype(g.dtype), gradients)
+def _chunked_sum_backward(static, gradients, cotangent):
+    # The sum is a scalar, so its gradient, made on the way forward, only needs scaling. That comes before rounding: the
+    # gradient of a sum over many edges may overflow half precision where that of a mean does not.
+    scaled = (None if g is None else (cotangent * g).astype(t) for g, t in zip(gradients, static[1], strict=True))
+    *arrays, weight = scaled
     return *arrays, None, weight, None
 
 
@@ -310,14 +338,13 @@ _chunked_sum.defvjp(_chunked_sum_forward, _chunked_sum_backward)
 
 
 def _walk_chunks(reach, a, b, w2, b2, evidence, labels, weight, chunks, gradient):
-    """Returns (sum, gradients): gradients of (a, b, w2, b2, evidence, weight) in their dtypes, or None."""
+    """Returns (sum, gradients): float32 gradients of (a, b, w2, b2, evidence, weight), or None."""
     num_images, height, width, m = a.shape
     k = b2.shape[-1]
     matrix, bias = w2.reshape(m, k * k).astype(a.dtype), b2.reshape(k * k).astype(jnp.float32)
     border = lambda x: jnp.pad(x, ((0, 0), (0, 0), (reach, reach), (0, 0)))
     # What is read at q, with a border so that a slice of columns is a shift; weights in it are 0.
     at_q = {"b": b, "label": labels[..., None], "weight": weight[..., None]}
-    evidence_dtype = None if evidence is None else evidence.dtype
     if evidence is not None:
         evidence = evidence.astype(jnp.float32)
         at_q["evidence"] = evidence
@@ -388,11 +415,11 @@ def _walk_chunks(reach, a, b, w2, b2, evidence, labels, weight, chunks, gradient
         return state["total"], None
     crop = lambda x: x[:, :, reach : reach + width]
     gradients = (
-        state["hidden_p"].astype(a.dtype),
-        crop(state["hidden_q"]).astype(b.dtype),
-        state["matrix"].reshape(w2.shape).astype(w2.dtype),
-        state["bias"].reshape(b2.shape).astype(b2.dtype),
-        None if evidence is None else (state["evidence_p"] + crop(state["evidence_q"])).astype(evidence_dtype),
+        state["hidden_p"],
+        crop(state["hidden_q"]),
+        state["matrix"].reshape(w2.shape),
+        state["bias"].reshape(b2.shape),
+        None if evidence is None else state["evidence_p"] + crop(state["evidence_q"]),
         (state["weight_p"] + crop(state["weight_q"]))[..., 0],
     )
     return state["total"], gradients
@@ -443,7 +470,7 @@ def messages(potential, marginals, node_mask=None, chunk_edges=None):
     table = isinstance(potential, PairwiseTable)
     node_shape = marginals.shape[-2:-1] if table else marginals.shape[-3:-1]
     mask = jnp.ones(node_shape, jnp.float32) if node_mask is None else node_mask.astype(jnp.float32)
-    sent = marginals * mask[..., None]  # a masked node sends nothing
+    sent = marginals if node_mask is None else jnp.where(node_mask[..., None], marginals, 0.0)
     if table:
         message, count = _table_messages(potential, sent, mask)
     else:
@@ -451,8 +478,8 @@ def messages(potential, marginals, node_mask=None, chunk_edges=None):
         if isinstance(potential, GridScores):
             message = _stored_messages(potential, sent)
         else:
-            message = _folded_messages(potential, sent, chunk_edges)
-    return message * mask[..., None], count * mask
+            message = _folded_messages(_silence(potential, node_mask), sent, chunk_edges)
+    return (message if node_mask is None else jnp.where(node_mask[..., None], message, 0.0)), count * mask
 
 
 def prepare_messages(potential, num_iterations, route="auto"):
@@ -479,12 +506,20 @@ def prepare_messages(potential, num_iterations, route="auto"):
     if route == "folded" or not potential.offsets:
         return potential
     shift = _Shift(potential.offsets, *potential.grid)
-    b = shift.border(potential.b)
+    box = jnp.asarray(shift.offsets)
+    a, b = (jnp.reshape(x, (-1, *x.shape[-3:])) for x in (potential.a, potential.b))
+    b = shift.border(b)
 
+    @jax.checkpoint
     def scores(offset):
-        return _last_layer(jax.nn.relu(potential.a + shift.at(b, offset)), potential.w2, potential.b2)
+        return _last_layer(jax.nn.relu(a + shift.at(b, offset)), potential.w2, potential.b2)
 
-    return GridScores(jax.lax.map(jax.checkpoint(scores), jnp.asarray(shift.offsets)), potential.offsets)
+    def fill(stored, number):
+        return jax.lax.dynamic_update_index_in_dim(stored, scores(box[number]), number, axis=1), None
+
+    empty = jnp.zeros((a.shape[0], len(box), *potential.grid, *potential.b2.shape), jnp.float32)
+    stored, _ = jax.lax.scan(fill, empty, jnp.arange(len(box), dtype=jnp.int32))
+    return GridScores(stored.reshape(*potential.a.shape[:-3], *stored.shape[1:]), potential.offsets)
 
 
 def _table_messages(potential, sent, mask):
@@ -537,27 +572,31 @@ def _stored_messages(potential, sent):
     shift = _Shift(potential.offsets, *potential.grid)
     sent_q = shift.border(sent)
 
-    def body(carry, x):
+    box = jnp.asarray(shift.offsets)
+
+    def body(carry, number):
         to_p, to_q = carry
-        scores, offset = x
+        scores = jax.lax.dynamic_index_in_dim(potential.scores, number, axis=-5 % potential.scores.ndim, keepdims=False)
+        offset = box[number]
         # Scores of edges that leave the map meet marginals of 0 at q; what p sends there is cropped away.
         to_p = to_p + jnp.einsum("...kl,...l->...k", scores, shift.at(sent_q, offset))
         to_q = shift.add_at(to_q, jnp.einsum("...kl,...k->...l", scores, sent), offset)
         return (to_p, to_q), None
 
-    lead = jnp.broadcast_shapes(potential.scores.shape[1:-4], sent.shape[:-3])
+    lead = jnp.broadcast_shapes(potential.scores.shape[:-5], sent.shape[:-3])
     zeros = jnp.zeros((*lead, *sent.shape[-3:]), jnp.float32)
-    step = jax.checkpoint(body)
-    (to_p, to_q), _ = jax.lax.scan(step, (zeros, shift.border(zeros)), (potential.scores, jnp.asarray(shift.offsets)))
+    numbers = jnp.arange(len(shift.offsets), dtype=jnp.int32)
+    (to_p, to_q), _ = jax.lax.scan(jax.checkpoint(body), (zeros, shift.border(zeros)), numbers)
     return to_p + shift.crop(to_q)
 
 
 def _folded_messages(potential, sent, chunk_edges):
     lead = jnp.broadcast_shapes(potential.a.shape[:-3], sent.shape[:-3])
     flat = lambda x: jnp.broadcast_to(x, (*lead, *x.shape[-3:])).reshape(-1, *x.shape[-3:])
-    if not potential.offsets:
+    if not potential.offsets or 0 in lead:
         return jnp.zeros((*lead, *sent.shape[-3:]), jnp.float32)
-    a, b, sent = flat(potential.a), flat(potential.b), flat(sent)
+    dtype = jnp.result_type(potential.a, potential.b)
+    a, b, sent = flat(jnp.asarray(potential.a, dtype)), flat(jnp.asarray(potential.b, dtype)), flat(sent)
     if chunk_edges is None:
         chunk_edges = costs.default_chunk_edges(potential.num_classes, a.shape[-1], folded=True)
     box = np.array(potential.offsets, np.int32)

@@ -10,7 +10,7 @@ import pytest
 import pwcrf_jax
 
 PACKAGE = Path(pwcrf_jax.__file__).parent
-CORE = ("relations", "pairwise", "piecewise", "mean_field", "metrics")
+CORE = ("relations", "costs", "pairwise", "piecewise", "mean_field", "metrics", "planning")
 ALLOWED_IN_CORE = {"jax", "numpy", *sys.stdlib_module_names}
 FLAGS_AND_CONFIGS = {"absl", "ml_collections"}
 PRIVATE = ("jax._src", "jax.lib", "jax.config.update")
@@ -91,6 +91,11 @@ def private(source):
 @pytest.mark.parametrize("name", ["__init__", *CORE])
 def test_core_imports_jax_numpy_and_core_only(name):
     assert not outside_core(imports_of(PACKAGE / f"{name}.py"))
+
+
+@pytest.mark.parametrize("name", ["relations", "costs"])
+def test_static_arithmetic_knows_no_jax(name):
+    assert not {n for n in imports_of(PACKAGE / f"{name}.py") if top(n) in ("jax", "jaxlib") or below(n, "pwcrf_jax")}
 
 
 def test_nets_know_no_loss_and_no_inference():

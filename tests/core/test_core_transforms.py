@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import pwcrf_jax
-from pwcrf_jax import mean_field, metrics, pairwise, piecewise, relations
+from pwcrf_jax import costs, mean_field, metrics, pairwise, piecewise, planning, relations
 from reference import random_problems
 
 H, W, K, M = 3, 4, 3, 4
@@ -31,6 +31,7 @@ def inputs(seed):
             weights=rng.uniform(0.5, 2, (H, W)).astype(np.float32),
             relation_weights=np.float32(WEIGHTS),
             damping=np.float32(rng.uniform(0, 0.9)),
+            key=jax.random.key(seed),
         ),
     )
 
@@ -47,6 +48,14 @@ def nodes(v, name):
     return v[name].reshape(H * W, *v[name].shape[2:])
 
 
+def sample(v):
+    return pairwise.sample_offsets(v["key"], len(BOX), 3)
+
+
+def stored(v):
+    return pairwise.prepare_messages(grid(v), 3, "table")
+
+
 def mean_field_settings(v, masks):
     return dict(weights=v["relation_weights"], damping=v["damping"], normalize=True, node_mask=masks)
 
@@ -60,6 +69,20 @@ CASES = {
     ),
     "pairwise_log_likelihood-table": lambda v: piecewise.pairwise_log_likelihood(table(v), nodes(v, "labels")),
     "edge_log_likelihood": lambda v: pairwise.edge_log_likelihood(grid(v, False), v["labels"], v["mask"]),
+    "edge_log_likelihood-chunks": lambda v: pairwise.edge_log_likelihood(
+        grid(v), v["labels"], v["mask"], chunk_edges=5
+    ),
+    "edge_log_likelihood-sample": lambda v: pairwise.edge_log_likelihood(
+        grid(v), v["labels"], v["mask"], v["weights"], sample=sample(v)
+    ),
+    "pairwise_log_likelihood-sample": lambda v: piecewise.pairwise_log_likelihood(
+        grid(v), v["labels"], chunk_edges=7, sample=sample(v)
+    ),
+    "sample_offsets": sample,
+    "prepare_messages-folded": lambda v: pairwise.prepare_messages(grid(v), 3, "folded"),
+    "prepare_messages-table": stored,
+    "messages-chunks": lambda v: pairwise.messages(grid(v), jax.nn.softmax(v["unary"]), v["mask"], chunk_edges=5),
+    "messages-stored": lambda v: pairwise.messages(stored(v), jax.nn.softmax(v["unary"]), v["mask"]),
     "messages-factored": lambda v: pairwise.messages(grid(v), jax.nn.softmax(v["unary"]), v["mask"]),
     "messages-table": lambda v: pairwise.messages(table(v), jax.nn.softmax(nodes(v, "unary")), nodes(v, "mask")),
     "factored_pairwise": grid,
@@ -71,22 +94,22 @@ CASES = {
         [grid(v), grid(v, False)],
         **mean_field_settings(v, v["mask"]),
     ),
-    "run-factored": lambda v: mean_field.run(
-        v["unary"], [grid(v), grid(v, False)], **mean_field_settings(v, v["mask"])
-    ),
-    "run-table": lambda v: mean_field.run(
+    **{
+        f"run-{route}": lambda v, route=route: mean_field.run(
+            v["unary"], [grid(v), grid(v, False)], route=route, **mean_field_settings(v, v["mask"])
+        )
+        for route in pairwise.ROUTES
+    },
+    "run-PairwiseTable": lambda v: mean_field.run(
         nodes(v, "unary"), [table(v), table(v)], **mean_field_settings(v, nodes(v, "mask"))
     ),
     "balance_weights": lambda v: piecewise.balance_weights(v["labels"], K, power=v["damping"]),
     "grid_labels": lambda v: piecewise.grid_labels(v["image"], H, W),
     "confusion_matrix": lambda v: metrics.confusion_matrix(v["predictions"], v["image"], K),
 }
-# Static geometry and figures on the host: plain NumPy, nothing to trace.
-HOST = {"offsets", "edge_list", "validity_mask", "scores"}
 
 
-def public_functions():
-    modules = (relations, pairwise, piecewise, mean_field, metrics)
+def public_functions(*modules):
     for module in modules:
         for name, value in vars(module).items():
             if not name.startswith("_") and not isinstance(value, type) and callable(value):
@@ -94,9 +117,14 @@ def public_functions():
                     yield name
 
 
+# Static geometry, costs and figures on the host: nothing to trace.
+HOST = {"offsets", "edge_list", "validity_mask", "scores", *public_functions(costs, planning)}
+
+
 def test_every_public_function_is_in_the_battery():
     covered = {name.split("-")[0] for name in CASES} | HOST
-    assert set(public_functions()) == covered
+    modules = relations, costs, pairwise, piecewise, mean_field, metrics, planning
+    assert set(public_functions(*modules)) == covered
     exported = {n for n in pwcrf_jax.__all__ if callable(v := getattr(pwcrf_jax, n)) and not isinstance(v, type)}
     assert {n for n in exported if getattr(pwcrf_jax, n).__module__.startswith("pwcrf_jax.")} - covered == set()
 
