@@ -73,6 +73,8 @@ def main():
                 config.crf.damping,
                 not args.sums,
                 mask,
+                config.crf.route,
+                config.crf.chunk_edges or None,
             )
             labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask), axis=-1)
             count = jax.vmap(lambda p, y: metrics.confusion_matrix(p, y, model.num_classes))

@@ -4,7 +4,7 @@
 
 Rivals side by side in one process, each with both relations in one program:
 
-* concat: the features of every edge concatenated, [x_p ; x_q], as public re-implementations do it. K = 21 only.
+* concat: the features of every edge concatenated, [x_p ; x_q], as public re-implementations do it.
 * tables: the first layer once a node, then the K x K scores of all edges at once, stored.
 * ours: the package with its defaults; in mean field also with its route forced, "ours folded" and "ours table".
 
@@ -20,8 +20,8 @@ recomputed, or done for edges beyond the map, counts for nothing. With E edges a
 
 share is that of a plain product [4096, M] [M, K^2], timed between the rivals' calls.
 
-A program that needs more than 80 % of the memory there is, by the compiler's analysis, is run on fewer edges, and its
-row is scaled up and marked. Ends with one line of JSON.
+A program that needs more than 80 % of the memory there is, by the compiler's analysis, is run on fewer edges, by steps
+of a fifth, and its row is scaled up and marked. Ends with one line of JSON.
 """
 
 import argparse
@@ -65,13 +65,15 @@ class Size:
     batch: int = 1
     dtype: str = "float32"
     product_rows: int = 4096
+    concat_up_to: int = 150  # classes
+    tables_up_to: int = 150
 
     @property
     def nodes(self):
         return self.batch * self.height * self.width
 
 
-QUICK = Size(height=12, width=16, features=1024, hidden=256, product_rows=1024)
+QUICK = Size(16, 21, features=1024, hidden=256, product_rows=1024, concat_up_to=21, tables_up_to=60)
 
 
 class Disagreement(SystemExit):
@@ -264,7 +266,9 @@ def mean_field_rivals(problem):
         Rival("ours folded", ours(route="folded"), args, folded_flops),
         Rival("ours table", ours(route="table"), args, table_flops, 4 * k**2),
     ]
-    if k == 21:
+    if k > size.tables_up_to:
+        return out[1:2]
+    if k <= size.concat_up_to:
         args = problem.features, params, problem.unary
         flops = lambda e: table_flops(e) + 4 * e * d * m
         out.insert(0, Rival("concat", concat, args, flops, 2 * d * itemsize, takes_edges=True))
@@ -344,7 +348,7 @@ def prepare(rival, problem, limit, programs):
                         raise
         if not rival.takes_edges:
             return None
-        fraction /= 2
+        fraction *= 0.8
     return None
 
 
@@ -717,7 +721,7 @@ def arguments():
     parser.add_argument("--output", help="folder of the plot and the JSON; --quick writes none but the plot, if given")
     args = parser.parse_args()
     args.boxes = args.boxes or (["full"] if args.quick else list(GRIDS))
-    args.repeats = args.repeats or (3 if args.quick else 5)
+    args.repeats = args.repeats or (2 if args.quick else 5)
     if args.train_step is None:
         args.train_step = not args.quick and jax.default_backend() != "cpu"
     if args.output is None and not args.quick:

@@ -3,14 +3,15 @@
 Two encodings of one meaning:
 
 * `PairwiseTable`: the scores themselves, one K x K table per edge, on any graph.
-* `FactoredPairwise`: the last two layers of the Pairwise-Net on a grid, never expanded into tables. The first layer
+* `FactoredPairwise`: the last two layers of the Pairwise-Net on a grid, not expanded into tables. The first layer
   is linear in [x_p ; x_q], so W1 [x_p ; x_q] + b1 = A_p + B_q with A and B computed once per *node*, and
 
       z_pq[k, l] = b2[k, l] + sum_m relu(A_p + B_q)[m] W2[m, k, l]   (+ evidence_p[k] + evidence_q[l], see below).
 
-  Memory grows with neither the size of the box nor, in inference, with K^2 (docs/math.md, "Full range"):
+  Memory does not grow with the size of the box (docs/math.md, "Full range"):
   - the likelihood walks the edges in chunks, and its gradient is made in the same pass (`edge_log_likelihood`);
-  - a message needs sum_l z_pq[k, l] Q_q(l) only, so Q is folded into the last layer first (`messages`).
+  - a message needs sum_l z_pq[k, l] Q_q(l) only, so Q is folded into the last layer first (`messages`), unless
+    `prepare_messages` finds it cheaper to store the scores (`GridScores`, for inference alone).
 
 The paper's energies are V = -z (section 3). z is not symmetric: z_pq[k, l] is not z_qp[l, k].
 
@@ -189,7 +190,8 @@ def edge_log_likelihood(potential, labels, node_mask=None, node_weights=None, ch
       node_weights: float, same shape: class balancing. An edge weighs w_p w_q. None: 1.
       chunk_edges: static int; a factored potential holds the scores of about so many edges at a time, in whole rows of
         the map. None: chosen from the shapes (`pwcrf_jax.costs.default_chunk_edges`). The value does not depend on it.
-      sample: int [n], positions in the offsets of a factored potential, from `sample_offsets`; may be traced. The sum
+      sample: int [n], positions in the offsets of a factored potential (0 .. num_offsets - 1, the caller sees to that),
+        from `sample_offsets`; may be traced. The sum
         is then over those offsets, scaled by num_offsets / n: over random samples its expectation, and that of its
         gradient, are those of the full sum. The count is always that of the full sum.
 
@@ -217,7 +219,8 @@ def edge_log_likelihood(potential, labels, node_mask=None, node_weights=None, ch
             sample = jnp.asarray(sample)
             if sample.ndim != 1 or not sample.size:
                 raise ValueError(f"expected a sample of shape [n], n at least 1, got {sample.shape}")
-        return _factored_log_likelihood(_silence(potential, node_mask), labels, weight, chunk_edges, sample)
+        mask = jnp.ones(labels.shape, bool) if node_mask is None else node_mask
+        return _factored_log_likelihood(potential, labels, mask, weight, chunk_edges, sample)
     if sample is not None:
         raise ValueError("offsets can be sampled on a grid alone: give a FactoredPairwise, or a table of fewer edges")
     p, q = potential.p, potential.q
@@ -243,7 +246,7 @@ def _silence(potential, node_mask):
     return dataclasses.replace(potential, **parts)
 
 
-def _factored_log_likelihood(potential, labels, weight, chunk_edges, sample):
+def _factored_log_likelihood(potential, labels, mask, weight, chunk_edges, sample):
     """Flattens the batch, cuts the edges into chunks, and adds the count, for which no scores are needed."""
     height, width = potential.grid
     exist = relations.validity_mask(np.array(potential.offsets).reshape(-1, 2), height, width)
@@ -254,7 +257,7 @@ def _factored_log_likelihood(potential, labels, weight, chunk_edges, sample):
     )
     dtype = jnp.result_type(potential.a, potential.b)
     a, b = (jnp.asarray(x, dtype).reshape(-1, height, width, x.shape[-1]) for x in (potential.a, potential.b))
-    labels, weight = grids(labels), grids(weight)
+    labels, mask, weight = grids(labels), grids(mask), grids(weight)
     evidence = None if potential.evidence is None else grids(potential.evidence, potential.num_classes)
     count = jnp.sum(weight * _neighbours(weight, potential.offsets)[0])
     if chunk_edges is None:
@@ -268,7 +271,7 @@ def _factored_log_likelihood(potential, labels, weight, chunk_edges, sample):
         chunks = _sampled_chunks(box, sample, height, min(height, max(1, chunk_edges // row_edges)))
     reach = int(np.abs(box[:, 1]).max())
     dtypes = tuple(None if x is None else x.dtype for x in (a, b, potential.w2, potential.b2, evidence, weight))
-    total = _chunked_sum((reach, dtypes), a, b, potential.w2, potential.b2, evidence, labels, weight, chunks)
+    total = _chunked_sum((reach, dtypes), a, b, potential.w2, potential.b2, evidence, weight, labels, mask, chunks)
     return (total if sample is None else total * (len(box) / sample.shape[0])), count
 
 
@@ -314,37 +317,36 @@ def _sampled_chunks(box, sample, height, rows):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked_sum(static, a, b, w2, b2, evidence, labels, weight, chunks):
+def _chunked_sum(static, a, b, w2, b2, evidence, weight, labels, mask, chunks):
     """sum over edges of w_p w_q log P_V(y_p, y_q); arrays [B, H, W, ...].
 
     static: the largest |column offset|, and the dtypes of what is differentiated, (a, b, w2, b2, evidence, weight).
     """
-    return _walk_chunks(static[0], a, b, w2, b2, evidence, labels, weight, chunks, gradient=False)[0]
+    return _walk_chunks(static[0], a, b, w2, b2, evidence, weight, labels, mask, chunks, gradient=False)[0]
 
 
-def _chunked_sum_forward(static, a, b, w2, b2, evidence, labels, weight, chunks):
-    return _walk_chunks(static[0], a, b, w2, b2, evidence, labels, weight, chunks, gradient=True)
+def _chunked_sum_forward(static, a, b, w2, b2, evidence, weight, labels, mask, chunks):
+    return _walk_chunks(static[0], a, b, w2, b2, evidence, weight, labels, mask, chunks, gradient=True)
 
 
 def _chunked_sum_backward(static, gradients, cotangent):
     # The sum is a scalar, so its gradient, made on the way forward, only needs scaling. That comes before rounding: the
     # gradient of a sum over many edges may overflow half precision where that of a mean does not.
     scaled = (None if g is None else (cotangent * g).astype(t) for g, t in zip(gradients, static[1], strict=True))
-    *arrays, weight = scaled
-    return *arrays, None, weight, None
+    return *scaled, None, None, None
 
 
 _chunked_sum.defvjp(_chunked_sum_forward, _chunked_sum_backward)
 
 
-def _walk_chunks(reach, a, b, w2, b2, evidence, labels, weight, chunks, gradient):
+def _walk_chunks(reach, a, b, w2, b2, evidence, weight, labels, mask, chunks, gradient):
     """Returns (sum, gradients): float32 gradients of (a, b, w2, b2, evidence, weight), or None."""
     num_images, height, width, m = a.shape
     k = b2.shape[-1]
     matrix, bias = w2.reshape(m, k * k).astype(a.dtype), b2.reshape(k * k).astype(jnp.float32)
     border = lambda x: jnp.pad(x, ((0, 0), (0, 0), (reach, reach), (0, 0)))
     # What is read at q, with a border so that a slice of columns is a shift; weights in it are 0.
-    at_q = {"b": b, "label": labels[..., None], "weight": weight[..., None]}
+    at_q = {"b": b, "label": labels[..., None], "mask": mask[..., None], "weight": weight[..., None]}
     if evidence is not None:
         evidence = evidence.astype(jnp.float32)
         at_q["evidence"] = evidence
@@ -361,13 +363,15 @@ def _walk_chunks(reach, a, b, w2, b2, evidence, labels, weight, chunks, gradient
         shift = lambda x: jax.lax.dynamic_slice_in_dim(x, reach + chunk.col, width, axis=2)
         edges = lambda x: x.reshape(num_images * len(chunk.p) * width, *x.shape[3:])
         q = {name: shift(x)[:, chunk.q] for name, x in at_q.items()}
-        hidden = jax.nn.relu(edges(a[:, chunk.p] + q["b"]))
-        scores = jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32) + bias
-        if evidence is not None:
-            pair = edges(evidence[:, chunk.p])[:, :, None] + edges(q["evidence"])[:, None, :]
-            scores = scores + pair.reshape(scores.shape)
         weight_p = weight[:, chunk.p] * chunk.valid[:, None]
         edge_weight = edges(weight_p * q["weight"][..., 0])
+        # What masked nodes hold, NaN and infinities too, reaches neither the sum nor gradients.
+        counts = edges(mask[:, chunk.p] & q["mask"][..., 0])[:, None]
+        hidden = jax.nn.relu(jnp.where(counts, edges(a[:, chunk.p] + q["b"]), 0))
+        scores = jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32) + bias
+        if evidence is not None:
+            at_p, at_q_end = (jnp.where(counts, edges(e), 0) for e in (evidence[:, chunk.p], q["evidence"]))
+            scores = scores + (at_p[:, :, None] + at_q_end[:, None, :]).reshape(scores.shape)
         index = edges(labels[:, chunk.p] * k + q["label"][..., 0])[:, None]
         # Spelt out because the gradient below reuses the exponentials.
         highest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))

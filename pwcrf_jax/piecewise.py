@@ -57,7 +57,7 @@ def pairwise_log_likelihood(potential, labels, void=VOID, node_weights=None, chu
     """
     if isinstance(potential, pairwise.FactoredPairwise):
         _check_labels(potential.a.shape[:-1], labels)
-    else:  # without evidence a table does not know its number of nodes
+    elif isinstance(potential, pairwise.PairwiseTable):  # without evidence a table does not know its number of nodes
         nodes = labels.shape if potential.evidence is None else potential.evidence.shape[:-1]
         _check_labels(nodes, labels)
     return pairwise.edge_log_likelihood(potential, labels, labels != void, node_weights, chunk_edges, sample)

@@ -19,7 +19,8 @@ from pwcrf_jax.training.logs import log
 def make_eval_fn(config, model):
     """The compiled evaluation step of a config."""
     rows, crf = configs.table_rows(config), configs.crf_settings(config)
-    return parallel.pmap_eval(steps.make_eval_step(model, rows, crf, config.loss.balance_power))
+    loss = config.loss
+    return parallel.pmap_eval(steps.make_eval_step(model, rows, crf, loss.balance_power, loss.chunk_edges or None))
 
 
 def evaluate_params(eval_fn, params, dataset, split, config) -> dict:

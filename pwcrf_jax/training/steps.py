@@ -87,7 +87,7 @@ def make_train_step(model, tx, loss_config, seed=0):
     return step
 
 
-def make_eval_step(model, rows, crf_config, balance_power=0.0):
+def make_eval_step(model, rows, crf_config, balance_power=0.0, loss_chunk_edges=None):
     """Builds step(params, batch) -> sums over all devices.
 
     rows: {row of the table: names of the relations whose messages count}; weights of all relations come with crf_config
@@ -117,7 +117,7 @@ def make_eval_step(model, rows, crf_config, balance_power=0.0):
             labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask), axis=-1)
             confusion[row] = metrics.confusion_matrix(labels, batch["label"], model.num_classes)
             change[row] = jax.lax.pmax(jnp.max(info.change, axis=-1), AXIS)
-        terms = piecewise_terms(potentials, batch["label"], balance_power)
+        terms = piecewise_terms(potentials, batch["label"], balance_power, loss_chunk_edges)
         confusion, terms = jax.lax.psum((confusion, terms), AXIS)
         return {"confusion": confusion, "terms": terms, "change": change}
 

@@ -637,3 +637,86 @@ def test_lowers_for_other_devices(platform, dtype):
     for function, args in programs:
         exported = jax.export.export(jax.jit(jax.value_and_grad(function)), platforms=[platform])(*args)
         assert exported.platforms == (platform,)
+
+
+# --- what the shapes and the values of a user may bring -----------------------------------------
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("encode", ["factored", "table"])
+def test_masked_nodes_may_hold_anything(encode, garbage):
+    """Sums, gradients and messages are those of any other values there."""
+    x = problem(Case(size=(4, 5), evidence=True))
+    nodes = np.where(x.mask[..., None], 0.0, garbage).astype(np.float32)
+
+    def outcome(parts, marginals):
+        def total(parts):
+            potential = build(parts, Case().box)
+            labels, mask = (x.labels, x.mask) if encode == "factored" else (flat(x.labels), flat(x.mask))
+            potential = potential if encode == "factored" else pairwise.to_table(potential)
+            return pairwise.edge_log_likelihood(potential, labels, mask)[0]
+
+        value, gradients = jax.value_and_grad(total)(parts)
+        if encode == "table":  # gradients of a and b go through to_table, which has no mask
+            return value
+        sent = pairwise.messages(build(parts, Case().box), marginals, x.mask)
+        return value, gradients, sent
+
+    if encode == "table":
+        dirty = x.parts | {"evidence": x.parts["evidence"] + nodes}
+    else:
+        dirty = x.parts | {name: x.parts[name] + nodes for name in ("a", "b", "evidence")}
+    got = outcome(dirty, x.marginals + nodes)
+    assert all(np.isfinite(v).all() for v in jax.tree.leaves(got))
+    close(got, outcome(x.parts, x.marginals))
+
+
+def test_a_batch_of_no_images():
+    x = problem(Case(batch=(0,), mask="all"))
+    potential = build(x.parts, Case().box)
+    assert [float(v) for v in pairwise.edge_log_likelihood(potential, x.labels)] == [0, 0]
+    for route in ("folded", "table"):
+        message, _ = pairwise.messages(pairwise.prepare_messages(potential, 1, route), x.marginals)
+        assert message.shape == x.marginals.shape
+
+
+def test_gradients_of_means_fit_half_precision_where_those_of_sums_do_not():
+    x = problem(Case(size=(8, 8), box=tuple((r, c) for r in range(-3, 4) for c in range(-3, 4) if r or c)))
+    weights = np.full(x.labels.shape, 100, np.float32)
+
+    def mean(parts, dtype):
+        parts = parts | {n: parts[n].astype(dtype) for n in ("a", "b")}
+        total, count = pairwise.edge_log_likelihood(build(parts, Case().box), x.labels, x.mask, weights)
+        return total / count
+
+    arrays = jax.tree.map(jnp.asarray, x.parts)
+    got, expected = (jax.grad(mean)(arrays, dtype) for dtype in (jnp.float16, jnp.float32))
+    close(got, expected, 0.02, 1e-3)
+
+
+def test_stored_scores_are_batched_like_everything_else():
+    x = problem(Case(batch=(3,), box=((0, 1), (1, -1), (-1, 0)), mask="all", evidence=False))
+    store = lambda a, b: pairwise.prepare_messages(build(x.parts | {"a": a, "b": b}, Case().box), 3, "table")
+    stored = jax.vmap(store)(x.parts["a"], x.parts["b"])
+    close(pairwise.messages(stored, x.marginals), pairwise.messages(build(x.parts, Case().box), x.marginals))
+
+
+def test_two_dtypes_are_promoted():
+    x = problem(Case(mask="all"))
+    mixed = build(x.parts | {"a": jnp.asarray(x.parts["a"], jnp.bfloat16)}, Case().box)
+    rounded = build(x.parts | {"a": np.float32(jnp.asarray(x.parts["a"], jnp.bfloat16))}, Case().box)
+    close(pairwise.edge_log_likelihood(mixed, x.labels), pairwise.edge_log_likelihood(rounded, x.labels))
+    close(pairwise.messages(mixed, x.marginals), pairwise.messages(rounded, x.marginals))
+
+
+def test_misuse_is_named():
+    x = problem(Case(mask="all"))
+    potential = build(x.parts, Case().box)
+    stored = pairwise.prepare_messages(potential, 1, "table")
+    with pytest.raises(TypeError, match="GridScores are for messages"):
+        pairwise.edge_log_likelihood(stored, x.labels)
+    with pytest.raises(TypeError, match="expected a FactoredPairwise, got GridScores"):
+        pairwise.to_table(stored)
+    for sample in ([], [[0]]):
+        with pytest.raises(ValueError, match=r"sample of shape \[n\]"):
+            pairwise.edge_log_likelihood(potential, x.labels, sample=sample)
