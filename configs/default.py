@@ -78,7 +78,7 @@ def get_config():
     config.crf.damping = 0.0
     config.crf.normalize = True  # mean of a node's messages a relation; False: the paper's plain sum
     config.crf.route = "auto"  # how messages are computed: folded, table; auto: the cheaper by the cost model
-    config.crf.chunk_edges = 0  # edges whose hidden units are held at a time; 0: chosen from the shapes
+    config.crf.chunk_edges = 0  # folded route: edges whose hidden units are held at a time; 0: chosen from the shapes
 
     config.eval = ConfigDict()
     config.eval.batch_size = 8  # over all devices and hosts

@@ -28,6 +28,7 @@ _READ_ROW, _READ = 430.0, 17.0  # a label's row of stored scores, and each score
 
 
 CHUNK_OVERHEAD = 64
+"""What a chunk costs by itself, in edges: starting it, and adding to the gradient of the last layer."""
 
 
 class Cost(NamedTuple):

@@ -38,8 +38,8 @@ def step(
     Args:
       log_marginals: float32 [..., num_nodes, K] or [..., H, W, K].
       unary: scores z, same shape.
-      potentials: sequence of `PairwiseTable` or `FactoredPairwise`, one a relation. May be empty: then a
-        unary of three axes or more is read as [..., H, W, K].
+      potentials: sequence of `PairwiseTable`, or of `FactoredPairwise` and `GridScores`, one a relation. May be empty:
+        then a unary of three axes or more is read as [..., H, W, K].
       weights: sequence or array of one weight a relation; None: 1 (the paper). Piecewise-trained potentials over-count,
         so weights below 1 are worth choosing on held-out data. Differentiable.
       damping: 0 (none) to below 1, the share of the old log marginals.

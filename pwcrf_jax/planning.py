@@ -15,14 +15,14 @@ What memory means here, and how near it is (tests/nets/test_nets_plan.py, agains
   the kernel's gradient before it is laid out as the parameter. The layer is that which, added to the activations kept
   before it, makes the most.
 
-Against XLA's arguments and temporaries, the training step of every shipped config, with 1 to 16 images in float32, is
-0.94 to 1.03 of them. Activations, potentials and the largest layer, against the temporaries of the nets' gradient, lie
-within 20 % for tiny, MobileNetV2 and VGG-16 at 240 x 320 pixels and more. Known to be farther off: few images of small
-maps under large kernels, whose copies XLA places as it likes (MobileNetV2 of one scale 1.2 to 1.4 up to 192 x 256,
-VGG-16 of three scales 0.75 at 96 x 128), and tiny of several scales with sliding pyramids (0.78), as the pyramid's
-backward pass is not counted. Inference, 0.8 to 1.02, is the rougher figure. Other backends fuse differently, and
-convolution libraries add workspace of their own. In bfloat16 a CPU needs half as much again: it computes convolutions
-in float32.
+Against XLA's arguments and temporaries, the training step of every shipped config, with 1 to 16 images in float32,
+was 0.94 to 1.03 of them when it was measured (tests hold tiny ones). Activations, potentials and the largest layer,
+against the temporaries of the nets' gradient, lie within 20 % for tiny, MobileNetV2 and VGG-16 at 240 x 320 pixels
+and more. Known to be farther off: few images of small maps under large kernels, whose copies XLA places as it likes
+(MobileNetV2 of one scale 1.2 to 1.4 up to 192 x 256, VGG-16 of three scales 0.75 at 96 x 128), and tiny of several
+scales with sliding pyramids (0.78), as the pyramid's backward pass is not counted. Inference, 0.8 to 1.02, is the
+rougher figure. Other backends fuse differently, and convolution libraries add workspace of their own. In bfloat16 a
+CPU needs half as much again: it computes convolutions in float32.
 """
 
 import dataclasses
@@ -89,7 +89,8 @@ class Plan:
             for name in ("training step", "inference")
             for row in [self[name]]
         ]
-        return f"planned for {self.batch_size} images a device: {'; '.join([', '.join(parts), *totals])}"
+        size = " x ".join(map(str, self.image_size))
+        return f"planned for {self.batch_size} images of {size} a device: {'; '.join([', '.join(parts), *totals])}"
 
 
 def plan(
@@ -131,16 +132,24 @@ def plan(
           and messages.
 
     Raises:
-      ValueError: a size, number or route that cannot be.
+      ValueError: a size, number, route or relation that cannot be.
     """
+    if np.shape(image_size) != (2,):
+        raise ValueError(f"expected image_size (height, width), got {image_size!r}")
     height, width = image_size
     if min(height, width, batch_size) < 1 or min(num_iterations, num_sampled_offsets) < 0:
         raise ValueError(
             f"expected positive image_size and batch_size, and no negative number, got image_size {image_size}, "
             f"batch_size {batch_size}, num_iterations {num_iterations}, num_sampled_offsets {num_sampled_offsets}"
         )
+    for name, chunk in (("chunk_edges", chunk_edges), ("message_chunk_edges", message_chunk_edges)):
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"{name} must be at least 1, or None to choose it, got {chunk}")
     if route not in pairwise.ROUTES:
         raise ValueError(f"route must be one of {pairwise.ROUTES}, got {route!r}")
+    known = [relation.name for relation in model.relations]
+    if unknown := set(message_relations or ()) - set(known):
+        raise ValueError(f"message_relations: {sorted(unknown)} are not among the model's, {known}")
     images = jax.ShapeDtypeStruct((batch_size, height, width, 3), jnp.uint8)
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     nets = _nets(lambda p, x: model.apply({"params": p}, x), params, images)

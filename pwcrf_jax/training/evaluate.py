@@ -16,11 +16,15 @@ from pwcrf_jax.training import config as configs
 from pwcrf_jax.training.logs import log
 
 
+def eval_step(config, model):
+    """The evaluation step of a config, see `steps.make_eval_step`."""
+    rows, crf, loss = configs.table_rows(config), configs.crf_settings(config), config.loss
+    return steps.make_eval_step(model, rows, crf, loss.balance_power, loss.chunk_edges or None)
+
+
 def make_eval_fn(config, model):
-    """The compiled evaluation step of a config."""
-    rows, crf = configs.table_rows(config), configs.crf_settings(config)
-    loss = config.loss
-    return parallel.pmap_eval(steps.make_eval_step(model, rows, crf, loss.balance_power, loss.chunk_edges or None))
+    """The same, mapped over the devices and compiled."""
+    return parallel.pmap_eval(eval_step(config, model))
 
 
 def evaluate_params(eval_fn, params, dataset, split, config) -> dict:

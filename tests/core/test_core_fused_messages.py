@@ -13,6 +13,8 @@ from jax import export
 
 from pwcrf_jax import pairwise, relations
 
+pytest.importorskip("jax.experimental.pallas.triton", reason="Pallas has no Triton backend here")
+
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "fused_messages.py"
 SQUARE = [(r, c) for r in (-1, 0, 1) for c in (-1, 0, 1) if r or c]
 BEYOND = [(r, c) for r in range(-4, 1) for c in range(-3, 6) if r or c]  # 44 offsets, many leave the map; not symmetric

@@ -1,6 +1,7 @@
 """Whole runs of the loop: train, resume, evaluate, and what they write."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -31,7 +32,9 @@ def _interrupt_after(monkeypatch, num_batches):
     monkeypatch.setattr(loop, "train_batches", some)
 
 
-def test_resumed_run_equals_uninterrupted_run(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("sampled_offsets", [0, 3])
+def test_resumed_run_equals_uninterrupted_run(config, tmp_path, monkeypatch, sampled_offsets):
+    config.loss.sampled_offsets = sampled_offsets
     loop.train_and_evaluate(config, str(tmp_path / "whole"))
     with monkeypatch.context() as m:
         # Stopped two steps after the checkpoint of step 3: those two are done again.
@@ -154,3 +157,26 @@ def test_scaling_of_a_run_that_never_saved_is_forgotten(config, tmp_path, monkey
     config.train.steps = 1
     loop.train_and_evaluate(config, str(tmp_path))
     assert configs.load(tmp_path / "config.json").model.input_scaling == "tf"
+
+
+def test_the_log_starts_with_a_plan(config, tmp_path, caplog):
+    config.train.steps = 1
+    with caplog.at_level("INFO"):
+        loop.train_and_evaluate(config, str(tmp_path))
+    assert re.search(r"planned for 1 images of 96 x 128 a device: parameters .*B, activations .*B", caplog.text)
+
+
+def test_a_config_of_before_keeps_its_meaning(trained, tmp_path):
+    """Version 0.1 wrote no keys for sampling, chunks and routes."""
+    stored = json.loads((trained / "config.json").read_text())
+    for section, key in (
+        ("loss", "sampled_offsets"),
+        ("loss", "chunk_edges"),
+        ("crf", "route"),
+        ("crf", "chunk_edges"),
+    ):
+        del stored[section][key]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    config = configs.load(tmp_path / "config.json")
+    configs.validate(config)
+    assert config.to_dict() == configs.load(trained / "config.json").to_dict()

@@ -196,3 +196,51 @@ def test_padding_of_an_image_changes_no_figure(config):
         np.testing.assert_allclose([total, count], b["terms"][name], rtol=1e-5)
     # Nor is the frame's size seen, where the boxes do not follow from it: unary alone.
     np.testing.assert_array_equal(a["confusion"]["unary"], c["confusion"]["unary"])
+
+
+def test_sampled_offsets_follow_from_seed_and_step_alone(config):
+    config.model.parameterisation = "free"
+    config.loss.sampled_offsets = 2
+    model, tx = configs.build_model(config), optax.sgd(0.0)
+    batch = _batch(np.random.default_rng(4), 8)
+
+    def losses(seed, devices, first_step=0):
+        step = steps.make_train_step(model, tx, config.loss.to_dict(), seed)
+        step = parallel.pmap_train(step, devices=jax.devices()[:devices])
+        state, out = _state(model, tx).replace(step=jnp.int32(first_step)), []
+        for _ in range(3):
+            state, metrics = step(state, parallel.split(batch, devices))
+            out.append(float(metrics["loss"]))
+        return out
+
+    one = losses(0, 1)
+    assert len(set(one)) == 3, "the parameters stand still, so other losses are other offsets"
+    np.testing.assert_allclose(losses(0, 8), one, rtol=1e-5)
+    np.testing.assert_allclose(losses(0, 1, first_step=2)[0], one[2], rtol=1e-6)
+    assert losses(1, 1)[0] != one[0]
+    config.loss.sampled_offsets = 0
+    everything = losses(0, 1)
+    assert len(set(everything)) == 1
+    config.loss.sampled_offsets = 1000  # more than there are
+    np.testing.assert_allclose(losses(0, 1), everything, rtol=1e-6)
+
+
+def test_chunks_and_routes_change_no_figure(config):
+    """Of training and of evaluation; each setting lowers to a program of its own, so none is ignored."""
+    config.model.parameterisation = "free"
+    batch = _batch(np.random.default_rng(5), 2)
+    batch["valid_size"] = np.array([[64, 80], [50, 80]], np.int32)
+    one, programs, got = jax.devices()[:1], set(), []
+    for loss_chunk, route, crf_chunk in ((0, "table", 0), (0, "folded", 0), (0, "folded", 5), (7, "folded", 0)):
+        config.loss.chunk_edges, config.crf.route, config.crf.chunk_edges = loss_chunk, route, crf_chunk
+        model, tx = configs.build_model(config), optax.sgd(0.0)
+        train = parallel.pmap_train(steps.make_train_step(model, tx, config.loss.to_dict()), devices=one)
+        evaluation = parallel.pmap_eval(evaluate.eval_step(config, model), devices=one)
+        state, all_of_it = _state(model, tx), parallel.split(batch, 1)
+        shared = {k: all_of_it[k] for k in ("image", "label")}
+        programs.add(evaluation.lower(state.params, all_of_it).as_text() + train.lower(state, shared).as_text())
+        result = evaluation(state.params, all_of_it)
+        got.append((result["change"], result["terms"], train(state, shared)[1]["loss"]))
+    assert len(programs) == 4
+    for other in got[1:]:
+        _assert_trees_close(other, got[0], 1e-4)
