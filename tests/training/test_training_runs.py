@@ -10,6 +10,7 @@ import pytest
 
 from pwcrf_jax.training import checkpoint, evaluate, loop
 from pwcrf_jax.training import config as configs
+from pwcrf_jax.training.logs import log
 
 
 def _params(workdir, config, folder="checkpoints"):
@@ -159,9 +160,10 @@ def test_scaling_of_a_run_that_never_saved_is_forgotten(config, tmp_path, monkey
     assert configs.load(tmp_path / "config.json").model.input_scaling == "tf"
 
 
-def test_the_log_starts_with_a_plan(config, tmp_path, caplog):
+def test_the_log_starts_with_a_plan(config, tmp_path, caplog, monkeypatch):
     config.train.steps = 1
-    with caplog.at_level("INFO"):
+    monkeypatch.setattr(log, "propagate", True)
+    with caplog.at_level("INFO", logger=log.name):
         loop.train_and_evaluate(config, str(tmp_path))
     assert re.search(r"planned for 1 images of 96 x 128 a device: parameters .*B, activations .*B", caplog.text)
 
