@@ -4,7 +4,8 @@
 
 Rivals side by side in one process, each with both relations in one program:
 
-* concat: the features of every edge concatenated, [x_p ; x_q], as public re-implementations do it.
+* concat: the features of every edge concatenated, [x_p ; x_q], as public re-implementations do it. Not at K = 150:
+  beside its first layer it has all that the tables have.
 * tables: the first layer once a node, then the K x K scores of all edges at once, stored.
 * ours: the package with its defaults; in mean field also with its route forced, "ours folded" and "ours table".
 
@@ -20,8 +21,8 @@ recomputed, or done for edges beyond the map, counts for nothing. With E edges a
 
 share is that of a plain product [4096, M] [M, K^2], timed between the rivals' calls.
 
-A program that needs more than 80 % of the memory there is, by the compiler's analysis, is run on fewer edges, by steps
-of a fifth, and its row is scaled up and marked. Ends with one line of JSON.
+A program that needs more than 80 % of the memory there is, by the compiler's analysis, is run on half the edges, or
+half of those again, and its row is scaled up and marked. Ends with one line of JSON.
 """
 
 import argparse
@@ -49,7 +50,7 @@ from pwcrf_jax.training.optimizer import make_optimizer
 
 RELATIONS = (relations.SURROUNDING, relations.ABOVE_BELOW)
 GRIDS = {"full": None, "grid5": 5}
-TASKS = ("loss", "mean field", "sweep")
+TASKS = ("mean field", "loss", "sweep")
 ITERATIONS = 3
 FITS = 0.8  # share of the memory available that a program may need
 MIN_CALLS = 3
@@ -65,7 +66,7 @@ class Size:
     batch: int = 1
     dtype: str = "float32"
     product_rows: int = 4096
-    concat_up_to: int = 150  # classes
+    concat_up_to: int = 60  # classes
     tables_up_to: int = 150
 
     @property
@@ -222,7 +223,7 @@ def loss_rivals(problem):
         Rival("tables", gradient(tables), args, factored, 4 * k**2, takes_edges=True),
         Rival("ours", gradient(ours), args, factored),
     ]
-    if k == 21:
+    if k <= size.concat_up_to:
         flops = lambda e: last(e) + 12 * e * d * m
         out.insert(0, Rival("concat", gradient(concat), args, flops, 2 * d * itemsize, takes_edges=True))
     return out
@@ -348,7 +349,7 @@ def prepare(rival, problem, limit, programs):
                         raise
         if not rival.takes_edges:
             return None
-        fraction *= 0.8
+        fraction /= 2
     return None
 
 
