@@ -213,6 +213,7 @@ def edge_log_likelihood(potential, labels, node_mask=None, node_weights=None, ch
     num_classes = potential.num_classes
     weight = jnp.ones(labels.shape, jnp.float32) if node_weights is None else node_weights.astype(jnp.float32)
     if node_mask is not None:
+        node_mask = jnp.asarray(node_mask)
         weight = jnp.where(node_mask, weight, 0.0)
     labels = jnp.clip(labels.astype(jnp.int32), 0, num_classes - 1)
     if isinstance(potential, FactoredPairwise):
@@ -309,6 +310,7 @@ def messages(potential, marginals, node_mask=None, chunk_edges=None):
     marginals = marginals.astype(jnp.float32)
     table = isinstance(potential, PairwiseTable)
     node_shape = marginals.shape[-2:-1] if table else marginals.shape[-3:-1]
+    node_mask = None if node_mask is None else jnp.asarray(node_mask)
     mask = jnp.ones(node_shape, jnp.float32) if node_mask is None else node_mask.astype(jnp.float32)
     sent = marginals if node_mask is None else jnp.where(node_mask[..., None], marginals, 0.0)
     if table:
