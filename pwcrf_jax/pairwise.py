@@ -240,12 +240,11 @@ def edge_log_likelihood(potential, labels, node_mask=None, node_weights=None, ch
 
 
 def _silence(potential, node_mask):
-    """Zeros at masked nodes: what is there, NaN and infinities too, then reaches neither sums nor gradients."""
+    """Zeros at masked nodes: what is there, NaN and infinities too, then reaches neither messages nor gradients."""
     if node_mask is None:
         return potential
-    quiet = lambda x: None if x is None else jnp.where(node_mask[..., None], x, jnp.zeros((), x.dtype))
-    parts = {name: quiet(getattr(potential, name)) for name in ("a", "b", "evidence")}
-    return dataclasses.replace(potential, **parts)
+    quiet = lambda x: jnp.where(node_mask[..., None], x, jnp.zeros((), x.dtype))
+    return dataclasses.replace(potential, a=quiet(potential.a), b=quiet(potential.b))
 
 
 def _factored_log_likelihood(potential, labels, mask, weight, chunk_edges, sample):

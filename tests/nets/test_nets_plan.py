@@ -232,3 +232,18 @@ def test_short_numbers():
 def test_plan_refuses(changes):
     with pytest.raises(ValueError, match="got"):
         plan(**{"model": segmenter(), "image_size": (32, 32), **changes})
+
+
+@pytest.mark.parametrize(
+    "settings, match",
+    [
+        (dict(message_relations=("suround",)), "'suround'.*not among the model's.*'surrounding'"),
+        (dict(chunk_edges=0), "chunk_edges must be at least 1.*got 0"),
+        (dict(message_chunk_edges=-3), "message_chunk_edges must be at least 1.*got -3"),
+        (dict(image_size=64), r"expected image_size \(height, width\), got 64"),
+        (dict(route="tabel"), "route must be one of.*'tabel'"),
+    ],
+)
+def test_plans_of_what_cannot_be_are_refused(settings, match):
+    with pytest.raises(ValueError, match=match):
+        plan(segmenter(), **{"image_size": (96, 128)} | settings)
