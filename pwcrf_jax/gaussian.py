@@ -1,0 +1,183 @@
+"""Gaussian filters of values at points: exact, on the permutohedral lattice, and separable on the pixel grid.
+
+    out_i = sum_j exp(-|f_i - f_j|^2 / 2) v_j        j = i included; features f in units of the standard deviation
+
+`prepare` does what depends on the features alone, `apply` filters values with it.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pwcrf_jax import permutohedral
+
+METHODS = ("auto", "lattice", "exact")
+
+# Points of one image up to which the exact filter is chosen. On a CPU, where it breaks even with building a lattice and
+# applying it 10 times to 21 values (benchmarks/dense_crf.py); for accelerators a guess from their arithmetic rate.
+EXACT_POINTS = {"cpu": 2048, "gpu": 16384, "tpu": 16384}
+
+_TILE = (512, 2048)  # points that receive, points that send
+
+
+class Points(NamedTuple):
+    """What the exact filter needs: features float32 [..., N, d] and mask bool [..., N]."""
+
+    features: jax.Array
+    mask: jax.Array
+
+
+def prepare(
+    features: jax.Array, mask: jax.Array | None = None, method: str = "auto", capacity: int | None = None
+) -> Points | permutohedral.Lattice:
+    """The filter of points.
+
+    Args:
+      features: float [..., N, d]; leading axes are images.
+      mask: bool [..., N]; false points neither send nor receive. None: all valid.
+      method: "exact", O(N^2) time and O(N) memory; "lattice", O(N); "auto": by N and the default device.
+      capacity: of `permutohedral.build`.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if method == "auto":
+        small = features.shape[-2] <= EXACT_POINTS.get(jax.default_backend(), 0)
+        method = "exact" if small else "lattice"
+    if method == "lattice":
+        return permutohedral.build(features, mask, capacity)
+    if features.ndim < 2 or not jnp.issubdtype(features.dtype, jnp.floating):
+        raise ValueError(f"expected features float [..., N, d], got {features.dtype} {features.shape}")
+    mask = jnp.ones(features.shape[:-1], bool) if mask is None else mask
+    if mask.shape != features.shape[:-1] or mask.dtype != bool:
+        raise ValueError(f"expected mask bool {features.shape[:-1]}, got {mask.dtype} {mask.shape}")
+    return Points(features.astype(jnp.float32), mask)
+
+
+def apply(prepared: Points | permutohedral.Lattice, values: jax.Array) -> jax.Array:
+    """Filters values float [..., N, C] -> float32 [..., N, C]; masked points give and get zero."""
+    if isinstance(prepared, permutohedral.Lattice):
+        return permutohedral.apply(prepared, values)
+    return exact(*prepared, values)
+
+
+def exact(features: jax.Array, mask: jax.Array, values: jax.Array, tile: tuple[int, int] = _TILE) -> jax.Array:
+    """The sum itself, in tiles: features float [..., N, d], mask bool [..., N], values [..., N, C] -> [..., N, C].
+
+    Differentiable in values and features, to any order. tile: points that receive and that send, held at a time: their
+    kernel values are the only temporary that grows with either.
+    """
+    if features.shape[:-1] != values.shape[:-1] or values.ndim < 2:
+        raise ValueError(f"expected values {features.shape[:-1]} and a channel axis, got {values.shape}")
+    if features.ndim > 2:
+        return jax.lax.map(lambda args: exact(*args, tile), (features, mask, values))
+    num_points, num_channels = values.shape
+    receive, send = (min(t, num_points) for t in tile)
+    values = jnp.where(mask[:, None], values.astype(jnp.float32), 0.0)
+
+    def tiles(x, size):
+        padded = jnp.pad(x, ((0, -num_points % size), (0, 0)))
+        return padded.reshape(-1, size, x.shape[1])
+
+    senders = tiles(features, send), tiles(values, send)
+
+    @jax.checkpoint
+    def add(total, sender, receivers):
+        # Differences, not |f|^2 + |g|^2 - 2 f g, which would lose the digits of points that are close together.
+        pairs = zip(receivers.T, sender[0].T, strict=True)
+        distance = sum(jnp.square(f[:, None] - g[None, :]) for f, g in pairs)
+        return total + jnp.matmul(jnp.exp(-0.5 * distance), sender[1], precision="highest")
+
+    def row(receivers):
+        zero = jnp.zeros((receive, num_channels), jnp.float32)
+        return jax.lax.scan(lambda total, sender: (add(total, sender, receivers), None), zero, senders)[0]
+
+    out = jax.lax.map(row, tiles(features, receive)).reshape(-1, num_channels)[:num_points]
+    return jnp.where(mask[:, None], out, 0.0)
+
+
+def spatial(values: jax.Array, sigma, mask: jax.Array | None = None, radius: int | None = None) -> jax.Array:
+    """The Gaussian filter of the pixel grid, separable: one pass along the columns and one along the rows.
+
+    Args:
+      values: float [..., H, W, C].
+      sigma: standard deviation in pixels, one or (x, y). Differentiable.
+      mask: bool [..., H, W]; false pixels neither send nor receive.
+      radius: static; taps further away are left out. None: four standard deviations where sigma is a plain number
+        (3e-4 of the peak), the whole image where it is traced.
+
+    Returns:
+      float32 [..., H, W, C]. Pixels beyond the image count as zero.
+    """
+    height, width = values.shape[-3:-1]
+    sigma_x, sigma_y = pair(sigma)
+    radius = radius_of(sigma) if radius is None else radius
+    x = values.astype(jnp.float32)
+    if mask is not None:
+        x = jnp.where(mask[..., None], x, 0.0)
+    x = x.reshape(-1, height, width * values.shape[-1])
+    x = _filter_rows(x, sigma_y, radius)
+    x = _filter_columns(x.reshape(-1, height, width, values.shape[-1]), sigma_x, radius).reshape(values.shape)
+    return x if mask is None else jnp.where(mask[..., None], x, 0.0)
+
+
+def pair(sigma):
+    """(x, y) of one standard deviation or two."""
+    if isinstance(sigma, (tuple, list)):
+        return tuple(sigma)
+    return (sigma, sigma) if jnp.ndim(sigma) == 0 else (sigma[0], sigma[1])
+
+
+_MOST_TAPS = 32  # radius; beyond it a product with the matrix of the kernel is faster
+
+
+def radius_of(sigma) -> int | None:
+    """The default radius of `spatial`: four of the larger standard deviation, or None where one is traced."""
+    if any(isinstance(s, jax.core.Tracer) for s in jax.tree.leaves(sigma)):
+        return None
+    return math.ceil(4 * float(np.max(np.asarray(sigma))))
+
+
+def _reach(size, radius):
+    """How far the taps reach; None where the matrix of the kernel is used instead."""
+    return None if radius is None or radius > _MOST_TAPS else min(radius, size - 1)
+
+
+def _kernel(distance, sigma, radius):
+    weight = jnp.exp(-0.5 * jnp.square(distance / sigma))
+    return weight if radius is None else jnp.where(jnp.abs(distance) <= radius, weight, 0.0)
+
+
+def _matrix(size, sigma, radius):
+    place = np.arange(size, dtype=np.float32)
+    return _kernel(place[:, None] - place[None, :], sigma, radius)
+
+
+def _taps(x, sigma, reach, axis, stride):
+    """Along an axis with neighbours `stride` apart and a border of reach * stride on both sides."""
+    size = x.shape[axis] - 2 * reach * stride
+    weight = _kernel(np.arange(reach + 1, dtype=np.float32), sigma, reach)
+    at = lambda k: jax.lax.slice_in_dim(x, (reach + k) * stride, (reach + k) * stride + size, axis=axis)
+    return weight[0] * at(0) + sum(weight[k] * (at(-k) + at(k)) for k in range(1, reach + 1))
+
+
+def _filter_rows(x, sigma, radius):
+    """Down the columns of [B, H, X]."""
+    reach = _reach(x.shape[1], radius)
+    if reach is None:
+        return jnp.einsum("ij,bjx->bix", _matrix(x.shape[1], sigma, radius), x, precision="highest")
+    # The barrier writes the border once: inside the sum it would be a test for each tap of each pixel.
+    x = jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), (reach, reach), (0, 0))))
+    return _taps(x, sigma, reach, axis=1, stride=1)
+
+
+def _filter_columns(x, sigma, radius):
+    """Along the rows of [B, H, W, C]."""
+    batch, height, width, channels = x.shape
+    reach = _reach(width, radius)
+    if reach is None:
+        return jnp.einsum("ij,bhjc->bhic", _matrix(width, sigma, radius), x, precision="highest")
+    x = jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), (0, 0), (reach, reach), (0, 0))))
+    return _taps(x.reshape(batch * height, -1), sigma, reach, axis=1, stride=channels)
