@@ -113,17 +113,21 @@ def _refine(unary, image, params, mask, num_iterations, normalization, method, c
     ones = jnp.ones(unary.shape[:-1] + (1,), jnp.float32)
     messages = [_message(compat, _normalized(filter_, ones, normalization)) for compat, filter_ in kernels]
 
-    def body(log_marginals, _):
-        marginals = jnp.exp(log_marginals)
-        total = sum((message(marginals) for message in messages), start=unary)
-        updated = jax.nn.log_softmax(total, axis=-1)
-        change = jnp.abs(jnp.exp(updated) - marginals)
-        if mask is not None:
-            change = jnp.where(mask[..., None], change, 0.0)
-        return updated, jnp.max(change, axis=(-3, -2, -1))
+    largest = lambda x: jnp.max(x if mask is None else jnp.where(mask[..., None], x, 0.0), axis=(-3, -2, -1))
 
-    start = jax.nn.log_softmax(unary, axis=-1)
-    log_marginals, change = jax.lax.scan(jax.checkpoint(body), start, None, length=num_iterations)
+    # The state are scores, not marginals: so each iteration ends with the sum of the messages and XLA has no reason to
+    # compute them again in each pass of a softmax.
+    def body(state, _):
+        scores, before = state
+        marginals = jax.nn.softmax(scores, axis=-1)
+        scores = sum((message(marginals) for message in messages), start=unary)
+        return (scores, marginals), largest(jnp.abs(marginals - before))
+
+    start = unary, jax.nn.softmax(unary, axis=-1)
+    (scores, before), change = jax.lax.scan(jax.checkpoint(body), start, None, length=num_iterations)
+    log_marginals = jax.nn.log_softmax(scores, axis=-1)
+    last = largest(jnp.abs(jnp.exp(log_marginals) - before))
+    change = jnp.concatenate([change[1:], last[None]]) if num_iterations else change
     return log_marginals, RefineInfo(change, num_vertices, exceeded)
 
 

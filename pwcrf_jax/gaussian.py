@@ -111,15 +111,25 @@ def spatial(values: jax.Array, sigma, mask: jax.Array | None = None, radius: int
     Returns:
       float32 [..., H, W, C]. Pixels beyond the image count as zero.
     """
-    height, width = values.shape[-3:-1]
+    height, width, channels = values.shape[-3:]
     sigma_x, sigma_y = pair(sigma)
     radius = radius_of(sigma) if radius is None else radius
     x = values.astype(jnp.float32)
     if mask is not None:
         x = jnp.where(mask[..., None], x, 0.0)
-    x = x.reshape(-1, height, width * values.shape[-1])
-    x = _filter_rows(x, sigma_y, radius)
-    x = _filter_columns(x.reshape(-1, height, width, values.shape[-1]), sigma_x, radius).reshape(values.shape)
+    x = x.reshape(-1, height, width * channels)
+    reach = _reach(height, radius), _reach(width, radius)
+    if None in reach:
+        x = jnp.einsum("ij,bjx->bix", _matrix(height, sigma_y, radius), x, precision="highest")
+        x = x.reshape(-1, height, width, channels)
+        x = jnp.einsum("ij,bhjc->bhic", _matrix(width, sigma_x, radius), x, precision="highest")
+    else:
+        # The barriers keep the sums apart: fused, XLA tests for the border at each tap of each pixel.
+        border = reach[1] * channels
+        x = jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), (reach[0], reach[0]), (border, border))))
+        x = jax.lax.optimization_barrier(_taps(x, sigma_y, reach[0], axis=1, stride=1))
+        x = _taps(x, sigma_x, reach[1], axis=2, stride=channels)
+    x = x.reshape(values.shape)
     return x if mask is None else jnp.where(mask[..., None], x, 0.0)
 
 
@@ -162,22 +172,3 @@ def _taps(x, sigma, reach, axis, stride):
     at = lambda k: jax.lax.slice_in_dim(x, (reach + k) * stride, (reach + k) * stride + size, axis=axis)
     return weight[0] * at(0) + sum(weight[k] * (at(-k) + at(k)) for k in range(1, reach + 1))
 
-
-def _filter_rows(x, sigma, radius):
-    """Down the columns of [B, H, X]."""
-    reach = _reach(x.shape[1], radius)
-    if reach is None:
-        return jnp.einsum("ij,bjx->bix", _matrix(x.shape[1], sigma, radius), x, precision="highest")
-    # The barrier writes the border once: inside the sum it would be a test for each tap of each pixel.
-    x = jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), (reach, reach), (0, 0))))
-    return _taps(x, sigma, reach, axis=1, stride=1)
-
-
-def _filter_columns(x, sigma, radius):
-    """Along the rows of [B, H, W, C]."""
-    batch, height, width, channels = x.shape
-    reach = _reach(width, radius)
-    if reach is None:
-        return jnp.einsum("ij,bhjc->bhic", _matrix(width, sigma, radius), x, precision="highest")
-    x = jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), (0, 0), (reach, reach), (0, 0))))
-    return _taps(x.reshape(batch * height, -1), sigma, reach, axis=1, stride=channels)
