@@ -4,7 +4,17 @@ Everything named here imports jax and numpy only. What computes with arrays carr
 batched; `costs` and `plan` say beforehand what it will cost.
 """
 
-from pwcrf_jax import costs, mean_field, metrics, pairwise, piecewise, relations
+from pwcrf_jax import (
+    costs,
+    dense_crf,
+    gaussian,
+    mean_field,
+    metrics,
+    pairwise,
+    permutohedral,
+    piecewise,
+    relations,
+)
 from pwcrf_jax.mean_field import MeanFieldInfo
 from pwcrf_jax.metrics import confusion_matrix, scores
 from pwcrf_jax.pairwise import (
@@ -36,8 +46,10 @@ __all__ = [
     "balance_weights",
     "confusion_matrix",
     "costs",
+    "dense_crf",
     "edge_list",
     "factored_pairwise",
+    "gaussian",
     "grid_labels",
     "mean_field",
     "messages",
@@ -45,6 +57,7 @@ __all__ = [
     "offsets",
     "pairwise",
     "pairwise_log_likelihood",
+    "permutohedral",
     "piecewise",
     "plan",
     "prepare_messages",

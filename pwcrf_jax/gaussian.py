@@ -171,4 +171,3 @@ def _taps(x, sigma, reach, axis, stride):
     weight = _kernel(np.arange(reach + 1, dtype=np.float32), sigma, reach)
     at = lambda k: jax.lax.slice_in_dim(x, (reach + k) * stride, (reach + k) * stride + size, axis=axis)
     return weight[0] * at(0) + sum(weight[k] * (at(-k) + at(k)) for k in range(1, reach + 1))
-

@@ -126,12 +126,12 @@ def apply(lattice: Lattice, values: jax.Array) -> jax.Array:
         raise ValueError(f"expected values [..., N, C] of {num_points} points in all, got {values.shape}")
     flat = values.astype(jnp.float32).reshape(num_points, values.shape[-1])
     d = lattice.weight.shape[0] - 1
-    at_vertices = splat(lattice, flat)
+    at_vertices = _splat(lattice, flat)
     blurred = _blur(at_vertices, lattice.neighbours, jnp.minimum(lattice.num_vertices, lattice.capacity), False)
-    return (slice_(lattice, blurred) * (1.0 / (1.0 + 2.0**-d))).reshape(values.shape)
+    return (_slice(lattice, blurred) * (1.0 / (1.0 + 2.0**-d))).reshape(values.shape)
 
 
-def splat(lattice: Lattice, values: jax.Array) -> jax.Array:
+def _splat(lattice: Lattice, values: jax.Array) -> jax.Array:
     """S v: float32 [P, C] -> [capacity + 1, C]; the last row, of no vertex, is zero."""
 
     def add(table, corner):  # a loop, so that XLA adds in place
@@ -142,7 +142,7 @@ def splat(lattice: Lattice, values: jax.Array) -> jax.Array:
     return jax.lax.scan(add, table, (lattice.vertex, lattice.weight))[0]
 
 
-def slice_(lattice: Lattice, table: jax.Array) -> jax.Array:
+def _slice(lattice: Lattice, table: jax.Array) -> jax.Array:
     """S^T x: float32 [capacity + 1, C] -> [P, C]."""
     rows = zip(lattice.vertex, lattice.weight, strict=True)
     return sum(weight[:, None] * table.at[vertex].get(mode="promise_in_bounds") for vertex, weight in rows)

@@ -10,7 +10,19 @@ import pytest
 import pwcrf_jax
 
 PACKAGE = Path(pwcrf_jax.__file__).parent
-CORE = ("relations", "costs", "edge_likelihood", "pairwise", "piecewise", "mean_field", "metrics", "planning")
+CORE = (
+    "relations",
+    "costs",
+    "edge_likelihood",
+    "pairwise",
+    "piecewise",
+    "mean_field",
+    "permutohedral",
+    "gaussian",
+    "dense_crf",
+    "metrics",
+    "planning",
+)
 ALLOWED_IN_CORE = {"jax", "numpy", *sys.stdlib_module_names}
 FLAGS_AND_CONFIGS = {"absl", "ml_collections"}
 PRIVATE = ("jax._src", "jax.lib", "jax.config.update")
