@@ -4,9 +4,9 @@
     k_s(i, j) = exp(-|p_i - p_j|^2 / (2 s_xy^2))                                              smoothness
     k_a(i, j) = exp(-|p_i - p_j|^2 / (2 a_xy^2) - |I_i - I_j|^2 / (2 a_rgb^2))                appearance
 
-by mean field: log Q_i = log P_i - sum_kernels mu (K Q)_i - const, all pixels at once. p is the position in pixels, (x, y),
-I the RGB colour 0..255, mu a compatibility and K the kernel's filter, normalised. Parameters mean what they mean in
-pydensecrf, and so do signs, normalisations, and that a pixel's own marginal is part of what it receives.
+by mean field: log Q_i = log P_i - sum_kernels mu (K Q)_i - const, all pixels at once. p is the position in pixels,
+(x, y), I the RGB colour 0..255, mu a compatibility and K the kernel's filter, normalised. Parameters, signs and
+normalisations mean what they mean in pydensecrf, and a pixel's own marginal is part of what it receives, as there.
 """
 
 import functools
@@ -37,6 +37,9 @@ class Params(NamedTuple):
     appearance_srgb: Any = 13.0
 
 
+DEFAULT_PARAMS = Params()
+
+
 class RefineInfo(NamedTuple):
     """What refinement tells beside its result.
 
@@ -53,7 +56,7 @@ class RefineInfo(NamedTuple):
 def refine(
     unary_log_probs: jax.Array,
     image: jax.Array,
-    params: Params = Params(),
+    params: Params = DEFAULT_PARAMS,
     num_iterations: int = 10,
     *,
     mask: jax.Array | None = None,
@@ -208,7 +211,7 @@ def _check_params(params, num_classes, expect):
         shape = np.shape(getattr(params, name)) if getattr(params, name) is not None else ()
         known = ((), (num_classes,), (num_classes, num_classes))
         expect(
-            shape in known, f"params.{name}: expected a number, [K] or [K, K] with K = {num_classes}", f"shape {shape}"
+            shape in known, f"params.{name}: expected a number, [K] or [K, K], K = {num_classes}", f"shape {shape}"
         )
     for name, length in (("smoothness_sxy", 2), ("appearance_sxy", 2), ("appearance_srgb", 3)):
         shape = np.shape(getattr(params, name))
@@ -227,7 +230,7 @@ def _fail(expected, got):
 
 @jax.jit
 def _extremes(unary, image, mask):
-    """Lowest and highest log-probability, largest |sum of probabilities - 1|, lowest and highest colour, where valid."""
+    """Of valid pixels: lowest and highest log P, largest |sum of P - 1|, lowest and highest colour."""
     valid = jnp.ones(unary.shape[:-1], bool) if mask is None else mask
     unary, image = unary.astype(jnp.float32), image.astype(jnp.float32)
     inside = lambda x, fill: jnp.where(valid[..., None], x, fill)
