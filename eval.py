@@ -1,7 +1,12 @@
-"""Evaluates a trained workdir: python eval.py --workdir DIR [--split NAME] [--config.key=value ...]
+"""Evaluates a trained workdir: python eval.py --workdir DIR [--split NAME] [--refine full] [--config.key=value ...]
 
-Prints one table (unary alone, each relation added, all), writes it to WORKDIR/eval_SPLIT.json, and ends with one line
-of JSON on standard output.
+Prints one table (unary alone, each relation added, all, and with --refine the dense CRF on top), writes it to
+WORKDIR/eval_SPLIT.json, and ends with one line of JSON on standard output.
+
+    python eval.py --workdir DIR --tune-refinement [--split NAME]
+
+chooses message weights and the parameters of the dense CRF on a validation split and writes them to WORKDIR/tuned.json,
+from where later evaluations take them.
 """
 
 import argparse
@@ -11,32 +16,60 @@ import os
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from pwcrf_jax.training import cli, evaluate
+from pwcrf_jax.training import cli, evaluate, refinement, tuning
 from pwcrf_jax.training import config as configs
+from pwcrf_jax.training.logs import log
 
 flags.DEFINE_string("workdir", None, "Folder of a training run.")
 flags.DEFINE_string("split", "", "Split of the data set; default: data.eval_split of the run's config.")
 flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "Best on validation, or the newest.")
+flags.DEFINE_enum(
+    "refine",
+    "off",
+    refinement.MODES,
+    "Dense CRF on the upsampled marginals as one more row: its smoothness kernel alone (spatial) or both (full).",
+)
+flags.DEFINE_bool(
+    "tune-refinement", False, "Choose message weights and config.refine on a validation split instead of evaluating."
+)
+flags.DEFINE_integer("trials", 40, "Of --tune-refinement: settings of the dense CRF tried at most.", lower_bound=1)
+flags.DEFINE_bool("tuned", True, "Use what --tune-refinement wrote into the workdir; flags of yours come before it.")
+
+_TUNED = {}
 
 
-def _workdir_of(argv):
-    """The config lies in the workdir, and its flags must exist before the others are parsed."""
+def _early(argv, name, default):
+    """A flag that is needed before the others are parsed, as the config lies in the workdir."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--workdir", "-workdir", default="")
-    return parser.parse_known_args(argv)[0].workdir
+    parser.add_argument(f"--{name}", f"-{name}", default=default, nargs="?", const="true")
+    return parser.parse_known_args(argv)[0].__dict__[name.replace("-", "_")]
 
 
 def main(_):
-    workdir = cli.require("workdir")
-    result = evaluate.evaluate(cli.require("config"), workdir, flags.FLAGS.checkpoint, flags.FLAGS.split)
+    workdir, config = cli.require("workdir"), cli.require("config")
+    options = flags.FLAGS
+    if options["tune-refinement"].value:
+        mode = "spatial" if options.refine == "spatial" else "full"
+        result = tuning.tune(config, workdir, options.checkpoint, options.split, mode, options.trials)
+        print(json.dumps(result))
+        return
+    if _TUNED:
+        chosen = ", ".join(f"{key} = {value}" for key, value in _TUNED["config"].items())
+        log.info("%s, chosen on split %s: %s", os.path.join(workdir, configs.TUNED), _TUNED["split"], chosen)
+    result = evaluate.evaluate(config, workdir, options.checkpoint, options.split, options.refine)
+    result["tuned_on"] = _TUNED.get("split")
     print(evaluate.table(result), flush=True)
     evaluate.write(result, workdir)
     print(json.dumps(evaluate.summary(result)))
 
 
 def _define_config(argv):
-    workdir = _workdir_of(argv[1:])
+    workdir = _early(argv[1:], "workdir", "")
     config = configs.load(os.path.join(workdir, "config.json")) if workdir else ConfigDict()
+    tuning_now = any(arg.lstrip("-") in ("tune-refinement", "tune-refinement=true") for arg in argv[1:])
+    wanted = _early(argv[1:], "tuned", "true").lower() in ("true", "t", "1", "yes") and "--notuned" not in argv
+    if workdir and wanted and not tuning_now:
+        _TUNED.update(configs.apply_tuned(config, workdir) or {})
     config_flags.DEFINE_config_dict("config", config, lock_config=True)  # reads the overrides in argv
 
 

@@ -210,9 +210,7 @@ def _check_params(params, num_classes, expect):
     for name in ("smoothness_compat", "appearance_compat"):
         shape = np.shape(getattr(params, name)) if getattr(params, name) is not None else ()
         known = ((), (num_classes,), (num_classes, num_classes))
-        expect(
-            shape in known, f"params.{name}: expected a number, [K] or [K, K], K = {num_classes}", f"shape {shape}"
-        )
+        expect(shape in known, f"params.{name}: expected a number, [K] or [K, K], K = {num_classes}", f"shape {shape}")
     for name, length in (("smoothness_sxy", 2), ("appearance_sxy", 2), ("appearance_srgb", 3)):
         shape = np.shape(getattr(params, name))
         expect(shape in ((), (length,)), f"params.{name}: expected a number or {length} of them", f"shape {shape}")

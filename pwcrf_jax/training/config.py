@@ -7,6 +7,7 @@ import pathlib
 import jax
 from ml_collections import ConfigDict
 
+from pwcrf_jax import dense_crf, gaussian
 from pwcrf_jax.data import DATASETS
 from pwcrf_jax.nets import BACKBONES, INPUT_SCALINGS, FeatMapNet, grid_size
 from pwcrf_jax.pairwise import ROUTES
@@ -35,9 +36,18 @@ def _flat(config, prefix=""):
 
 
 # Keys that configs of version 0.1 do not have, with values that keep their meaning.
-_ADDED = {"loss.sampled_offsets": 0, "loss.chunk_edges": 0, "crf.route": "auto", "crf.chunk_edges": 0}
+_ADDED = {
+    "loss.sampled_offsets": 0,
+    "loss.chunk_edges": 0,
+    "crf.route": "auto",
+    "crf.chunk_edges": 0,
+    "refine.num_iterations": 10,
+    "refine.method": "auto",
+    **{f"refine.{name}": value for name, value in dense_crf.DEFAULT_PARAMS._asdict().items()},
+}
+TUNED = "tuned.json"  # in a workdir: what `eval.py --tune-refinement` chose
 _BATCHES = ("train.batch_size", "eval.batch_size")
-_RESERVED = ("unary", "all")  # rows of the table, terms of the loss
+_RESERVED = ("unary", "all", "refined")  # rows of the table, terms of the loss
 
 
 def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[str, ...] = _BATCHES) -> None:
@@ -59,6 +69,7 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
         "model.dtype": ("float32", "bfloat16"),
         "loss.reduction": ("mean", "sum"),
         "crf.route": ROUTES,
+        "refine.method": gaussian.METHODS,
         "optimizer.name": ("adamw", "sgd"),
         "optimizer.schedule": ("poly", "cosine", "constant"),
     }.items():
@@ -229,9 +240,38 @@ def load(path) -> ConfigDict:
         raise ConfigError(f"{path} is not a config: expected a JSON object with the keys of configs/default.py")
     for key, value in _ADDED.items():
         section, name = key.split(".")
+        if section == "refine":  # a section that came later itself
+            stored.setdefault(section, {})
         if isinstance(stored.get(section), dict):
             stored[section].setdefault(name, value)
     return ConfigDict(_tuples(stored))
+
+
+def write_tuned(result: dict, workdir: str) -> None:
+    """Writes the result of `tuning.tune`, whole or not at all."""
+    path = pathlib.Path(workdir, TUNED)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=2) + "\n")
+    partial.replace(path)
+
+
+def apply_tuned(config: ConfigDict, workdir: str) -> dict | None:
+    """Sets the keys that tuning chose, where WORKDIR/tuned.json is there; returns its content."""
+    path = pathlib.Path(workdir, TUNED)
+    try:
+        result = json.loads(path.read_text())
+        for key, value in result["config"].items():
+            if not key.startswith(("crf.weights", "refine.")) or key not in dict(_flat(config)):
+                raise KeyError(key)
+            section, name = key.split(".")
+            config[section][name] = _tuples(value)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} cannot be used ({error}); delete it, tune again, or start eval.py with --tuned=false"
+        ) from None
+    return result
 
 
 def _tuples(x):

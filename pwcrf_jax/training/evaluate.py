@@ -11,27 +11,33 @@ from tqdm import tqdm
 
 from pwcrf_jax import metrics
 from pwcrf_jax.data import check_sizes, eval_batches, load_dataset
-from pwcrf_jax.training import checkpoint, parallel, steps
+from pwcrf_jax.training import checkpoint, parallel, refinement, steps
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training.logs import log
 
 
-def eval_step(config, model):
+def eval_step(config, model, marginals_of=None):
     """The evaluation step of a config, see `steps.make_eval_step`."""
     rows, crf, loss = configs.table_rows(config), configs.crf_settings(config), config.loss
-    return steps.make_eval_step(model, rows, crf, loss.balance_power, loss.chunk_edges or None)
+    return steps.make_eval_step(model, rows, crf, loss.balance_power, loss.chunk_edges or None, marginals_of)
 
 
-def make_eval_fn(config, model):
-    """The same, mapped over the devices and compiled."""
-    return parallel.pmap_eval(eval_step(config, model))
+def make_eval_fn(config, model, refine="off"):
+    """The same, mapped over the devices and compiled; with a mode of refinement it returns marginals too."""
+    if refine == "off":
+        return parallel.pmap_eval(eval_step(config, model))
+    return parallel.pmap_eval(eval_step(config, model, marginals_of="all"), per_image=True)
 
 
-def evaluate_params(eval_fn, params, dataset, split, config) -> dict:
+def evaluate_params(eval_fn, params, dataset, split, config, refine="off") -> dict:
     """Runs one split.
 
-    Returns a dict of plain numbers: `rows` {row: {miou, pixel_accuracy, mean_accuracy, fw_iou, iou {class: ...}}},
-    `nll` {unary, relation: ...}, `change` {row: [largest change of a marginal in each iteration]}, `num_images`.
+    refine: "off", or "spatial" or "full" for one more row, the marginals of "all" refined by the dense CRF; `eval_fn`
+      must be made for it.
+
+    Returns a dict of plain numbers: `rows` {row: {miou, pixel_accuracy, mean_accuracy, fw_iou, iou {class: ...},
+    boundary_iou {width: ...}}}, `nll` {unary, relation: ...}, `change` {row: [largest change of a marginal in each
+    iteration]}, `num_images`.
     """
     batches = eval_batches(
         dataset,
@@ -42,10 +48,18 @@ def evaluate_params(eval_fn, params, dataset, split, config) -> dict:
         hosts=jax.process_count(),
         num_threads=config.data.num_threads,
     )
+    rows = list(configs.table_rows(config)) + ([] if refine == "off" else ["refined"])
     confusion, terms, change, num_images = {}, {}, {}, 0
     for batch in tqdm(batches, unit="batch", desc=f"eval {split}", disable=not sys.stderr.isatty(), leave=False):
         num_images += sum(1 for name in batch["id"] if name)
         out = eval_fn(params, parallel.split({k: batch[k] for k in ("image", "label", "valid_size")}))
+        if refine != "off":
+            out, marginals = out
+            marginals = np.asarray(marginals)
+            marginals = marginals.reshape(-1, *marginals.shape[2:])
+            counts, largest = refinement.refine_batch(marginals, batch, config.refine, refine)
+            out["confusion"]["refined"] = parallel.sum_over_hosts(counts)
+            out["change"]["refined"] = largest
         for row, counts in out["confusion"].items():
             confusion[row] = confusion.get(row, 0) + np.asarray(counts, np.int64)
             change[row] = np.maximum(change.get(row, 0.0), np.asarray(out["change"][row]))
@@ -54,35 +68,38 @@ def evaluate_params(eval_fn, params, dataset, split, config) -> dict:
     return dict(
         split=split,
         num_images=num_images,
-        rows={row: _figures(metrics.scores(confusion[row]), dataset.class_names) for row in configs.table_rows(config)},
+        rows={row: _figures(confusion[row], dataset.class_names) for row in rows},
         nll={name: float(-total / max(count, 1.0)) for name, (total, count) in terms.items()},
         change={row: [float(x) for x in values] for row, values in change.items()},
     )
 
 
-def _figures(scores, class_names):
+def _figures(confusions, class_names):
     none = lambda x: None if math.isnan(x) else float(x)
+    whole, *bands = map(metrics.scores, confusions)
     return dict(
-        miou=none(scores.mean_iou),
-        pixel_accuracy=none(scores.pixel_accuracy),
-        mean_accuracy=none(scores.mean_accuracy),
-        fw_iou=none(scores.frequency_weighted_iou),
-        iou={name: none(x) for name, x in zip(class_names, scores.iou_per_class, strict=True)},
+        miou=none(whole.mean_iou),
+        pixel_accuracy=none(whole.pixel_accuracy),
+        mean_accuracy=none(whole.mean_accuracy),
+        fw_iou=none(whole.frequency_weighted_iou),
+        boundary_iou={str(w): none(band.mean_iou) for w, band in zip(steps.BAND_WIDTHS, bands, strict=True)},
+        iou={name: none(x) for name, x in zip(class_names, whole.iou_per_class, strict=True)},
     )
 
 
 def _row_title(row):
-    return {"unary": "unary", "all": "all relations"}.get(row, f"+ {row}")
+    return {"unary": "unary", "all": "all relations", "refined": "+ refinement"}.get(row, f"+ {row}")
 
 
 def table(result: dict) -> str:
-    """The table a person reads; figures in percent."""
+    """The table a person reads; figures in percent. "IoU w px": mean IoU in the band of w pixels along boundaries."""
     percent = lambda x: "-" if x is None else f"{100 * x:.1f}"
     rows = result["rows"]
-    head = ["", "mean IoU", "pixel acc", "mean acc", "fw IoU"]
-    lines = [head]
+    widths = list(next(iter(rows.values()))["boundary_iou"])
+    lines = [["", "mean IoU", *(f"IoU {w} px" for w in widths), "pixel acc", "mean acc", "fw IoU"]]
     for row, r in rows.items():
-        lines.append([_row_title(row), *(percent(r[k]) for k in ("miou", "pixel_accuracy", "mean_accuracy", "fw_iou"))])
+        figures = [r["miou"], *r["boundary_iou"].values(), r["pixel_accuracy"], r["mean_accuracy"], r["fw_iou"]]
+        lines.append([_row_title(row), *map(percent, figures)])
     classes = [["IoU per class", *map(_row_title, rows)]]
     for name in next(iter(rows.values()))["iou"]:
         classes.append([name, *(percent(r["iou"][name]) for r in rows.values())])
@@ -102,9 +119,15 @@ def summary(result: dict) -> dict:
     out = {"split": result["split"], "num_images": result["num_images"]}
     for key in ("miou", "pixel_accuracy", "mean_accuracy", "fw_iou"):
         for row, figures in result["rows"].items():
-            out[f"{key}_{row}"] = None if figures[key] is None else round(100 * figures[key], 3)
+            out[f"{key}_{row}"] = _rounded(figures[key])
+    for row, figures in result["rows"].items():
+        out |= {f"boundary_iou_{width}px_{row}": _rounded(x) for width, x in figures["boundary_iou"].items()}
     out |= {f"nll_{name}": round(value, 4) for name, value in result["nll"].items()}
     return out
+
+
+def _rounded(fraction):
+    return None if fraction is None else round(100 * fraction, 3)
 
 
 def abstract_params(model):
@@ -117,21 +140,28 @@ def init_params(model, seed):
     return model.init(jax.random.key(seed), np.zeros((1, 64, 64, 3), np.uint8))["params"]
 
 
-def evaluate(config, workdir: str, which: str = "best", split: str = "") -> dict:
-    """Evaluates a trained workdir; returns `evaluate_params`' dict, with step, checkpoint and config.
+def evaluate(config, workdir: str, which: str = "best", split: str = "", refine: str = "off") -> dict:
+    """Evaluates a trained workdir; returns `evaluate_params`' dict, with step, checkpoint, refine and config.
 
     which: "best" (by validation mean IoU) or "latest".
     split: of the data set; "": config.data.eval_split.
+    refine: of `evaluate_params`.
     """
+    split = split or config.data.eval_split
+    model, params, step, dataset = load(config, workdir, which, split)
+    log.info("%s checkpoint of step %d, split %s", which, step, split)
+    result = evaluate_params(make_eval_fn(config, model, refine), params, dataset, split, config, refine)
+    return result | dict(step=step, checkpoint=which, refine=refine, config=config.to_dict())
+
+
+def load(config, workdir: str, which: str, split: str):
+    """(model, parameters, step, data set), with everything refused that cannot be evaluated."""
     configs.validate(config, batches=("eval.batch_size",))
     model, params, step = restore_params(config, workdir, which)
     dataset = load_dataset(**configs.dataset_options(config))
     configs.check_classes(config, dataset.class_names)
-    split = split or config.data.eval_split
     check_sizes(dataset, split, config.data.eval_size)
-    log.info("%s checkpoint of step %d, split %s", which, step, split)
-    result = evaluate_params(make_eval_fn(config, model), params, dataset, split, config)
-    return result | dict(step=step, checkpoint=which, config=config.to_dict())
+    return model, params, step, dataset
 
 
 def restore_params(config, workdir: str, which: str = "best"):

@@ -5,6 +5,7 @@ and reduces with `lax.psum`. State is replicated and has no leading device axis.
 """
 
 import jax
+import numpy as np
 
 AXIS = "data"
 
@@ -17,9 +18,23 @@ def pmap_train(fn, devices=None):
     return jax.pmap(fn, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=devices)
 
 
-def pmap_eval(fn, devices=None):
-    """fn(params, batch) -> results, equal on all devices; params are not donated."""
-    return jax.pmap(fn, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
+def pmap_eval(fn, devices=None, per_image=False):
+    """fn(params, batch) -> results, equal on all devices; params are not donated.
+
+    per_image: fn returns (results, one more tree) whose leaves have a leading axis of the device's images.
+    """
+    out_axes = (None, 0) if per_image else None
+    return jax.pmap(fn, axis_name=AXIS, in_axes=(None, 0), out_axes=out_axes, devices=devices)
+
+
+def sum_over_hosts(tree):
+    """Sums of each host's own arrays, NumPy int32 or float32; every host must call it."""
+    if jax.process_count() == 1:
+        return tree
+    rest = jax.local_device_count() - 1  # the first device brings the figures, the others zeros
+    rows = jax.tree.map(lambda x: np.concatenate([x[None], np.zeros((rest, *x.shape), x.dtype)]), tree)
+    total = jax.pmap(lambda x: jax.lax.psum(x, AXIS), axis_name=AXIS, out_axes=None)(rows)
+    return jax.tree.map(np.asarray, total)
 
 
 def split(batch, num_devices=None):

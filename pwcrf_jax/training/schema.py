@@ -126,6 +126,13 @@ SCHEMA = {
     "crf.normalize": Flag(),
     "crf.route": Text(),
     "crf.chunk_edges": _COUNT,
+    "refine.num_iterations": _COUNT,
+    "refine.smoothness_compat": Number(float),
+    "refine.smoothness_sxy": _POSITIVE,
+    "refine.appearance_compat": Number(float),
+    "refine.appearance_sxy": _POSITIVE,
+    "refine.appearance_srgb": _POSITIVE,
+    "refine.method": Text(),
     "eval.batch_size": _POSITIVE_INT,
 }
 

@@ -87,21 +87,32 @@ def make_train_step(model, tx, loss_config, seed=0):
     return step
 
 
-def make_eval_step(model, rows, crf_config, balance_power=0.0, loss_chunk_edges=None):
+BAND_WIDTHS = (3, 5)  # pixels on either side of the boundaries that boundary IoU looks at
+
+
+def confusions(predictions, labels, valid, num_classes):
+    """int32 [1 + bands, K, K]: confusion matrices over the image and over the bands along its boundaries."""
+    bands = [jnp.where(metrics.boundary_band(labels, w, valid), labels, piecewise.VOID) for w in BAND_WIDTHS]
+    return jnp.stack([metrics.confusion_matrix(predictions, x, num_classes) for x in (labels, *bands)])
+
+
+def make_eval_step(model, rows, crf_config, balance_power=0.0, loss_chunk_edges=None, marginals_of=None):
     """Builds step(params, batch) -> sums over all devices.
 
     rows: {row of the table: names of the relations whose messages count}; weights of all relations come with crf_config
     as `relation_weights`, a mapping.
     batch: image, label as in training and valid_size int32 [B, 2].
-    Returns {"confusion": {row: int32 [K, K]}, "terms": {kind of factor: (sum, count)}, "change": {row: float32
-    [num_iterations], the largest change of a marginal in each iteration}}.
+    Returns {"confusion": {row: int32 [1 + bands, K, K], see `confusions`}, "terms": {kind of factor: (sum, count)},
+    "change": {row: float32 [num_iterations], the largest change of a marginal in each iteration}}.
+    marginals_of: a row; the step then returns (sums, that row's log marginals float32 [B, h, w, K]).
     """
 
     def step(params, batch):
         potentials = model.apply({"params": params}, batch["image"])
         size = batch["label"].shape[1:3]
         mask = segmenter.grid_mask(batch["valid_size"], potentials.unary.shape[1:3], size)
-        confusion, change = {}, {}
+        valid = segmenter.grid_mask(batch["valid_size"], size, size)
+        confusion, change, kept = {}, {}, None
         for row, names in rows.items():
             log_marginals, info = segmenter.infer(
                 potentials,
@@ -115,10 +126,12 @@ def make_eval_step(model, rows, crf_config, balance_power=0.0, loss_chunk_edges=
                 crf_config["chunk_edges"],
             )
             labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask), axis=-1)
-            confusion[row] = metrics.confusion_matrix(labels, batch["label"], model.num_classes)
+            confusion[row] = confusions(labels, batch["label"], valid, model.num_classes)
             change[row] = jax.lax.pmax(jnp.max(info.change, axis=-1), AXIS)
+            kept = log_marginals if row == marginals_of else kept
         terms = piecewise_terms(potentials, batch["label"], balance_power, loss_chunk_edges)
         confusion, terms = jax.lax.psum((confusion, terms), AXIS)
-        return {"confusion": confusion, "terms": terms, "change": change}
+        sums = {"confusion": confusion, "terms": terms, "change": change}
+        return sums if marginals_of is None else (sums, kept)
 
     return step

@@ -75,7 +75,7 @@ def test_eval_over_eight_devices_equals_one(config):
     one, eight = (parallel.pmap_eval(step, devices=jax.devices()[:n])(params, parallel.split(batch, n)) for n in (1, 8))
     for row in configs.table_rows(config):
         np.testing.assert_array_equal(one["confusion"][row], eight["confusion"][row])
-        assert int(np.sum(one["confusion"][row])) == int(np.sum(batch["label"] != 255))
+        assert int(np.sum(one["confusion"][row][0])) == int(np.sum(batch["label"] != 255))
         np.testing.assert_allclose(one["change"][row], eight["change"][row], rtol=1e-5)
 
 
@@ -189,7 +189,7 @@ def test_padding_of_an_image_changes_no_figure(config):
     cropped = {"image": batch["image"][:, :48, :64], "label": batch["label"][:, :48, :64]}
     cropped["valid_size"] = batch["valid_size"]
     a, b, c = (fn(noise, parallel.split(x, 1)) for x in (batch, other, cropped))
-    assert np.count_nonzero(np.sum(a["confusion"]["all"], axis=0)) > 1, "a constant prediction would hide everything"
+    assert np.count_nonzero(np.sum(a["confusion"]["all"][0], axis=0)) > 1, "a constant prediction would hide everything"
     for row in a["confusion"]:
         np.testing.assert_array_equal(a["confusion"][row], b["confusion"][row])
     for name, (total, count) in a["terms"].items():

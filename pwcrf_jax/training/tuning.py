@@ -1,0 +1,238 @@
+"""Search of message weights and refinement parameters on validation images: `eval.py --tune-refinement`.
+
+Two stages, each a coordinate search by mean IoU. First the weights of the mean-field messages, relation by relation,
+all candidates of a pass over the split decoded from the same potentials. Then, on the log marginals kept from the first
+stage, the two kernels of the dense CRF. Every trial is written down at once under WORKDIR/tuning, so that a search that
+was stopped goes on where it was.
+"""
+
+import hashlib
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from pwcrf_jax import metrics, segmenter
+from pwcrf_jax.data import eval_batches
+from pwcrf_jax.training import config as configs
+from pwcrf_jax.training import evaluate, parallel, refinement, steps
+from pwcrf_jax.training.logs import log
+
+WEIGHT_FACTORS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
+KERNELS = ("appearance_compat", "appearance_srgb", "appearance_sxy", "smoothness_compat", "smoothness_sxy")
+
+
+def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: int) -> dict:
+    """Searches, and writes the best values to WORKDIR/tuned.json, which eval.py reads.
+
+    split: of the data set, "" for config.data.eval_split; a test split is refused.
+    mode: "full", or "spatial" to search the smoothness kernel alone.
+    max_trials: of the second stage; the first makes one pass over the split and one more for each relation.
+
+    Returns:
+      What was written: {"config": {dotted key: value}, "split", "step", "mode", "miou_before", "miou_messages",
+      "miou_after"}: with the config's weights, with the best weights, and refined with the best parameters.
+    """
+    split = split or config.data.eval_split
+    for part in split.split("+"):
+        if part.strip().lower().startswith("test"):
+            raise configs.ConfigError(
+                f"--split={split}: parameters are never chosen on a test split; name a validation split, or a part of "
+                "the training images that was held out"
+            )
+    if jax.process_count() > 1:
+        raise configs.ConfigError("--tune-refinement runs in one process; start it on one host alone")
+    model, params, step, dataset = evaluate.load(config, workdir, which, split)
+    folder = _folder(config, workdir, dataset, split, step)
+    os.makedirs(folder, exist_ok=True)
+    log.info("tuning on %s (%d images), checkpoint of step %d, notes in %s", split, len(dataset.source(split)), step,
+             folder)  # fmt: skip
+    weights, before, messages = _tune_weights(config, model, params, dataset, split, folder)
+    marginals = _marginals(config, model, params, dataset, split, folder, weights)
+    settings, after = _tune_kernels(config, dataset, split, folder, marginals, mode, max_trials)
+    chosen = {"crf.weights": list(weights)} if weights else {}
+    chosen |= {f"refine.{name}": settings[name] for name in KERNELS}
+    result = dict(
+        config=chosen, split=split, step=step, mode=mode, miou_before=before, miou_messages=messages, miou_after=after
+    )
+    configs.write_tuned(result, workdir)
+    log.info("mean IoU on %s: %.2f as configured, %.2f with the best message weights, %.2f refined; wrote %s", split,
+             100 * before, 100 * messages, 100 * after, os.path.join(workdir, configs.TUNED))  # fmt: skip
+    return result
+
+
+def _folder(config, workdir, dataset, split, step):
+    """One folder for each question: other data, model or inference settings start another search."""
+    about = dict(
+        identity=configs.identity(config),
+        crf=config.crf.to_dict(),
+        refine=config.refine.to_dict(),
+        eval_size=config.data.eval_size,
+        data=os.path.basename(dataset.folder.rstrip("/")) + os.path.basename(os.path.dirname(dataset.folder)),
+        split=split,
+        step=step,
+    )
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+    return os.path.join(workdir, "tuning", digest)
+
+
+class _Trials:
+    """{values tried: mean IoU}, kept in a file of one JSON object a line."""
+
+    def __init__(self, path):
+        self.path, self.scores = path, {}
+        if os.path.exists(path):
+            with open(path) as f:
+                lines = [line for line in f if line.endswith("\n")]  # not one that was cut off
+            for trial in map(json.loads, lines):
+                self.scores[tuple(trial["values"])] = trial["miou"]
+            with open(path, "w") as f:
+                f.writelines(lines)
+
+    def add(self, values, miou):
+        self.scores[tuple(values)] = miou
+        with open(self.path, "a") as f:
+            f.write(json.dumps({"values": list(values), "miou": miou}) + "\n")
+
+
+def _batches(config, dataset, split):
+    return eval_batches(
+        dataset,
+        split,
+        batch_size=config.eval.batch_size,
+        size=config.data.eval_size,
+        num_threads=config.data.num_threads,
+    )
+
+
+def _tune_weights(config, model, params, dataset, split, folder):
+    """(best weights, mean IoU as configured, mean IoU of the best)."""
+    crf = configs.crf_settings(config)
+    names = tuple(crf["relation_weights"])
+    best = tuple(crf["relation_weights"].values())
+    trials = _Trials(os.path.join(folder, "weights.jsonl"))
+
+    def score(candidates, what):
+        missing = [c for c in candidates if c not in trials.scores]
+        if missing:
+            for values, miou in zip(
+                missing, _score_weights(config, model, params, dataset, split, names, missing, what), strict=True
+            ):
+                trials.add(values, miou)
+        return max(candidates, key=lambda c: trials.scores[c])  # the first of equals, so that ties change nothing
+
+    configured = best
+    together = [tuple(f * w for w in configured) for f in WEIGHT_FACTORS] if names else [()]
+    best = score([configured, *together], "all weights")
+    for i, name in enumerate(names if len(names) > 1 else ()):
+        scale = best[i] or configured[i]
+        best = score([best, *(best[:i] + (f * scale,) + best[i + 1 :] for f in WEIGHT_FACTORS)], f"weight of {name}")
+    if names:
+        log.info("message weights %s: mean IoU %.2f (as configured, %s: %.2f)", _named(names, best),
+                 100 * trials.scores[best], _named(names, configured), 100 * trials.scores[configured])  # fmt: skip
+    return best, trials.scores[configured], trials.scores[best]
+
+
+def _named(names, values):
+    return ", ".join(f"{name} {value:g}" for name, value in zip(names, values, strict=True))
+
+
+def _score_weights(config, model, params, dataset, split, names, candidates, what):
+    """Mean IoU of each candidate, in one pass over the split."""
+    crf = configs.crf_settings(config)
+
+    def step(params, batch):
+        potentials = model.apply({"params": params}, batch["image"])
+        size = batch["label"].shape[1:3]
+        mask = segmenter.grid_mask(batch["valid_size"], potentials.unary.shape[1:3], size)
+
+        def count(weights):
+            settings = crf["num_iterations"], crf["damping"], crf["normalize"], mask, crf["route"], crf["chunk_edges"]
+            log_marginals, _ = segmenter.infer(potentials, names, list(weights), *settings)
+            labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask), axis=-1)
+            return metrics.confusion_matrix(labels, batch["label"], model.num_classes)
+
+        weights = jnp.asarray(candidates, jnp.float32).reshape(len(candidates), len(names))
+        return jax.lax.psum(jax.lax.map(count, weights), parallel.AXIS)
+
+    fn, total = parallel.pmap_eval(step), 0
+    batches = tqdm(_batches(config, dataset, split), unit="batch", desc=what, disable=None, leave=False)
+    for batch in batches:
+        inputs = parallel.split({k: batch[k] for k in ("image", "label", "valid_size")})
+        total = total + np.asarray(fn(params, inputs), np.int64)
+    return [float(metrics.scores(confusion).mean_iou) for confusion in total]
+
+
+def _marginals(config, model, params, dataset, split, folder, weights):
+    """Log marginals of every image with these weights, from the folder or computed into it: a list of file names."""
+    names = configs.crf_relations(config)
+    crf = configs.crf_settings(config) | {"relation_weights": dict(zip(names, weights, strict=True))}
+    digest = hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:8]
+    home = os.path.join(folder, f"marginals-{digest}")
+    os.makedirs(home, exist_ok=True)
+    files = [os.path.join(home, f"{i:06d}.npy") for i in range(len(dataset.source(split)))]
+    if all(map(os.path.exists, files)):
+        return files
+    step = steps.make_eval_step(model, {"all": names}, crf, marginals_of="all")
+    fn = parallel.pmap_eval(step, per_image=True)
+    batches = tqdm(_batches(config, dataset, split), unit="batch", desc="marginals", disable=None, leave=False)
+    for number, batch in enumerate(batches):
+        mine = files[number * config.eval.batch_size :][: config.eval.batch_size]
+        if all(map(os.path.exists, mine)):
+            continue
+        _, kept = fn(params, parallel.split({k: batch[k] for k in ("image", "label", "valid_size")}))
+        kept = np.asarray(kept).reshape(-1, *kept.shape[2:])
+        for path, one in zip(mine, kept, strict=False):  # the last batch is filled up
+            with open(path + ".partial", "wb") as f:
+                np.save(f, one)
+            os.replace(path + ".partial", path)
+    return files
+
+
+def _tune_kernels(config, dataset, split, folder, marginals, mode, max_trials):
+    """(best settings of config.refine, their mean IoU)."""
+    trials = _Trials(os.path.join(folder, f"refine-{mode}.jsonl"))
+    names = [n for n in KERNELS if mode == "full" or n.startswith("smoothness")]
+    base = config.refine.to_dict()
+    done = 0
+
+    def score(values):
+        nonlocal done
+        if values not in trials.scores and done < max_trials:
+            settings = base | dict(zip(names, values, strict=True))
+            trials.add(values, _score_kernels(config, dataset, split, marginals, settings, mode, f"trial {done + 1}"))
+        if values not in trials.scores:
+            return -1.0
+        done += 1
+        return trials.scores[values]
+
+    best = tuple(float(base[n]) for n in names)
+    best_score = score(best)
+    log.info("refined with %s: mean IoU %.2f", _named(names, best), 100 * best_score)
+    for factor in (2.0, 2.0, 2**0.5, 2**0.5):
+        for i, name in enumerate(names):
+            for direction in (1 / factor, factor):
+                while done < max_trials:
+                    candidate = best[:i] + (round(best[i] * direction, 6),) + best[i + 1 :]
+                    got = score(candidate)
+                    if got <= best_score:
+                        break
+                    best, best_score = candidate, got
+                    log.info("trial %d of at most %d: %s = %g, mean IoU %.2f", done, max_trials, name, best[i],
+                             100 * best_score)  # fmt: skip
+    return base | dict(zip(names, best, strict=True)), best_score
+
+
+def _score_kernels(config, dataset, split, marginals, settings, mode, what):
+    total, index = 0, 0
+    batches = tqdm(_batches(config, dataset, split), unit="batch", desc=what, disable=None, leave=False)
+    for batch in batches:
+        mine = marginals[index : index + config.eval.batch_size]
+        index += len(mine)
+        batch = {k: batch[k][: len(mine)] for k in ("image", "label", "valid_size")}
+        counts, _ = refinement.refine_batch(np.stack([np.load(f) for f in mine]), batch, settings, mode)
+        total = total + counts[0].astype(np.int64)
+    return float(metrics.scores(total).mean_iou)
