@@ -1,4 +1,4 @@
-"""Boundary refinement of a split: each image in a frame of its own size class, spread over this host's devices."""
+"""Boundary refinement of a split: images in frames of few sizes, one on each of this host's devices at a time."""
 
 import functools
 
@@ -23,24 +23,29 @@ def frame_of(height: int, width: int, largest) -> tuple[int, int]:
     return tuple(min(-(-n // BUCKET) * BUCKET, most) for n, most in zip((height, width), largest, strict=True))
 
 
-@functools.partial(jax.jit, static_argnames=("size", "frame", "num_iterations", "method", "radius", "capacity"))
-def _refine(log_marginals, image, label, valid_size, params, *, size, frame, num_iterations, method, radius, capacity):
-    """One image: marginals of the grid over a frame `size`, refined and counted inside `frame`."""
-    node_mask = segmenter.grid_mask(valid_size[None], log_marginals.shape[:2], size)
-    log_probs = segmenter.upsample(log_marginals[None], *size, node_mask)[0, : frame[0], : frame[1]]
-    valid = segmenter.grid_mask(valid_size[None], frame, frame)[0]
-    refined, info = dense_crf.refine(
-        jax.nn.log_softmax(log_probs),
-        image,
-        params,
-        num_iterations,
-        mask=valid,
-        method=method,
-        capacity=capacity,
-        radius=radius,
-    )
-    confusion = steps.confusions(refined.argmax(-1), label, valid, refined.shape[-1])
-    return confusion, info.change, info.exceeded
+@functools.cache
+def _compiled(size, frame, num_iterations, method, radius, capacity):
+    """fn(log_marginals, image, label, valid_size, params) over this host's devices, an image on each."""
+
+    def refine(log_marginals, image, label, valid_size, params):
+        """Marginals of the grid over a frame `size`, refined and counted inside `frame`."""
+        node_mask = segmenter.grid_mask(valid_size[None], log_marginals.shape[:2], size)
+        log_probs = segmenter.upsample(log_marginals[None], *size, node_mask)[0, : frame[0], : frame[1]]
+        valid = segmenter.grid_mask(valid_size[None], frame, frame)[0]
+        refined, info = dense_crf.refine(
+            jax.nn.log_softmax(log_probs),
+            image,
+            params,
+            num_iterations,
+            mask=valid,
+            method=method,
+            capacity=capacity,
+            radius=radius,
+        )
+        confusion = steps.confusions(refined.argmax(-1), label, valid, refined.shape[-1])
+        return confusion, info.change, info.exceeded
+
+    return jax.pmap(refine, in_axes=(0, 0, 0, 0, None), devices=jax.local_devices())
 
 
 def refine_batch(log_marginals, batch, settings, mode):
@@ -57,31 +62,24 @@ def refine_batch(log_marginals, batch, settings, mode):
     """
     params = params_of(settings, mode)
     size = batch["label"].shape[1:]
-    devices = jax.local_devices()
-    options = dict(
-        size=size,
-        num_iterations=settings["num_iterations"],
-        method=settings["method"],
-        radius=gaussian.radius_of(params.smoothness_sxy),
-    )
-
-    def start(i, capacity=None):
-        height, width = frame = frame_of(*batch["valid_size"][i].tolist(), size)
-        image, label = (batch[name][i, :height, :width] for name in ("image", "label"))
-        arrays = log_marginals[i], image, label, batch["valid_size"][i]
-        arrays = jax.device_put(arrays, devices[i % len(devices)])
-        return _refine(*arrays, params, **options, frame=frame, capacity=capacity)
-
-    wanted = [i for i, size_ in enumerate(batch["valid_size"]) if size_[0]]
-    running = {i: start(i) for i in wanted}  # not waited for: devices work side by side
-    for i, (_, _, exceeded) in running.items():
-        if exceeded:  # a lattice with room for the worst case always suffices
-            height, width = frame_of(*batch["valid_size"][i].tolist(), size)
-            running[i] = start(i, capacity=6 * height * width)
-    num_classes = log_marginals.shape[-1]
-    confusion = np.zeros((1 + len(steps.BAND_WIDTHS), num_classes, num_classes), np.int32)
-    change = np.zeros(settings["num_iterations"], np.float32)
-    for counts, largest, _ in running.values():
-        confusion += np.asarray(counts)
-        change = np.maximum(change, largest)
+    num_iterations, method = settings["num_iterations"], settings["method"]
+    confusion, change = 0, np.zeros(num_iterations, np.float32)
+    wanted = np.flatnonzero(batch["valid_size"][:, 0])
+    for first in range(0, len(wanted), jax.local_device_count()):
+        chosen = wanted[first : first + jax.local_device_count()]
+        frame = height, width = frame_of(*batch["valid_size"][chosen].max(0).tolist(), size)
+        arrays = [log_marginals, *(batch[name][:, :height, :width] for name in ("image", "label")), batch["valid_size"]]
+        # Devices without an image of their own work on the last one again.
+        chosen = np.pad(chosen, (0, jax.local_device_count() - len(chosen)), "edge")
+        arrays = [x[chosen] for x in arrays]
+        options = size, frame, num_iterations, method, gaussian.radius_of(params.smoothness_sxy)
+        counts, largest, exceeded = _compiled(*options, None)(*arrays, params)
+        if np.any(exceeded):  # a lattice with room for the worst case always suffices
+            counts, largest, _ = _compiled(*options, 6 * height * width)(*arrays, params)
+        real = min(len(wanted) - first, jax.local_device_count())
+        confusion = confusion + np.asarray(counts[:real]).sum(0)
+        change = np.maximum(change, np.max(largest[:real], axis=0))
+    if not len(wanted):
+        num_classes = log_marginals.shape[-1]
+        confusion = np.zeros((1 + len(steps.BAND_WIDTHS), num_classes, num_classes), np.int32)
     return confusion, change

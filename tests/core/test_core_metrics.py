@@ -117,3 +117,23 @@ def test_refused_pixels(predictions, labels, match):
 def test_refused_matrices(shape):
     with pytest.raises(ValueError, match="square confusion matrix"):
         metrics.scores(np.zeros(shape, int))
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 20])
+def test_boundary_band_matches_loops(width):
+    rng = np.random.default_rng(width)
+    labels = rng.integers(0, 3, (3, 4, 5)).repeat(5, 1).repeat(4, 2).astype(np.uint8)
+    labels[0, 8:12] = 255
+    got = metrics.boundary_band(jnp.asarray(labels), width)
+    np.testing.assert_array_equal(got, [metrics_oracle.boundary_band(x, width) for x in labels])
+    mask = np.zeros(labels.shape, bool)
+    mask[:, :13, :9] = True
+    got = metrics.boundary_band(jnp.asarray(labels), width, jnp.asarray(mask))
+    expected = [metrics_oracle.boundary_band(x, width, m) for x, m in zip(labels, mask, strict=True)]
+    np.testing.assert_array_equal(got, expected)
+    padded = np.where(mask, labels, rng.integers(0, 9, labels.shape)).astype(np.uint8)
+    np.testing.assert_array_equal(metrics.boundary_band(jnp.asarray(padded), width, jnp.asarray(mask)), got)
+
+
+def test_one_label_has_no_boundary():
+    assert not np.any(metrics.boundary_band(jnp.full((6, 7), 4), 3))

@@ -20,10 +20,12 @@ def build(features, mask=None, capacity=None):
     return permutohedral.build(features, mask, capacity)
 
 
-@functools.partial(jax.jit, static_argnames="capacity")
+apply = jax.jit(permutohedral.apply)
+
+
 def run(features, values, mask=None, capacity=None):
-    lattice = permutohedral.build(features, mask, capacity)
-    return permutohedral.apply(lattice, values), lattice.num_vertices, lattice.exceeded
+    lattice = build(features, mask, capacity)
+    return apply(lattice, values), lattice.num_vertices, lattice.exceeded
 
 
 def points(seed, n=N, d=D, spread=1.0, channels=C):

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 import pwcrf_jax
-from pwcrf_jax import costs, mean_field, metrics, pairwise, piecewise, planning, relations
+from pwcrf_jax import (
+    costs,
+    dense_crf,
+    gaussian,
+    mean_field,
+    metrics,
+    pairwise,
+    permutohedral,
+    piecewise,
+    planning,
+    relations,
+)
 from reference import random_problems
 
 H, W, K, M = 3, 4, 3, 4
@@ -32,6 +43,8 @@ def inputs(seed):
             relation_weights=np.float32(WEIGHTS),
             damping=np.float32(rng.uniform(0, 0.9)),
             key=jax.random.key(seed),
+            colours=rng.uniform(2, 255, (H, W, 3)).astype(np.float32),
+            sigmas=rng.uniform(0.5, 2, 2).astype(np.float32),
         ),
     )
 
@@ -54,6 +67,16 @@ def sample(v):
 
 def stored(v):
     return pairwise.prepare_messages(grid(v), 3, "table")
+
+
+def lattice(v):
+    return permutohedral.build(nodes(v, "a"), nodes(v, "mask"), capacity=H * W * (M + 1))
+
+
+def refine(v, method):
+    params = dense_crf.Params(v["w2"][0], v["sigmas"], v["sigmas"][0], 2 * v["sigmas"], 30 * v["sigmas"][1])
+    unary = jax.nn.log_softmax(v["unary"])
+    return dense_crf.refine(unary, v["colours"], params, 2, mask=v["mask"], method=method, capacity=6 * H * W)
 
 
 def mean_field_settings(v, masks):
@@ -106,6 +129,19 @@ CASES = {
     "balance_weights": lambda v: piecewise.balance_weights(v["labels"], K, power=v["damping"]),
     "grid_labels": lambda v: piecewise.grid_labels(v["image"], H, W),
     "confusion_matrix": lambda v: metrics.confusion_matrix(v["predictions"], v["image"], K),
+    "build": lattice,
+    "apply-lattice": lambda v: permutohedral.apply(lattice(v), nodes(v, "unary")),
+    "apply-points": lambda v: gaussian.apply(
+        gaussian.prepare(nodes(v, "a"), nodes(v, "mask"), "exact"), nodes(v, "unary")
+    ),
+    "prepare": lambda v: gaussian.prepare(nodes(v, "a"), nodes(v, "mask")),
+    "exact": lambda v: gaussian.exact(nodes(v, "a"), nodes(v, "mask"), nodes(v, "unary"), (5, 4)),
+    "spatial-matrix": lambda v: gaussian.spatial(v["unary"], v["sigmas"], v["mask"]),
+    "spatial-taps": lambda v: gaussian.spatial(v["unary"], v["sigmas"], v["mask"], radius=2),
+    "pair": lambda v: gaussian.pair(v["sigmas"]),
+    "pixel_features": lambda v: dense_crf.pixel_features(v["colours"], v["sigmas"], v["sigmas"][0]),
+    "refine-exact": lambda v: refine(v, "exact"),
+    "refine-lattice": lambda v: refine(v, "lattice"),
 }
 
 
@@ -118,12 +154,12 @@ def public_functions(*modules):
 
 
 # Static geometry, costs and figures on the host: nothing to trace.
-HOST = {"offsets", "edge_list", "validity_mask", "scores", *public_functions(costs, planning)}
+HOST = {"offsets", "edge_list", "validity_mask", "scores", "radius_of", *public_functions(costs, planning)}
 
 
 def test_every_public_function_is_in_the_battery():
     covered = {name.split("-")[0] for name in CASES} | HOST
-    modules = relations, costs, pairwise, piecewise, mean_field, metrics, planning
+    modules = (relations, costs, pairwise, piecewise, mean_field, metrics, planning, permutohedral, gaussian, dense_crf)
     assert set(public_functions(*modules)) == covered
     exported = {n for n in pwcrf_jax.__all__ if callable(v := getattr(pwcrf_jax, n)) and not isinstance(v, type)}
     assert {n for n in exported if getattr(pwcrf_jax, n).__module__.startswith("pwcrf_jax.")} - covered == set()

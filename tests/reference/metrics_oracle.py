@@ -31,3 +31,15 @@ def figures(predictions, labels, classes, void=255):
         iou_per_class=np.array(iou),
         accuracy_per_class=np.array(accuracy),
     )
+
+
+def boundary_band(labels, width, mask=None):
+    """Pixels with another label within `width` rows and columns, by loops."""
+    height, wide = labels.shape
+    mask = np.ones(labels.shape, bool) if mask is None else mask
+    out = np.zeros(labels.shape, bool)
+    for y in range(height):
+        for x in range(wide):
+            window = np.s_[max(y - width, 0) : y + width + 1, max(x - width, 0) : x + width + 1]
+            out[y, x] = mask[y, x] and np.any((labels[window] != labels[y, x]) & mask[window])
+    return out

@@ -1,0 +1,258 @@
+"""eval.py --refine and --tune-refinement: frames, devices, the row of the table, and a search that can be stopped."""
+
+import itertools
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from pwcrf_jax import dense_crf
+from pwcrf_jax.training import checkpoint, evaluate, refinement, steps, tuning
+from pwcrf_jax.training import config as configs
+
+ROOT = pathlib.Path(__file__).parents[2]
+K = 4
+SETTINGS = dict(
+    num_iterations=3,
+    method="lattice",
+    smoothness_compat=1.0,
+    smoothness_sxy=1.5,
+    appearance_compat=2.0,
+    appearance_sxy=10.0,
+    appearance_srgb=60.0,
+)
+
+
+def sample(sizes, frame, grid=(8, 12), seed=0):
+    """Marginals and a batch whose images have `sizes` inside `frame`; what lies outside differs from seed to seed."""
+    rng, noise = np.random.default_rng(0), np.random.default_rng(seed)
+    marginals = np.asarray(jax.nn.log_softmax(2 * rng.normal(size=(len(sizes), *grid, K)).astype(np.float32)))
+    image = noise.integers(0, 256, (len(sizes), *frame, 3)).astype(np.uint8)
+    label = np.full((len(sizes), *frame), 255, np.uint8)
+    for i, (height, width) in enumerate(sizes):
+        coarse = rng.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3))
+        smooth = coarse.repeat(8, 0).repeat(8, 1)[:height, :width] + rng.integers(-9, 9, (height, width, 3))
+        image[i, :height, :width] = smooth.clip(0, 255)
+        label[i, :height, :width] = (
+            rng.integers(0, K, (height // 8 + 1, width // 8 + 1)).repeat(8, 0).repeat(8, 1)[:height, :width]
+        )
+    return marginals, dict(image=image, label=label, valid_size=np.array(sizes, np.int32))
+
+
+def by_hand(marginals, batch, params, num_iterations):
+    """One image after the other at its own size, without frames."""
+    from pwcrf_jax import segmenter
+
+    total = 0
+    for log_marginals, image, label, size in zip(marginals, *batch.values(), strict=True):
+        height, width = size
+        if not height:
+            continue
+        frame = label.shape
+        mask = segmenter.grid_mask(size[None], log_marginals.shape[:2], frame)
+        log_probs = jax.nn.log_softmax(segmenter.upsample(log_marginals[None], *frame, mask)[0, :height, :width])
+        out, _ = dense_crf.refine(log_probs, image[:height, :width], params, num_iterations, method="lattice")
+        counts = np.zeros((K, K), int)
+        for p, t in zip(np.asarray(out).argmax(-1).ravel(), label[:height, :width].ravel(), strict=True):
+            if t != 255:
+                counts[t, p] += 1
+        total = total + counts
+    return total
+
+
+@pytest.mark.parametrize("mode", ["spatial", "full"])
+def test_images_of_all_sizes_in_one_batch(mode):
+    """Empty entries count for nothing, and neither the frame nor what is in it outside the image is seen."""
+    sizes = [(60, 90), (96, 70), (0, 0), (17, 33)]
+    marginals, batch = sample(sizes, (96, 96))
+    confusion, change = refinement.refine_batch(marginals, batch, SETTINGS, mode)
+    params = dense_crf.Params(*(SETTINGS[n] for n in dense_crf.Params._fields))
+    if mode == "spatial":
+        params = params._replace(appearance_compat=None)
+    np.testing.assert_array_equal(confusion[0], by_hand(marginals, batch, params, 3))
+    assert change.shape == (3,) and change[0] > 0
+    again, _ = refinement.refine_batch(*sample(sizes, (96, 96), seed=1), SETTINGS, mode)
+    np.testing.assert_array_equal(again, confusion)
+    assert np.all(confusion[1:].sum((1, 2)) < confusion[0].sum())
+    assert np.all(np.diff(confusion[1:].sum((1, 2))) >= 0), "the wider band holds the narrower"
+
+
+def test_few_sizes_of_frames():
+    sizes = itertools.product(range(200, 500, 7), range(200, 500, 7))
+    frames = {refinement.frame_of(*size, (500, 500)) for size in sizes}
+    assert len(frames) <= 25
+    for size in ((1, 1), (64, 64), (65, 500), (500, 449)):
+        frame = refinement.frame_of(*size, (500, 500))
+        assert all(n <= f <= min(500, n + refinement.BUCKET - 1) for n, f in zip(size, frame, strict=True))
+    before = refinement._compiled.cache_info().misses
+    for size in ((130, 130), (140, 190), (192, 192)):
+        refinement.refine_batch(*sample([size], (200, 200)), SETTINGS, "spatial")
+    assert refinement._compiled.cache_info().misses == before + 1
+
+
+def test_a_lattice_that_is_too_small_is_built_again():
+    marginals, batch = sample([(40, 50)], (64, 64))
+    batch["image"] = np.random.default_rng(3).integers(0, 256, batch["image"].shape).astype(np.uint8)
+    tight = SETTINGS | dict(appearance_sxy=2.0, appearance_srgb=3.0)  # each pixel has vertices of its own
+    params = dense_crf.Params(*(tight[n] for n in dense_crf.Params._fields))
+    one = dense_crf.refine(
+        np.full((40, 50, K), -np.log(K), np.float32), batch["image"][0, :40, :50], params, 1, method="lattice"
+    )[1]
+    assert one.exceeded
+    got, _ = refinement.refine_batch(marginals, batch, tight, "full")
+    exact, _ = refinement.refine_batch(marginals, batch, tight | dict(method="exact"), "full")
+    # Kernels this narrow see little but the pixel itself, in either filter.
+    assert np.abs(got[0] - exact[0]).sum() < 0.02 * got[0].sum()
+
+
+def test_the_row_of_the_table(trained, tmp_path):
+    config = configs.load(trained / "config.json")
+    workdir = shutil.copytree(trained, tmp_path / "work")
+    plain = evaluate.evaluate(config, str(workdir))
+    config.refine.num_iterations = 0
+    idle = evaluate.evaluate(config, str(workdir), refine="full")
+    assert list(idle["rows"]) == [*plain["rows"], "refined"]
+    # Without iterations refinement is the upsampling itself, so all of the path is checked.
+    assert idle["rows"]["refined"] == idle["rows"]["all"] == plain["rows"]["all"]
+    config.refine.num_iterations = 2
+    config.refine.appearance_compat = config.refine.smoothness_compat = 20.0
+    full = evaluate.evaluate(config, str(workdir), refine="full")
+    assert full["rows"]["refined"] != full["rows"]["all"] == plain["rows"]["all"]
+    assert len(full["change"]["refined"]) == 2 and full["change"]["refined"][0] > 0
+    assert "+ refinement" in evaluate.table(full) and "IoU 3 px" in evaluate.table(full)
+    figures = evaluate.summary(full)
+    assert figures["miou_refined"] == pytest.approx(100 * full["rows"]["refined"]["miou"], abs=1e-3)
+    assert figures["boundary_iou_5px_refined"] is not None
+
+
+@pytest.fixture
+def searched(trained, tmp_path):
+    """(config, workdir) for a search of a few trials over four images."""
+    config = configs.load(trained / "config.json")
+    config.refine.num_iterations = 1
+    return config, shutil.copytree(trained, tmp_path / "work")
+
+
+def test_a_search_that_is_stopped_goes_on(searched, monkeypatch):
+    config, workdir = searched
+    whole = tuning.tune(config, str(workdir), "best", "val[:8]", "full", 4)
+    notes = next((workdir / "tuning").iterdir())
+    assert len((notes / "refine-full.jsonl").read_text().splitlines()) == 4
+    assert json.loads((workdir / "tuned.json").read_text()) == json.loads(json.dumps(whole))
+    best = max(json.loads(line)["miou"] for line in (notes / "refine-full.jsonl").read_text().splitlines())
+    assert whole["miou_after"] == best
+    weights = [json.loads(line)["miou"] for line in (notes / "weights.jsonl").read_text().splitlines()]
+    assert whole["miou_messages"] == max(weights) >= whole["miou_before"]
+
+    # Stopped in the third trial, while its line was being written.
+    shutil.rmtree(workdir / "tuning")
+    (workdir / "tuned.json").unlink()
+    score, calls = tuning._score_kernels, []
+
+    def stops(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return score(*args)
+
+    with monkeypatch.context() as m:
+        m.setattr(tuning, "_score_kernels", stops)
+        with pytest.raises(KeyboardInterrupt):
+            tuning.tune(config, str(workdir), "best", "val[:8]", "full", 4)
+    assert not (workdir / "tuned.json").exists()
+    with open(notes / "refine-full.jsonl", "a") as f:
+        f.write('{"values": [1.0')
+    calls.clear()
+    monkeypatch.setattr(tuning, "_score_kernels", lambda *args: (calls.append(args), score(*args))[1])
+    monkeypatch.setattr(tuning, "_score_weights", lambda *_: pytest.fail("weights were scored again"))
+    monkeypatch.setattr(steps, "make_eval_step", lambda *_, **__: pytest.fail("marginals were computed again"))
+    assert tuning.tune(config, str(workdir), "best", "val[:8]", "full", 4) == whole
+    assert len(calls) == 2
+
+
+def test_other_settings_start_another_search(searched):
+    config, workdir = searched
+    tuning.tune(config, str(workdir), "best", "val[:8]", "spatial", 1)
+    tuning.tune(config, str(workdir), "best", "val[8:]", "spatial", 1)
+    config.crf.num_iterations = 1
+    tuning.tune(config, str(workdir), "best", "val[8:]", "spatial", 1)
+    assert len(list((workdir / "tuning").iterdir())) == 3
+
+
+@pytest.mark.parametrize("split", ["test", "val+test[:10%]", "test_public"])
+def test_nothing_is_chosen_on_a_test_split(searched, split):
+    config, workdir = searched
+    with pytest.raises(configs.ConfigError, match="never chosen on a test split"):
+        tuning.tune(config, str(workdir), "best", split, "full", 1)
+    assert not (workdir / "tuning").exists()
+
+
+def test_the_kept_marginals_are_those_of_the_chosen_weights(searched):
+    config, workdir = searched
+    weights = (0.0, 3.0)
+    model, params, _, dataset = evaluate.load(config, str(workdir), "best", "val[:8]")
+    (workdir / "kept").mkdir()
+    files = tuning._marginals(config, model, params, dataset, "val[:8]", str(workdir / "kept"), weights)
+    config.crf.weights = weights
+    config.refine.num_iterations = 0
+    plain = evaluate.evaluate(config, str(workdir), split="val[:8]")
+    score = tuning._score_kernels(config, dataset, "val[:8]", files, config.refine, "full", "")
+    assert score == pytest.approx(plain["rows"]["all"]["miou"])
+
+
+def _eval(*args):
+    done = subprocess.run([sys.executable, "eval.py", *args], cwd=ROOT, capture_output=True, text=True)
+    return done, json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+
+
+def test_eval_takes_what_tuning_wrote_and_flags_come_before_it(searched):
+    _, workdir = searched
+    small = ["--config.refine.num_iterations=1", "--split", "val[:8]"]
+    done, tuned = _eval("--workdir", str(workdir), "--tune-refinement", "--trials", "2", *small)
+    assert done.returncode == 0, done.stderr
+    assert "wrote" in done.stderr and tuned["split"] == "val[:8]"
+    done, out = _eval("--workdir", str(workdir), "--refine", "full", *small)
+    assert "chosen on split val[:8]" in done.stderr
+    assert out["miou_all"] == pytest.approx(100 * tuned["miou_messages"], abs=1e-3)
+    assert out["miou_refined"] == pytest.approx(100 * tuned["miou_after"], abs=1e-3)
+    stored = json.loads((workdir / "eval_val__8_.json").read_text())
+    assert stored["tuned_on"] == "val[:8]"
+    assert stored["config"]["refine"]["appearance_compat"] == tuned["config"]["refine.appearance_compat"]
+
+    _, out = _eval("--workdir", str(workdir), "--config.crf.weights=(0.,)", *small)
+    assert out["miou_all"] == out["miou_unary"]
+    done, _ = _eval("--workdir", str(workdir), "--notuned", *small)
+    assert "tuned.json" not in done.stderr and done.returncode == 0
+    done, _ = _eval("--workdir", str(workdir), "--tune-refinement", "--split", "test")
+    assert done.returncode == 2 and "test split" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"config": {"model.hidden": 3}, "split": "val"}', "[]", "{", '{"config": {"refine.x": 1}}', '{"config": 1}'],
+)
+def test_a_damaged_file_of_tuned_values_is_refused(config, tmp_path, text):
+    assert configs.apply_tuned(config, str(tmp_path)) is None
+    (tmp_path / "tuned.json").write_text(text)
+    with pytest.raises(configs.ConfigError, match="tuned.json cannot be used .*delete it"):
+        configs.apply_tuned(config, str(tmp_path))
+
+
+def test_a_search_needs_a_trained_workdir(config, tmp_path):
+    configs.save(config, tmp_path / "config.json")
+    with pytest.raises(checkpoint.CheckpointError, match="train first"):
+        tuning.tune(config, str(tmp_path), "best", "", "full", 1)
+
+
+def test_wrong_settings_are_refused_by_name(config):
+    for key, value in (("smoothness_sxy", 0.0), ("method", "latice"), ("num_iterations", -1), ("appearance_srgb", "x")):
+        broken = config.copy_and_resolve_references()
+        with broken.ignore_type():
+            broken.refine[key] = value
+        with pytest.raises(configs.ConfigError, match=f"config.refine.{key}"):
+            configs.validate(broken)
