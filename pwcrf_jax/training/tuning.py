@@ -22,7 +22,7 @@ from pwcrf_jax.training import evaluate, parallel, refinement, steps
 from pwcrf_jax.training.logs import log
 
 WEIGHT_FACTORS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
-KERNELS = ("appearance_compat", "appearance_srgb", "appearance_sxy", "smoothness_compat", "smoothness_sxy")
+KERNELS = ("smoothness_compat", "appearance_compat", "appearance_srgb", "appearance_sxy", "smoothness_sxy")
 
 
 def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: int) -> dict:
@@ -212,17 +212,19 @@ def _tune_kernels(config, dataset, split, folder, marginals, mode, max_trials):
     best = tuple(float(base[n]) for n in names)
     best_score = score(best)
     log.info("refined with %s: mean IoU %.2f", _named(names, best), 100 * best_score)
-    for factor in (2.0, 2.0, 2**0.5, 2**0.5):
-        for i, name in enumerate(names):
-            for direction in (1 / factor, factor):
-                while done < max_trials:
-                    candidate = best[:i] + (round(best[i] * direction, 6),) + best[i + 1 :]
-                    got = score(candidate)
-                    if got <= best_score:
-                        break
-                    best, best_score = candidate, got
-                    log.info("trial %d of at most %d: %s = %g, mean IoU %.2f", done, max_trials, name, best[i],
-                             100 * best_score)  # fmt: skip
+    # How strong both kernels are decides most, so it comes first and in larger steps; then each number by itself.
+    moves = [((0, 1), 4.0)] if mode == "full" else []
+    moves += [((i,), factor) for factor in (2.0, 2.0, 2**0.5) for i in range(len(names))]
+    for which, factor in moves:
+        for direction in (1 / factor, factor):
+            while done < max_trials:
+                candidate = tuple(round(v * direction, 6) if i in which else v for i, v in enumerate(best))
+                got = score(candidate)
+                if got <= best_score:
+                    break
+                best, best_score = candidate, got
+                log.info("trial %d of at most %d: %s, mean IoU %.2f", done, max_trials, _named(names, best),
+                         100 * best_score)  # fmt: skip
     return base | dict(zip(names, best, strict=True)), best_score
 
 
