@@ -76,8 +76,9 @@ def refine(
       normalization: of a kernel's filter K, with n = K 1: "symmetric" n^-1/2 K n^-1/2, "before" K n^-1, "after" n^-1 K,
         "none" K. In pydensecrf NORMALIZE_SYMMETRIC, the default, NORMALIZE_BEFORE, NORMALIZE_AFTER, NO_NORMALIZATION.
       method: of the appearance filter, see `gaussian.prepare`; the smoothness filter is separable.
-      capacity: vertices of the lattice an image, on average over the batch; default H W. Photographs with the default
-        parameters need about a tenth, noise or small standard deviations up to 6 H W.
+      capacity: vertices of the lattice an image, on average over the batch; default: of `permutohedral.build`, H W for
+        large images. Photographs with the default parameters need about a tenth of that, noise or small standard
+        deviations up to 6 H W.
       radius: of `gaussian.spatial`.
 
     Returns:

@@ -56,7 +56,8 @@ def build(features: jax.Array, mask: jax.Array | None = None, capacity: int | No
       features: float [..., N, d], positions f_i; leading axes are images, which do not see one another. Positions
         beyond about 1e6 lose their fraction to float32.
       mask: bool [..., N]; false points neither send nor receive, and touch no vertex.
-      capacity: static, room for vertices of all images together; default: the number of points.
+      capacity: static, room for vertices of all images together; default: the number of points, and at least
+        32,768 where so many can be needed at all.
 
     Returns:
       Lattice. Two vertices are told apart by 64-bit fingerprints: the chance that any two of n are confused is about
@@ -68,7 +69,8 @@ def build(features: jax.Array, mask: jax.Array | None = None, capacity: int | No
         raise ValueError(f"expected mask bool {features.shape[:-1]}, got {mask.dtype} {mask.shape}")
     per_image, d = features.shape[-2:]
     num_points = int(np.prod(features.shape[:-1]))
-    capacity = num_points if capacity is None else capacity
+    if capacity is None:
+        capacity = min((d + 1) * num_points, max(num_points, 1 << 15))
     if capacity < 1:
         raise ValueError(f"capacity must be at least 1, got {capacity}")
     if (d + 1) * num_points >= _EMPTY:

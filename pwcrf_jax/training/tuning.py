@@ -22,6 +22,7 @@ from pwcrf_jax.training import evaluate, parallel, refinement, steps
 from pwcrf_jax.training.logs import log
 
 WEIGHT_FACTORS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
+WORTH = 2e-4  # of mean IoU, that a step of the search must gain: below it is noise
 KERNELS = ("smoothness_compat", "appearance_compat", "appearance_srgb", "appearance_sxy", "smoothness_sxy")
 
 
@@ -82,20 +83,20 @@ def _folder(config, workdir, dataset, split, step):
 class _Trials:
     """{values tried: mean IoU}, kept in a file of one JSON object a line."""
 
-    def __init__(self, path):
-        self.path, self.scores = path, {}
+    def __init__(self, path, names):
+        self.path, self.names, self.scores = path, names, {}
         if os.path.exists(path):
             with open(path) as f:
                 lines = [line for line in f if line.endswith("\n")]  # not one that was cut off
             for trial in map(json.loads, lines):
-                self.scores[tuple(trial["values"])] = trial["miou"]
+                self.scores[tuple(trial[name] for name in names)] = trial["miou"]
             with open(path, "w") as f:
                 f.writelines(lines)
 
     def add(self, values, miou):
         self.scores[tuple(values)] = miou
         with open(self.path, "a") as f:
-            f.write(json.dumps({"values": list(values), "miou": miou}) + "\n")
+            f.write(json.dumps(dict(zip(self.names, values, strict=True)) | {"miou": miou}) + "\n")
 
 
 def _batches(config, dataset, split):
@@ -113,7 +114,7 @@ def _tune_weights(config, model, params, dataset, split, folder):
     crf = configs.crf_settings(config)
     names = tuple(crf["relation_weights"])
     best = tuple(crf["relation_weights"].values())
-    trials = _Trials(os.path.join(folder, "weights.jsonl"))
+    trials = _Trials(os.path.join(folder, "weights.jsonl"), names)
 
     def score(candidates, what):
         missing = [c for c in candidates if c not in trials.scores]
@@ -194,8 +195,8 @@ def _marginals(config, model, params, dataset, split, folder, weights):
 
 def _tune_kernels(config, dataset, split, folder, marginals, mode, max_trials):
     """(best settings of config.refine, their mean IoU)."""
-    trials = _Trials(os.path.join(folder, f"refine-{mode}.jsonl"))
     names = [n for n in KERNELS if mode == "full" or n.startswith("smoothness")]
+    trials = _Trials(os.path.join(folder, f"refine-{mode}.jsonl"), names)
     base = config.refine.to_dict()
     done = 0
 
@@ -220,7 +221,7 @@ def _tune_kernels(config, dataset, split, folder, marginals, mode, max_trials):
             while done < max_trials:
                 candidate = tuple(round(v * direction, 6) if i in which else v for i, v in enumerate(best))
                 got = score(candidate)
-                if got <= best_score:
+                if got < best_score + WORTH:
                     break
                 best, best_score = candidate, got
                 log.info("trial %d of at most %d: %s, mean IoU %.2f", done, max_trials, _named(names, best),

@@ -187,6 +187,13 @@ def test_tiny_capacities_are_reported_and_compute_something_finite(spread_out, c
     assert exceeded and needed > (capacity or N) and np.isfinite(got).all()
 
 
+def test_a_vertex_given_up_by_the_hash_table_is_reported(spread_out, monkeypatch):
+    monkeypatch.setattr(permutohedral, "_PROBES", 1)
+    features, _, _, count = spread_out
+    lattice = jax.jit(lambda f: permutohedral.build(f, capacity=count))(features)
+    assert np.any(lattice.vertex == count) and lattice.exceeded and lattice.num_vertices > count
+
+
 def test_spare_capacity_changes_nothing(spread_out):
     features, values, _, count = spread_out
     np.testing.assert_array_equal(run(features, values, None, count)[0], run(features, values, None, 5000)[0])

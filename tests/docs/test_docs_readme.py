@@ -85,8 +85,11 @@ def parse(words, monkeypatch, trained_with=None):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", words[1:])  # where ml_collections looks for the overrides
     values = flags.FlagValues()
-    for name in ("workdir", "split", "checkpoint"):
-        flags.DEFINE_string(name, None, "", flag_values=values)
+    source = (ROOT / words[1]).read_text()
+    for kind, name in re.findall(r'\bflags\.DEFINE_(\w+)\(\s*"([\w-]+)"', source):
+        if name != "config":
+            define = flags.DEFINE_bool if kind == "bool" else flags.DEFINE_string
+            define(name, None, "", flag_values=values)
     if trained_with:
         file, _, variant = trained_with.partition(":")
         get_config = importlib.import_module(file.removesuffix(".py").replace("/", ".")).get_config
@@ -116,6 +119,7 @@ def test_readme_examples_run():
     with jax.default_device(jax.devices("cpu")[0]):
         exec(compile("\n".join(code), "README.md", "exec"), scope)
     assert scope["log_marginals"].shape == scope["unary"].shape
+    assert scope["labels"].shape == (2, 40, 60) and jax.numpy.isfinite(scope["to_crf"]) and scope["to_crf"] != 0
     assert jax.numpy.isfinite(scope["value"]) and scope["info"].change.shape == (3, 2)
 
 

@@ -166,7 +166,7 @@ def test_a_search_that_is_stopped_goes_on(searched, monkeypatch):
             tuning.tune(config, str(workdir), "best", "val[:8]", "full", 4)
     assert not (workdir / "tuned.json").exists()
     with open(notes / "refine-full.jsonl", "a") as f:
-        f.write('{"values": [1.0')
+        f.write('{"smoothness_compat": 1.')
     calls.clear()
     monkeypatch.setattr(tuning, "_score_kernels", lambda *args: (calls.append(args), score(*args))[1])
     monkeypatch.setattr(tuning, "_score_weights", lambda *_: pytest.fail("weights were scored again"))
