@@ -13,8 +13,9 @@ appearance sxy 80, srgb 13, compat 10; 10 iterations, symmetric normalisation.
 * cause: on crops small enough for sums over all pairs of pixels, both against the exact CRF, and ours with each kernel
   alone: which approximation is it that makes the two differ.
 * filter: error of both lattices against the exact filter on random and on image features.
-* speed: seconds for one image of 500 x 375, unary and image in, marginals out, set-up included, medians of interleaved
-  calls after one of each; K = 21 and 60, ours also for a batch of 4.
+* speed: seconds for one image of 500 x 375, from NumPy arrays in the layout each of them takes to the marginals (ours:
+  their logarithms), set-up included, medians of interleaved calls after one of each; K = 21 and 60, ours also for a
+  batch of 4.
 * devices (where the backend is not a CPU): milliseconds of both filters at 500 x 375 and 1024 x 2048 and images
   a second, with the share of the rate of a plain matrix product that the exact one reaches.
 
@@ -54,9 +55,18 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
 
 def theirs(log_probs, image, params=PARAMS, num_iterations=ITERATIONS):
     """pydensecrf from the same arrays: log P [H, W, K], RGB uint8 [H, W, 3] -> marginals [H, W, K]."""
-    height, width, num_classes = log_probs.shape
-    crf = rival.DenseCRF2D(width, height, num_classes)
-    crf.setUnaryEnergy(np.ascontiguousarray(-log_probs.reshape(-1, num_classes).T))
+    return run_rival(energies(log_probs), image, params, num_iterations).T.reshape(log_probs.shape)
+
+
+def energies(log_probs):
+    """As pydensecrf takes them: [K, H W]."""
+    return np.ascontiguousarray(-log_probs.reshape(-1, log_probs.shape[-1]).T)
+
+
+def run_rival(unary, image, params, num_iterations=ITERATIONS):
+    """Energies [K, H W] -> marginals [K, H W]."""
+    crf = rival.DenseCRF2D(image.shape[1], image.shape[0], len(unary))
+    crf.setUnaryEnergy(unary)
     if params.smoothness_compat is not None:
         crf.addPairwiseGaussian(sxy=params.smoothness_sxy, compat=params.smoothness_compat)
     if params.appearance_compat is not None:
@@ -66,7 +76,7 @@ def theirs(log_probs, image, params=PARAMS, num_iterations=ITERATIONS):
             rgbim=np.ascontiguousarray(image),
             compat=params.appearance_compat,
         )
-    return np.asarray(crf.inference(num_iterations)).T.reshape(log_probs.shape)
+    return np.asarray(crf.inference(num_iterations))
 
 
 def ours(log_probs, image, params=PARAMS, num_iterations=ITERATIONS, **options):
@@ -255,9 +265,13 @@ def speed(args, kept):
         log_probs = next((p for p, x in kept if x is image and p.shape[-1] == num_classes), None)
         log_probs = colour_classes(image, num_classes) if log_probs is None else log_probs
         batch = np.stack([log_probs] * args.batch), np.stack([image] * args.batch)
-        calls = {"pydensecrf": lambda p=log_probs: theirs(p, image), "ours": lambda p=log_probs: ours(p, image)}
+        calls = {
+            "pydensecrf": lambda u=energies(log_probs): run_rival(u, image, PARAMS),
+            "ours": lambda p=log_probs: jax.block_until_ready(dense_crf.refine(p, image, PARAMS, ITERATIONS)),
+        }
         if num_classes == 21 and args.batch > 1:
-            calls[f"ours, batch of {args.batch}"] = lambda b=batch: ours(*b)
+            refine = lambda b=batch: jax.block_until_ready(dense_crf.refine(*b, PARAMS, ITERATIONS))
+            calls[f"ours, batch of {args.batch}"] = refine
         seconds = {name: [] for name in calls}
         for turn in range(args.repeats + 1):
             for name, call in calls.items():
