@@ -265,8 +265,9 @@ def speed(args, kept):
         log_probs = next((p for p, x in kept if x is image and p.shape[-1] == num_classes), None)
         log_probs = colour_classes(image, num_classes) if log_probs is None else log_probs
         batch = np.stack([log_probs] * args.batch), np.stack([image] * args.batch)
+        unary = energies(log_probs)
         calls = {
-            "pydensecrf": lambda u=energies(log_probs): run_rival(u, image, PARAMS),
+            "pydensecrf": lambda u=unary: run_rival(u, image, PARAMS),
             "ours": lambda p=log_probs: jax.block_until_ready(dense_crf.refine(p, image, PARAMS, ITERATIONS)),
         }
         if num_classes == 21 and args.batch > 1:
