@@ -73,9 +73,10 @@ def refine_batch(log_marginals, batch, settings, mode):
         chosen = np.pad(chosen, (0, jax.local_device_count() - len(chosen)), "edge")
         arrays = [x[chosen] for x in arrays]
         options = size, frame, num_iterations, method, gaussian.radius_of(params.smoothness_sxy)
-        counts, largest, exceeded = _compiled(*options, None)(*arrays, params)
-        if np.any(exceeded):  # a lattice with room for the worst case always suffices
-            counts, largest, _ = _compiled(*options, 6 * height * width)(*arrays, params)
+        for capacity in (None, 2 * height * width, 6 * height * width):  # the last suffices for any image
+            counts, largest, exceeded = _compiled(*options, capacity)(*arrays, params)
+            if not np.any(exceeded):
+                break
         real = min(len(wanted) - first, jax.local_device_count())
         confusion = confusion + np.asarray(counts[:real]).sum(0)
         change = np.maximum(change, np.max(largest[:real], axis=0))
