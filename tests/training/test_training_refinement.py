@@ -96,12 +96,12 @@ def test_few_sizes_of_frames():
 
 
 def test_a_lattice_that_is_too_small_is_built_again():
-    marginals, batch = sample([(40, 50)], (64, 64))
+    marginals, batch = sample([(90, 96)], (96, 96))
     batch["image"] = np.random.default_rng(3).integers(0, 256, batch["image"].shape).astype(np.uint8)
     tight = SETTINGS | dict(appearance_sxy=2.0, appearance_srgb=3.0)  # each pixel has vertices of its own
     params = dense_crf.Params(*(tight[n] for n in dense_crf.Params._fields))
     one = dense_crf.refine(
-        np.full((40, 50, K), -np.log(K), np.float32), batch["image"][0, :40, :50], params, 1, method="lattice"
+        np.full((90, 96, K), -np.log(K), np.float32), batch["image"][0, :90], params, 1, method="lattice"
     )[1]
     assert one.exceeded
     got, _ = refinement.refine_batch(marginals, batch, tight, "full")
