@@ -43,13 +43,13 @@ def prepare(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if features.ndim < 2 or not jnp.issubdtype(features.dtype, jnp.floating):
+        raise ValueError(f"expected features float [..., N, d], got {features.dtype} {features.shape}")
     if method == "auto":
         small = features.shape[-2] <= EXACT_POINTS.get(jax.default_backend(), 0)
         method = "exact" if small else "lattice"
     if method == "lattice":
         return permutohedral.build(features, mask, capacity)
-    if features.ndim < 2 or not jnp.issubdtype(features.dtype, jnp.floating):
-        raise ValueError(f"expected features float [..., N, d], got {features.dtype} {features.shape}")
     mask = jnp.ones(features.shape[:-1], bool) if mask is None else mask
     if mask.shape != features.shape[:-1] or mask.dtype != bool:
         raise ValueError(f"expected mask bool {features.shape[:-1]}, got {mask.dtype} {mask.shape}")
@@ -75,7 +75,8 @@ def exact(features: jax.Array, mask: jax.Array, values: jax.Array, tile: tuple[i
         return jax.lax.map(lambda args: exact(*args, tile), (features, mask, values))
     num_points, num_channels = values.shape
     receive, send = (min(t, num_points) for t in tile)
-    values = jnp.where(mask[:, None], values.astype(jnp.float32), 0.0)
+    # Masked points may hold anything.
+    features, values = (jnp.where(mask[:, None], x.astype(jnp.float32), 0.0) for x in (features, values))
 
     def tiles(x, size):
         padded = jnp.pad(x, ((0, -num_points % size), (0, 0)))
@@ -111,6 +112,8 @@ def spatial(values: jax.Array, sigma, mask: jax.Array | None = None, radius: int
     Returns:
       float32 [..., H, W, C]. Pixels beyond the image count as zero.
     """
+    if mask is not None and (mask.shape != values.shape[:-1] or mask.dtype != bool):
+        raise ValueError(f"expected mask bool {values.shape[:-1]}, got {mask.dtype} {mask.shape}")
     height, width, channels = values.shape[-3:]
     sigma_x, sigma_y = pair(sigma)
     radius = radius_of(sigma) if radius is None else radius

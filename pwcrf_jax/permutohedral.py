@@ -4,7 +4,8 @@
 
 S splats each point's value onto the d + 1 vertices of its simplex with barycentric weights, B blurs along the d + 1
 directions of the lattice with (1/2, 1, 1/2), S^T reads the values back, alpha = 1 / (1 + 2^-d). Only vertices that some
-point touches exist; the blur takes the others as zero. This is what pydensecrf computes, vertex for vertex.
+point touches exist; the blur takes the others as zero. This is what pydensecrf computes, vertex for vertex, where the
+number of points is a multiple of 4; else it adds up to three points at the origin, which take part in its blur.
 
 `build` depends on the features alone, `apply` on the values: build once an image, apply as often as needed. Shapes are
 static, so a lattice has room for `capacity` vertices, while the time of the blur follows the number there are.
@@ -76,7 +77,10 @@ def build(features: jax.Array, mask: jax.Array | None = None, capacity: int | No
     if (d + 1) * num_points >= _EMPTY:
         raise ValueError(f"{num_points} points in {d} dimensions are too many for 32-bit indices; split the batch")
 
-    base, rank, offset = _simplices(features.reshape(num_points, d).astype(jnp.float32).T)
+    points = features.reshape(num_points, d).astype(jnp.float32)
+    if mask is not None:  # masked points may hold anything
+        points = jnp.where(mask.reshape(num_points, 1), points, 0.0)
+    base, rank, offset = _simplices(points.T)
     factors = _factors(d + 2)
     image = jnp.repeat(jnp.arange(num_points // per_image, dtype=jnp.uint32), per_image)
 
@@ -138,7 +142,8 @@ def _splat(lattice: Lattice, values: jax.Array) -> jax.Array:
 
     def add(table, corner):  # a loop, so that XLA adds in place
         vertex, weight = corner
-        return table.at[vertex].add(weight[:, None] * values, mode="promise_in_bounds"), None
+        given = jnp.where((vertex < lattice.capacity)[:, None], values, 0.0)  # masked points may hold anything
+        return table.at[vertex].add(weight[:, None] * given, mode="promise_in_bounds"), None
 
     table = jnp.zeros((lattice.capacity + 1, values.shape[-1]), jnp.float32)
     return jax.lax.scan(add, table, (lattice.vertex, lattice.weight))[0]

@@ -14,6 +14,7 @@ N, D, C = 13, 3, 2
 H, W = 7, 5
 exact = jax.jit(gaussian.exact, static_argnums=3)
 spatial = jax.jit(gaussian.spatial, static_argnames="radius")
+known_sigma = jax.jit(gaussian.spatial, static_argnames="sigma")
 
 
 def points(seed, *lead, d=D):
@@ -111,7 +112,7 @@ def test_spatial_with_known_sigma_stops_at_four_of_them(sigma, masked):
     """9 and 20 take the matrix of the kernel in place of taps."""
     values, mask = pixels(151)
     mask = mask if masked else None
-    got = gaussian.spatial(values, sigma, mask)
+    got = known_sigma(values, sigma, mask)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, spatial_loops(values, sigma, mask), atol=1e-3)
     if not masked:
@@ -130,7 +131,7 @@ def test_spatial_with_traced_sigma_covers_the_image(sigma, masked):
 def test_spatial_with_few_rows_or_columns(height, width):
     values, mask = pixels(153, height=height, width=width)
     for sigma in ((1.5, 0.6), (9.0, 8.5)):
-        np.testing.assert_allclose(gaussian.spatial(values, sigma, mask), spatial_loops(values, sigma, mask), atol=2e-3)
+        np.testing.assert_allclose(known_sigma(values, sigma, mask), spatial_loops(values, sigma, mask), atol=2e-3)
 
 
 @pytest.mark.parametrize("radius", [0, 1, 3, 40])
@@ -148,7 +149,7 @@ def test_spatial_radius_leaves_out_the_taps_beyond(radius):
 def test_spatial_first_sigma_is_along_the_columns():
     impulse = np.zeros((9, 9, 1), np.float32)
     impulse[4, 4] = 1
-    got = gaussian.spatial(impulse, (2.0, 0.5))
+    got = known_sigma(impulse, (2.0, 0.5))
     assert got[4, 6, 0] == pytest.approx(np.exp(-0.5), rel=1e-5)
     assert got[5, 4, 0] == pytest.approx(np.exp(-2), rel=1e-5)
 
@@ -159,9 +160,9 @@ def test_spatial_border_of_masked_pixels_changes_nothing(sigma, garbage):
     values, mask = pixels(155)
     border = ((1, 3), (2, 1))
     bigger = np.pad(values, (*border, (0, 0)), constant_values=garbage)
-    got = gaussian.spatial(bigger, sigma, np.pad(mask, border))
+    got = known_sigma(bigger, sigma, np.pad(mask, border))
     inside = got[1 : 1 + H, 2 : 2 + W]
-    np.testing.assert_allclose(inside, gaussian.spatial(values, sigma, mask), atol=1e-5)
+    np.testing.assert_allclose(inside, known_sigma(values, sigma, mask), atol=1e-5)
     assert np.abs(got).sum() == pytest.approx(np.abs(inside).sum())
     assert not np.any(inside[~mask])
 
@@ -169,9 +170,9 @@ def test_spatial_border_of_masked_pixels_changes_nothing(sigma, garbage):
 @pytest.mark.parametrize("sigma", [(1.0, 2.0), (9.0, 2.0)])
 def test_spatial_leading_axes_are_images(sigma):
     values, mask = pixels(156, 2, 3)
-    got = gaussian.spatial(values, sigma, mask)
+    got = known_sigma(values, sigma, mask)
     for i in np.ndindex(2, 3):
-        np.testing.assert_allclose(got[i], gaussian.spatial(values[i], sigma, mask[i]), atol=1e-6)
+        np.testing.assert_allclose(got[i], known_sigma(values[i], sigma, mask[i]), atol=1e-6)
 
 
 @pytest.mark.parametrize("radius", [None, 12])
@@ -266,3 +267,9 @@ def test_refused_features_of_one_axis(method):
 def test_unknown_method_is_refused():
     with pytest.raises(ValueError, match="method must be one of auto, lattice, exact, got 'fast'"):
         gaussian.prepare(np.zeros((N, D), np.float32), method="fast")
+
+
+@pytest.mark.parametrize("mask", [np.ones((3, 4, 1), bool), np.ones((3, 4), np.float32)], ids=["shape", "dtype"])
+def test_refused_masks_of_the_grid(mask):
+    with pytest.raises(ValueError, match=r"expected mask bool \(3, 4\), got"):
+        gaussian.spatial(np.zeros((3, 4, 2), np.float32), 1.0, mask)

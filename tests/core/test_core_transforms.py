@@ -129,6 +129,7 @@ CASES = {
     "balance_weights": lambda v: piecewise.balance_weights(v["labels"], K, power=v["damping"]),
     "grid_labels": lambda v: piecewise.grid_labels(v["image"], H, W),
     "confusion_matrix": lambda v: metrics.confusion_matrix(v["predictions"], v["image"], K),
+    "boundary_band": lambda v: metrics.boundary_band(v["image"], 1, v["image"] != 255),
     "build": lattice,
     "apply-lattice": lambda v: permutohedral.apply(lattice(v), nodes(v, "unary")),
     "apply-points": lambda v: gaussian.apply(
