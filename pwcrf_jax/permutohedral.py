@@ -132,6 +132,8 @@ def apply(lattice: Lattice, values: jax.Array) -> jax.Array:
         raise ValueError(f"expected values [..., N, C] of {num_points} points in all, got {values.shape}")
     flat = values.astype(jnp.float32).reshape(num_points, values.shape[-1])
     d = lattice.weight.shape[0] - 1
+    touching = jnp.any(lattice.vertex < lattice.capacity, axis=0)
+    flat = jnp.where(touching[:, None], flat, 0.0)  # masked points may hold anything
     at_vertices = _splat(lattice, flat)
     blurred = _blur(at_vertices, lattice.neighbours, jnp.minimum(lattice.num_vertices, lattice.capacity), False)
     return (_slice(lattice, blurred) * (1.0 / (1.0 + 2.0**-d))).reshape(values.shape)
@@ -140,13 +142,24 @@ def apply(lattice: Lattice, values: jax.Array) -> jax.Array:
 def _splat(lattice: Lattice, values: jax.Array) -> jax.Array:
     """S v: float32 [P, C] -> [capacity + 1, C]; the last row, of no vertex, is zero."""
 
-    def add(table, corner):  # a loop, so that XLA adds in place
-        vertex, weight = corner
-        given = jnp.where((vertex < lattice.capacity)[:, None], values, 0.0)  # masked points may hold anything
-        return table.at[vertex].add(weight[:, None] * given, mode="promise_in_bounds"), None
+    corners, num_points = lattice.weight.shape
+    # On a CPU in blocks of points, whose values stay in the cache for all their corners; elsewhere in few large steps.
+    limit = 64 if jax.default_backend() == "cpu" else 1
+    blocks = max(n for n in range(1, limit + 1) if num_points % n == 0)
 
+    def add_block(table, block):
+        vertices, weights, given = block
+
+        def add(table, corner):  # a loop, so that XLA adds in place
+            vertex, weight = corner
+            return table.at[vertex].add(weight[:, None] * given, mode="promise_in_bounds"), None
+
+        return jax.lax.scan(add, table, (vertices, weights))[0], None
+
+    split = lambda x: jnp.moveaxis(x.reshape(corners, blocks, -1), 1, 0)
     table = jnp.zeros((lattice.capacity + 1, values.shape[-1]), jnp.float32)
-    return jax.lax.scan(add, table, (lattice.vertex, lattice.weight))[0]
+    given = split(lattice.vertex), split(lattice.weight), values.reshape(blocks, -1, values.shape[-1])
+    return jax.lax.scan(add_block, table, given)[0]
 
 
 def _slice(lattice: Lattice, table: jax.Array) -> jax.Array:
