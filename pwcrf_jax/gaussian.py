@@ -18,7 +18,7 @@ METHODS = ("auto", "lattice", "exact")
 
 # Points of one image up to which the exact filter is chosen. On a CPU, where it breaks even with building a lattice and
 # applying it 10 times to 21 values (benchmarks/dense_crf.py); for accelerators a guess from their arithmetic rate.
-EXACT_POINTS = {"cpu": 2048, "gpu": 16384, "tpu": 16384}
+EXACT_POINTS = {"cpu": 512, "gpu": 16384, "tpu": 16384}
 
 _TILE = (512, 2048)  # points that receive, points that send
 
