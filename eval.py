@@ -36,6 +36,7 @@ flags.DEFINE_integer("trials", 40, "Of --tune-refinement: settings of the dense 
 flags.DEFINE_bool("tuned", True, "Use what --tune-refinement wrote into the workdir; flags of yours come before it.")
 
 _TUNED = {}
+_YES = ("true", "t", "1", "yes", "y")
 
 
 def _early(argv, name, default):
@@ -54,10 +55,16 @@ def main(_):
         print(json.dumps(result))
         return
     if _TUNED:
+        configs.check_tuned(config, _TUNED, workdir)
         chosen = ", ".join(f"{key} = {value}" for key, value in _TUNED["config"].items())
-        log.info("%s, chosen on split %s: %s", os.path.join(workdir, configs.TUNED), _TUNED["split"], chosen)
+        where = f"{os.path.join(workdir, configs.TUNED)}, chosen on split {_TUNED['split']}"
+        log.info("%s for --refine %s, step %s: %s", where, _TUNED.get("mode"), _TUNED.get("step"), chosen)
+        if options.refine not in ("off", _TUNED.get("mode")):
+            log.info("these were chosen for another --refine; tune again for this one, or use --notuned")
     result = evaluate.evaluate(config, workdir, options.checkpoint, options.split, options.refine)
     result["tuned_on"] = _TUNED.get("split")
+    if _TUNED and result["step"] != _TUNED.get("step"):
+        log.info("the tuned values were chosen for step %s, this is step %s", _TUNED.get("step"), result["step"])
     print(evaluate.table(result), flush=True)
     evaluate.write(result, workdir)
     print(json.dumps(evaluate.summary(result)))
@@ -66,9 +73,9 @@ def main(_):
 def _define_config(argv):
     workdir = _early(argv[1:], "workdir", "")
     config = configs.load(os.path.join(workdir, "config.json")) if workdir else ConfigDict()
-    tuning_now = any(arg.lstrip("-") in ("tune-refinement", "tune-refinement=true") for arg in argv[1:])
-    wanted = _early(argv[1:], "tuned", "true").lower() in ("true", "t", "1", "yes") and "--notuned" not in argv
-    if workdir and wanted and not tuning_now:
+    tuning_now = _early(argv[1:], "tune-refinement", "false").lower() in _YES
+    off = _early(argv[1:], "tuned", "true").lower() not in _YES or {"--notuned", "-notuned"} & set(argv)
+    if workdir and not off and not tuning_now:
         _TUNED.update(configs.apply_tuned(config, workdir) or {})
     config_flags.DEFINE_config_dict("config", config, lock_config=True)  # reads the overrides in argv
 

@@ -44,7 +44,8 @@ class RefineInfo(NamedTuple):
     """What refinement tells beside its result.
 
     change: float32 [num_iterations, ...batch], the largest |Q_new - Q_old| over pixels and classes.
-    num_vertices: int32 [], vertices of the lattice that all images of the call need together; 0 for other filters.
+    num_vertices: int32 [], vertices of the lattice that all images of the call need together, at least so many where
+      there was no room for them; 0 for other filters.
     exceeded: bool [], more than there was room for: the result is wrong, call again with a larger capacity.
     """
 
@@ -88,6 +89,8 @@ def refine(
       ValueError: wrong shapes, dtypes or options and, for arrays that are not traced, values: NaN, probabilities or
         scores in place of log-probabilities, colours outside 0..255 or scaled to 0..1.
     """
+    if not (isinstance(params, tuple) and len(params) == len(Params._fields)):
+        _fail(f"params: expected dense_crf.Params({', '.join(Params._fields)})", type(params).__name__)
     params = Params(*params)
     _check(unary_log_probs, image, mask, params, num_iterations)
     _check_options(normalization, method, capacity, radius)
@@ -181,7 +184,7 @@ def _check(unary, image, mask, params, num_iterations):
             continue
         expect(hasattr(x, "shape") and hasattr(x, "dtype"), f"{name}: expected an array", type(x).__name__)
     expect(unary.ndim >= 3, "unary_log_probs: expected [..., H, W, K], classes last", f"shape {unary.shape}")
-    expect(0 not in unary.shape[-3:], "unary_log_probs: expected pixels and classes", f"shape {unary.shape}")
+    expect(unary.size, "unary_log_probs: expected images, pixels and classes", f"shape {unary.shape}")
     expect(jnp.issubdtype(unary.dtype, jnp.floating), "unary_log_probs: expected floats", unary.dtype)
     wanted = (*unary.shape[:-1], 3)
     expect(image.shape == wanted, f"image: expected RGB of the unary's size, shape {wanted}", f"shape {image.shape}")
@@ -197,7 +200,7 @@ def _check(unary, image, mask, params, num_iterations):
     )
     _check_params(params, unary.shape[-1], expect)
     at_hand = [x for x in (unary, image, mask) if x is not None]
-    if any(isinstance(x, jax.core.Tracer) for x in at_hand) or unary.size == 0:
+    if any(isinstance(x, jax.core.Tracer) for x in at_hand):
         return
     with jax.ensure_compile_time_eval():  # constants of a function that is being traced
         low, high, worst, darkest, brightest = (float(x) for x in _extremes(unary, image, mask))
@@ -207,7 +210,7 @@ def _check(unary, image, mask, params, num_iterations):
         _fail(total, f"values {low:.3g} to {high:.3g}, which look like probabilities: take their logarithm")
     if low >= 0 and high > 0:
         _fail(total, f"values {low:.3g} to {high:.3g}, none below 0: energies (-log P) must be negated")
-    if worst > (1e-2 if unary.dtype == jnp.float32 else 5e-2):  # log(1 / 150) in bfloat16 is off by 0.01
+    if worst > (5e-2 if unary.dtype.itemsize == 2 else 1e-2):  # log(1 / 150) in bfloat16 is off by 0.01
         _fail(total, f"a sum off by {worst:.3g}: apply jax.nn.log_softmax to scores")
     colours = "image: expected colours 0..255"
     expect(not (np.isnan(darkest) or np.isnan(brightest)), colours, "NaN")
@@ -234,11 +237,14 @@ def _check_params(params, num_classes, expect):
             known = ((), (num_classes,), (num_classes, num_classes))
             wanted = f"params.{name}: expected a number, [K] or [K, K], K = {num_classes}"
             expect(shape(name) in known, wanted, f"shape {shape(name)}")
+    used = {n: v for n, v in params._asdict().items() if getattr(params, n.split("_")[0] + "_compat") is not None}
     for name, length in (("smoothness_sxy", 2), ("appearance_sxy", 2), ("appearance_srgb", 3)):
+        if name not in used:
+            continue
         wanted = f"params.{name}: expected a number or {length} of them"
         expect(shape(name) in ((), (length,)), wanted, f"shape {shape(name)}")
-    for name, value in params._asdict().items():
-        if value is None or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(value)):
+    for name, value in used.items():
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(value)):
             continue
         value = np.asarray(value, np.float64)
         expect(np.isfinite(value).all(), f"params.{name}: expected finite numbers", value)

@@ -8,7 +8,8 @@ point touches exist; the blur takes the others as zero. This is what pydensecrf 
 number of points is a multiple of 4; else it adds up to three points at the origin, which take part in its blur.
 
 `build` depends on the features alone, `apply` on the values: build once an image, apply as often as needed. Shapes are
-static, so a lattice has room for `capacity` vertices, while the time of the blur follows the number there are.
+static, so a lattice has room for `capacity` vertices. The blur's work follows the number there are; room itself costs
+memory, and time to fill it with zeros in each filtering.
 """
 
 import functools
@@ -32,7 +33,7 @@ class Lattice(NamedTuple):
     neighbours: int32 [d + 1, 2, capacity + 1], the vertices before and after each vertex in each direction;
       `capacity` where there is none.
     num_vertices: int32 [], the vertices that the points touch. If it exceeds the capacity the filter is wrong (vertices
-      are missing): build again with more. At most (d + 1) P are ever needed.
+      are missing), and this number may itself be too low: build again with more. (d + 1) P are always enough.
     """
 
     vertex: jax.Array
@@ -179,10 +180,10 @@ def _blur(table, neighbours, num_vertices, backwards):
         source, target, pair = state
         # The last block starts early instead of reaching over the end; rows done twice come out the same.
         start = jnp.minimum(b * block, capacity - block)
-        rows = jax.lax.dynamic_slice(source, (start, 0), (block, source.shape[1]))
-        ends = jax.lax.dynamic_slice(pair, (0, start), (2, block))
+        rows = jax.lax.dynamic_slice(source, (start, np.int32(0)), (block, source.shape[1]))
+        ends = jax.lax.dynamic_slice(pair, (np.int32(0), start), (2, block))
         sums = source.at[ends[0]].get(mode="promise_in_bounds") + source.at[ends[1]].get(mode="promise_in_bounds")
-        return source, jax.lax.dynamic_update_slice(target, rows + 0.5 * sums, (start, 0)), pair
+        return source, jax.lax.dynamic_update_slice(target, rows + 0.5 * sums, (start, np.int32(0))), pair
 
     blocks = -(-num_vertices // block)
     source, target = table, jnp.zeros_like(table)
@@ -300,7 +301,7 @@ def _neighbours(vertex_prints, factors, table, ids, prints, num_vertices):
         shape = (directions, block)
         none = jnp.full(shape, capacity, jnp.int32)
         result, _, _ = jax.lax.while_loop(searching, try_slot, (none, jnp.ones(shape, bool), jnp.int32(0)))
-        return jax.lax.dynamic_update_slice(after, result, (0, start))
+        return jax.lax.dynamic_update_slice(after, result, (np.int32(0), start))
 
     after = jnp.full((directions, capacity + 1), capacity, jnp.int32)
     after = jax.lax.fori_loop(0, -(-num_vertices // block), look_up, after)

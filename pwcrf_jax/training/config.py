@@ -247,6 +247,24 @@ def load(path) -> ConfigDict:
     return ConfigDict(_tuples(stored))
 
 
+def tuning_conditions(config: ConfigDict) -> dict:
+    """What else than the tuned values themselves decides how good they are, as flat JSON values."""
+    keys = ("crf.num_iterations", "crf.damping", "crf.normalize", "refine.num_iterations")
+    flat = dict(_flat(config))
+    return {"crf.relations": list(crf_relations(config))} | {key: flat[key] for key in keys}
+
+
+def check_tuned(config: ConfigDict, tuned: dict, workdir: str) -> None:
+    """Refuses values of `apply_tuned` under other conditions than they were chosen under."""
+    now = tuning_conditions(config)
+    for key, value in tuned.get("conditions", {}).items():
+        if now.get(key) != value:
+            raise ConfigError(
+                f"config.{key} = {now.get(key)}, but {pathlib.Path(workdir, TUNED)} was chosen with {value}; "
+                "tune again, or start eval.py with --notuned"
+            )
+
+
 def write_tuned(result: dict, workdir: str) -> None:
     """Writes the result of `tuning.tune`, whole or not at all."""
     path = pathlib.Path(workdir, TUNED)

@@ -37,7 +37,7 @@ def evaluate_params(eval_fn, params, dataset, split, config, refine="off") -> di
 
     Returns a dict of plain numbers: `rows` {row: {miou, pixel_accuracy, mean_accuracy, fw_iou, iou {class: ...},
     boundary_iou {width: ...}}}, `nll` {unary, relation: ...}, `change` {row: [largest change of a marginal in each
-    iteration]}, `num_images`.
+    iteration]; of "refined", on this host}, `num_images`.
     """
     batches = eval_batches(
         dataset,

@@ -4,6 +4,8 @@ A step is written once, per device, with the named axis `AXIS`: `fn(state, batch
 and reduces with `lax.psum`. State is replicated and has no leading device axis.
 """
 
+import functools
+
 import jax
 import numpy as np
 
@@ -33,8 +35,12 @@ def sum_over_hosts(tree):
         return tree
     rest = jax.local_device_count() - 1  # the first device brings the figures, the others zeros
     rows = jax.tree.map(lambda x: np.concatenate([x[None], np.zeros((rest, *x.shape), x.dtype)]), tree)
-    total = jax.pmap(lambda x: jax.lax.psum(x, AXIS), axis_name=AXIS, out_axes=None)(rows)
-    return jax.tree.map(np.asarray, total)
+    return jax.tree.map(np.asarray, _sum_over_devices()(rows))
+
+
+@functools.cache
+def _sum_over_devices():
+    return jax.pmap(lambda x: jax.lax.psum(x, AXIS), axis_name=AXIS, out_axes=None)
 
 
 def split(batch, num_devices=None):

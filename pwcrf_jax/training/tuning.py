@@ -9,6 +9,7 @@ was stopped goes on where it was.
 import hashlib
 import json
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from pwcrf_jax.training import evaluate, parallel, refinement, steps
 from pwcrf_jax.training.logs import log
 
 WEIGHT_FACTORS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
-WORTH = 2e-4  # of mean IoU, that a step of the search must gain: below it is noise
+WORTH = 2e-4  # of mean IoU, that a step of the second stage must gain: below it is noise
 KERNELS = ("smoothness_compat", "appearance_compat", "appearance_srgb", "appearance_sxy", "smoothness_sxy")
 
 
@@ -34,12 +35,14 @@ def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: in
     max_trials: of the second stage; the first makes one pass over the split and one more for each relation.
 
     Returns:
-      What was written: {"config": {dotted key: value}, "split", "step", "mode", "miou_before", "miou_messages",
-      "miou_after"}: with the config's weights, with the best weights, and refined with the best parameters.
+      What was written: {"config": {dotted key: value}, "conditions": {dotted key: value} under which they were chosen,
+      "split", "step", "mode", "miou_before", "miou_messages", "miou_after"}, the last three with the config's weights,
+      with the best weights, and refined with the best parameters.
     """
     split = split or config.data.eval_split
     for part in split.split("+"):
-        if part.strip().lower().startswith("test"):
+        words = re.split(r"[^a-z]+", part.split("[")[0].lower())
+        if any(word.startswith("test") for word in words):
             raise configs.ConfigError(
                 f"--split={split}: parameters are never chosen on a test split; name a validation split, or a part of "
                 "the training images that was held out"
@@ -47,7 +50,7 @@ def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: in
     if jax.process_count() > 1:
         raise configs.ConfigError("--tune-refinement runs in one process; start it on one host alone")
     model, params, step, dataset = evaluate.load(config, workdir, which, split)
-    folder = _folder(config, workdir, dataset, split, step)
+    folder = _folder(config, workdir, params, dataset, split, step)
     os.makedirs(folder, exist_ok=True)
     log.info("tuning on %s (%d images), checkpoint of step %d, notes in %s", split, len(dataset.source(split)), step,
              folder)  # fmt: skip
@@ -55,9 +58,16 @@ def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: in
     marginals = _marginals(config, model, params, dataset, split, folder, weights)
     settings, after = _tune_kernels(config, dataset, split, folder, marginals, mode, max_trials)
     chosen = {"crf.weights": list(weights)} if weights else {}
-    chosen |= {f"refine.{name}": settings[name] for name in KERNELS}
+    chosen |= {f"refine.{name}": settings[name] for name in _searched(mode)}
     result = dict(
-        config=chosen, split=split, step=step, mode=mode, miou_before=before, miou_messages=messages, miou_after=after
+        config=chosen,
+        conditions=configs.tuning_conditions(config),
+        split=split,
+        step=step,
+        mode=mode,
+        miou_before=before,
+        miou_messages=messages,
+        miou_after=after,
     )
     configs.write_tuned(result, workdir)
     log.info("mean IoU on %s: %.2f as configured, %.2f with the best message weights, %.2f refined; wrote %s", split,
@@ -65,10 +75,19 @@ def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: in
     return result
 
 
-def _folder(config, workdir, dataset, split, step):
-    """One folder for each question: other data, model or inference settings start another search."""
+def _searched(mode):
+    return [name for name in KERNELS if mode == "full" or name.startswith("smoothness")]
+
+
+def _folder(config, workdir, params, dataset, split, step):
+    """One folder for each question: other data, parameters or inference settings start another search."""
+    weights = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        weights.update(np.asarray(leaf).tobytes())
     about = dict(
         identity=configs.identity(config),
+        parameters=weights.hexdigest(),
+        dtype=config.model.dtype,
         crf=config.crf.to_dict(),
         refine=config.refine.to_dict(),
         eval_size=config.data.eval_size,
@@ -195,7 +214,7 @@ def _marginals(config, model, params, dataset, split, folder, weights):
 
 def _tune_kernels(config, dataset, split, folder, marginals, mode, max_trials):
     """(best settings of config.refine, their mean IoU)."""
-    names = [n for n in KERNELS if mode == "full" or n.startswith("smoothness")]
+    names = _searched(mode)
     trials = _Trials(os.path.join(folder, f"refine-{mode}.jsonl"), names)
     base = config.refine.to_dict()
     done = 0
@@ -220,6 +239,8 @@ def _tune_kernels(config, dataset, split, folder, marginals, mode, max_trials):
         for direction in (1 / factor, factor):
             while done < max_trials:
                 candidate = tuple(round(v * direction, 6) if i in which else v for i, v in enumerate(best))
+                if candidate == best:  # a compatibility of zero
+                    break
                 got = score(candidate)
                 if got < best_score + WORTH:
                     break

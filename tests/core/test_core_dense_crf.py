@@ -427,8 +427,14 @@ REFUSED = {
     "mask-list": (dict(mask=[[True] * 3] * 2), "mask: expected an array; got list"),
     "no-rows": (
         dict(unary_log_probs=np.zeros((0, 3, 3), np.float32), image=np.zeros((0, 3, 3), np.uint8)),
-        r"expected pixels and classes; got shape \(0, 3, 3\)",
+        r"expected images, pixels and classes; got shape \(0, 3, 3\)",
     ),
+    "no-images": (
+        dict(unary_log_probs=np.zeros((0, 2, 3, 3), np.float32), image=np.zeros((0, 2, 3, 3), np.uint8)),
+        r"expected images, pixels and classes; got shape \(0, 2, 3, 3\)",
+    ),
+    "params-dict": (dict(params=PARAMS._asdict()), r"expected dense_crf.Params\(smoothness_compat, .*; got dict"),
+    "scores-float64": (dict(unary_log_probs=np.float64(GOOD_UNARY) + 0.03), "got a sum off by 0.03"),
     "capacity-zero": (dict(capacity=0), "capacity: expected an integer, 1 or more, or None; got 0"),
     "capacity-float": (dict(capacity=2.5), "capacity: expected an integer, 1 or more, or None; got 2.5"),
     "radius-negative": (dict(radius=-1), "radius: expected an integer, 0 or more, or None; got -1"),
@@ -529,3 +535,20 @@ def test_inside_jit_values_are_not_looked_at_but_shapes_are():
         run(GOOD_UNARY, GOOD_IMAGE, params._replace(appearance_compat=np.ones(2)))
     with pytest.raises(ValueError, match="num_iterations: expected an integer"):
         jax.jit(lambda n: refine(num_iterations=n))(3)
+
+
+def test_bandwidths_of_a_kernel_that_is_left_out_are_not_read():
+    unary, image = problem(197)
+    without = dense_crf.Params(None, None, 2.0, 3.0, 30.0)
+    agree(
+        dense_crf.refine(unary, image, without, 2)[0],
+        dense_crf.refine(unary, image, without._replace(smoothness_sxy=3.0), 2)[0],
+    )
+
+
+@pytest.mark.parametrize("method", ["lattice", "exact"])
+def test_refine_with_64_bit_types(method):
+    unary, image = problem(198)
+    expected = dense_crf.refine(unary, image, PARAMS, 2, method=method, capacity=ROOM)[0]
+    with jax.enable_x64(True):
+        agree(dense_crf.refine(unary, image, PARAMS, 2, method=method, capacity=ROOM)[0], expected)

@@ -182,9 +182,13 @@ def test_other_settings_start_another_search(searched):
     config.crf.num_iterations = 1
     tuning.tune(config, str(workdir), "best", "val[8:]", "spatial", 1)
     assert len(list((workdir / "tuning").iterdir())) == 3
+    _, params, step, dataset = evaluate.load(config, str(workdir), "best", "val")
+    folder = lambda p: tuning._folder(config, str(workdir), p, dataset, "val", step)
+    assert folder(params) == folder(jax.tree.map(np.copy, params))
+    assert folder(params) != folder(jax.tree.map(lambda x: x + 1, params)), "trained again, with as many steps"
 
 
-@pytest.mark.parametrize("split", ["test", "val+test[:10%]", "test_public"])
+@pytest.mark.parametrize("split", ["test", "val+test[:10%]", "test_public", "voc_test", "Testset[:3]"])
 def test_nothing_is_chosen_on_a_test_split(searched, split):
     config, workdir = searched
     with pytest.raises(configs.ConfigError, match="never chosen on a test split"):
