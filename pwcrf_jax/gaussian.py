@@ -143,7 +143,7 @@ def pair(sigma):
     return (sigma, sigma) if jnp.ndim(sigma) == 0 else (sigma[0], sigma[1])
 
 
-_MOST_TAPS = 32  # radius; beyond it a product with the matrix of the kernel is faster
+_MOST_TAPS = 32  # radius; beyond it the sum would be long, and a product with the matrix of the kernel is taken
 
 
 def radius_of(sigma) -> int | None:
