@@ -91,4 +91,5 @@ def get_config():
 
     config.eval = ConfigDict()
     config.eval.batch_size = 8  # over all devices and hosts
+    config.eval.classes = ()  # names of the classes that means are taken over; (): all
     return config

@@ -76,7 +76,7 @@ class Scores(NamedTuple):
     accuracy_per_class: np.ndarray
 
 
-def scores(confusion) -> Scores:
+def scores(confusion, classes=None) -> Scores:
     """Standard figures of a confusion matrix [K, K] (NumPy, on the host, float64).
 
         IoU_k = n_kk / (t_k + p_k - n_kk),  accuracy_k = n_kk / t_k,  t_k = sum_j n_kj,  p_k = sum_j n_jk
@@ -85,6 +85,9 @@ def scores(confusion) -> Scores:
     A class that is neither in the truth nor predicted has no IoU (NaN) and is left out of the mean. A class that is
     absent from the truth but predicted somewhere has IoU 0 and *does* count in the mean IoU; it has no accuracy (NaN)
     and is left out of the mean accuracy. With no valid pixel at all every figure is NaN.
+
+    classes: indices of the classes that mean IoU, mean accuracy and frequency-weighted IoU are taken over; None: all.
+      Every class counts as a prediction all the same: a sheep called "bird" is wrong even where birds are not scored.
     """
     n = np.asarray(confusion, np.float64)
     if n.ndim != 2 or n.shape[0] != n.shape[1]:
@@ -92,11 +95,12 @@ def scores(confusion) -> Scores:
     hit, true, predicted = np.diag(n), n.sum(1), n.sum(0)
     iou = _ratio(hit, true + predicted - hit)
     accuracy = _ratio(hit, true)
+    of = slice(None) if classes is None else np.asarray(classes)
     return Scores(
-        mean_iou=_mean(iou),
+        mean_iou=_mean(iou[of]),
         pixel_accuracy=float(_ratio(hit.sum(), true.sum())),
-        mean_accuracy=_mean(accuracy),
-        frequency_weighted_iou=float(_ratio(np.nansum(true * iou), true.sum())),
+        mean_accuracy=_mean(accuracy[of]),
+        frequency_weighted_iou=float(_ratio(np.nansum((true * iou)[of]), true[of].sum())),
         iou_per_class=iou,
         accuracy_per_class=accuracy,
     )

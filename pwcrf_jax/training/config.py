@@ -43,6 +43,7 @@ _ADDED = {
     "crf.chunk_edges": 0,
     "refine.num_iterations": 10,
     "refine.method": "auto",
+    "eval.classes": (),
     **{f"refine.{name}": value for name, value in dense_crf.DEFAULT_PARAMS._asdict().items()},
 }
 TUNED = "tuned.json"  # in a workdir: what `eval.py --tune-refinement` chose
@@ -110,12 +111,21 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
 
 
 def check_classes(config: ConfigDict, class_names) -> None:
-    """The config's number of classes against the data set's."""
+    """The config's number of classes and names of classes against the data set's."""
     if config.data.num_classes != len(class_names):
         raise ConfigError(
             f"config.data.num_classes = {config.data.num_classes}, but {config.data.name} has {len(class_names)} "
             f"classes ({', '.join(class_names)}); set --config.data.num_classes={len(class_names)}"
         )
+    for name in config.eval.classes:
+        _choose("eval.classes", name, list(class_names))
+    if len(set(config.eval.classes)) != len(config.eval.classes):
+        raise ConfigError(f"config.eval.classes = {config.eval.classes} names a class twice")
+
+
+def scored_classes(config: ConfigDict, class_names) -> list[int] | None:
+    """Indices of the classes that means are taken over; None: all."""
+    return [list(class_names).index(name) for name in config.eval.classes] or None
 
 
 def relations(config: ConfigDict) -> tuple[Relation, ...]:

@@ -37,7 +37,7 @@ def evaluate_params(eval_fn, params, dataset, split, config, refine="off") -> di
 
     Returns a dict of plain numbers: `rows` {row: {miou, pixel_accuracy, mean_accuracy, fw_iou, iou {class: ...},
     boundary_iou {width: ...}}}, `nll` {unary, relation: ...}, `change` {row: [largest change of a marginal in each
-    iteration]; of "refined", on this host}, `num_images`.
+    iteration]; of "refined", on this host}, `num_images`, `classes` (names that means are over; none: all).
     """
     batches = eval_batches(
         dataset,
@@ -65,18 +65,20 @@ def evaluate_params(eval_fn, params, dataset, split, config, refine="off") -> di
             change[row] = np.maximum(change.get(row, 0.0), np.asarray(out["change"][row]))
         for name, (total, count) in out["terms"].items():
             terms[name] = terms.get(name, 0.0) + np.array([total, count], np.float64)
+    scored = configs.scored_classes(config, dataset.class_names)
     return dict(
         split=split,
         num_images=num_images,
-        rows={row: _figures(confusion[row], dataset.class_names) for row in rows},
+        classes=list(config.eval.classes),
+        rows={row: _figures(confusion[row], dataset.class_names, scored) for row in rows},
         nll={name: float(-total / max(count, 1.0)) for name, (total, count) in terms.items()},
         change={row: [float(x) for x in values] for row, values in change.items()},
     )
 
 
-def _figures(confusions, class_names):
+def _figures(confusions, class_names, scored):
     none = lambda x: None if math.isnan(x) else float(x)
-    whole, *bands = map(metrics.scores, confusions)
+    whole, *bands = (metrics.scores(confusion, scored) for confusion in confusions)
     return dict(
         miou=none(whole.mean_iou),
         pixel_accuracy=none(whole.pixel_accuracy),
@@ -96,13 +98,15 @@ def table(result: dict) -> str:
     percent = lambda x: "-" if x is None else f"{100 * x:.1f}"
     rows = result["rows"]
     widths = list(next(iter(rows.values()))["boundary_iou"])
-    lines = [["", "mean IoU", *(f"IoU {w} px" for w in widths), "pixel acc", "mean acc", "fw IoU"]]
+    of = f" of {len(result['classes'])}" if result["classes"] else ""
+    lines = [["", f"mean IoU{of}", *(f"IoU {w} px" for w in widths), "pixel acc", "mean acc", "fw IoU"]]
     for row, r in rows.items():
         figures = [r["miou"], *r["boundary_iou"].values(), r["pixel_accuracy"], r["mean_accuracy"], r["fw_iou"]]
         lines.append([_row_title(row), *map(percent, figures)])
     classes = [["IoU per class", *map(_row_title, rows)]]
     for name in next(iter(rows.values()))["iou"]:
-        classes.append([name, *(percent(r["iou"][name]) for r in rows.values())])
+        title = name if not of or name in result["classes"] else f"({name})"
+        classes.append([title, *(percent(r["iou"][name]) for r in rows.values())])
     return "\n\n".join(map(_columns, (lines, classes)))
 
 

@@ -134,6 +134,7 @@ SCHEMA = {
     "refine.appearance_srgb": _POSITIVE,
     "refine.method": Text(),
     "eval.batch_size": _POSITIVE_INT,
+    "eval.classes": _NAMES,
 }
 
 

@@ -36,8 +36,8 @@ def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: in
 
     Returns:
       What was written: {"config": {dotted key: value}, "conditions": {dotted key: value} under which they were chosen,
-      "split", "step", "mode", "miou_before", "miou_messages", "miou_after"}, the last three with the config's weights,
-      with the best weights, and refined with the best parameters.
+      "split", "classes" (scored), "step", "mode", "miou_before", "miou_messages", "miou_after"}, the last three with
+      the config's weights, with the best weights, and refined with the best parameters.
     """
     split = split or config.data.eval_split
     for part in split.split("+"):
@@ -63,6 +63,7 @@ def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: in
         config=chosen,
         conditions=configs.tuning_conditions(config),
         split=split,
+        classes=list(config.eval.classes),
         step=step,
         mode=mode,
         miou_before=before,
@@ -91,6 +92,7 @@ def _folder(config, workdir, params, dataset, split, step):
         crf=config.crf.to_dict(),
         refine=config.refine.to_dict(),
         eval_size=config.data.eval_size,
+        classes=config.eval.classes,
         data=os.path.basename(dataset.folder.rstrip("/")) + os.path.basename(os.path.dirname(dataset.folder)),
         split=split,
         step=step,
@@ -183,7 +185,8 @@ def _score_weights(config, model, params, dataset, split, names, candidates, wha
     for batch in batches:
         inputs = parallel.split({k: batch[k] for k in ("image", "label", "valid_size")})
         total = total + np.asarray(fn(params, inputs), np.int64)
-    return [float(metrics.scores(confusion).mean_iou) for confusion in total]
+    scored = configs.scored_classes(config, dataset.class_names)
+    return [float(metrics.scores(confusion, scored).mean_iou) for confusion in total]
 
 
 def _marginals(config, model, params, dataset, split, folder, weights):
@@ -259,4 +262,4 @@ def _score_kernels(config, dataset, split, marginals, settings, mode, what):
         batch = {k: batch[k][: len(mine)] for k in ("image", "label", "valid_size")}
         counts, _ = refinement.refine_batch(np.stack([np.load(f) for f in mine]), batch, settings, mode)
         total = total + counts[0].astype(np.int64)
-    return float(metrics.scores(total).mean_iou)
+    return float(metrics.scores(total, configs.scored_classes(config, dataset.class_names)).mean_iou)

@@ -137,3 +137,14 @@ def test_boundary_band_matches_loops(width):
 
 def test_one_label_has_no_boundary():
     assert not np.any(metrics.boundary_band(jnp.full((6, 7), 4), 3))
+
+
+def test_means_over_some_classes():
+    n = np.array([[6, 1, 1], [2, 4, 0], [0, 3, 1]])
+    s, whole = metrics.scores(n, [0, 2]), metrics.scores(n)
+    # Confusion with the class that is not scored counts: 6 / (8 + 8 - 6), 1 / (4 + 2 - 1).
+    assert s.mean_iou == pytest.approx((6 / 10 + 1 / 5) / 2)
+    assert s.mean_accuracy == pytest.approx((6 / 8 + 1 / 4) / 2)
+    assert s.frequency_weighted_iou == pytest.approx((8 * 6 / 10 + 4 / 5) / 12)
+    assert s.pixel_accuracy == whole.pixel_accuracy
+    np.testing.assert_array_equal(s.iou_per_class, whole.iou_per_class)

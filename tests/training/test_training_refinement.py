@@ -130,6 +130,18 @@ def test_the_row_of_the_table(trained, tmp_path):
     assert figures["boundary_iou_5px_refined"] is not None
 
 
+def test_means_over_chosen_classes(trained):
+    config = configs.load(trained / "config.json")
+    whole = evaluate.evaluate(config, str(trained))
+    names = list(whole["rows"]["all"]["iou"])[:2]
+    config.eval.classes = tuple(names)
+    some = evaluate.evaluate(config, str(trained))
+    assert some["rows"]["all"]["iou"] == whole["rows"]["all"]["iou"]
+    assert some["rows"]["all"]["miou"] == pytest.approx(np.mean([some["rows"]["all"]["iou"][n] for n in names]))
+    text = evaluate.table(some)
+    assert "mean IoU of 2" in text and f"\n{names[0]} " in text and "\n(" in text
+
+
 @pytest.fixture
 def searched(trained, tmp_path):
     """(config, workdir) for a search of a few trials over four images."""

@@ -96,6 +96,17 @@ def test_wrong_number_of_classes(camvid, tmp_path, monkeypatch):
     _refused(config, tmp_path, configs.ConfigError, r"data\.num_classes = 12.*num_classes=11", monkeypatch)
 
 
+@pytest.mark.parametrize(
+    ("classes", "match"),
+    [(("Sky", "Rode"), r"eval\.classes = 'Rode'.*did you mean 'Road'"), (("Sky", "Sky"), "names a class twice")],
+    ids=["unknown", "twice"],
+)
+def test_scored_classes(camvid, tmp_path, monkeypatch, classes, match):
+    config = camvid[1]
+    config.eval.classes = classes
+    _refused(config, tmp_path, configs.ConfigError, match, monkeypatch)
+
+
 def test_image_larger_than_eval_size(camvid, tmp_path, monkeypatch):
     config = camvid[1]
     config.data.eval_size = (32, 32)
