@@ -27,7 +27,7 @@ def main():
     parser.add_argument("--size", default="360,480", help="height,width of the largest image")
     args = parser.parse_args()
     size = tuple(int(n) for n in args.size.split(","))
-    dataset = load_dataset(args.data, source_dir=args.source_dir, data_dir=args.data_dir)
+    dataset = load_dataset(args.data, source_dir=args.source_dir, data_dir=args.data_dir, partial=True)
     classes, out = dataset.num_classes, {}
     for scale in (1.0, 1.2, 1.6, 2.0):
         grid = grid_size(size, (scale,))

@@ -18,6 +18,7 @@ def get_config():
     config.data.name = "synthetic"  # synthetic, camvid, voc
     config.data.source_dir = ""  # folder of the original files
     config.data.data_dir = ""  # where TFDS keeps prepared sets; "": TFDS_DATA_DIR or ~/tensorflow_datasets
+    config.data.partial = False  # accept splits that do not have the official number of images
     config.data.train_split = "train"
     config.data.eval_split = "val"
     config.data.num_classes = 6

@@ -12,6 +12,7 @@ def get_config():
     config = default.get_config()
     config.data.name = "voc"
     config.data.num_classes = 21
+    config.data.partial = True  # any folder in this layout
     config.data.train_split = "train_aug"
     config.data.crop_size = (320, 320)
     config.data.eval_size = (520, 520)  # times 1.2 a multiple of the stride, as 320 is: cells cover the image evenly

@@ -14,22 +14,31 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from pwcrf_jax.data.common import VOID, DataError, decode_image, decode_label, encode_png
+from pwcrf_jax.data.common import VOID, DataError, decode_image, decode_label, encode_png, voc_palette
 
 
 class Plan(NamedTuple):
-    """What to prepare: the items of every split, and a fingerprint of all they depend on."""
+    """What to prepare.
+
+    splits: the items of every split.
+    fingerprint: of all they depend on.
+    class_names, palette: where the source says them; else the builder's.
+    unlabelled: splits whose labels are not public; their records are void all over.
+    """
 
     splits: Mapping[str, Sequence[Any]]
     fingerprint: str
+    class_names: tuple[str, ...] = ()
+    palette: tuple[tuple[int, int, int], ...] = ()
+    unlabelled: tuple[str, ...] = ()
 
 
 class Pair(NamedTuple):
-    """One image file and its mask; `listed_in` is the list file or folder that names it."""
+    """One image file and its mask (None: not labelled); `listed_in` is the list file or folder that names it."""
 
     id: str
     image: Path
-    mask: Path
+    mask: Path | None
     listed_in: Path
 
 
@@ -59,17 +68,22 @@ def check_options(name: str, options: Mapping[str, Any], allowed: Sequence[str] 
 class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Base builder: records of an image, a mask of class indices with 255 = void, and an id.
 
-    Subclasses set `name`, `VERSION`, `class_names`, and give `plan` (and, unless the items of their plan
-    are `Pair`s, `_example`). The prepared folder is `data_dir/name/<fingerprint>/<version>`, so a changed
-    source never meets records prepared from the old one.
+    Subclasses set `name`, `VERSION`, `class_names`, and give `plan` (and, unless the items of their plan are `Pair`s
+    with masks of class indices, `_example` or `_label`). The prepared folder is
+    `data_dir/name/<fingerprint>/<version>`, so a changed source never meets records prepared from the old one.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     class_names: ClassVar[tuple[str, ...]]
     void_value: ClassVar[int] = VOID  # what the source calls void
+    palette: ClassVar[tuple[tuple[int, int, int], ...]] = ()  # RGB of each class; (): VOC's colours
+    split_sizes: ClassVar[Mapping[str, int]] = {}  # official, of splits that have one
+    manual: ClassVar[str] = ""  # what to download, by the names of its files
 
     def __init__(self, *, plan: Plan, data_dir: str):
         self._plan = plan
+        self.class_names = plan.class_names or type(self).class_names
+        self.palette = plan.palette or type(self).palette or voc_palette(len(self.class_names))
         self.failure: DataError | None = None
         super().__init__(
             data_dir=data_dir or None,
@@ -78,15 +92,40 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
         )
 
     @classmethod
-    def plan(cls, source_dir: str, **options: Any) -> Plan:
-        """Lists the examples of every split without reading them. Abstract: each data set has its own layout."""
+    def plan(cls, source_dir: str, *, data_dir: str = "", **options: Any) -> Plan:
+        """Lists the examples of every split without reading them. Abstract: each data set has its own layout.
+
+        data_dir: where archives may be unpacked, see `archives.locate`.
+        """
         raise NotImplementedError(f"{cls.__name__} does not say where its examples are")
 
     @classmethod
-    def plan_from_pairs(cls, source_dir: Path, splits: Mapping[str, Sequence[Pair]]) -> Plan:
-        """Checks that all files exist and ids are unique; fingerprints names, sizes and times."""
+    def plan_from_pairs(
+        cls, source_dir: Path, splits: Mapping[str, Sequence[Pair]], *depends: Any, **attributes: Any
+    ) -> Plan:
+        """Checks that all files exist and ids are unique; fingerprints names, sizes and times.
+
+        depends: what else the records depend on (JSON-able).
+        attributes: of the `Plan`; `unlabelled` is found out.
+        """
         state = {split: _file_states(split, pairs) for split, pairs in splits.items()}
-        return Plan(splits, fingerprint(str(cls.VERSION), str(source_dir), state))
+        unlabelled = tuple(split for split, pairs in splits.items() if all(pair.mask is None for pair in pairs))
+        key = fingerprint(str(cls.VERSION), str(source_dir), state, *depends)
+        return Plan(splits, key, unlabelled=unlabelled, **attributes)
+
+    @classmethod
+    def check_sizes(cls, plan: Plan, source_dir: str) -> None:
+        """DataError where a split does not have its official number of images."""
+        for split, items in plan.splits.items():
+            official = cls.split_sizes.get(split, len(items))
+            if len(items) != official:
+                lists = {str(item.listed_in) for item in items if isinstance(item, Pair)}
+                where = f" ({', '.join(sorted(lists)[:3])})" if lists else ""
+                raise DataError(
+                    f"{source_dir}: split {split!r}{where} has {len(items)} images, officially {official}; restore "
+                    f"what is missing ({cls.manual or 'the official archives'}), or set data.partial=true to go on "
+                    "with a part or a variant"
+                )
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -114,11 +153,17 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
             self.failure = e  # TFDS may wrap it; the caller raises this one
             raise
 
+    def _label(self, item: Any) -> np.ndarray:
+        """The mask of an item as the source has it: class indices and `void_value`, uint8 [H, W]."""
+        return decode_label(_read(item.mask), str(item.mask))
+
     def _example(self, item: Any) -> tuple[str, bytes, np.ndarray]:
         """One example: id, encoded image, and uint8 [H, W] labels with 255 = void."""
         image_bytes = _read(item.image)
         height, width = decode_image(image_bytes, str(item.image)).shape[:2]
-        label = decode_label(_read(item.mask), str(item.mask))
+        if item.mask is None:
+            return item.id, image_bytes, np.full((height, width), VOID, np.uint8)
+        label = self._label(item)
         if label.shape != (height, width):
             raise DataError(
                 f"{item.mask}: mask is {label.shape[1]}x{label.shape[0]} pixels but its image {item.image} "
@@ -153,6 +198,8 @@ def _file_states(split: str, pairs: Sequence[Pair]) -> list[tuple]:
         seen.add(pair.id)
         state: list[Any] = [pair.id]
         for kind, path in (("image", pair.image), ("mask", pair.mask)):
+            if path is None:
+                continue
             try:
                 stat = path.stat()
             except OSError as e:

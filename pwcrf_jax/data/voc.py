@@ -31,7 +31,7 @@ class Voc(SegmentationBuilder, skip_registration=True):
     )  # fmt: skip
 
     @classmethod
-    def plan(cls, source_dir: str, **options: Any) -> Plan:
+    def plan(cls, source_dir: str, *, data_dir: str = "", **options: Any) -> Plan:
         """One split per list file; a list none of whose masks exist (test) is left out with a warning.
 
         Args:
@@ -40,6 +40,7 @@ class Voc(SegmentationBuilder, skip_registration=True):
         Raises:
           DataError: not this layout, an empty list, a line that is no name, or a missing file.
         """
+        del data_dir
         check_options("voc", options)
         parent = require_source_dir("voc", source_dir)
         roots = [parent, parent / "VOC2012", parent / "VOCdevkit" / "VOC2012"]

@@ -44,6 +44,7 @@ _ADDED = {
     "refine.num_iterations": 10,
     "refine.method": "auto",
     "eval.classes": (),
+    "data.partial": True,
     **{f"refine.{name}": value for name, value in dense_crf.DEFAULT_PARAMS._asdict().items()},
 }
 TUNED = "tuned.json"  # in a workdir: what `eval.py --tune-refinement` chose
@@ -222,7 +223,7 @@ def dataset_options(config: ConfigDict) -> dict:
     """Keyword arguments of `pwcrf_jax.data.load_dataset`."""
     d = config.data
     options = d[d.name].to_dict() if d.name in d else {}
-    return dict(name=d.name, source_dir=d.source_dir, data_dir=d.data_dir, **options)
+    return dict(name=d.name, source_dir=d.source_dir, data_dir=d.data_dir, partial=d.partial, **options)
 
 
 def save(config: ConfigDict, path) -> None:

@@ -164,6 +164,7 @@ def load(config, workdir: str, which: str, split: str):
     model, params, step = restore_params(config, workdir, which)
     dataset = load_dataset(**configs.dataset_options(config))
     configs.check_classes(config, dataset.class_names)
+    dataset.check_labelled(split)
     check_sizes(dataset, split, config.data.eval_size)
     return model, params, step, dataset
 

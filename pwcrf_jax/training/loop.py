@@ -32,6 +32,8 @@ def train_and_evaluate(config, workdir: str) -> dict:
     configs.validate(config)
     dataset = load_dataset(**configs.dataset_options(config))
     configs.check_classes(config, dataset.class_names)
+    for split in (config.data.train_split, config.data.eval_split):
+        dataset.check_labelled(split)
     dataset.source(config.data.train_split)  # unknown and empty splits are refused here
     check_sizes(dataset, config.data.eval_split, config.data.eval_size)
     config, fresh_params = _resolve(config, workdir)

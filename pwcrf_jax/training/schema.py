@@ -74,6 +74,7 @@ SCHEMA = {
     "data.name": Text(),
     "data.source_dir": Text(),
     "data.data_dir": Text(),
+    "data.partial": Flag(),
     "data.train_split": Text(),
     "data.eval_split": Text(),
     "data.num_classes": Number(int, low=2, high=255),

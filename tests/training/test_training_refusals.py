@@ -34,6 +34,7 @@ def camvid(tmp_path):
         (source / f"{split}.txt").write_text("\n".join(lines) + "\n")
     config = camvid_mobilenet_v2.get_config()
     config.data.source_dir, config.data.data_dir = str(source), str(tmp_path / "prepared")
+    config.data.partial = True
     config.data.crop_size = config.data.eval_size = (32, 48)
     config.model.backbone, config.model.hidden, config.model.scales, config.model.block6 = "tiny", 4, (1.0,), ()
     config.train.batch_size = config.eval.batch_size = jax.device_count()

@@ -1,0 +1,22 @@
+"""What the paper's experiments share: VGG-16, three scales, pyramid pooling, 512 hidden units, free pair scores.
+
+Each relation samples its box on the 5 x 5 grid of the journal version, and messages are plain sums. Learning rate, batch
+size and steps are not given by the paper; these are for one accelerator. Not a run by itself: the configs of the data
+sets start from it.
+"""
+
+from configs import default
+
+
+def get_config():
+    config = default.get_config()
+    config.model.parameterisation = "free"
+    config.crf.normalize = False
+    config.model.dtype = "bfloat16"
+    config.optimizer.name = "sgd"
+    config.optimizer.learning_rate = 1e-2
+    config.optimizer.weight_decay = 5e-4
+    config.train.steps = 20_000
+    config.train.eval_every = 2000
+    config.train.checkpoint_every = 500
+    return config
