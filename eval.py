@@ -7,16 +7,22 @@ WORKDIR/eval_SPLIT.json, and ends with one line of JSON on standard output.
 
 chooses message weights and the parameters of the dense CRF on a validation split and writes them to WORKDIR/tuned.json,
 from where later evaluations take them.
+
+    python eval.py --workdir DIR --images PATH --output DIR     (your own images: a file, a folder, a quoted pattern)
+    python eval.py --workdir DIR --dataset SPLIT --output DIR   (a split of the data set, with or without labels)
+
+predicts into files; the formats of benchmark servers are among those of --format.
 """
 
 import argparse
 import json
 import os
+import sys
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from pwcrf_jax.training import cli, evaluate, refinement, tuning
+from pwcrf_jax.training import cli, evaluate, predict, refinement, tuning
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training.logs import log
 
@@ -34,6 +40,19 @@ flags.DEFINE_bool(
 )
 flags.DEFINE_integer("trials", 40, "Of --tune-refinement: settings of the dense CRF tried at most.", lower_bound=1)
 flags.DEFINE_bool("tuned", True, "Use what --tune-refinement wrote into the workdir; flags of yours come before it.")
+flags.DEFINE_string("images", "", "Predict these images: a file, a folder with all below it, or a quoted pattern.")
+flags.DEFINE_string("dataset", "", "Predict this split of the run's data set; it needs no labels.")
+flags.DEFINE_string("output", "", "Folder for predictions.")
+flags.DEFINE_enum(
+    "format",
+    "auto",
+    ["auto", *predict.FORMATS],
+    "Of label images; auto: with --dataset that of the data set's server if it has one, else palette.",
+)
+flags.DEFINE_bool("probabilities", False, "Of predictions: write the probabilities of all classes too, as .npz.")
+flags.DEFINE_bool("overlay", True, "Of predictions: write the colours of the classes over the image too.")
+flags.DEFINE_bool("overwrite", False, "Of predictions: write into a folder that is not empty.")
+_PREDICTING = ("output", "format", "probabilities", "overlay", "overwrite")
 
 _TUNED = {}
 _YES = ("true", "t", "1", "yes", "y")
@@ -46,9 +65,24 @@ def _early(argv, name, default):
     return parser.parse_known_args(argv)[0].__dict__[name.replace("-", "_")]
 
 
+def _check_flags(options):
+    """Refuses flags that the task would not read."""
+    sources = [name for name in ("images", "dataset") if options[name].value]
+    if len(sources) == 2:
+        raise configs.ConfigError("--images and --dataset are two sources; give one")
+    given = [name for name in _PREDICTING if options[name].present]
+    if given and not sources:
+        raise configs.ConfigError(f"--{given[0]} is of predictions: name --images or --dataset too")
+    for name in ("split", "tune-refinement"):
+        if sources and options[name].value:
+            raise configs.ConfigError(f"--{name} is of evaluation and does not go with --{sources[0]}")
+    return bool(sources)
+
+
 def main(_):
     workdir, config = cli.require("workdir"), cli.require("config")
     options = flags.FLAGS
+    predicting = _check_flags(options)
     if options["tune-refinement"].value:
         mode = "spatial" if options.refine == "spatial" else "full"
         result = tuning.tune(config, workdir, options.checkpoint, options.split, mode, options.trials)
@@ -61,6 +95,9 @@ def main(_):
         log.info("%s for --refine %s, step %s: %s", where, _TUNED.get("mode"), _TUNED.get("step"), chosen)
         if options.refine not in ("off", _TUNED.get("mode")):
             log.info("these were chosen for another --refine; tune again for this one, or use --notuned")
+    if predicting:
+        _predict(config, workdir, options)
+        return
     result = evaluate.evaluate(config, workdir, options.checkpoint, options.split, options.refine)
     result["tuned_on"] = _TUNED.get("split")
     if _TUNED and result["step"] != _TUNED.get("step"):
@@ -68,6 +105,27 @@ def main(_):
     print(evaluate.table(result), flush=True)
     evaluate.write(result, workdir)
     print(json.dumps(evaluate.summary(result)))
+
+
+def _predict(config, workdir, options):
+    result = predict.predict(
+        config,
+        workdir,
+        cli.require("output"),
+        images=options.images,
+        split=options.dataset,
+        which=options.checkpoint,
+        refine=options.refine,
+        format_name=options.format,
+        probabilities=options.probabilities,
+        overlay=options.overlay,
+        overwrite=options.overwrite,
+    )
+    if result["failed"]:
+        log.info("%d images could not be read: %s", len(result["failed"]), ", ".join(result["failed"]))
+    print(json.dumps(result))
+    if result["failed"]:
+        sys.exit(cli.FAILED)
 
 
 def _define_config(argv):

@@ -28,6 +28,16 @@ def get_config():
     config.data.flip = True
     config.data.num_threads = 2
     config.data.synthetic = ConfigDict(dict(num_train=400, num_val=100, image_size=(192, 256), seed=0))
+    # Of the data set image_folder, where it has no lists.
+    config.data.image_folder = ConfigDict(dict(val_fraction=0.1, seed=0))
+    config.data.tfds = ConfigDict()  # of the data set tfds, see pwcrf_jax/data/tfds_set.py
+    config.data.tfds.dataset = "oxford_iiit_pet"  # TFDS' name of it: "name", "name/config" or "name/config:1.0.0"
+    config.data.tfds.image_key = "image"
+    config.data.tfds.label_key = "segmentation_mask"
+    config.data.tfds.label_offset = -1  # added to stored labels
+    config.data.tfds.void = 255  # what means void, after the offset
+    config.data.tfds.class_names = ()  # (): the set's own, or class_0, class_1, ...
+    config.data.tfds.num_classes = 3  # 0: as many as there are names
 
     config.model = ConfigDict()
     config.model.backbone = "vgg16"  # vgg16, mobilenet_v2, tiny
@@ -89,6 +99,14 @@ def get_config():
     config.refine.appearance_sxy = 80.0  # pixels
     config.refine.appearance_srgb = 13.0  # of colours 0..255
     config.refine.method = "auto"  # of the appearance filter: lattice, exact; auto: by size and device
+
+    config.tiles = ConfigDict()  # of images larger than data.eval_size
+    config.tiles.size = ()  # (height, width); (): twice data.eval_size
+    config.tiles.overlap = 0.5  # of neighbouring tiles, at least, as a share of a tile
+
+    config.tta = ConfigDict()  # test-time augmentation
+    config.tta.scales = (1.0,)  # of the image; probabilities of all of them are averaged
+    config.tta.flip = False  # each of them mirrored as well
 
     config.eval = ConfigDict()
     config.eval.batch_size = 8  # over all devices and hosts

@@ -1,8 +1,11 @@
-"""PASCAL VOC 2012 as in the paper, see configs/paper.py; add SBD's masks with data.train_split=train_aug.
+"""PASCAL VOC 2012 with SBD's extra masks, 10,582 training images, as in the paper, see configs/paper.py.
 
     python train.py --config configs/voc_vgg16.py --workdir runs/voc \\
         --config.data.source_dir=PATH \\
         --config.init_from=PATH/vgg16_weights_tf_dim_ordering_tf_kernels.h5
+
+PATH of the data holds VOCtrainval_11-May-2012.tar and SBD's benchmark.tgz, packed or not, see docs/datasets.md; without
+SBD: --config.data.train_split=train, 1,464 images.
 """
 
 from configs import paper
@@ -12,6 +15,7 @@ def get_config():
     config = paper.get_config()
     config.data.name = "voc"
     config.data.num_classes = 21
+    config.data.train_split = "train_aug"
     config.data.crop_size = (400, 400)
     config.data.eval_size = (520, 520)  # times 1.2 a multiple of the stride, as 400 is: cells cover the image evenly
     return config

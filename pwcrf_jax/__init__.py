@@ -10,6 +10,7 @@ from pwcrf_jax import (
     gaussian,
     mean_field,
     metrics,
+    objectives,
     pairwise,
     permutohedral,
     piecewise,
@@ -17,6 +18,7 @@ from pwcrf_jax import (
 )
 from pwcrf_jax.mean_field import MeanFieldInfo
 from pwcrf_jax.metrics import confusion_matrix, scores
+from pwcrf_jax.objectives import exact_log_likelihood, pseudo_log_likelihood, unrolled_log_likelihood
 from pwcrf_jax.pairwise import (
     FactoredPairwise,
     GridScores,
@@ -48,12 +50,14 @@ __all__ = [
     "costs",
     "dense_crf",
     "edge_list",
+    "exact_log_likelihood",
     "factored_pairwise",
     "gaussian",
     "grid_labels",
     "mean_field",
     "messages",
     "metrics",
+    "objectives",
     "offsets",
     "pairwise",
     "pairwise_log_likelihood",
@@ -61,10 +65,12 @@ __all__ = [
     "piecewise",
     "plan",
     "prepare_messages",
+    "pseudo_log_likelihood",
     "relations",
     "sample_offsets",
     "scores",
     "to_table",
     "unary_log_likelihood",
+    "unrolled_log_likelihood",
     "validity_mask",
 ]

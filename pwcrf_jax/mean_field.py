@@ -50,7 +50,11 @@ def step(
 
     Returns:
       (log_marginals, change): the new state, and the largest |Q_new - Q_old| of each image, float32 [...batch].
+
+    Raises:
+      ValueError: as `run`.
     """
+    _check(unary, potentials, 1, weights, damping)
     marginals = jnp.exp(log_marginals)
     total = unary.astype(jnp.float32)
     for i, potential in enumerate(potentials):

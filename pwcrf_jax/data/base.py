@@ -14,7 +14,16 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from pwcrf_jax.data.common import VOID, DataError, decode_image, decode_label, encode_png, voc_palette
+from pwcrf_jax.data.check import LabelGuard, bad_value
+from pwcrf_jax.data.common import (
+    VOID,
+    DataError,
+    decode_image,
+    decode_label,
+    encode_png,
+    storable_image,
+    voc_palette,
+)
 
 
 class Plan(NamedTuple):
@@ -24,6 +33,7 @@ class Plan(NamedTuple):
     fingerprint: of all they depend on.
     class_names, palette: where the source says them; else the builder's.
     unlabelled: splits whose labels are not public; their records are void all over.
+    coding: how masks are to be read, where the source says it too.
     """
 
     splits: Mapping[str, Sequence[Any]]
@@ -31,6 +41,7 @@ class Plan(NamedTuple):
     class_names: tuple[str, ...] = ()
     palette: tuple[tuple[int, int, int], ...] = ()
     unlabelled: tuple[str, ...] = ()
+    coding: Any = None
 
 
 class Pair(NamedTuple):
@@ -79,12 +90,14 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
     palette: ClassVar[tuple[tuple[int, int, int], ...]] = ()  # RGB of each class; (): VOC's colours
     split_sizes: ClassVar[Mapping[str, int]] = {}  # official, of splits that have one
     manual: ClassVar[str] = ""  # what to download, by the names of its files
+    masks_fit_stored_pixels: ClassVar[bool] = True  # whatever an EXIF orientation says, see `storable_image`
 
     def __init__(self, *, plan: Plan, data_dir: str):
         self._plan = plan
         self.class_names = plan.class_names or type(self).class_names
         self.palette = plan.palette or type(self).palette or voc_palette(len(self.class_names))
         self.failure: DataError | None = None
+        self.guard = LabelGuard(self.class_names, plan.unlabelled)
         super().__init__(
             data_dir=data_dir or None,
             config=tfds.core.BuilderConfig(name=plan.fingerprint),
@@ -141,14 +154,25 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         del dl_manager  # nothing is downloaded
-        return {split: self._generate_examples(items) for split, items in self._plan.splits.items()}
+        return {split: self._generate_examples(split, items) for split, items in self._plan.splits.items()}
 
-    def _generate_examples(self, items: Sequence[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _generate_examples(self, split: str, items: Sequence[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             for item in items:
                 key, image, label = self._example(item)
+                pixels = decode_image(image, str(item.image) if isinstance(item, Pair) else key)
+                if label is None:
+                    label = np.full(pixels.shape[:2], VOID, np.uint8)
+                elif isinstance(item, Pair) and label.shape != pixels.shape[:2]:
+                    raise DataError(
+                        f"{item.mask}: mask is {label.shape[1]}x{label.shape[0]} pixels but its image {item.image} is "
+                        f"{pixels.shape[1]}x{pixels.shape[0]}; both need the same size (resize masks with nearest "
+                        "neighbour only)"
+                    )
+                self.guard.add(split, key, image, pixels, label)
                 png = io.BytesIO(encode_png(label))
                 yield key, {"image": io.BytesIO(image), "label": png, "id": key}
+            self.guard.close(split)
         except DataError as e:
             self.failure = e  # TFDS may wrap it; the caller raises this one
             raise
@@ -157,29 +181,29 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
         """The mask of an item as the source has it: class indices and `void_value`, uint8 [H, W]."""
         return decode_label(_read(item.mask), str(item.mask))
 
-    def _example(self, item: Any) -> tuple[str, bytes, np.ndarray]:
-        """One example: id, encoded image, and uint8 [H, W] labels with 255 = void."""
-        image_bytes = _read(item.image)
-        height, width = decode_image(image_bytes, str(item.image)).shape[:2]
-        if item.mask is None:
-            return item.id, image_bytes, np.full((height, width), VOID, np.uint8)
-        label = self._label(item)
-        if label.shape != (height, width):
-            raise DataError(
-                f"{item.mask}: mask is {label.shape[1]}x{label.shape[0]} pixels but its image {item.image} "
-                f"is {width}x{height}; both need the same size (resize masks with nearest neighbour only)"
-            )
-        return item.id, image_bytes, self._void_to_255(label, item.mask)
+    def _example(self, item: Any) -> tuple[str, bytes, np.ndarray | None]:
+        """One example: id, JPEG or PNG, and uint8 [H, W] labels with 255 = void (None: not labelled)."""
+        label = None if item.mask is None else self._label(item)
+        image = storable_image(
+            _read(item.image),
+            str(item.image),
+            None if label is None else label.shape,
+            trusted=self.masks_fit_stored_pixels,
+        )
+        return item.id, image, None if label is None else self._void_to_255(label, item.mask)
 
     def _void_to_255(self, label: np.ndarray, path: Path) -> np.ndarray:
         num_classes = len(self.class_names)
-        present = np.flatnonzero(np.bincount(label.ravel(), minlength=256))
-        for value in present:
-            if value >= num_classes and value != self.void_value:
-                raise DataError(
-                    f"{path}: label value {value} is neither a class (0..{num_classes - 1}) nor void "
-                    f"({self.void_value}); correct the mask, or mark those pixels {self.void_value}"
-                )
+        known = np.arange(256) < num_classes
+        known[self.void_value] = True
+        if np.bincount(label.ravel(), minlength=256)[~known].any():
+            raise bad_value(
+                path,
+                label,
+                known,
+                f"neither a class (0..{num_classes - 1}) nor void ({self.void_value})",
+                f"correct the mask, or mark those pixels {self.void_value}",
+            )
         return np.where(label == self.void_value, np.uint8(VOID), label)
 
 
@@ -202,9 +226,10 @@ def _file_states(split: str, pairs: Sequence[Pair]) -> list[tuple]:
                 continue
             try:
                 stat = path.stat()
-            except OSError as e:
+            except (OSError, ValueError) as e:  # ValueError: a zero byte in the name
+                missing = "is a link to nothing" if path.is_symlink() else "is missing"
                 raise DataError(
-                    f"{path}: {kind} is missing but {pair.listed_in} names it (split {split!r}); "
+                    f"{path}: {kind} {missing} but {pair.listed_in} names it (split {split!r}); "
                     "add the file or remove it there"
                 ) from e
             state += [str(path), stat.st_size, stat.st_mtime_ns]

@@ -5,6 +5,7 @@ import difflib
 import fcntl
 import importlib
 import io
+import json
 import logging
 import os
 import shutil
@@ -13,9 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
-from pwcrf_jax.data.common import DataError, decode_image, decode_label
+from pwcrf_jax.data.common import DataError, decode_image, decode_label, open_image
 
 _BUILDERS = {  # name -> module and class, imported when asked for: `import pwcrf_jax.data` does not pay for TFDS
     "synthetic": ("synthetic", "Synthetic"),
@@ -58,8 +60,13 @@ class Source:
           IndexError: index is not in 0..len-1.
           DataError: the prepared record is damaged; names the record, the folder and the remedy.
         """
+        sample = self.open(index)
+        return sample | {"image": np.asarray(sample["image"])}
+
+    def open(self, index: int) -> dict[str, Any]:
+        """The same with the image as a `PIL.Image` in RGB: a crop of it costs less than all of it as an array."""
         record, where = self._raw(index)
-        image, label = decode_image(record["image"], where), decode_label(record["label"], where)
+        image, label = open_image(record["image"], where), decode_label(record["label"], where)
         return {"image": image, "label": label, "id": record["id"]}
 
     def image_size(self, index: int) -> tuple[int, int]:
@@ -111,6 +118,29 @@ class Dataset:
                     f"split {name!r} of data set {self.name!r} has no public labels; predict on it with "
                     f"eval.py --dataset={name} --output=DIR, or name another split"
                 )
+
+    def label_report(self) -> dict[str, Any]:
+        """What `check.LabelGuard` saw when the data set was prepared, see `LabelGuard.report`.
+
+        Raises:
+          DataError: a prepared record is damaged.
+        """
+        from pwcrf_jax.data import check
+
+        try:
+            return json.loads(Path(self.folder, check.REPORT).read_text())
+        except (OSError, ValueError):  # prepared by an earlier version, or in a run that was killed
+            guard = check.LabelGuard(self.class_names, self.unlabelled)
+        for split in self.splits:
+            source = self.source(split)
+            for index in range(len(source)):
+                record, where = source._raw(index)
+                pixels, label = decode_image(record["image"], where), decode_label(record["label"], where)
+                guard.add(split, record["id"], record["image"], pixels, label)
+        report = guard.report()
+        with contextlib.suppress(OSError):  # a read-only folder
+            check.write_report(report, self.folder)
+        return report
 
     def source(self, split: str) -> Source:
         """Random access to a split; TFDS slices such as "train[:90%]" work.
@@ -165,7 +195,8 @@ def load_dataset(
         raise DataError(f"data.name: unknown data set {name!r}, did you mean {near!r}? Known: {DATASETS}")
     builder_cls = _builder_class(name)
     data_dir = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-    plan = builder_cls.plan(source_dir, data_dir=data_dir, **options)
+    with _listing(source_dir):
+        plan = builder_cls.plan(source_dir, data_dir=data_dir, **options)
     if not partial:
         builder_cls.check_sizes(plan, source_dir)
     home = Path(data_dir) / builder_cls.name / plan.fingerprint
@@ -192,6 +223,8 @@ def _builder_class(name: str) -> Any:
 def _prepare(name: str, builder: Any, home: Path) -> None:
     import tensorflow_datasets as tfds
 
+    from pwcrf_jax.data import check
+
     for leftover in home.glob("incomplete.*"):  # of a run that was killed; the lock says nobody writes it
         shutil.rmtree(leftover, ignore_errors=True)
     start = time.monotonic()
@@ -206,6 +239,11 @@ def _prepare(name: str, builder: Any, home: Path) -> None:
         if isinstance(e, OSError):
             raise _unwritable(home, e) from e
         raise
+    report = builder.guard.report()
+    with contextlib.suppress(OSError):  # the data set is whole; `label_report` makes it anew
+        check.write_report(report, builder.data_dir)
+    for warning in report["warnings"]:
+        log.warning("%s: %s", name, warning)
     counts = ", ".join(f"{k} {v.num_examples}" for k, v in builder.info.splits.items())
     log.info("Prepared %s (%s) in %.1f s: %s", name, counts, time.monotonic() - start, builder.data_dir)
 
@@ -214,6 +252,19 @@ def _unwritable(home: Path, error: OSError) -> DataError:
     return DataError(
         f"{home}: the prepared data set cannot be written ({error}); make room or set data.data_dir to another folder"
     )
+
+
+@contextlib.contextmanager
+def _listing(source_dir: str) -> Iterator[None]:
+    """What the listing of a source may meet in any file system."""
+    try:
+        yield
+    except OSError as e:
+        raise DataError(
+            f"{e.filename or source_dir}: cannot be read ({e.strerror or e}); check its name and permissions"
+        ) from e
+    except UnicodeDecodeError as e:
+        raise DataError(f"{source_dir}: a list or table there is not UTF-8 text ({e}); save it as UTF-8") from e
 
 
 @contextlib.contextmanager

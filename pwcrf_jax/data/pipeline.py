@@ -29,33 +29,46 @@ class _TrainView:
 
     def __getitem__(self, p: int) -> dict[str, Any]:
         g = p // self._local * self._batch_size + self._host * self._local + p % self._local
-        return self._augment(self._source[self._order[g]], g)
+        return self._augment(self._source.open(self._order[g]), g)
 
 
 class _Augment:
-    """Random scale, flip and crop of sample number g; image and label go through the same geometry."""
+    """Random scale, flip and crop of sample number g; image and label go through the same geometry.
+
+    Only the crop is made: it is found in the scaled image first, and resized from the part of the original it shows.
+    """
 
     def __init__(self, crop_size: Any, scale_range: Any, flip: bool, seed: int, pad_value: Any):
         self._crop_size, self._scale_range, self._flip = crop_size, scale_range, flip
-        self._seed, self._pad_value = seed, pad_value
+        self._seed = seed
+        self._padding = np.full((*crop_size, 3), pad_value, np.uint8)
 
     def __call__(self, sample: dict[str, Any], g: int) -> dict[str, Any]:
         rng = np.random.default_rng([self._seed, g])
         image, label = sample["image"], sample["label"]
         scale = rng.uniform(*self._scale_range)
         mirrored = rng.random() < 0.5
-        height, width = (max(1, round(n * scale)) for n in label.shape)
-        if (height, width) != label.shape:
-            image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
-            label = np.asarray(Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST))
-        if self._flip and mirrored:
-            image, label = image[:, ::-1], label[:, ::-1]
+        shape = [max(1, round(n * scale)) for n in label.shape]
         # `extra` pixels too many are cropped away, too few are padded; either way at a random offset.
-        extra = (height - self._crop_size[0], width - self._crop_size[1])
-        top, left = (int(np.sign(e)) * int(rng.integers(abs(e) + 1)) for e in extra)
-        image = _window(image, top, left, self._crop_size, self._pad_value)
-        label = _window(label, top, left, self._crop_size, VOID)
-        return {"image": image, "label": label, "id": sample["id"]}
+        extra = (n - c for n, c in zip(shape, self._crop_size, strict=True))
+        offsets = [int(np.sign(e)) * int(rng.integers(abs(e) + 1)) for e in extra]
+        axes = list(zip(offsets, self._crop_size, shape, label.shape, strict=True))
+        # Rows and columns of the scaled image that the crop shows, and where in the crop they come to lie.
+        (y0, y1), (x0, x1) = inside = [(max(at, 0), min(at + c, n)) for at, c, n, _ in axes]
+        rows, cols = (slice(a - at, b - at) for (a, b), (at, _, _, _) in zip(inside, axes, strict=True))
+        if flipped := self._flip and mirrored:
+            x0, x1 = shape[1] - x1, shape[1] - x0
+        dy, dx = (source / n for _, _, n, source in axes)
+        image = image.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR, (x0 * dx, y0 * dy, x1 * dx, y1 * dy))
+        nearest_y, nearest_x = (
+            ((np.arange(*span) + 0.5) * d).astype(int) for span, d in (((y0, y1), dy), ((x0, x1), dx))
+        )
+        if flipped:
+            image, nearest_x = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), nearest_x[::-1]
+        out_image, out_label = self._padding.copy(), np.full(self._crop_size, VOID, np.uint8)
+        out_image[rows, cols] = np.asarray(image)
+        out_label[rows, cols] = label.take(nearest_y, 0).take(nearest_x, 1)
+        return {"image": out_image, "label": out_label, "id": sample["id"]}
 
 
 def _window(array: np.ndarray, top: int, left: int, size: tuple[int, int], fill: Any) -> np.ndarray:

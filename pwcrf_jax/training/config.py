@@ -45,11 +45,25 @@ _ADDED = {
     "refine.method": "auto",
     "eval.classes": (),
     "data.partial": True,
+    "data.image_folder.val_fraction": 0.1,
+    "data.image_folder.seed": 0,
+    "data.tfds.dataset": "",
+    "data.tfds.image_key": "image",
+    "data.tfds.label_key": "label",
+    "data.tfds.label_offset": 0,
+    "data.tfds.void": 255,
+    "data.tfds.class_names": (),
+    "data.tfds.num_classes": 0,
+    "tiles.size": (),
+    "tiles.overlap": 0.5,
+    "tta.scales": (1.0,),
+    "tta.flip": False,
     **{f"refine.{name}": value for name, value in dense_crf.DEFAULT_PARAMS._asdict().items()},
 }
+CLASSES = "classes.json"  # in a workdir: names and colours of its classes, for prediction without the data set
 TUNED = "tuned.json"  # in a workdir: what `eval.py --tune-refinement` chose
 _BATCHES = ("train.batch_size", "eval.batch_size")
-_RESERVED = ("unary", "all", "refined")  # rows of the table, terms of the loss
+_RESERVED = ("unary", "all", "tta", "refined")  # rows of the table, terms of the loss
 
 
 def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[str, ...] = _BATCHES) -> None:
@@ -76,6 +90,8 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
         "optimizer.schedule": ("poly", "cosine", "constant"),
     }.items():
         _choose(key, flat[key], list(known))
+    if len(config.tiles.size) not in (0, 2):
+        raise ConfigError(f"config.tiles.size = {config.tiles.size} must be (height, width), or () for the default")
     low, high = config.data.scale_range
     if low > high:
         raise ConfigError(f"config.data.scale_range = {(low, high)} must be (lowest, highest)")
@@ -213,6 +229,11 @@ def crf_settings(config: ConfigDict) -> dict:
     )
 
 
+def augments(config: ConfigDict) -> bool:
+    """Whether test-time augmentation shows more than the image itself."""
+    return config.tta.flip or tuple(config.tta.scales) != (1.0,)
+
+
 def table_rows(config: ConfigDict) -> dict[str, tuple[str, ...]]:
     """Rows of the evaluation table: the unary alone, each relation added to it, all of them."""
     names = crf_relations(config)
@@ -250,12 +271,40 @@ def load(path) -> ConfigDict:
     if not isinstance(stored, dict) or not stored:
         raise ConfigError(f"{path} is not a config: expected a JSON object with the keys of configs/default.py")
     for key, value in _ADDED.items():
-        section, name = key.split(".")
-        if section == "refine":  # a section that came later itself
-            stored.setdefault(section, {})
-        if isinstance(stored.get(section), dict):
-            stored[section].setdefault(name, value)
+        *sections, name = key.split(".")
+        place = stored
+        for section in sections:  # which may have come later itself
+            place = place.setdefault(section, {}) if isinstance(place, dict) else None
+        if isinstance(place, dict):
+            place.setdefault(name, value)
     return ConfigDict(_tuples(stored))
+
+
+def save_classes(class_names, palette, folder: str) -> None:
+    """Writes FOLDER/classes.json, whole or not at all."""
+    path = pathlib.Path(folder, CLASSES)
+    partial = path.with_suffix(".partial")
+    named = [{"name": name, "colour": list(colour)} for name, colour in zip(class_names, palette, strict=True)]
+    partial.write_text(json.dumps(named, indent=2) + "\n")
+    partial.replace(path)
+
+
+def load_classes(workdir: str):
+    """(class names, palette) of WORKDIR/classes.json; two empty tuples where it is not there.
+
+    Raises:
+      ConfigError: it cannot be read.
+    """
+    path = pathlib.Path(workdir, CLASSES)
+    try:
+        classes = [(str(x["name"]), tuple(map(int, x["colour"]))) for x in json.loads(path.read_text())]
+        if any(len(colour) != 3 or not all(0 <= x <= 255 for x in colour) for _, colour in classes):
+            raise ValueError("a colour is not three numbers 0..255")
+    except FileNotFoundError:
+        return (), ()
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path} cannot be used ({error}); delete it, training writes it again") from None
+    return tuple(name for name, _ in classes), tuple(colour for _, colour in classes)
 
 
 def tuning_conditions(config: ConfigDict) -> dict:

@@ -1,5 +1,6 @@
 """Evaluation on a split at full resolution, and its table."""
 
+import functools
 import json
 import math
 import os
@@ -9,9 +10,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from pwcrf_jax import metrics
+from pwcrf_jax import metrics, segmenter
 from pwcrf_jax.data import check_sizes, eval_batches, load_dataset
-from pwcrf_jax.training import checkpoint, parallel, refinement, steps
+from pwcrf_jax.training import checkpoint, inference, parallel, refinement, steps
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training.logs import log
 
@@ -29,15 +30,18 @@ def make_eval_fn(config, model, refine="off"):
     return parallel.pmap_eval(eval_step(config, model, marginals_of="all"), per_image=True)
 
 
-def evaluate_params(eval_fn, params, dataset, split, config, refine="off") -> dict:
+def evaluate_params(eval_fn, params, dataset, split, config, refine="off", predictor=None) -> dict:
     """Runs one split.
 
     refine: "off", or "spatial" or "full" for one more row, the marginals of "all" refined by the dense CRF; `eval_fn`
       must be made for it.
+    predictor: an `inference.Predictor`, for one more row, "tta", the means over its views. They are then what is
+      refined, and `eval_fn` must be made for "off".
 
     Returns a dict of plain numbers: `rows` {row: {miou, pixel_accuracy, mean_accuracy, fw_iou, iou {class: ...},
     boundary_iou {width: ...}}}, `nll` {unary, relation: ...}, `change` {row: [largest change of a marginal in each
-    iteration]; of "refined", on this host}, `num_images`, `classes` (names that means are over; none: all).
+    iteration]; of "refined", on this host; not of "tta"}, `num_images`, `classes` (names that means are over; none:
+    all).
     """
     batches = eval_batches(
         dataset,
@@ -48,21 +52,26 @@ def evaluate_params(eval_fn, params, dataset, split, config, refine="off") -> di
         hosts=jax.process_count(),
         num_threads=config.data.num_threads,
     )
-    rows = list(configs.table_rows(config)) + ([] if refine == "off" else ["refined"])
+    rows = list(configs.table_rows(config))
+    rows += ["tta"] * bool(predictor) + ["refined"] * (refine != "off")
     confusion, terms, change, num_images = {}, {}, {}, 0
     for batch in tqdm(batches, unit="batch", desc=f"eval {split}", disable=not sys.stderr.isatty(), leave=False):
         num_images += sum(1 for name in batch["id"] if name)
         out = eval_fn(params, parallel.split({k: batch[k] for k in ("image", "label", "valid_size")}))
-        if refine != "off":
+        if predictor:
+            counts, largest = _augmented(predictor, batch, config.refine, refine)
+            out["confusion"] |= {row: parallel.sum_over_hosts(x) for row, x in counts.items()}
+            out["change"] |= largest
+        elif refine != "off":
             out, marginals = out
             marginals = np.asarray(marginals)
             marginals = marginals.reshape(-1, *marginals.shape[2:])
-            counts, largest = refinement.refine_batch(marginals, batch, config.refine, refine)
+            counts, out["change"]["refined"] = refinement.refine_batch(marginals, batch, config.refine, refine)
             out["confusion"]["refined"] = parallel.sum_over_hosts(counts)
-            out["change"]["refined"] = largest
         for row, counts in out["confusion"].items():
             confusion[row] = confusion.get(row, 0) + np.asarray(counts, np.int64)
-            change[row] = np.maximum(change.get(row, 0.0), np.asarray(out["change"][row]))
+        for row, largest in out["change"].items():
+            change[row] = np.maximum(change.get(row, 0.0), np.asarray(largest))
         for name, (total, count) in out["terms"].items():
             terms[name] = terms.get(name, 0.0) + np.array([total, count], np.float64)
     scored = configs.scored_classes(config, dataset.class_names)
@@ -74,6 +83,35 @@ def evaluate_params(eval_fn, params, dataset, split, config, refine="off") -> di
         nll={name: float(-total / max(count, 1.0)) for name, (total, count) in terms.items()},
         change={row: [float(x) for x in values] for row, values in change.items()},
     )
+
+
+def _augmented(predictor, batch, settings, refine):
+    """({row: int32 [1 + bands, K, K]}, {row: change}) of this host's images: the rows "tta" and, on it, "refined"."""
+    empty = np.zeros((1 + len(steps.BAND_WIDTHS), predictor.num_classes, predictor.num_classes), np.int32)
+    counts, change = {"tta": empty}, {}
+    if refine != "off":
+        counts["refined"], change["refined"] = empty, np.zeros(settings["num_iterations"], np.float32)
+    sizes = batch["valid_size"]
+    images = ((i, batch["image"][i, :height, :width]) for i, (height, width) in enumerate(sizes) if height)
+    for i, image, marginals in predictor(images):
+        predictions = {"tta": marginals.labels()}
+        if refine != "off":
+            refined, largest = refinement.refine_image(marginals.log_probs(), image, settings, refine)
+            predictions["refined"] = refined.argmax(-1)
+            change["refined"] = np.maximum(change["refined"], largest)
+        truth = batch["label"][i]
+        for row, labels in predictions.items():
+            framed = np.zeros_like(truth)
+            framed[: labels.shape[0], : labels.shape[1]] = labels
+            counts[row] = counts[row] + np.asarray(_count(framed, truth, sizes[i], predictor.num_classes))
+    return counts, change
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _count(predictions, labels, valid_size, num_classes):
+    """`steps.confusions` of one image in a frame [H, W]."""
+    valid = segmenter.grid_mask(valid_size[None], labels.shape, labels.shape)[0]
+    return steps.confusions(predictions, labels, valid, num_classes)
 
 
 def _figures(confusions, class_names, scored):
@@ -90,7 +128,8 @@ def _figures(confusions, class_names, scored):
 
 
 def _row_title(row):
-    return {"unary": "unary", "all": "all relations", "refined": "+ refinement"}.get(row, f"+ {row}")
+    titles = {"unary": "unary", "all": "all relations", "tta": "+ augmentation", "refined": "+ refinement"}
+    return titles.get(row, f"+ {row}")
 
 
 def table(result: dict) -> str:
@@ -154,7 +193,9 @@ def evaluate(config, workdir: str, which: str = "best", split: str = "", refine:
     split = split or config.data.eval_split
     model, params, step, dataset = load(config, workdir, which, split)
     log.info("%s checkpoint of step %d, split %s", which, step, split)
-    result = evaluate_params(make_eval_fn(config, model, refine), params, dataset, split, config, refine)
+    predictor = inference.Predictor(config, model, params) if configs.augments(config) else None
+    eval_fn = make_eval_fn(config, model, "off" if predictor else refine)
+    result = evaluate_params(eval_fn, params, dataset, split, config, refine, predictor)
     return result | dict(step=step, checkpoint=which, refine=refine, config=config.to_dict())
 
 

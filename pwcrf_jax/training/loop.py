@@ -24,7 +24,7 @@ def train_and_evaluate(config, workdir: str) -> dict:
     """Trains the model of a config in a workdir, or goes on where an earlier run in it stopped.
 
     Everything that can be refused is refused before training: config, data set, classes, weights, checkpoint.
-    Writes config.json, checkpoints/, best/, metrics.jsonl, tensorboard/.
+    Writes config.json, classes.json, checkpoints/, best/, metrics.jsonl, tensorboard/.
 
     Returns:
       The result of the last evaluation (`evaluate.evaluate_params`), or {} if the run was complete already.
@@ -112,6 +112,7 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best):
         log.info("already trained for %d steps; raise config.train.steps to go on", step)
         return {}
     configs.save(config, os.path.join(workdir, "config.json"))
+    configs.save_classes(dataset.class_names, dataset.palette, workdir)
     batches = train_batches(
         dataset,
         config.data.train_split,

@@ -1,4 +1,7 @@
-"""Boundary refinement of a split: images in frames of few sizes, one on each of this host's devices at a time."""
+"""Boundary refinement of a split: images in frames of few sizes, one on each of this host's devices at a time.
+
+And of a single image, of any size.
+"""
 
 import functools
 
@@ -21,6 +24,11 @@ def params_of(settings, mode) -> dense_crf.Params:
 def frame_of(height: int, width: int, largest) -> tuple[int, int]:
     """The frame an image is refined in: its size rounded up to multiples of `BUCKET`, `largest` at most."""
     return tuple(min(-(-n // BUCKET) * BUCKET, most) for n, most in zip((height, width), largest, strict=True))
+
+
+def _capacities(frame):
+    """Rooms for the lattice to try in turn; the last suffices for any image."""
+    return None, 2 * frame[0] * frame[1], 6 * frame[0] * frame[1]
 
 
 @functools.cache
@@ -73,7 +81,7 @@ def refine_batch(log_marginals, batch, settings, mode):
         chosen = np.pad(chosen, (0, jax.local_device_count() - len(chosen)), "edge")
         arrays = [x[chosen] for x in arrays]
         options = size, frame, num_iterations, method, gaussian.radius_of(params.smoothness_sxy)
-        for capacity in (None, 2 * height * width, 6 * height * width):  # the last suffices for any image
+        for capacity in _capacities(frame):
             counts, largest, exceeded = _compiled(*options, capacity)(*arrays, params)
             if not np.any(exceeded):
                 break
@@ -84,3 +92,37 @@ def refine_batch(log_marginals, batch, settings, mode):
         num_classes = log_marginals.shape[-1]
         confusion = np.zeros((1 + len(steps.BAND_WIDTHS), num_classes, num_classes), np.int32)
     return confusion, change
+
+
+def refine_image(log_probs, image, settings, mode):
+    """Refines one image of any size, on one device.
+
+    Args:
+      log_probs: float32 [H, W, K], log-probabilities of its pixels.
+      image: uint8 [H, W, 3].
+      settings, mode: of `refine_batch`.
+
+    Returns:
+      (log-probabilities float32 [H, W, K], change float32 [num_iterations], the largest of each iteration).
+    """
+    params = params_of(settings, mode)
+    height, width = image.shape[:2]
+    frame = frame_of(height, width, (np.inf, np.inf))
+    padding = [(0, n - at) for n, at in zip(frame, (height, width), strict=True)]
+    log_probs, image = (np.pad(x, [*padding, (0, 0)]) for x in (log_probs, image))
+    mask = np.pad(np.ones((height, width), bool), padding)
+    radius = gaussian.radius_of(params.smoothness_sxy)
+    for capacity in _capacities(frame):
+        refined, info = dense_crf.refine(
+            log_probs,
+            image,
+            params,
+            settings["num_iterations"],
+            mask=mask,
+            method=settings["method"],
+            capacity=capacity,
+            radius=radius,
+        )
+        if not np.any(info.exceeded):
+            break
+    return np.asarray(refined)[:height, :width], np.asarray(info.change)

@@ -87,6 +87,19 @@ def make_train_step(model, tx, loss_config, seed=0):
     return step
 
 
+def make_potentials_step(model, names):
+    """Builds step(params, {"image": uint8 [B, H, W, 3]}) -> ((), (unary [B, h, w, K], {relation: (a, b)})).
+
+    a, b: [B, h, w, M] of `pwcrf_jax.pairwise.FactoredPairwise`, of the named relations.
+    """
+
+    def step(params, batch):
+        unary, potentials = model.apply({"params": params}, batch["image"])
+        return (), (unary, {name: (potentials[name].a, potentials[name].b) for name in names})
+
+    return step
+
+
 BAND_WIDTHS = (3, 5)  # pixels on either side of the boundaries that boundary IoU looks at
 
 

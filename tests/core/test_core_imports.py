@@ -16,6 +16,7 @@ CORE = (
     "edge_likelihood",
     "pairwise",
     "piecewise",
+    "objectives",
     "mean_field",
     "permutohedral",
     "gaussian",

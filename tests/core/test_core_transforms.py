@@ -14,6 +14,7 @@ from pwcrf_jax import (
     gaussian,
     mean_field,
     metrics,
+    objectives,
     pairwise,
     permutohedral,
     piecewise,
@@ -73,6 +74,11 @@ def lattice(v):
     return permutohedral.build(nodes(v, "a"), nodes(v, "mask"), capacity=H * W * (M + 1))
 
 
+def corner(v):
+    """Two rows of the grid: few enough labellings to enumerate."""
+    return pairwise.factored_pairwise(v["a"][:2], v["b"][:2], v["w2"], v["b2"], ((0, 1), (1, 0)))
+
+
 def refine(v, method):
     params = dense_crf.Params(v["w2"][0], v["sigmas"], v["sigmas"][0], 2 * v["sigmas"], 30 * v["sigmas"][1])
     unary = jax.nn.log_softmax(v["unary"])
@@ -126,6 +132,15 @@ CASES = {
     "run-PairwiseTable": lambda v: mean_field.run(
         nodes(v, "unary"), [table(v), table(v)], **mean_field_settings(v, nodes(v, "mask"))
     ),
+    "pseudo_log_likelihood": lambda v: objectives.pseudo_log_likelihood(
+        v["unary"], [grid(v), grid(v, False)], v["labels"], v["relation_weights"], True, node_weights=v["weights"]
+    ),
+    "unrolled_log_likelihood": lambda v: objectives.unrolled_log_likelihood(
+        v["unary"], [grid(v)], v["labels"], 2, v["relation_weights"][:1], v["damping"], True, node_mask=v["mask"]
+    ),
+    "exact_log_likelihood": lambda v: objectives.exact_log_likelihood(
+        v["unary"][:2], [corner(v)], v["labels"][:2], v["relation_weights"][:1]
+    ),
     "balance_weights": lambda v: piecewise.balance_weights(v["labels"], K, power=v["damping"]),
     "grid_labels": lambda v: piecewise.grid_labels(v["image"], H, W),
     "confusion_matrix": lambda v: metrics.confusion_matrix(v["predictions"], v["image"], K),
@@ -160,7 +175,10 @@ HOST = {"offsets", "edge_list", "validity_mask", "scores", "radius_of", *public_
 
 def test_every_public_function_is_in_the_battery():
     covered = {name.split("-")[0] for name in CASES} | HOST
-    modules = (relations, costs, pairwise, piecewise, mean_field, metrics, planning, permutohedral, gaussian, dense_crf)
+    modules = (
+        relations, costs, pairwise, piecewise, objectives, mean_field, metrics, planning, permutohedral, gaussian,
+        dense_crf,
+    )  # fmt: skip
     assert set(public_functions(*modules)) == covered
     exported = {n for n in pwcrf_jax.__all__ if callable(v := getattr(pwcrf_jax, n)) and not isinstance(v, type)}
     assert {n for n in exported if getattr(pwcrf_jax, n).__module__.startswith("pwcrf_jax.")} - covered == set()

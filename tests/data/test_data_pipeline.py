@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pwcrf_jax.data import VOID, DataError, eval_batches, load_dataset, train_batches
 from pwcrf_jax.data.common import MEAN_COLOUR
+from pwcrf_jax.data.pipeline import _Augment
 
 
 class Memory:
@@ -26,6 +28,9 @@ class Memory:
 
     def __getitem__(self, i):
         return self.records[i]
+
+    def open(self, i):
+        return self[i] | {"image": Image.fromarray(self[i]["image"])}
 
     def image_size(self, i):
         return self.records[i]["label"].shape
@@ -254,3 +259,29 @@ def test_prepared_data_set_end_to_end(tmp_path):
     assert batches[1]["id"][0] == source[2]["id"]
     with pytest.raises(DataError, match="no split 'test'"):
         train_batches(data, "test", batch_size=2, crop_size=(8, 8))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_crop_is_a_window_of_the_whole_scaled_image(flip):
+    """Against scaling all of the image first, by Pillow."""
+    rng = np.random.default_rng(5)
+    shape, crop = (45, 67), (40, 30)
+    image, label = rng.integers(0, 256, (*shape, 3), np.uint8), rng.integers(0, 21, shape, np.uint8)
+    sample = {"image": Image.fromarray(image), "label": label, "id": "a"}
+    for g in range(40):
+        draw = np.random.default_rng([9, g])
+        scale, mirrored = draw.uniform(0.5, 1.5), draw.random() < 0.5
+        height, width = (max(1, round(n * scale)) for n in shape)
+        whole = np.asarray(sample["image"].resize((width, height), Image.Resampling.BILINEAR), int)
+        labels = np.asarray(Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST))
+        if flip and mirrored:
+            whole, labels = whole[:, ::-1], labels[:, ::-1]
+        extra = (height - crop[0], width - crop[1])
+        top, left = (int(np.sign(e)) * int(draw.integers(abs(e) + 1)) for e in extra)
+        got = _Augment(crop, (0.5, 1.5), flip, 9, (1, 2, 3))(sample, g)
+        for y in range(crop[0]):
+            for x in range(0, crop[1], 7):
+                inside = 0 <= y + top < height and 0 <= x + left < width
+                assert got["label"][y, x] == (labels[y + top, x + left] if inside else VOID)
+                expected = whole[y + top, x + left] if inside else (1, 2, 3)
+                assert np.abs(got["image"][y, x] - expected).max() <= 1

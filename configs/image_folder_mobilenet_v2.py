@@ -1,0 +1,32 @@
+"""Your own images and masks with MobileNetV2 start weights, sized for two CPU cores or a small GPU.
+
+    python -m pwcrf_jax.data.check image_folder --source_dir PATH
+    python train.py --config configs/image_folder_mobilenet_v2.py --workdir runs/mine \\
+        --config.data.source_dir=PATH --config.data.num_classes=K --config.data.eval_size="(H, W)" \\
+        --config.init_from=PATH/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5
+
+The folder is described in docs/datasets.md. K is the number of classes in classes.txt; H and W are at least the largest
+height and width of your images, which the first command prints, and times 1.2 multiples of 16: 320, 400, 520, 640, 800.
+"""
+
+from configs import default
+
+
+def get_config():
+    config = default.get_config()
+    config.data.name = "image_folder"
+    config.data.num_classes = 2
+    config.data.crop_size = (320, 320)
+    config.data.eval_size = (520, 520)  # times 1.2 a multiple of the stride, as 320 is: cells cover the image evenly
+    config.model.backbone = "mobilenet_v2"
+    config.model.mobilenet_v2.freeze_until = "block_6"
+    config.model.block6 = ((3, 192),)
+    config.model.hidden = 192
+    # The pair terms cannot lower the unary when they do not train the features.
+    config.model.pairwise_trains_features = False
+    config.loss.balance_power = 0.3
+    config.train.steps = 700
+    config.train.eval_every = 350
+    config.train.checkpoint_every = 50
+    config.eval.batch_size = 4
+    return config

@@ -1,0 +1,54 @@
+"""Every data set, from a tiny copy in its official layout: prepared, checked, one training step, evaluation, prediction."""
+
+import importlib
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from pwcrf_jax.data import DATASETS, load_dataset
+from pwcrf_jax.training import config as configs
+from pwcrf_jax.training import evaluate, loop
+
+ROOT = pathlib.Path(__file__).parents[2]
+LAYOUTS = sorted(path.stem for path in (ROOT / "tests" / "layouts").glob("*.py"))
+CONFIGS = {"camvid": "camvid_mobilenet_v2", "tfds": "pet_vgg16"}
+
+
+def config_of(name, source_dir, data_dir):
+    """The set's own config with a network small enough for a test."""
+    config = importlib.import_module(f"configs.{CONFIGS.get(name, name + '_vgg16')}").get_config()
+    config.data.source_dir, config.data.data_dir, config.data.partial = str(source_dir), str(data_dir), True
+    config.model.backbone, config.model.hidden, config.model.block6 = "tiny", 4, ()
+    config.model.tiny.features = (4, 4, 8, 8)
+    config.model.scales, config.model.pyramid_windows, config.model.dtype = (1.0,), (), "float32"
+    config.data.crop_size = (64, 96)
+    config.train.batch_size = config.eval.batch_size = jax.device_count()
+    config.train.steps = 1
+    return config
+
+
+def test_every_data_set_has_a_tiny_copy():
+    assert set(LAYOUTS) == set(DATASETS) - {"synthetic"}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_from_archive_to_score(name, tmp_path):
+    counts = importlib.import_module(f"layouts.{name}").make(tmp_path / "source", np.random.default_rng(0))
+    config = config_of(name, tmp_path / "source", tmp_path / "prepared")
+    dataset = load_dataset(**configs.dataset_options(config))
+    assert {split: dataset.splits[split] for split in counts} == counts
+    assert dataset.num_classes == config.data.num_classes == len(set(dataset.class_names)) == len(dataset.palette)
+    report = json.loads((pathlib.Path(dataset.folder) / "label_report.json").read_text())
+    assert set(report["splits"]) >= set(counts) - set(dataset.unlabelled)
+    for split in (config.data.train_split, config.data.eval_split):
+        assert split.split("[")[0] in dataset.splits and split not in dataset.unlabelled
+    sizes = [dataset.source(split).image_size(i) for split in dataset.splits for i in range(dataset.splits[split])]
+    config.data.eval_size = tuple(-(-max(n) // 16) * 16 for n in zip(*sizes, strict=True))
+    result = loop.train_and_evaluate(config, str(tmp_path / "work"))
+    assert result["num_images"] == dataset.splits[config.data.eval_split.split("[")[0]]
+    assert result["rows"]["all"]["miou"] is not None
+    again = evaluate.evaluate(configs.load(tmp_path / "work" / "config.json"), str(tmp_path / "work"))
+    assert again["rows"] == result["rows"]
