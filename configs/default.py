@@ -38,6 +38,7 @@ def get_config():
     config.data.tfds.void = 255  # what means void, after the offset
     config.data.tfds.class_names = ()  # (): the set's own, or class_0, class_1, ...
     config.data.tfds.num_classes = 3  # 0: as many as there are names
+    config.data.tfds.max_side = 0  # larger images are shrunk to it, with their masks; 0: none is
 
     config.model = ConfigDict()
     config.model.backbone = "vgg16"  # vgg16, mobilenet_v2, tiny
@@ -58,6 +59,10 @@ def get_config():
     config.relations.above_below = relation(rows=(-0.4, 0.0), cols=(-0.2, 0.2), grid=5)
 
     config.loss = ConfigDict()
+    # piecewise; piecewise_staged: the unary first, then the relations on its features, frozen. With config.crf in
+    # training: pseudo_likelihood, unrolled_mean_field, exact (tiny grids)
+    config.loss.objective = "piecewise"
+    config.loss.unary_share = 0.5  # of the steps, that piecewise_staged trains the unary
     config.loss.reduction = "mean"  # mean: of each term's factors [choice]; sum: over all factors of an image
     config.loss.pairwise_weight = 1.0
     config.loss.balance_power = 0.0  # 1: per-image inverse class frequency; 0: off
@@ -101,7 +106,7 @@ def get_config():
     config.refine.method = "auto"  # of the appearance filter: lattice, exact; auto: by size and device
 
     config.tiles = ConfigDict()  # of images larger than data.eval_size
-    config.tiles.size = ()  # (height, width); (): twice data.eval_size
+    config.tiles.size = ()  # (height, width) at most; (): three times data.eval_size, the memory of nine images
     config.tiles.overlap = 0.5  # of neighbouring tiles, at least, as a share of a tile
 
     config.tta = ConfigDict()  # test-time augmentation

@@ -1,8 +1,8 @@
 """What the paper's experiments share: VGG-16, three scales, pyramid pooling, 512 hidden units, free pair scores.
 
-Each relation samples its box on the 5 x 5 grid of the journal version, and messages are plain sums. Learning rate, batch
-size and steps are not given by the paper; these are for one accelerator. Not a run by itself: the configs of the data
-sets start from it.
+Each relation samples its box on the 5 x 5 grid of the journal version, and messages are plain sums. Learning rate,
+batch size and steps are not given by the paper; these are for one accelerator. Not a run by itself: the configs of the
+data sets start from it.
 """
 
 from configs import default

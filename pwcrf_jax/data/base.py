@@ -22,6 +22,7 @@ from pwcrf_jax.data.common import (
     decode_label,
     encode_png,
     storable_image,
+    value_counts,
     voc_palette,
 )
 
@@ -196,7 +197,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
         num_classes = len(self.class_names)
         known = np.arange(256) < num_classes
         known[self.void_value] = True
-        if np.bincount(label.ravel(), minlength=256)[~known].any():
+        if value_counts(label)[~known].any():
             raise bad_value(
                 path,
                 label,

@@ -43,7 +43,7 @@ from PIL import Image
 
 from pwcrf_jax.data.base import Pair, Plan, SegmentationBuilder, _read, check_options, require_source_dir
 from pwcrf_jax.data.check import bad_value
-from pwcrf_jax.data.common import VOID, DataError, decode_colour_label, decode_label, read_lines
+from pwcrf_jax.data.common import VOID, DataError, decode_colour_label, decode_label, read_lines, value_counts
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 LISTS = ("train", "val", "test")
@@ -170,7 +170,7 @@ class ImageFolder(SegmentationBuilder, skip_registration=True):
         if palette is None or self.guard.notes:
             return
         colours = np.frombuffer(bytes(palette.palette)[: len(palette.palette) // 3 * 3], np.uint8).reshape(-1, 3)
-        for value in np.flatnonzero(np.bincount(values.ravel())[: len(colours)]):
+        for value in np.flatnonzero(value_counts(values)[: len(colours)]):
             colour = tuple(colours[value].tolist())
             before, first = self._shown.setdefault(int(value), (colour, path))
             if before != colour:

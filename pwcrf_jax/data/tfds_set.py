@@ -21,10 +21,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from pwcrf_jax.data.base import Plan, SegmentationBuilder, check_options, fingerprint, require_source_dir
 from pwcrf_jax.data.check import bad_value
-from pwcrf_jax.data.common import VOID, DataError, decode_image, decode_label, storable_image
+from pwcrf_jax.data.common import VOID, DataError, decode_label, encode_png, open_image, storable_image
+from pwcrf_jax.data.datasets import _locked, _quiet
 
 
 class _Options(NamedTuple):
@@ -35,6 +37,7 @@ class _Options(NamedTuple):
     void: int = VOID
     class_names: tuple[str, ...] = ()
     num_classes: int = 0
+    max_side: int = 0
 
 
 class TfdsSet(SegmentationBuilder, skip_registration=True):
@@ -55,6 +58,7 @@ class TfdsSet(SegmentationBuilder, skip_registration=True):
           void: what means void, after the offset.
           class_names: (): those of the label's feature, or class_0, class_1, ... where it has none.
           num_classes: 0: as many as there are names.
+          max_side: images of a larger height or width are shrunk to it, with their masks; 0: none is.
 
         Raises:
           DataError: a wrong option, or a set that is not there and cannot be prepared, or is not in array_record.
@@ -72,15 +76,13 @@ class TfdsSet(SegmentationBuilder, skip_registration=True):
         find = lambda: next(filter(None, (_prepared(root, *match.groups()) for root in roots)), None)
         folder = find()
         if not folder:
-            from pwcrf_jax.data.datasets import _locked
-
             with _locked(Path(data_dir) / cls.name):  # the second process finds what the first prepared
                 folder = find() or _prepare(o.dataset, source, data_dir)
         try:
-            builder = tfds.builder_from_directory(folder)
-            sizes = {name: split.num_examples for name, split in builder.info.splits.items() if split.num_examples}
-            images = _images(builder)
-            stored_as = builder.info.file_format.value
+            with _quiet():
+                builder = tfds.builder_from_directory(folder)
+                images, stored_as = _images(builder), builder.info.file_format.value
+                sizes = {name: split.num_examples for name, split in builder.info.splits.items() if split.num_examples}
         except Exception as e:  # TFDS: DatasetInfoFileError, KeyError, ValueError, by what is damaged
             raise DataError(
                 f"{folder}: is not a data set that TFDS prepared ({_first_line(e)}); prepare it again"
@@ -104,7 +106,7 @@ class TfdsSet(SegmentationBuilder, skip_registration=True):
             raise DataError(f"{folder}: has no split with records; prepare it again")
         names = _class_names(o, images[o.label_key])
         state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.iterdir())]
-        key = fingerprint(str(cls.VERSION), str(folder), state, *o)
+        key = fingerprint(str(cls.VERSION), str(folder), state, *o[1:])
         splits = {split: _Records(folder, split, size, o, len(names)) for split, size in sizes.items()}
         return Plan(splits, key, class_names=names)
 
@@ -139,11 +141,11 @@ class _Records(Sequence):
             raise DataError(f"{where} cannot be read ({_first_line(e)}); have TFDS prepare the set again") from e
         stored = decode_label(mask, f"{where}, {o.label_key}")
         image = storable_image(encoded, f"{where}, {o.image_key}", stored.shape, trusted=True)
-        height, width = decode_image(image, f"{where}, {o.image_key}").shape[:2]
-        if stored.shape != (height, width):
+        picture = open_image(image, f"{where}, {o.image_key}")
+        if stored.shape != (picture.height, picture.width):
             raise DataError(
                 f"{where}: {o.label_key} is {stored.shape[1]}x{stored.shape[0]} pixels but {o.image_key} is "
-                f"{width}x{height}; data.tfds.image_key and label_key need one size"
+                f"{picture.width}x{picture.height}; data.tfds.image_key and label_key need one size"
             )
         label = self._table[stored]
         if (label < 0).any():
@@ -152,7 +154,12 @@ class _Records(Sequence):
             )
             remedy = "correct data.tfds.label_offset, void or num_classes"
             raise bad_value(f"{where}, {o.label_key}", stored, self._table >= 0, meaning, remedy)
-        return f"{self._split}_{index:06d}", image, label.astype(np.uint8)
+        label = label.astype(np.uint8)
+        if o.max_side and max(picture.size) > o.max_side:
+            size = tuple(max(1, round(n * o.max_side / max(picture.size))) for n in picture.size)
+            image = encode_png(np.asarray(picture.resize(size, Image.Resampling.BILINEAR)))
+            label = np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
+        return f"{self._split}_{index:06d}", image, label
 
 
 def _images(builder: tfds.core.DatasetBuilder) -> dict[str, tfds.features.Image]:

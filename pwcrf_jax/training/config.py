@@ -2,18 +2,19 @@
 
 import difflib
 import json
+import math
 import pathlib
 
 import jax
 from ml_collections import ConfigDict
 
-from pwcrf_jax import dense_crf, gaussian
+from pwcrf_jax import dense_crf, gaussian, objectives
 from pwcrf_jax.data import DATASETS
 from pwcrf_jax.nets import BACKBONES, INPUT_SCALINGS, FeatMapNet, grid_size
 from pwcrf_jax.pairwise import ROUTES
 from pwcrf_jax.relations import Relation, offsets
 from pwcrf_jax.segmenter import PARAMETERISATIONS, Segmenter
-from pwcrf_jax.training import schema
+from pwcrf_jax.training import schema, steps
 
 
 class ConfigError(ValueError):
@@ -43,6 +44,8 @@ _ADDED = {
     "crf.chunk_edges": 0,
     "refine.num_iterations": 10,
     "refine.method": "auto",
+    "loss.objective": "piecewise",
+    "loss.unary_share": 0.5,
     "eval.classes": (),
     "data.partial": True,
     "data.image_folder.val_fraction": 0.1,
@@ -54,6 +57,7 @@ _ADDED = {
     "data.tfds.void": 255,
     "data.tfds.class_names": (),
     "data.tfds.num_classes": 0,
+    "data.tfds.max_side": 0,
     "tiles.size": (),
     "tiles.overlap": 0.5,
     "tta.scales": (1.0,),
@@ -84,6 +88,7 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
         "model.input_scaling": ("auto", *INPUT_SCALINGS),
         "model.dtype": ("float32", "bfloat16"),
         "loss.reduction": ("mean", "sum"),
+        "loss.objective": steps.OBJECTIVES,
         "crf.route": ROUTES,
         "refine.method": gaussian.METHODS,
         "optimizer.name": ("adamw", "sgd"),
@@ -117,6 +122,16 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
                 f"{-(-flat[key] // devices) * devices}"
             )
     build_model(config)
+    if config.loss.objective not in ("piecewise", "piecewise_staged"):
+        if not crf_relations(config):
+            raise ConfigError(f"config.loss.objective = {config.loss.objective!r} needs relations, there are none")
+    if config.loss.objective == "exact":
+        height, width = grid_size(config.data.crop_size, config.model.scales)
+        if height * width * math.log2(config.data.num_classes) > math.log2(objectives.MAX_LABELLINGS):
+            raise ConfigError(
+                f"config.loss.objective = 'exact' enumerates {config.data.num_classes}^{height * width} labellings of "
+                f"the grid of config.data.crop_size = {tuple(config.data.crop_size)}; it is for tiny grids, use another"
+            )
     for key in ("data.crop_size", "data.eval_size"):
         grid = grid_size(flat[key], config.model.scales)
         for relation in relations(config):
@@ -181,7 +196,7 @@ def build_model(config: ConfigDict) -> Segmenter:
             parameterisation=tuple(config.relations[n].parameterisation or m.parameterisation for n in m.relations),
             hidden=m.hidden,
             input_scaling="tf" if m.input_scaling == "auto" else m.input_scaling,
-            pairwise_trains_features=m.pairwise_trains_features,
+            pairwise_trains_features=m.pairwise_trains_features and config.loss.objective != "piecewise_staged",
             dtype=m.dtype,
         )
     except ConfigError:
@@ -227,6 +242,12 @@ def crf_settings(config: ConfigDict) -> dict:
         route=config.crf.route,
         chunk_edges=config.crf.chunk_edges or None,
     )
+
+
+def unary_steps(config: ConfigDict) -> int:
+    """Steps that train the unary alone, 0 where there are no stages."""
+    staged = config.loss.objective == "piecewise_staged"
+    return min(max(round(config.loss.unary_share * config.train.steps), 1), config.train.steps) if staged else 0
 
 
 def augments(config: ConfigDict) -> bool:

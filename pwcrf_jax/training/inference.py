@@ -40,11 +40,12 @@ class Predictor:
         self._params = params
         self.num_classes = model.num_classes
         self._scales, self._frame = config.model.scales, config.data.eval_size
-        self._tile = config.tiles.size or tuple(2 * n for n in config.data.eval_size)
+        self._tile = config.tiles.size or tuple(3 * n for n in config.data.eval_size)
         self._overlap = config.tiles.overlap
         flips = (False, True) if config.tta.flip else (False,)
         self._kinds = tuple(itertools.product(config.tta.scales, flips))
-        self._layout(tuple(2 * n for n in self._tile))  # refused here rather than at the first large image
+        # Refused here rather than at the first large image.
+        self._layout(tuple(n + 2 * side for n, side in zip(self._frame, self._tile, strict=True)))
         crf = configs.crf_settings(config)
         names = tuple(crf["relation_weights"])
         self._devices = jax.local_devices()

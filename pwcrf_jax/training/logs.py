@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -70,11 +71,11 @@ class Progress:
             left = _duration((self._num_steps - step) * seconds / (step - before))
             speed = f"{rate:.1f} img/s  {left} left"
         # Before any inference: a relation whose NLL stays above twice the unary's has learned no interaction.
-        twice = 2 * metrics["nll_unary"]
-        pairs = ", ".join(f"{k[4:]} {v:.3f}" for k, v in metrics.items() if k.startswith("nll_") and k != "nll_unary")
-        text = f"loss {metrics['loss']:.4f}  nll unary {metrics['nll_unary']:.3f}"
-        if pairs:
-            text += f"  pairs {pairs} (2 x unary {twice:.3f})"
+        unary = metrics.get("nll_unary", math.nan)  # a batch may be void all over
+        others = ", ".join(f"{k[4:]} {v:.3f}" for k, v in metrics.items() if k.startswith("nll_") and k != "nll_unary")
+        text = f"loss {metrics['loss']:.4f}  nll unary {unary:.3f}"
+        if others:
+            text += f"  {others} (2 x unary {2 * unary:.3f})"
         if self._bar is not None:
             self._bar.set_postfix_str(f"{text}  {speed}")
             self._bar.update(step - self._bar.n)

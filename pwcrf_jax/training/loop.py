@@ -43,7 +43,7 @@ def train_and_evaluate(config, workdir: str) -> dict:
         checkpoint.Store(os.path.join(workdir, "best"), identity, 1) as best,
     ):
         model = configs.build_model(config)
-        tx = make_optimizer(config.optimizer, config.model, config.train.steps)
+        tx = make_optimizer(config.optimizer, config.model, config.train.steps, configs.unary_steps(config))
         if latest.latest is None:
             if best.latest is not None:
                 raise checkpoint.CheckpointError(
@@ -126,7 +126,9 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best):
         hosts=jax.process_count(),
         num_threads=config.data.num_threads,
     )
-    train_step = parallel.pmap_train(steps.make_train_step(model, tx, config.loss.to_dict(), config.seed))
+    crf, unary_steps = configs.crf_settings(config), configs.unary_steps(config)
+    train_step = steps.make_train_step(model, tx, config.loss.to_dict(), config.seed, crf, unary_steps)
+    train_step = parallel.pmap_train(train_step)
     eval_fn = evaluate.make_eval_fn(config, model)
     samples_seen, score, result = meta["samples_seen"], None, {}
     writer = Writer(workdir) if jax.process_index() == 0 else None
@@ -155,6 +157,8 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best):
             save_now = evaluate_now or step % c.checkpoint_every == 0
             if step % c.log_every == 0 or save_now:
                 values = {k: float(v) for k, v in metrics.items()}
+                # Kinds of factor that this step has none of; the loss itself is checked.
+                values = {k: v for k, v in values.items() if not (k.startswith("nll_") and math.isnan(v))}
                 _check_finite(values, step, batch["id"], latest)
                 if step % c.log_every == 0 or last:
                     rate = progress.report(step, values)

@@ -7,7 +7,7 @@ from pwcrf_jax.nets import mobilenet_v2
 
 
 def schedule(config, num_steps):
-    """Learning rate by step: linear warm-up, then poly (power 0.9), cosine or constant down to 0 at num_steps."""
+    """Learning rate by step: linear warm-up, then constant, or poly (power 0.9) or cosine down to 0 at num_steps."""
     peak = config.learning_rate
     decay_steps = max(num_steps - config.warmup_steps, 1)
     body = {
@@ -44,13 +44,29 @@ def _groups(params, frozen):
     return jax.tree_util.tree_map_with_path(group, params)
 
 
+def _kinds(params):
+    """ "pairwise" for every leaf of a Pairwise-Net, else "unary"."""
+    kind = lambda path, _: "pairwise" if path[0].key.startswith("pairwise_") else "unary"
+    return jax.tree_util.tree_map_with_path(kind, params)
+
+
 def _decayed(params):
     """True for kernels. By name: the pairwise net's last bias is a matrix too, [K, K]."""
     return jax.tree_util.tree_map_with_path(lambda path, _: "bias" not in path[-1].key, params)
 
 
-def make_optimizer(config, model_config, num_steps):
+def _stages(config, num_steps, unary_steps):
+    """Learning rates of the unary and of the relations by step, where one is trained after the other."""
+    zero = optax.constant_schedule(0.0)
+    first, second = schedule(config, unary_steps), schedule(config, num_steps - unary_steps)
+    return optax.join_schedules([first, zero], [unary_steps]), optax.join_schedules([zero, second], [unary_steps])
+
+
+def make_optimizer(config, model_config, num_steps, unary_steps=0):
     """optax transformation for config.optimizer.
+
+    unary_steps: of the objective "piecewise_staged": the relations have a schedule of their own, from this step on, and
+    all else stands still from there; 0: one schedule for all.
 
     Weight decay (the paper's lambda) acts on kernels, not on biases; in adamw decoupled, in sgd as an L2 term. The
     backbone learns at backbone_factor times the rate; layers that the model freezes get no update at all.
@@ -61,7 +77,11 @@ def make_optimizer(config, model_config, num_steps):
     else:
         rule = [decay, optax.trace(config.momentum)]
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    rate = optax.scale_by_learning_rate(schedule(config, num_steps))
+    if unary_steps:
+        unary, relations = map(optax.scale_by_learning_rate, _stages(config, num_steps, unary_steps))
+        rate = optax.partition({"unary": unary, "pairwise": relations}, _kinds)
+    else:
+        rate = optax.scale_by_learning_rate(schedule(config, num_steps))
     frozen = frozen_layers(model_config)
     factors = {"new": optax.identity(), "backbone": optax.scale(config.backbone_factor), "frozen": optax.set_to_zero()}
     return optax.chain(*clip, *rule, rate, optax.partition(factors, lambda params: _groups(params, frozen)))

@@ -1,12 +1,16 @@
 """The training and the evaluation step, per device (see `pwcrf_jax.training.parallel`), without jit."""
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
-from pwcrf_jax import metrics, pairwise, piecewise, segmenter
+from pwcrf_jax import metrics, objectives, pairwise, piecewise, segmenter
 from pwcrf_jax.training.parallel import AXIS
+
+OBJECTIVES = ("piecewise", "piecewise_staged", "pseudo_likelihood", "unrolled_mean_field", "exact")
 
 
 @flax.struct.dataclass
@@ -37,50 +41,92 @@ def piecewise_terms(potentials, labels, balance_power=0.0, chunk_edges=None, sam
     return terms
 
 
-def objective(terms, num_images, reduction="mean", pairwise_weight=1.0):
-    """Negative piecewise log-likelihood of one device's terms, counts already summed over the devices.
+def joint_term(potentials, labels, name, crf_config, balance_power=0.0, chunk_edges=None):
+    """(sum, count) of one of the objectives of `pwcrf_jax.objectives`, as inference with crf_config would decode.
 
+    name: "pseudo_likelihood", "unrolled_mean_field" or "exact". Others as in `piecewise_terms`, `make_eval_step`.
+    """
+    unary = potentials.unary
+    grid = piecewise.grid_labels(labels, *unary.shape[1:3])
+    names, weights = tuple(crf_config["relation_weights"]), tuple(crf_config["relation_weights"].values())
+    chosen = [potentials.pairwise[n] for n in names]
+    if name == "exact":
+        one = lambda unary, chosen, grid: objectives.exact_log_likelihood(unary, chosen, grid, weights)
+        # Of each image: its nodes. The last layer is shared by all.
+        nodes = lambda p: dataclasses.replace(p, a=0, b=0, w2=None, b2=None, evidence=None if p.evidence is None else 0)
+        return jax.tree.map(jnp.sum, jax.vmap(one, in_axes=(0, [nodes(p) for p in chosen], 0))(unary, chosen, grid))
+    node_weights = piecewise.balance_weights(grid, unary.shape[-1], power=balance_power) if balance_power else None
+    shared = dict(normalize=crf_config["normalize"], node_weights=node_weights, chunk_edges=chunk_edges)
+    if name == "pseudo_likelihood":
+        return objectives.pseudo_log_likelihood(unary, chosen, grid, weights, **shared)
+    iterations, damping = crf_config["num_iterations"], crf_config["damping"]
+    return objectives.unrolled_log_likelihood(unary, chosen, grid, iterations, weights, damping, **shared)
+
+
+def objective(terms, num_images, weights, reduction="mean"):
+    """Negative log-likelihood of one device's terms, counts already summed over the devices.
+
+    weights: {term: weight}; terms that it does not name are there to be watched.
     mean: each kind of factor by its own count. sum: all factors, by the number of images. The sum over devices of
     this is the loss, and so the sum of its gradients is the gradient.
     """
     loss = 0.0
-    for name, (total, count) in terms.items():
-        weight = 1.0 if name == "unary" else pairwise_weight
+    for name, weight in weights.items():
+        total, count = terms[name]
         loss -= weight * total / (jnp.maximum(count, 1.0) if reduction == "mean" else num_images)
     return loss
 
 
-def make_train_step(model, tx, loss_config, seed=0):
+def make_train_step(model, tx, loss_config, seed=0, crf_config=None, unary_steps=0):
     """Builds step(state, batch) -> (state, metrics).
 
     seed: of the sampled offsets, which follow from it and from the number of the step alone.
+    crf_config: of `make_eval_step`, for the objectives that contain inference.
+    unary_steps: of "piecewise_staged": so many steps of the unary alone, then the relations alone.
 
-    batch: image uint8 [B, H, W, 3], label uint8 [B, H, W]. metrics: loss, nll_NAME of every kind of factor, grad_norm.
+    batch: image uint8 [B, H, W, 3], label uint8 [B, H, W]. metrics: loss, grad_norm, and nll_NAME of every term, NaN
+    where a step has no factor of this kind.
     """
+    name = loss_config["objective"]
 
-    def loss_fn(params, batch, step):
+    def loss_fn(params, batch, step, kinds):
+        """kinds: "unary", "pairwise" or both, of the piecewise terms that train."""
         potentials = model.apply({"params": params}, batch["image"])
-        terms = piecewise_terms(
-            potentials,
-            batch["label"],
-            loss_config["balance_power"],
-            loss_config["chunk_edges"] or None,
-            loss_config["sampled_offsets"],
-            jax.random.fold_in(jax.random.key(seed), step),
-        )
+        if "pairwise" not in kinds:
+            potentials = potentials._replace(pairwise={})
+        balance, chunk_edges = loss_config["balance_power"], loss_config["chunk_edges"] or None
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        if name.startswith("piecewise"):
+            sampled = loss_config["sampled_offsets"]
+            terms = piecewise_terms(potentials, batch["label"], balance, chunk_edges, sampled, key)
+            weights = {k: 1.0 if k == "unary" else loss_config["pairwise_weight"] for k in terms}
+            if "unary" not in kinds:
+                del weights["unary"]
+            terms |= {r.name: (jnp.float32(0), jnp.float32(0)) for r in model.relations if r.name not in terms}
+        else:
+            unary = piecewise_terms(potentials._replace(pairwise={}), batch["label"], balance)
+            terms = unary | {name: joint_term(potentials, batch["label"], name, crf_config, balance, chunk_edges)}
+            weights = {name: 1.0}
         # Counts are of labels, not of parameters: summing them here puts no collective into the backward pass.
         terms = {k: (total, jax.lax.psum(count, AXIS)) for k, (total, count) in terms.items()}
         num_images = batch["image"].shape[0] * jax.lax.axis_size(AXIS)
-        loss = objective(terms, num_images, loss_config["reduction"], loss_config["pairwise_weight"])
-        return loss, terms
+        return objective(terms, num_images, weights, loss_config["reduction"]), terms
+
+    def gradients(kinds):
+        return lambda *args: jax.value_and_grad(loss_fn, has_aux=True)(*args, kinds)
 
     def step(state, batch):
-        (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, state.step)
+        arguments = state.params, batch, state.step
+        if name == "piecewise_staged":
+            stages = gradients(("unary",)), gradients(("pairwise",))
+            (loss, terms), grads = jax.lax.cond(state.step < unary_steps, *stages, *arguments)
+        else:
+            (loss, terms), grads = gradients(("unary", "pairwise"))(*arguments)
         sums = {k: total for k, (total, _) in terms.items()}
         loss, sums, grads = jax.lax.psum((loss, sums, grads), AXIS)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        out = {f"nll_{k}": -sums[k] / jnp.maximum(count, 1.0) for k, (_, count) in terms.items()}
+        out = {f"nll_{k}": -sums[k] / count for k, (_, count) in terms.items()}
         out |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state), out
 

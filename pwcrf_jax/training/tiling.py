@@ -71,7 +71,8 @@ def layout(size, frame, tile, overlap: float, scales) -> Layout:
 
     size: of the image, (height, width) as all sizes.
     frame: what an image is padded to that fits into it; it is then the only tile.
-    tile: of larger images, rounded up to `alignment`. An axis that fits the frame keeps the frame's size.
+    tile: at most, of larger images, rounded up to `alignment`. Where the image is smaller than that, so is its tile, in
+      steps of a quarter of the frame, so that images of many sizes share few compiled programs.
     overlap: of neighbouring tiles, at least, as a share of the tile.
 
     Raises:
@@ -84,13 +85,14 @@ def layout(size, frame, tile, overlap: float, scales) -> Layout:
     up = lambda n: -(-n // step) * step
     tiles, canvas, starts = [], [], []
     for n, most, large in zip(size, frame, tile, strict=True):
-        side = up(most if n <= most else large)
+        quarter = up(-(-most // 4))
+        side = up(most) if n <= most else min(up(large), -(-n // quarter) * quarter)
         whole = max(side, up(n))
         move = int(side * (1 - overlap)) // step * step
         if whole > side and not move:
             raise ValueError(
                 f"tiles of {side} pixels with an overlap of {overlap:g} cannot be moved, as cells fall on one another "
-                f"every {step} pixels; take tiles of at least {up(math.ceil(step / (1 - overlap)))}, or a smaller overlap"
+                f"every {step} pixels; take tiles of at least {up(math.ceil(step / (1 - overlap)))}, or less overlap"
             )
         last = (whole - side) // step
         count = 1 + -(-(whole - side) // move) if last else 1

@@ -1,6 +1,5 @@
 """Oxford-IIIT Pet as TFDS prepares it in array_record, and the archives it is prepared from."""
 
-import io
 import pathlib
 import tarfile
 import tempfile
@@ -11,11 +10,12 @@ from PIL import Image
 
 OPTIONS = dict(dataset="oxford_iiit_pet", label_key="segmentation_mask", label_offset=-1, num_classes=3)
 NAMES = {"trainval": ("Abyssinian_1", "Bengal_2", "pug_3"), "test": ("basset_hound_4", "Sphynx_5")}
-XML = "<annotation><size><width>96</width><height>64</height></size><object><bndbox><xmin>9</xmin><ymin>8</ymin><xmax>50</xmax><ymax>40</ymax></bndbox></object></annotation>"  # noqa: E501
+XML = """<annotation><size><width>96</width><height>64</height><depth>3</depth></size><object><name>cat</name>
+<bndbox><xmin>9</xmin><ymin>8</ymin><xmax>50</xmax><ymax>40</ymax></bndbox></object></annotation>"""
 
 
 def make(root: pathlib.Path, rng: np.random.Generator, archives: bool = False) -> dict[str, int]:
-    """The folder oxford_iiit_pet/4.0.0, by TFDS' own code for Pet; archives: no difference, TFDS unpacks them itself."""
+    """The folder oxford_iiit_pet/4.0.0, by TFDS' own code; with archives the same: there is none of a prepared set."""
     del archives
     with tempfile.TemporaryDirectory() as downloads:
         write_downloads(pathlib.Path(downloads), rng)
@@ -49,9 +49,9 @@ def pack(root):
             archive.add(root / folder, folder)
 
 
-def prepare(downloads, data_dir, file_format="array_record", **replaced):
+def prepare(downloads, data_dir):
     """TFDS' builder for Pet, but for the unpacking, for which it needs TensorFlow."""
-    pet = tensorflow_datasets.builder("oxford_iiit_pet", data_dir=str(data_dir), file_format=file_format)
+    pet = tensorflow_datasets.builder("oxford_iiit_pet", data_dir=str(data_dir), file_format="array_record")
 
     def split_generators(dl_manager):
         lists = {"train": "trainval", "test": "test"}
@@ -60,37 +60,3 @@ def prepare(downloads, data_dir, file_format="array_record", **replaced):
 
     pet._split_generators = split_generators
     pet.download_and_prepare()
-    return pathlib.Path(pet.data_dir)
-
-
-def custom(data_dir, name, features, splits, config=None, version="1.0.0"):
-    """Prepares a set of any features; splits: {split: records}, images as PNG bytes."""
-    configs = [tensorflow_datasets.core.BuilderConfig(name=config)] if config else []
-
-    class Custom(tensorflow_datasets.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tensorflow_datasets.core.Version(version)
-        BUILDER_CONFIGS = configs
-
-        def _info(self):
-            return tensorflow_datasets.core.DatasetInfo(
-                builder=self, features=tensorflow_datasets.features.FeaturesDict(features)
-            )
-
-        def _split_generators(self, dl_manager):
-            return {split: self._generate_examples(records) for split, records in splits.items()}
-
-        def _generate_examples(self, records):
-            yield from enumerate(records)
-
-    Custom.name = name
-    builder = Custom(data_dir=str(data_dir), file_format="array_record")
-    builder.download_and_prepare()
-    return pathlib.Path(builder.data_dir)
-
-
-def png(array):
-    """A file object of a PNG."""
-    out = io.BytesIO()
-    Image.fromarray(array).save(out, format="PNG")
-    out.seek(0)
-    return out

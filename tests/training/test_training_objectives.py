@@ -1,0 +1,151 @@
+"""config.loss.objective: each trains, staged training freezes what it says, devices change nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pwcrf_jax import objectives, piecewise
+from pwcrf_jax.training import config as configs
+from pwcrf_jax.training import evaluate, loop, parallel, steps
+from pwcrf_jax.training.optimizer import make_optimizer
+
+OTHERS = [name for name in steps.OBJECTIVES if not name.startswith("piecewise")]
+
+
+def batch_of(rng, count, size=(32, 48), classes=6):
+    labels = rng.integers(0, classes, (count, size[0] // 16, size[1] // 16)).repeat(16, 1).repeat(16, 2)
+    labels[rng.random(labels.shape) < 0.05] = 255
+    noise = rng.normal(0, 20, (*labels.shape, 3))
+    image = (np.where(labels == 255, 0, labels)[..., None] * [40, 20, 9] + noise).clip(0, 255)
+    return {"image": image.astype(np.uint8), "label": labels.astype(np.uint8)}
+
+
+def started(config, seed=0):
+    """(step function, state) of a config, for the devices given to `run`."""
+    model = configs.build_model(config)
+    unary_steps = configs.unary_steps(config)
+    tx = make_optimizer(config.optimizer, config.model, config.train.steps, unary_steps)
+    params = evaluate.init_params(model, seed)
+    crf = configs.crf_settings(config)
+    step = steps.make_train_step(model, tx, config.loss.to_dict(), 0, crf, unary_steps)
+    return step, steps.TrainState(jnp.int32(0), params, tx.init(params))
+
+
+def run(step, state, batches, devices=1):
+    mapped, out = parallel.pmap_train(step, devices=jax.devices()[:devices]), []
+    state = jax.tree.map(jnp.array, state)  # the step takes its buffers
+    for batch in batches:
+        state, metrics = mapped(state, parallel.split(batch, devices))
+        out.append((jax.device_get(state), {k: float(v) for k, v in metrics.items()}))
+    return out
+
+
+@pytest.fixture
+def small(config):
+    config.data.crop_size = config.data.eval_size = (32, 48)
+    config.data.num_classes = 6
+    config.relations.surrounding.rows = config.relations.surrounding.cols = (-1, 1)
+    config.relations.surrounding.unit = "cells"
+    config.relations.above_below.rows, config.relations.above_below.cols = (-1, 0), (0, 0)
+    config.relations.above_below.unit = "cells"
+    config.train.steps = 12
+    config.optimizer.warmup_steps = 2
+    return config
+
+
+@pytest.mark.parametrize("name", ["piecewise_staged", "pseudo_likelihood", "unrolled_mean_field"])
+def test_devices_change_nothing_and_the_loss_falls(small, name):
+    small.loss.objective, small.loss.balance_power = name, 0.5
+    batches = [batch_of(np.random.default_rng(i % 2), 8) for i in range(12)]
+    step, state = started(small)
+    one, eight = (run(step, state, batches, devices) for devices in (1, 8))
+    for (_, a), (_, b) in zip(one, eight, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-4, nan_ok=True)
+    losses = [metrics["loss"] for _, metrics in one]
+    assert np.isfinite(losses).all() and losses[5] < losses[0] and one[-1][1]["nll_unary"] < one[0][1]["nll_unary"]
+
+
+def test_the_terms_are_those_of_the_core(small):
+    """One step's loss is the objective's own figure at the start."""
+    small.model.parameterisation = "free"
+    small.crf.weights, small.crf.damping = (0.5, 0.25), 0.1
+    batch = batch_of(np.random.default_rng(3), 2)
+    for name in ("pseudo_likelihood", "unrolled_mean_field"):
+        small.loss.objective = name
+        step, state = started(small)
+        potentials = configs.build_model(small).apply({"params": state.params}, batch["image"])
+        grid = piecewise.grid_labels(batch["label"], *potentials.unary.shape[1:3])
+        chosen = list(potentials.pairwise.values())
+        if name == "pseudo_likelihood":
+            total, count = objectives.pseudo_log_likelihood(potentials.unary, chosen, grid, (0.5, 0.25), True)
+        else:
+            total, count = objectives.unrolled_log_likelihood(potentials.unary, chosen, grid, 3, (0.5, 0.25), 0.1, True)
+        got = run(step, state, [batch])[0][1]
+        assert got["loss"] == pytest.approx(float(-total / count), rel=1e-4) == got[f"nll_{name}"]
+        assert got["nll_unary"] != pytest.approx(got["loss"], rel=1e-4)
+
+
+def test_exact_on_a_tiny_grid(small):
+    small.data.crop_size, small.data.num_classes, small.loss.objective = (32, 48), 3, "exact"
+    configs.validate(small, num_devices=1)
+    batch = batch_of(np.random.default_rng(4), 2, classes=3)
+    step, state = started(small)
+    potentials = configs.build_model(small).apply({"params": state.params}, batch["image"])
+    grid = piecewise.grid_labels(batch["label"], 2, 3)
+    total = count = 0
+    for i in range(2):
+        chosen = [type(p)(p.a[i], p.b[i], p.w2, p.b2, p.evidence[i], p.offsets) for p in potentials.pairwise.values()]
+        one, nodes = objectives.exact_log_likelihood(potentials.unary[i], chosen, grid[i], (1.0, 1.0))
+        total, count = total + one, count + nodes
+    losses = [metrics["loss"] for _, metrics in run(step, state, [batch] * 6)]
+    assert losses[0] == pytest.approx(float(-total / count), rel=1e-4) and losses[-1] < losses[0]
+
+
+def test_stages(small):
+    """The first stage trains nothing of the relations, the second nothing else."""
+    small.loss.objective, small.loss.unary_share = "piecewise_staged", 1 / 3
+    small.model.pairwise_trains_features = True  # staged training does not let them
+    small.optimizer.weight_decay = 0.1
+    assert configs.unary_steps(small) == 4
+    step, state = started(small)
+    out = run(step, state, [batch_of(np.random.default_rng(i), 2) for i in range(12)])
+    states = [jax.device_get(state.params), *(s.params for s, _ in out)]
+    for i, (before, after) in enumerate(zip(states[:-1], states[1:], strict=True)):
+        for name in before:
+            moved = any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (before[name], after[name])), strict=True))
+            assert moved == (name.startswith("pairwise_") == (i >= 4)), (i, name)
+    for i, (_, metrics) in enumerate(out):
+        assert np.isfinite([metrics["loss"], metrics["nll_unary"], metrics["grad_norm"]]).all()
+        assert np.isnan(metrics["nll_surrounding"]) == (i < 4)
+        expected = metrics["nll_unary"] if i < 4 else metrics["nll_surrounding"] + metrics["nll_above_below"]
+        assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["piecewise_staged", "pseudo_likelihood", "unrolled_mean_field"])
+def test_a_run_from_start_to_table(config, tmp_path, name):
+    config.loss.objective = name
+    config.train.steps, config.train.eval_every, config.train.log_every = 4, 4, 1
+    result = loop.train_and_evaluate(config, str(tmp_path / "work"))
+    assert result["rows"]["all"]["miou"] is not None
+    lines = (tmp_path / "work" / "metrics.jsonl").read_text()
+    assert "NaN" not in lines and ("train/nll_surrounding" in lines) == (name == "piecewise_staged")
+
+
+def test_refused(small):
+    small.loss.objective = "exact"
+    small.data.crop_size = small.data.eval_size = (96, 128)
+    with pytest.raises(configs.ConfigError, match=r"enumerates 6\^48 labellings.*crop_size = \(96, 128\)"):
+        configs.validate(small, num_devices=1)
+    for name in OTHERS:
+        small.loss.objective, small.model.relations = name, ()
+        with pytest.raises(configs.ConfigError, match="needs relations"):
+            configs.validate(small, num_devices=1)
+    small.loss.objective = "piecewize"
+    with pytest.raises(configs.ConfigError, match="did you mean 'piecewise'"):
+        configs.validate(small, num_devices=1)
+    small.loss.objective, small.loss.unary_share = "piecewise_staged", 1.0
+    with pytest.raises(configs.ConfigError, match=r"unary_share.*below 1"):
+        configs.validate(small, num_devices=1)
