@@ -110,7 +110,7 @@ def _check_mat(data: bytes, names: Sequence[str]) -> None:
     """Walks through a MATLAB file: scipy.io goes by what it says of itself, and a wrong byte may end the process.
 
     Raises:
-      ValueError, struct.error, zlib.error: its parts do not fit together.
+      ValueError, KeyError, struct.error, zlib.error: its parts do not fit together.
     """
     order = {b"IM": "<", b"MI": ">"}.get(data[126:128])
     if order is None or struct.unpack(f"{order}H", data[124:126])[0] != 0x0100:
@@ -153,7 +153,7 @@ def _check_matrix(data: memoryview, order: str, names: Sequence[str] = ()) -> No
     (flags, _), parts, count = struct.unpack(f"{order}II", flags), list(elements), math.prod(shape)
     cls, numbers = flags & 0xFF, 2 if flags & 0x0800 else 1  # the latter where they are complex
     if cls in _NUMBERS:
-        fits = len(parts) == numbers and all(len(p) == count * _MAT_TYPES.get(k, -1) for k, p in parts)
+        fits = len(parts) == numbers and all(len(p) == count * _MAT_TYPES[k] for k, p in parts)
     elif cls == _CHAR:
         fits = len(parts) == 1 and parts[0][0] in (1, 2, 4, 16, 17, 18)
     elif cls == _SPARSE:
@@ -180,10 +180,12 @@ def _sparse_fits(shape: Sequence[int], parts: Sequence[tuple[int, memoryview]], 
         return False
     rows, starts = (np.frombuffer(part, f"{order}i4") for _, part in parts[:2])
     used = starts[-1]
-    ascending = starts[0] == 0 and (np.diff(starts) >= 0).all() and used <= len(rows)
-    inside = ascending and ((rows[:used] >= 0) & (rows[:used] < shape[0])).all()
+    if starts[0] or (np.diff(starts) < 0).any() or used > len(rows):
+        return False
+    if used and not 0 <= rows[:used].min() <= rows[:used].max() < shape[0]:
+        return False
     # Logical values are bytes, whatever type MATLAB gives them.
-    return bool(inside) and all(len(p) >= used * (1 if logical else _MAT_TYPES.get(k, 1 << 40)) for k, p in parts[2:])
+    return all(len(p) >= used * min(_MAT_TYPES[k], 1 if logical else 8) for k, p in parts[2:])
 
 
 @contextlib.contextmanager

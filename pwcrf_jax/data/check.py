@@ -288,10 +288,8 @@ def _option(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    from pwcrf_jax.data import load_dataset
-
+def parser() -> argparse.ArgumentParser:
+    """The arguments of the command."""
     parser = argparse.ArgumentParser(prog="python -m pwcrf_jax.data.check", description="Checks a data set's labels.")
     parser.add_argument("dataset", help="what data.name of a config is")
     parser.add_argument("--source_dir", default="", help="folder of your copy")
@@ -299,7 +297,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--partial", action="store_true", help="accept splits without the official number of images")
     parser.add_argument("--option", action="append", default=[], type=_option, metavar="KEY=VALUE",
                         help="an option of the data set")  # fmt: skip
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    from pwcrf_jax.data import load_dataset
+
+    args = parser().parse_args(arguments)
     logging.getLogger("pwcrf_jax.data.datasets").setLevel(logging.ERROR)  # the report has its warnings
     try:
         data = load_dataset(args.dataset, source_dir=args.source_dir, data_dir=args.data_dir, partial=args.partial,

@@ -55,6 +55,8 @@ def _open(data: bytes, where: str, load: bool = True) -> Image.Image:
         frames = 1 if im.format == "MPO" else getattr(im, "n_frames", 1)
         if load:
             im.load()
+            if im.mode in ("P", "PA") and im.palette is None:
+                raise ValueError("it has no palette")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise DataError(
             f"{where}: its header claims more than {limit} pixels; restore it from the original data, or cut it into "
@@ -102,6 +104,10 @@ def _rgb(im: Image.Image, data: bytes, where: str) -> Image.Image:
         raise DataError(
             f"{where}: has more than 8 bits a sample, or unusual colours (PIL mode {im.mode!r}); which values are "
             "black and white only you know: convert it to 8-bit RGB"
+        )
+    if im.mode == "P" and im.getextrema()[1] >= len(im.getpalette()) // 3:
+        raise DataError(
+            f"{where}: has pixels of a colour that its palette does not have; restore it from the original data"
         )
     if im.has_transparency_data and im.convert("RGBA").getchannel("A").getextrema()[0] < 255:
         raise DataError(

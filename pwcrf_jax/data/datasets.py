@@ -184,7 +184,8 @@ def load_dataset(
       source_dir: folder of your copy, as docs/datasets.md says for each; not used by synthetic.
       data_dir: where prepared data sets are kept; "" is $TFDS_DATA_DIR or ~/tensorflow_datasets.
       partial: accept splits that do not have the official number of images.
-      **options: of synthetic: image_size=(192, 256), num_train=400, num_val=100, seed=0.
+      **options: of synthetic: image_size=(192, 256), num_train=400, num_val=100, seed=0; of image_folder:
+        val_fraction=0.1, seed=0.
 
     Raises:
       DataError: unknown name or option, a source that is missing or damaged, or a prepared folder that

@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -159,12 +160,17 @@ def _claim(output: str, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def _whole(path: Path):
-    """A file to write that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A file to write that appears whole or not at all; DataError where it cannot be written."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        yield file
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            yield file
+        partial.replace(path)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written ({error.strerror or error}); the files before it are whole"
+        ) from None
 
 
 def _label_image(labels, codes, palette):
@@ -200,9 +206,12 @@ def predict(
       {"num_images", "failed": [what could not be read], "format", "step", "output"}.
 
     Raises:
-      ConfigError, DataError, CheckpointError: before anything is computed.
+      ConfigError, DataError, CheckpointError: before anything is computed; DataError also for a file that cannot be
+        written.
     """
     configs.validate(config, batches=())
+    if jax.process_count() > 1:
+        raise configs.ConfigError("predictions are written by one process; start it on one host alone")
     if split:
         dataset = load_dataset(**configs.dataset_options(config))
         configs.check_classes(config, dataset.class_names)

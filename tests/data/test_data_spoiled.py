@@ -349,6 +349,17 @@ def palette_mask(root):
     layout.write_mask(root / "masks/a.png", LABEL, palette=True)
 
 
+@row(refused(r"masks/a\.png: cannot be decoded.*it has no palette.*restore"))
+def palette_mask_without_palette(root):
+    (root / "masks/a.png").write_bytes(png(2, 3, [[0b00011000] * 9] * 24, 36))
+
+
+@row(refused(r"c\.png: has pixels of a colour that its palette does not have; restore"))
+def palette_too_short(root):
+    palette = struct.pack(">I", 6) + b"PLTE" + bytes(6) + struct.pack(">I", zlib.crc32(b"PLTE" + bytes(6)))
+    (root / "images/inner city/c.png").write_bytes(png(2, 3, [[0b00011000] * 9] * 24, 36, extra=palette))
+
+
 @row(taken(_is_label))
 def palette_mask_with_transparent_void(root):
     layout.write_mask(root / "masks/a.png", LABEL, palette=True)
@@ -779,3 +790,32 @@ def test_the_table_is_long_and_the_folder_sound(root, tmp_path, caplog):
         load_dataset("image_folder", source_dir=str(root), data_dir=str(tmp_path / "prepared"))
         shutil.rmtree(root)
     assert not caplog.records
+
+
+# Other layouts ----------------------------------------------------------------------------------------
+
+
+def test_camvid_masks_that_count_from_1(camvid, tmp_path, caplog):
+    """Class 11 is then void, so no value is out of range."""
+    label = np.arange(1, 12, dtype=np.uint8).repeat(60).reshape(20, 33)[:, :30]
+    for path in camvid.root.glob("*annot/*.png"):
+        save(path, label)
+    load_dataset("camvid", source_dir=str(camvid.root), data_dir=str(tmp_path / "prepared"), partial=True)
+    assert "class 0 (Sky) occurs nowhere: do the masks count from 1" in caplog.text
+
+
+def test_camvid_list_that_is_not_utf8(camvid, tmp_path):
+    (camvid.root / "val.txt").write_bytes("val/été.jpg valannot/été.png\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"not UTF-8 text.*save it as UTF-8"):
+        load_dataset("camvid", source_dir=str(camvid.root), data_dir=str(tmp_path / "prepared"), partial=True)
+
+
+def test_voc_masks_with_values_along_the_borders(voc, tmp_path):
+    label = np.zeros((20, 30), np.uint8)
+    label[:, 15:] = 255
+    small = Image.fromarray(label).resize((15, 10), Image.Resampling.BILINEAR)
+    small.resize((30, 20), Image.Resampling.BILINEAR).save(voc.root / "SegmentationClass/b.png")
+    with pytest.raises(
+        DataError, match=r"b\.png: label value \d+ is neither .*with interpolation\? Do it with nearest"
+    ):
+        load_dataset("voc", source_dir=str(voc.root), data_dir=str(tmp_path / "prepared"), partial=True)

@@ -11,6 +11,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from pwcrf_jax.data import DATASETS, check
 from pwcrf_jax.training import config as configs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -171,6 +172,11 @@ def _has(config, key):
 def test_commands_are_accepted(path, monkeypatch):
     trained = {}
     for words in commands(path.read_text()):
+        if words[1] == "-m":
+            assert words[2] == "pwcrf_jax.data.check"
+            known = check.parser().parse_args(words[3:])
+            assert known.dataset in DATASETS
+            continue
         workdir = flag(words, "workdir")
         if words[1] == "train.py":
             parse(words, monkeypatch)
@@ -190,7 +196,7 @@ def test_settings_in_running_text_are_accepted(path, monkeypatch):
 
 # --- no names of one machine ---------------------------------------------------------------------------
 
-MACHINE = re.compile(r"(?<![\w.~$}])/(?:work|tmp|root|home)\b/?")
+MACHINE = re.compile(r"(?<![\w.~$}/])/(?:work|tmp|root|home)\b/?")
 NEIGHBOUR = re.compile(r"\.\./shared")
 
 

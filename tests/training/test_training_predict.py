@@ -1,5 +1,6 @@
 """Prediction into files: tiles without seams, augmentation, names, formats of servers, and what is refused."""
 
+import functools
 import json
 import pathlib
 import shutil
@@ -42,8 +43,13 @@ def wide(tmp_path_factory):
 
 
 def predictor_of(workdir, **changes):
+    return _predictor(workdir, tuple(sorted(changes.items())))
+
+
+@functools.cache
+def _predictor(workdir, changes):
     config = configs.load(workdir / "config.json")
-    config.update_from_flattened_dict(changes)
+    config.update_from_flattened_dict(dict(changes))
     model, params, _ = evaluate.restore_params(config, str(workdir))
     return inference.Predictor(config, model, params)
 
@@ -123,6 +129,16 @@ def test_what_every_tile_sees_whole_is_exact(trained):
     whole = log_probs_of(trained, image, **small, **{"tiles.size": (256, 336)})
     tiled = log_probs_of(trained, image, **small, **{"tiles.size": (96, 128)})
     np.testing.assert_allclose(tiled, whole, atol=1e-4)
+
+
+def test_boxes_do_not_grow_with_the_image(trained):
+    """On the 6 x 8 cells of the frame one box reaches 1 cell and one 2 rows; on 16 x 21 it would be 3 and 6."""
+    image, small = scene(256, 336), {"data.eval_size": (96, 128), "crf.num_iterations": 1, "crf.weights": (1000.0,)}
+    other = image.copy()
+    other[128:144, 160:176] = 255 - other[128:144, 160:176]  # cell (8, 10)
+    change = np.abs(log_probs_of(trained, other, **small) - log_probs_of(trained, image, **small)).max(-1)
+    rows, cols = (np.unique(x // 16) for x in np.nonzero(change[8::16, 8::16].repeat(16, 0).repeat(16, 1) > 1e-4))
+    assert rows.tolist() == [6, 7, 8, 9, 10] and cols.tolist() == [9, 10, 11]
 
 
 def test_tiles_that_cannot_be_moved_are_refused(trained):
