@@ -20,6 +20,7 @@ from pwcrf_jax.data.common import (
     DataError,
     decode_image,
     decode_label,
+    encode_label,
     encode_png,
     storable_image,
     value_counts,
@@ -171,7 +172,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
                         "neighbour only)"
                     )
                 self.guard.add(split, key, image, pixels, label)
-                png = io.BytesIO(encode_png(label))
+                png = io.BytesIO(encode_label(label))
                 yield key, {"image": io.BytesIO(image), "label": png, "id": key}
             self.guard.close(split)
         except DataError as e:

@@ -194,7 +194,7 @@ def load_dataset(
     if name not in DATASETS:
         near = difflib.get_close_matches(str(name), DATASETS, 1, 0)[0]
         raise DataError(f"data.name: unknown data set {name!r}, did you mean {near!r}? Known: {DATASETS}")
-    builder_cls = _builder_class(name)
+    builder_cls = builder_class(name)
     data_dir = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     with _listing(source_dir):
         plan = builder_cls.plan(source_dir, data_dir=data_dir, **options)
@@ -216,7 +216,8 @@ def load_dataset(
     return Dataset(name, builder, expected, plan.unlabelled)
 
 
-def _builder_class(name: str) -> Any:
+def builder_class(name: str) -> Any:
+    """The `SegmentationBuilder` of a name; its classes and colours can be read without the data."""
     module, cls = _BUILDERS[name]
     return getattr(importlib.import_module(f"pwcrf_jax.data.{module}"), cls)
 
