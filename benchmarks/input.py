@@ -238,7 +238,7 @@ def main():
             name = "camvid" if given and what == "480x360" else "voc"
             root = Path(given) if given else Path(scratch) / what
             if not given:
-                write_photographs(root, size, 32 if args.quick else 96)
+                write_photographs(root, size, 128 if args.quick else 400)
             pairs = pairs_of(name, root, size)
             same_files = as_voc(pairs, Path(scratch) / f"{what}-files")
             dataset = load_dataset("voc", source_dir=str(same_files), data_dir=scratch, partial=True)

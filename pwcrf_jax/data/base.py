@@ -21,7 +21,6 @@ from pwcrf_jax.data.common import (
     decode_image,
     decode_label,
     encode_label,
-    encode_png,
     storable_image,
     value_counts,
     voc_palette,

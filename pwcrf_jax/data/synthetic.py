@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from pwcrf_jax.data.base import Plan, SegmentationBuilder, check_options, encode_png, fingerprint
-from pwcrf_jax.data.common import VOID, DataError
+from pwcrf_jax.data.base import Plan, SegmentationBuilder, check_options, fingerprint
+from pwcrf_jax.data.common import VOID, DataError, encode_png
 
 CLASS_NAMES = ("sky", "hills", "water", "road", "boat", "car")
 SKY, HILLS, WATER, ROAD, BOAT, CAR = range(6)

@@ -1,4 +1,4 @@
-"""Every data set, from a tiny copy in its official layout: prepared, checked, one training step, evaluation, prediction."""
+"""Every data set, from a tiny copy in its official layout: prepared, checked, one training step, evaluation."""
 
 import importlib
 import json
