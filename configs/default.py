@@ -11,7 +11,7 @@ def relation(rows, cols, unit="short_side", grid=0, parameterisation=""):
 def get_config():
     config = ConfigDict()
     config.seed = 0
-    # A file of pretrained weights (.h5, .safetensors); "": random.
+    # A file of pretrained weights (.h5, .safetensors), or the workdir of a run to start from; "": random.
     config.init_from = ""
 
     config.data = ConfigDict()
@@ -62,7 +62,7 @@ def get_config():
     # piecewise; piecewise_staged: the unary first, then the relations on its features, frozen. With config.crf in
     # training: pseudo_likelihood, unrolled_mean_field, exact (tiny grids)
     config.loss.objective = "piecewise"
-    config.loss.unary_share = 0.5  # of the steps, that piecewise_staged trains the unary
+    config.loss.unary_share = 0.5  # of the steps, that piecewise_staged trains the unary; 0: it comes with init_from
     config.loss.reduction = "mean"  # mean: of each term's factors [choice]; sum: over all factors of an image
     config.loss.pairwise_weight = 1.0
     config.loss.balance_power = 0.0  # 1: per-image inverse class frequency; 0: off

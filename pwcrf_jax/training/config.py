@@ -244,10 +244,9 @@ def crf_settings(config: ConfigDict) -> dict:
     )
 
 
-def unary_steps(config: ConfigDict) -> int:
-    """Steps that train the unary alone, 0 where there are no stages."""
-    staged = config.loss.objective == "piecewise_staged"
-    return min(max(round(config.loss.unary_share * config.train.steps), 1), config.train.steps) if staged else 0
+def unary_steps(config: ConfigDict) -> int | None:
+    """Steps that train the unary alone, None where there are no stages."""
+    return round(config.loss.unary_share * config.train.steps) if config.loss.objective == "piecewise_staged" else None
 
 
 def augments(config: ConfigDict) -> bool:

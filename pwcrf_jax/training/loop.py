@@ -83,12 +83,35 @@ def _fresh_params(config):
     params = jax.jit(lambda: evaluate.init_params(model, config.seed))()
     if not config.init_from:
         return params, "tf"
+    if os.path.isdir(config.init_from):
+        return _from_run(config.init_from, params)
     featmap, report = load_pretrained(config.init_from, params["featmap"])
     log.info("%s", report)
     given = config.model.input_scaling
     if given not in ("auto", report.scaling):
         log.info("config.model.input_scaling = %s, but these weights were trained with %s", given, report.scaling)
     return {**params, "featmap": featmap}, report.scaling
+
+
+def _from_run(folder, params):
+    """Parameters of the best checkpoint of another run where names and shapes agree, and its input scaling."""
+    source = configs.load(os.path.join(folder, "config.json"))
+    _, trained, step = evaluate.restore_params(source, folder)
+    known = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trained)}
+    new = []
+
+    def take(path, leaf):
+        name = jax.tree_util.keystr(path)
+        if name in known and known[name].shape == leaf.shape:
+            return known[name]
+        new.append(jax.tree_util.keystr(path[:2], simple=True, separator="/"))
+        return leaf
+
+    params = jax.tree_util.tree_map_with_path(take, params)
+    if len(new) == len(jax.tree.leaves(params)):
+        raise configs.ConfigError(f"config.init_from = {folder!r}: that run has no parameter of this model")
+    log.info("parameters of step %d of %s%s", step, folder, f"; new: {', '.join(dict.fromkeys(new))}" if new else "")
+    return params, source.model.input_scaling
 
 
 def _fresh(model, tx, params):

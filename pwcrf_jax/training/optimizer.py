@@ -62,11 +62,11 @@ def _stages(config, num_steps, unary_steps):
     return optax.join_schedules([first, zero], [unary_steps]), optax.join_schedules([zero, second], [unary_steps])
 
 
-def make_optimizer(config, model_config, num_steps, unary_steps=0):
+def make_optimizer(config, model_config, num_steps, unary_steps=None):
     """optax transformation for config.optimizer.
 
     unary_steps: of the objective "piecewise_staged": the relations have a schedule of their own, from this step on, and
-    all else stands still from there; 0: one schedule for all.
+    all else stands still from there; None: one schedule for all.
 
     Weight decay (the paper's lambda) acts on kernels, not on biases; in adamw decoupled, in sgd as an L2 term. The
     backbone learns at backbone_factor times the rate; layers that the model freezes get no update at all.
@@ -77,7 +77,7 @@ def make_optimizer(config, model_config, num_steps, unary_steps=0):
     else:
         rule = [decay, optax.trace(config.momentum)]
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    if unary_steps:
+    if unary_steps is not None:
         unary, relations = map(optax.scale_by_learning_rate, _stages(config, num_steps, unary_steps))
         rate = optax.partition({"unary": unary, "pairwise": relations}, _kinds)
     else:

@@ -112,7 +112,7 @@ SCHEMA = {
     "model.input_scaling": Text(),
     "model.dtype": Text(),
     "loss.objective": Text(),
-    "loss.unary_share": Number(float, above=0, below=1),
+    "loss.unary_share": Number(float, low=0, below=1),
     "loss.reduction": Text(),
     "loss.pairwise_weight": _NOT_NEGATIVE,
     "loss.balance_power": _NOT_NEGATIVE,

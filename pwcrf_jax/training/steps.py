@@ -77,7 +77,7 @@ def objective(terms, num_images, weights, reduction="mean"):
     return loss
 
 
-def make_train_step(model, tx, loss_config, seed=0, crf_config=None, unary_steps=0):
+def make_train_step(model, tx, loss_config, seed=0, crf_config=None, unary_steps=None):
     """Builds step(state, batch) -> (state, metrics).
 
     seed: of the sampled offsets, which follow from it and from the number of the step alone.

@@ -149,3 +149,25 @@ def test_refused(small):
     small.loss.objective, small.loss.unary_share = "piecewise_staged", 1.0
     with pytest.raises(configs.ConfigError, match=r"unary_share.*below 1"):
         configs.validate(small, num_devices=1)
+
+
+def test_relations_on_the_unary_of_another_run(config, trained, tmp_path, capfd):
+    """init_from names a workdir; with unary_share 0 nothing but the relations is trained, from the first step."""
+    source = evaluate.restore_params(configs.load(trained / "config.json"), str(trained))[1]
+    config.init_from, config.loss.objective, config.loss.unary_share = str(trained), "piecewise_staged", 0.0
+    config.relations.around = config.relations.surrounding
+    config.model.relations = ("above_below", "around")
+    config.train.steps, config.train.eval_every, config.optimizer.weight_decay = 2, 0, 0.1
+    loop.train_and_evaluate(config, str(tmp_path / "work"))
+    params = evaluate.restore_params(configs.load(tmp_path / "work" / "config.json"), str(tmp_path / "work"))[1]
+    same = lambda name: all(
+        np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (source[name], params[name])), strict=True)
+    )
+    assert same("featmap") and same("unary") and not same("pairwise_above_below")
+    assert "pairwise_around" in params
+
+
+def test_starting_from_a_run_is_refused_where_nothing_fits(config, trained, tmp_path):
+    config.init_from = str(tmp_path)
+    with pytest.raises(configs.ConfigError, match=r"config\.json does not exist"):
+        loop.train_and_evaluate(config, str(tmp_path / "work"))

@@ -1,0 +1,298 @@
+"""The paper's ladder on real images: does each part help, and by how much, with seeds and confidence intervals.
+
+    python benchmarks/ladder.py --set camvid --source_dir PATH/camvid --init_from FILE --runs runs/ladder
+    python benchmarks/ladder.py --set animals --source_dir PATH/voc2012_animals --init_from FILE --runs runs/ladder
+    python benchmarks/ladder.py --summary
+
+Rungs: baseline (one scale) -> pyramid (+ sliding pyramid pooling) -> multiscale (+ two more scales) -> refined (+ the
+dense CRF on that model's unary) -> contextual (+ relations, trained on the multiscale model's features while they
+stand still, with the dense CRF on top). Beside the ladder, joint: unary and relations trained together from the start.
+
+Nothing is chosen on the images that are scored. Message weights and the dense CRF's parameters come from a pilot: the
+multiscale and the contextual model trained on 80 % of the training images, tuned on the other 20 % (eval.py
+--tune-refinement), once a set; every run then takes its last checkpoint.
+
+Each run lies in its own workdir below --runs and goes on where it was stopped; what is finished is not done again.
+Figures go to benchmarks/results, one JSON a set, rung and seed, with the counts of each image, from which --summary
+makes its table: means over seeds, 95 % intervals from a paired bootstrap over images. Ends with one line of JSON.
+"""
+
+import argparse
+import base64
+import datetime
+import json
+import os
+import platform
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+
+from configs import camvid_mobilenet_v2, voc_mobilenet_v2
+from pwcrf_jax.data import eval_batches
+from pwcrf_jax.training import config as configs
+from pwcrf_jax.training import evaluate, logs, loop, parallel, refinement, steps, tuning
+
+RESULTS = Path(__file__).parent / "results"
+RUNGS = ("baseline", "pyramid", "multiscale", "refined", "contextual")
+ANIMALS = ("background", "cat", "cow", "dog", "horse", "sheep", "person")
+SETS = {"camvid": (camvid_mobilenet_v2, "train"), "animals": (voc_mobilenet_v2, "train_aug")}
+HELD_OUT = 20  # percent of the training images that the pilot is tuned on
+BOOTSTRAP = 2000
+
+
+def config_of(args, rung, seed, split):
+    """The training run behind a rung."""
+    module, _ = SETS[args.set]
+    config = module.get_config()
+    config.seed = seed
+    config.data.source_dir, config.data.data_dir, config.data.train_split = args.source_dir, args.data_dir, split
+    config.data.partial = True
+    config.init_from = args.init_from
+    config.eval.classes = ANIMALS if args.set == "animals" else ()
+    config.train.eval_every = 0  # nothing is chosen by validation
+    config.train.steps = args.steps or config.train.steps
+    if rung in ("baseline", "pyramid"):
+        config.model.scales = config.model.scales[:1]
+    if rung == "baseline":
+        config.model.pyramid_windows = ()
+    if rung in ("baseline", "pyramid", "multiscale"):
+        config.model.relations = ()
+    if rung == "contextual":
+        config.loss.objective, config.loss.unary_share = "piecewise_staged", 0.0
+        config.train.steps = args.pair_steps or max(config.train.steps // 2, 1)
+    return config
+
+
+def trained(args, rung, seed, split, name):
+    """(workdir, seconds of this call) of a finished run."""
+    workdir = Path(args.runs) / args.set / f"{name}-{rung}-{seed}"
+    config = config_of(args, rung, seed, split)
+    if rung == "contextual":
+        config.init_from = str(trained(args, "multiscale", seed, split, name)[0])
+    started = time.monotonic()
+    loop.train_and_evaluate(config, str(workdir))
+    return workdir, time.monotonic() - started
+
+
+def pilot(args):
+    """{rung: tuned values of crf.weights and refine}, from held-out training images."""
+    split = SETS[args.set][1]
+    path = RESULTS / f"ladder_{args.set}_pilot.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for rung in ("multiscale", "contextual"):
+        if rung not in found:
+            workdir, _ = trained(args, rung, 0, f"{split}[:{100 - HELD_OUT}%]", "pilot")
+            config = configs.load(workdir / "config.json")
+            chosen = tuning.tune(config, str(workdir), "latest", f"{split}[{100 - HELD_OUT}%:]", "full", args.trials)
+            found[rung] = {key: chosen[key] for key in ("config", "miou_before", "miou_messages", "miou_after")}
+            write(path, found)
+    return {rung: found[rung]["config"] for rung in found}
+
+
+def write(path, content):
+    RESULTS.mkdir(exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+def counts_of_images(config, workdir, refined):
+    """{row: int64 [images, 1 + bands, 3, K]}: hits, pixels of the truth, pixels predicted; and the images' ids.
+
+    refined: one more row, "refined", the dense CRF on what inference says.
+    """
+    model, params, _, dataset = evaluate.load(config, str(workdir), "latest", config.data.eval_split)
+    one = jax.devices()[:1]
+    step = parallel.pmap_eval(evaluate.eval_step(config, model, marginals_of="all"), devices=one, per_image=True)
+    counts, ids = {}, []
+    batches = eval_batches(dataset, config.data.eval_split, batch_size=1, size=config.data.eval_size)
+    for batch in tqdm(batches, desc=str(workdir), disable=None, leave=False):
+        inputs = parallel.split({k: batch[k] for k in ("image", "label", "valid_size")}, 1)
+        sums, marginals = step(params, inputs)
+        matrices = {row: np.asarray(matrix, np.int64) for row, matrix in sums["confusion"].items()}
+        if refined:
+            marginals = np.asarray(marginals)[0]
+            matrices["refined"] = refinement.refine_batch(marginals, batch, config.refine, "full")[0]
+        for row, n in matrices.items():
+            figures = np.stack([np.diagonal(n, axis1=1, axis2=2), n.sum(2), n.sum(1)], axis=1)
+            counts.setdefault(row, []).append(figures)
+        ids += batch["id"]
+    return {row: np.stack(values) for row, values in counts.items()}, ids, dataset.class_names
+
+
+def pack(counts):
+    return {row: [list(x.shape), base64.b64encode(zlib.compress(x.astype("<i4").tobytes(), 9)).decode()]
+            for row, x in counts.items()}  # fmt: skip
+
+
+def unpack(packed):
+    read = lambda shape, text: np.frombuffer(zlib.decompress(base64.b64decode(text)), "<i4").reshape(shape)
+    return {row: read(*value).astype(np.int64) for row, value in packed.items()}
+
+
+def scores(counts, classes):
+    """Mean IoU of the whole images and of each band, pixel and mean accuracy; counts [..., 1 + bands, 3, K], in %."""
+    hit, true, predicted = np.moveaxis(counts.astype(np.float64), -2, 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        iou = (hit / (true + predicted - hit))[..., classes]
+        accuracy = (hit / true)[..., 0, classes]
+        pixel = hit[..., 0, :].sum(-1) / true[..., 0, :].sum(-1)
+    mean = np.nanmean(iou, axis=-1)
+    names = ("miou", *(f"boundary_iou_{w}px" for w in steps.BAND_WIDTHS))
+    figures = {name: mean[..., i] for i, name in enumerate(names)}
+    return {
+        k: 100 * v for k, v in (figures | dict(pixel_accuracy=pixel, mean_accuracy=np.nanmean(accuracy, -1))).items()
+    }
+
+
+def run(args):
+    split = SETS[args.set][1]
+    chosen = pilot(args)
+    for seed in args.seeds:
+        for rung in [*args.rungs, *(["joint"] if args.joint else [])]:
+            path = RESULTS / f"ladder_{args.set}_{rung}_{seed}.json"
+            if path.exists():
+                continue
+            workdir, seconds = trained(args, "multiscale" if rung == "refined" else rung, seed, split, "run")
+            config = configs.load(workdir / "config.json")
+            tuned = chosen["multiscale" if rung == "refined" else "contextual"]
+            for key, value in tuned.items() if rung in ("refined", "contextual") else ():
+                section, name = key.split(".")
+                config[section][name] = tuple(value) if isinstance(value, list) else value
+            counts, ids, names = counts_of_images(config, workdir, rung in ("refined", "contextual"))
+            index = configs.scored_classes(config, names) or list(range(len(names)))
+            figures = {row: scores(x.sum(0), index) for row, x in counts.items()}
+            write(path, dict(
+                set=args.set, rung=rung, seed=seed, split=config.data.eval_split, images=len(ids),
+                steps=config.train.steps, batch_size=config.train.batch_size, seconds_of_training=round(seconds),
+                date=datetime.date.today().isoformat(), jax=jax.__version__, python=platform.python_version(),
+                device=jax.devices()[0].device_kind, cores=os.cpu_count(), classes=[names[i] for i in index],
+                class_indices=index, tuned=tuned if rung in ("refined", "contextual") else None,
+                rows={row: {k: round(float(v), 3) for k, v in f.items()} for row, f in figures.items()},
+                counts=pack(counts),
+            ))  # fmt: skip
+            print(f"{args.set} {rung} seed {seed}: " + ", ".join(f"{r} {f['miou']:.2f}" for r, f in figures.items()),
+                  flush=True)  # fmt: skip
+
+
+# --- the table -------------------------------------------------------------------------------------
+
+# What a rung's own figure is, and the row that each comparison takes.
+ROW = {"baseline": "all", "pyramid": "all", "multiscale": "all", "refined": "refined", "contextual": "refined"}
+
+
+def bootstrap(first, second, classes, rng):
+    """Difference second - first of mean IoU, averaged over seeds, and its 95 % interval over images.
+
+    first, second: lists of counts [images, 1 + bands, 3, K], one a seed, of the same images.
+    """
+    means = lambda runs, pick: np.mean([scores(x[pick].sum(0), classes)["miou"] for x in runs])
+    every = np.arange(len(first[0]))
+    picks = [rng.choice(every, len(every)) for _ in range(BOOTSTRAP)]
+    drawn = [means(second, pick) - means(first, pick) for pick in picks]
+    return means(second, every) - means(first, every), *np.percentile(drawn, (2.5, 97.5))
+
+
+def summary(args):
+    out = {}
+    for name in SETS:
+        found = {}
+        for path in sorted(RESULTS.glob(f"ladder_{name}_*_*.json")):
+            result = json.loads(path.read_text())
+            found.setdefault(result["rung"], {})[result["seed"]] = result
+        if not found:
+            continue
+        classes = next(iter(next(iter(found.values())).values()))["class_indices"]
+        counts = {rung: {seed: unpack(r["counts"]) for seed, r in runs.items()} for rung, runs in found.items()}
+        rng = np.random.default_rng(0)
+
+        def compare(a, b, counts=counts, classes=classes, rng=rng):
+            """(rung, row) against (rung, row), over the seeds that both have."""
+            seeds = sorted(set(counts.get(a[0], {})) & set(counts.get(b[0], {})))
+            if not seeds:
+                return None
+            pick = lambda which: [counts[which[0]][seed][which[1]] for seed in seeds]
+            return [round(float(x), 2) for x in bootstrap(pick(a), pick(b), classes, rng)] + [len(seeds)]
+
+        print(f"\n{name}: mean over seeds (range), % ; gain over the rung before with its 95 % interval over images")
+        before = None
+        for rung in (r for r in RUNGS if r in found):
+            runs = [r["rows"][ROW[rung]] for r in found[rung].values()]
+            value = lambda key, runs=runs: np.array([r[key] for r in runs])
+            miou, gain = value("miou"), compare((before, ROW[before]), (rung, ROW[rung])) if before else None
+            said = f"{gain[0]:+.2f} [{gain[1]:+.2f}, {gain[2]:+.2f}]" if gain else ""
+            spread = f"{miou.mean():6.2f} ({miou.min():.2f}-{miou.max():.2f}), {len(runs)} seeds"
+            print(f"  {rung:12s} {spread}   {said:24s} "
+                  + "  ".join(f"{k} {value(k).mean():.2f}" for k in runs[0] if k != "miou"))  # fmt: skip
+            before = rung
+        figures = {}
+        if crf := compare(("contextual", "unary"), ("contextual", "all")):
+            print(f"  contextual pairwise over the same model's unary: {crf[0]:+.2f} [{crf[1]:+.2f}, {crf[2]:+.2f}]")
+            figures |= dict(crf_gain=crf[0], crf_gain_low=crf[1], crf_gain_high=crf[2], seeds=crf[3])
+        if joint := compare(("multiscale", "unary"), ("joint", "unary")):
+            print(f"  unary of joint training minus alone: {joint[0]:+.2f} [{joint[1]:+.2f}, {joint[2]:+.2f}]")
+            figures |= dict(joint_unary_minus_alone=joint[0])
+        best = max(f["miou"] for runs in found.values() for r in runs.values() for f in r["rows"].values())
+        out[name] = figures | {f"best_{name}_val_miou": round(best, 2)}
+        if args.picture:
+            picture(Path(args.picture).with_stem(f"{Path(args.picture).stem}_{name}"), found)
+    print(json.dumps(out))
+
+
+def picture(path, found):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rungs = [r for r in RUNGS if r in found]
+    values = [[r["rows"][ROW[rung]]["miou"] for r in found[rung].values()] for rung in rungs]
+    figure, axes = pyplot.subplots(figsize=(7, 3.5))
+    axes.bar(rungs, [np.mean(v) for v in values], color="#9ecae1")
+    for i, v in enumerate(values):
+        axes.plot([i] * len(v), v, "k.")
+    low = min(min(v) for v in values)
+    axes.set(ylabel="mean IoU, %", ylim=(max(0, low - 5), None))
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--summary", action="store_true", help="print the table of what was run")
+    parser.add_argument("--picture", help="with --summary: file of a picture, one for each set (.png, .svg)")
+    parser.add_argument("--set", choices=list(SETS))
+    parser.add_argument("--source_dir", default="")
+    parser.add_argument("--data_dir", default="")
+    parser.add_argument("--init_from", default="", help="ImageNet weights of MobileNetV2")
+    parser.add_argument("--runs", default="runs/ladder", help="folder for the workdirs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS))
+    parser.add_argument("--joint", action="store_true", help="joint training too")
+    parser.add_argument("--steps", type=int, default=0, help="of each training; 0: the config's")
+    parser.add_argument("--pair_steps", type=int, default=0, help="of the relations; 0: half of --steps")
+    parser.add_argument("--trials", type=int, default=17, help="settings of the dense CRF that the pilot tries")
+    args = parser.parse_args()
+    if args.summary:
+        summary(args)
+        return
+    if not args.set:
+        parser.error("--set is needed, or --summary")
+    for name in ("source_dir", "init_from"):
+        if not os.path.exists(getattr(args, name) or "-"):
+            parser.error(f"--{name} {getattr(args, name)!r} does not exist")
+    logs.setup()
+    run(args)
+    summary(args)
+
+
+if __name__ == "__main__":
+    main()
