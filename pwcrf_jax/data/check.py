@@ -305,14 +305,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from pwcrf_jax.data import load_dataset
 
     args = parser().parse_args(arguments)
-    logging.getLogger("pwcrf_jax.data.datasets").setLevel(logging.ERROR)  # the report has its warnings
+    log = logging.getLogger("pwcrf_jax.data.datasets")
+    level = log.level
+    log.setLevel(logging.ERROR)  # the report has its warnings
     try:
-        data = load_dataset(args.dataset, source_dir=args.source_dir, data_dir=args.data_dir, partial=args.partial,
-                            **dict(args.option))  # fmt: skip
+        data = load_dataset(
+            args.dataset,
+            source_dir=args.source_dir,
+            data_dir=args.data_dir,
+            partial=args.partial,
+            **dict(args.option),
+        )
         report = data.label_report()
     except DataError as e:
         print(f"refused: {e}")
         return 1
+    finally:
+        log.setLevel(level)
     print(f"{args.dataset}, prepared in {data.folder}")
     print(format_report(report))
     return 0

@@ -1,0 +1,181 @@
+"""Piecewise training against its alternatives: seconds and memory of a step, and what it reaches.
+
+    python benchmarks/objectives.py                                    (steps of the demo's and of CamVid's model)
+    python benchmarks/objectives.py --train --runs runs/objectives     (and mean IoU on the synthetic set)
+    python benchmarks/objectives.py --quick
+
+* step: one training step (forward, backward, update) of each objective on the same model, batch and graph, compiled
+  ahead; medians of interleaved calls. crf: the same from the nets' outputs on, loss and gradient with respect to scores
+  and potentials: what the objectives differ in. Memory is what XLA plans for temporaries.
+* train: each objective from the same start for the same number of steps, with mean IoU of the unary and of all
+  relations on the validation split at every evaluation; from the seconds of a step follows what each had reached when
+  the fastest was through ("equal time").
+
+Message weights are 1 and messages are means (the demo's setting). Ends with one line of JSON; `step_ratio` and
+`crf_ratio` are unrolled mean field over piecewise.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+
+from configs import camvid_mobilenet_v2, demo
+from pwcrf_jax.training import config as configs
+from pwcrf_jax.training import evaluate, logs, loop, parallel, steps
+from pwcrf_jax.training.optimizer import make_optimizer
+
+RESULTS = Path(__file__).parent / "results"
+OBJECTIVES = ("piecewise", "pseudo_likelihood", "unrolled_mean_field")
+CONFIGS = {"demo": demo.get_config, "camvid": camvid_mobilenet_v2.get_config}
+
+
+def batch_of(config):
+    rng = np.random.default_rng(0)
+    size = (config.train.batch_size, *config.data.crop_size)
+    labels = rng.integers(0, config.data.num_classes, (size[0], -(-size[1] // 16), -(-size[2] // 16)), np.uint8)
+    labels = labels.repeat(16, 1).repeat(16, 2)[:, : size[1], : size[2]]
+    return {"image": rng.integers(0, 256, (*size, 3), np.uint8), "label": labels}
+
+
+def compiled_step(config, name, batch):
+    """(function of no arguments that runs a step on fresh state, bytes of temporaries)."""
+    config.loss.objective = name
+    model = configs.build_model(config)
+    tx = make_optimizer(config.optimizer, config.model, config.train.steps)
+    state = jax.jit(lambda: _fresh(config, model, tx))()
+    step = steps.make_train_step(model, tx, config.loss.to_dict(), 0, configs.crf_settings(config))
+    one = jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name=parallel.AXIS)  # a single device, without donation
+    compiled = jax.jit(one).lower(state, parallel.split(batch, 1)).compile()
+    inputs = parallel.split(batch, 1)
+    return lambda: jax.block_until_ready(compiled(state, inputs)), compiled.memory_analysis().temp_size_in_bytes
+
+
+def _fresh(config, model, tx):
+    params = evaluate.init_params(model, 0)
+    return steps.TrainState(jnp.int32(0), params, tx.init(params))
+
+
+def compiled_crf(config, name, batch):
+    """The same for loss and gradient from the nets' outputs on."""
+    config.loss.objective = name
+    model = configs.build_model(config)
+    params = evaluate.init_params(model, 0)
+    potentials = jax.jit(lambda: model.apply({"params": params}, batch["image"]))()
+    crf, labels = configs.crf_settings(config), jnp.asarray(batch["label"])
+
+    def loss(potentials):
+        if name == "piecewise":
+            terms = steps.piecewise_terms(potentials, labels)
+            return sum(-total / count for total, count in terms.values())
+        total, count = steps.joint_term(potentials, labels, name, crf)
+        return -total / count
+
+    compiled = jax.jit(jax.value_and_grad(loss, allow_int=True)).lower(potentials).compile()
+    return lambda: jax.block_until_ready(compiled(potentials)), compiled.memory_analysis().temp_size_in_bytes
+
+
+def interleaved(calls, repeats):
+    seconds = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def measure(which, args):
+    """{"step" or "crf": {objective: (seconds, bytes)}} of a config."""
+    out = {}
+    print(f"\n{which}: seconds and temporaries of a step, medians of {args.repeats} interleaved calls")
+    for part, build in (("step", compiled_step), ("crf", compiled_crf)):
+        config = CONFIGS[which]()
+        if args.full_box:
+            for relation in config.relations.values():
+                relation.grid = 0
+        built = {name: build(config, name, batch_of(config)) for name in OBJECTIVES}
+        seconds = interleaved({name: call for name, (call, _) in built.items()}, args.repeats)
+        out[part] = {name: (seconds[name], built[name][1]) for name in OBJECTIVES}
+        for name, (value, size) in out[part].items():
+            ratio = value / out[part]["piecewise"][0]
+            print(f"  {part:5s} {name:20s} {1e3 * value:8.1f} ms  {ratio:5.2f} x   {size / 2**20:8.1f} MiB", flush=True)
+    return out
+
+
+def train(args, seconds):
+    """{objective: {seed: [[step, mean IoU of the unary, of all]]}} on the synthetic set."""
+    out = {}
+    for name in (*OBJECTIVES, "piecewise_staged"):
+        for seed in args.seeds:
+            config = demo.get_config()
+            config.seed, config.loss.objective = seed, name
+            config.data.data_dir = args.data_dir
+            config.train.eval_every = 50
+            if args.steps:
+                config.train.steps = args.steps
+            workdir = Path(args.runs) / f"{name}-{seed}"
+            loop.train_and_evaluate(config, str(workdir))
+            lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+            curve = {x["step"]: [x["val/miou_unary"], x["val/miou_all"]] for x in lines if "val/miou_all" in x}
+            out.setdefault(name, {})[seed] = [[step, *values] for step, values in sorted(curve.items())]
+    whole = next(iter(out["piecewise"].values()))[-1][0]
+    budget = whole * seconds["piecewise"]
+    print(f"\nsynthetic set: mean IoU of unary, all relations; at {whole} steps, and at piecewise's {budget:.0f} s")
+    for name, curves in out.items():
+        cost = seconds.get(name, seconds["piecewise"])
+        at = lambda step, curves=curves: np.mean(
+            [[c for c in curve if c[0] <= step][-1][1:] for curve in curves.values()], 0
+        )
+        reached = budget / cost
+        early = at(reached) if reached >= next(iter(curves.values()))[0][0] else (float("nan"),) * 2
+        print(
+            f"  {name:20s} steps {at(whole)[0]:6.2f} {at(whole)[1]:6.2f}   time {early[0]:6.2f} {early[1]:6.2f}",
+            flush=True,
+        )
+    return out
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--full_box", action="store_true", help="all offsets of each box instead of a 5 x 5 grid")
+    parser.add_argument("--train", action="store_true")
+    parser.add_argument("--runs", default="runs/objectives")
+    parser.add_argument("--data_dir", default="runs/tfds")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=0, help="of --train; 0: the demo's")
+    parser.add_argument("--quick", action="store_true", help="the demo's model alone, 3 calls")
+    args = parser.parse_args()
+    logs.setup()
+    if args.quick:
+        args.repeats = 3
+    device = jax.devices()[0]
+    print(f"{device.platform}, {device.device_kind}, {os.cpu_count()} cores, JAX {jax.__version__}", flush=True)
+    found = {which: measure(which, args) for which in (("demo",) if args.quick else CONFIGS)}
+    out = {}
+    for part in ("step", "crf"):
+        ratio = lambda f, part=part: f[part]["unrolled_mean_field"][0] / f[part]["piecewise"][0]
+        out[f"{part}_ratio"] = {which: round(ratio(f), 2) for which, f in found.items()}
+    if args.train:
+        seconds = {name: value for name, (value, _) in found["demo"]["step"].items()}
+        curves = train(args, seconds)
+        RESULTS.mkdir(exist_ok=True)
+        out["curves"] = {name: {str(seed): c[-1] for seed, c in runs.items()} for name, runs in curves.items()}
+        kept = dict(seconds_per_step=seconds, curves=curves, device=device.device_kind, jax=jax.__version__)
+        (RESULTS / "objectives_synthetic.json").write_text(json.dumps(kept) + "\n")
+    print(json.dumps(out))
+
+
+if __name__ == "__main__":
+    main()
