@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import pathlib
 
 import jax
@@ -56,3 +57,17 @@ def test_from_archive_to_score(name, tmp_path):
     assert result["rows"]["all"]["miou"] is not None
     again = evaluate.evaluate(configs.load(tmp_path / "work" / "config.json"), str(tmp_path / "work"))
     assert again["rows"] == result["rows"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "folder"), [("camvid", "camvid"), ("voc", "voc2012_animals")])
+def test_real_files_from_folder_to_score(name, folder, tmp_path):
+    source = pathlib.Path(os.environ.get("PWCRF_DATA", ROOT.parent / "shared" / "data")) / folder
+    if not source.is_dir():
+        pytest.skip(f"no {folder} in PWCRF_DATA or ../shared/data")
+    config = config_of(name, source, tmp_path / "prepared")
+    config.data.train_split, config.data.eval_split, config.data.eval_size = "train", "val[:10%]", (512, 512)
+    result = loop.train_and_evaluate(config, str(tmp_path / "work"))
+    assert result["num_images"] == {"camvid": 10, "voc": 22}[name] and result["rows"]["all"]["miou"] > 0
+    report = load_dataset(**configs.dataset_options(config)).label_report()
+    assert report["splits"]["train"]["images"] == {"camvid": 367, "voc": 437}[name]
