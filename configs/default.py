@@ -15,7 +15,7 @@ def get_config():
     config.init_from = ""
 
     config.data = ConfigDict()
-    config.data.name = "synthetic"  # synthetic, camvid, voc
+    config.data.name = "synthetic"  # see docs/datasets.md
     config.data.source_dir = ""  # folder of the original files
     config.data.data_dir = ""  # where TFDS keeps prepared sets; "": TFDS_DATA_DIR or ~/tensorflow_datasets
     config.data.partial = False  # accept splits that do not have the official number of images

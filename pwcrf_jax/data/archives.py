@@ -1,7 +1,9 @@
 """Official archives and MATLAB files: found, unpacked once, read, with errors that name the file."""
 
 import contextlib
+import gzip
 import io
+import lzma
 import math
 import os
 import shutil
@@ -60,6 +62,12 @@ def _digest(paths: Sequence[Path]) -> str:
     return fingerprint([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths])
 
 
+_DAMAGED = (
+    tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, ValueError,
+    RuntimeError, NotImplementedError,
+)  # fmt: skip
+
+
 def _unpack(paths: Sequence[Path], home: Path) -> None:
     home.parent.mkdir(parents=True, exist_ok=True)
     part = tempfile.mkdtemp(prefix=f"{home.name}.", dir=home.parent)
@@ -70,11 +78,14 @@ def _unpack(paths: Sequence[Path], home: Path) -> None:
                     with zipfile.ZipFile(path) as archive:
                         archive.extractall(part)  # drops "..", drives and leading slashes
                 else:
-                    with tarfile.open(path) as archive:
+                    packed = gzip.open if path.suffix in (".gz", ".tgz") else open
+                    with packed(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
                         archive.extractall(part, filter="data")
-            except (tarfile.TarError, zipfile.BadZipFile, EOFError, ValueError, RuntimeError, NotImplementedError) as e:
+                        while stream.read(1 << 20):  # to gzip's checksum, which tarfile does not get to
+                            pass
+            except _DAMAGED as e:
                 raise DataError(f"{path}: cannot be unpacked, the archive is damaged ({e}); download it again") from e
-            except OSError as e:  # of gzip and zlib too
+            except OSError as e:
                 raise DataError(f"{path}: cannot be unpacked into {home.parent} ({e}); make room, set data.data_dir "
                                 "to another folder, or download the archive again") from e  # fmt: skip
         with contextlib.suppress(OSError):  # another process was first

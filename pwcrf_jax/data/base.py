@@ -69,12 +69,18 @@ def require_source_dir(name: str, source_dir: str) -> Path:
     return path
 
 
-def check_options(name: str, options: Mapping[str, Any], allowed: Sequence[str] = ()) -> None:
-    """DataError for an option the data set does not have."""
+def check_options(name: str, options: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The defaults with the options given; DataError for one the data set does not have, or of another type."""
+    allowed = defaults or {}
     for key in options:
         if key not in allowed:
             known = ", ".join(allowed) or "none"
             raise DataError(f"data set {name!r} has no option {key!r}; its options: {known}")
+        kind = type(allowed[key])
+        kinds = {float: (int, float), tuple: (tuple, list)}.get(kind, kind)
+        if not isinstance(options[key], kinds) or isinstance(options[key], bool) != (kind is bool):
+            raise DataError(f"data.{name}.{key}: {options[key]!r} is no {kind.__name__}, such as {allowed[key]!r}")
+    return {**allowed, **options}
 
 
 class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):

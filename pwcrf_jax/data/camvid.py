@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from pwcrf_jax.data.base import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
-from pwcrf_jax.data.common import DataError
+from pwcrf_jax.data.common import DataError, read_lines
 
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -60,7 +60,7 @@ class CamVid(SegmentationBuilder, skip_registration=True):
 
 def _from_list(root: Path, list_file: Path) -> list[Pair]:
     pairs = []
-    for number, line in enumerate(list_file.read_text().splitlines(), 1):
+    for number, line in enumerate(read_lines(list_file), 1):
         fields = line.strip().rstrip(";").split()
         if not fields:
             continue

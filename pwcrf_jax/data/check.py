@@ -305,6 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from pwcrf_jax.data import load_dataset
 
     args = parser().parse_args(arguments)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files, whatever the terminal can show
     log = logging.getLogger("pwcrf_jax.data.datasets")
     level = log.level
     log.setLevel(logging.ERROR)  # the report has its warnings

@@ -257,7 +257,7 @@ def _mask(x: _Instance, height: int, width: int, path: Path) -> np.ndarray:
     try:
         from pycocotools import mask as coco
     except ImportError as e:
-        raise DataError(f'COCO\'s polygons are painted with pycocotools: pip install "pwcrf_jax[coco]" ({e})') from e
+        raise DataError(f'COCO\'s polygons are painted with pycocotools: pip install -e ".[coco]" ({e})') from e
     for polygon in x.outline:  # of 4 numbers pycocotools makes a box
         if polygon.ndim != 1 or len(polygon) < 6 or len(polygon) % 2 or not (np.abs(polygon) < 1e5).all():
             raise DataError(f"{where}: holds a polygon that is none; {remedy}")

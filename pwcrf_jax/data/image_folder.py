@@ -81,13 +81,10 @@ class ImageFolder(SegmentationBuilder, skip_registration=True):
         """
         del data_dir
         defaults = {"val_fraction": 0.1, "seed": 0}
-        check_options("image_folder", options, tuple(defaults))
-        options = defaults | options
+        options = check_options("image_folder", options, defaults)
         fraction, seed = options["val_fraction"], options["seed"]
-        if not isinstance(fraction, int | float) or not 0 < fraction < 1:
+        if not 0 < fraction < 1:
             raise DataError(f"val_fraction: {fraction!r} is not a number between 0 and 1, such as 0.1")
-        if not isinstance(seed, int):
-            raise DataError(f"seed: {seed!r} is not an integer, such as 0")
         root = require_source_dir("image_folder", source_dir)
         if not (root / "images").is_dir():
             raise DataError(f"{root}: has no folder images; {LAYOUT}; check data.source_dir")
@@ -104,6 +101,12 @@ class ImageFolder(SegmentationBuilder, skip_registration=True):
         if alone := sorted(masks.keys() - images.keys()):
             raise DataError(f"{masks[alone[0]]}: has no image {root / 'images' / alone[0]}.* ({_more(alone)}); add it, "
                             "or remove the mask")  # fmt: skip
+        for path in sorted(root.glob("*.txt")):
+            if path.name != "classes.txt" and path.stem not in LISTS and path.stem.casefold().startswith(LISTS):
+                raise DataError(
+                    f"{path}: looks like the list of a split, which are train.txt, val.txt and test.txt; rename it, or "
+                    "move it elsewhere"
+                )
         lists = {split: root / f"{split}.txt" for split in LISTS if (root / f"{split}.txt").is_file()}
         if lists:
             chosen = {split: _listed(path, images) for split, path in lists.items()}
@@ -192,11 +195,8 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[tuple[int, int, int
         raise DataError(f"{path}: is missing; write one class a line, 'name' or 'name R G B'")
     lines = [(i, line.split()) for i, line in enumerate(read_lines(path), 1)]
     lines = [(i, words) for i, words in lines if words and not words[0].startswith("#")]
-    if lines and all(re.fullmatch(r"\d+[:;,.]?", words[0]) for _, words in lines):
-        raise DataError(
-            f"{path}: every line starts with a number; classes are numbered in the order of the lines, so write 'name' "
-            "or 'name R G B'"
-        )
+    lines = [(i, ["void", *words[1:]] if words[0].casefold() == "void" else words) for i, words in lines]
+    _check_numbers(path, [words for _, words in lines if words[0] != "void"])
     names: list[str] = []
     colours: dict[tuple[int, ...], str] = {}
     void_values: list[int] = []
@@ -209,6 +209,17 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[tuple[int, int, int
             if not 0 <= void_values[-1] <= 255:
                 raise DataError(f"{where}: {void_values[-1]} is no value of an 8-bit mask; void is 0..255")
             continue
+        if name.casefold() in ("ignore", "ignored", "unlabeled", "unlabelled"):
+            raise DataError(
+                f"{where}: {name!r} would be a class; write 'void' for what is not trained on, or rename it"
+            )
+        if re.search(r"\s#|,\s*\d", name) or (colour and _numbers(name.split()[-1:])):
+            raise DataError(
+                f"{where}: {name!r} is no name; write 'name' or 'name R G B', numbers apart by spaces, comments on "
+                "lines of their own"
+            )
+        if any(unicodedata.category(c) == "Cc" for c in name):
+            raise DataError(f"{where}: {name!r} holds control characters; save the file as UTF-8")
         if name == "void" and not colour:
             raise DataError(f"{where}: void needs its value ('void 255') or its colour ('void 0 0 0')")
         if name in names:
@@ -224,9 +235,24 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[tuple[int, int, int
     return tuple(names), *_coding(path, names, colours, void_values)
 
 
+def _check_numbers(path: Path, lines: list[list[str]]) -> None:
+    """Refuses classes that seem to be numbered: their numbers would not count."""
+    first = bool(lines) and all(re.fullmatch(r"\d+[:;,.]?", words[0]) for words in lines)
+    last = [words[-1] for words in lines if len(words) > 1 and _numbers(words[-1:]) and not _numbers(words[-3:])]
+    # "lane 1", "lane 2" are names.
+    last = len(last) == len(lines) and sorted(last, key=int) != last
+    if first or last:
+        raise DataError(
+            f"{path}: every line {'starts' if first else 'ends'} with a number; classes are numbered in the order of "
+            "the lines, so write 'name' or 'name R G B' (and 'name_1' where a number is part of the name)"
+        )
+
+
 def _coding(path: Path, names: list[str], colours: dict[tuple[int, ...], str], void_values: list[int]) -> Any:
     if not names:
         raise DataError(f"{path}: names no class; write one a line, 'name' or 'name R G B'")
+    if len(names) == 1:
+        raise DataError(f"{path}: names one class, expected two or more; what is around an object is a class, too")
     without = sorted(set(names) - set(colours.values()))
     if colours and (without or void_values):
         raise DataError(
@@ -310,7 +336,7 @@ def _drawn(keys: Iterable[str], fraction: float, seed: int) -> dict[str, list[st
     """Two keys or more, dealt out to train and val."""
     order = sorted(keys, key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest())
     count = min(max(1, round(fraction * len(order))), len(order) - 1)
-    return {"train": sorted(order[count:]), "val": sorted(order[:count])}
+    return {"train": order[count:], "val": order[:count]}
 
 
 def _more(keys: list[str]) -> str:

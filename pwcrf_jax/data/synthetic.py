@@ -166,8 +166,7 @@ class Synthetic(SegmentationBuilder, skip_registration=True):
         """
         del source_dir, data_dir
         defaults = {"image_size": IMAGE_SIZE, "num_train": 400, "num_val": 100, "seed": 0}
-        check_options("synthetic", options, tuple(defaults))
-        values = {**defaults, **options}
+        values = check_options("synthetic", options, defaults)
         size = _check_size(values["image_size"])
         for key, least in (("num_train", 1), ("num_val", 1), ("seed", 0)):
             if values[key] < least:

@@ -63,8 +63,9 @@ class TfdsSet(SegmentationBuilder, skip_registration=True):
         Raises:
           DataError: a wrong option, or a set that is not there and cannot be prepared, or is not in array_record.
         """
-        check_options("tfds", options, _Options._fields)
-        o = _Options(**options)
+        o = _Options(**check_options("tfds", options, _Options._field_defaults))
+        if o.max_side < 0 or o.num_classes < 0:
+            raise DataError(f"data.tfds: max_side {o.max_side} and num_classes {o.num_classes} must be 0 or more")
         match = re.fullmatch(r"(\w+)(?:/([\w.+-]+?))?(?::(\d+\.\d+\.\d+))?", o.dataset)
         if not match:
             raise DataError(

@@ -83,6 +83,30 @@ def test_damaged_archives(places, name, damage):
         locate(source, ["kit"], [name], data_dir)
 
 
+@pytest.mark.parametrize("name", ["a.zip", "a.tgz"])
+def test_flipped_bits_in_compressed_archives(places, name):
+    """Each is refused, or what comes out is what went in."""
+    source, data_dir = places
+    path, text = source / name, "".join(f"image_{i * i}\n" for i in range(2000))
+    if name == "a.zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("kit/list.txt", text)
+    else:
+        _tar(path, {"kit/list.txt": text})
+    whole, refused = path.read_bytes(), 0
+    for position in np.random.default_rng(0).integers(0, 8 * len(whole), 60):
+        content = bytearray(whole)
+        content[position // 8] ^= 1 << position % 8
+        path.write_bytes(bytes(content))
+        try:
+            folder = locate(source, ["kit"], [name], f"{data_dir}/{position}")
+            assert (folder / "list.txt").read_text() == text
+        except DataError as e:
+            assert name in str(e)
+            refused += 1
+    assert refused > 40
+
+
 @pytest.fixture
 def old(tmp_path):
     path = tmp_path / "old.mat"

@@ -85,6 +85,8 @@ def test_unlabelled_splits_count_for_duplicates_only():
 def test_void(examples):
     examples.add("train", "a", [[0, 1, 2, 3]])
     examples.add("train", "b", np.full((2, 2), 255))
+    examples.add("train", "nearly", [[255, 255], [255, 0]])
+    examples.add("train", "d", [[0, 1, 2, 3, 0, 1, 2, 3]])
     examples.add("val", "c", [[0, 1, 2, 3]])
     examples.guard.close("train")
     assert examples.warnings == ["split 'train': 1 mask is void all over: b"]
@@ -118,9 +120,11 @@ def test_classes_that_are_not_learnt(examples):
 
 
 def test_off_by_one(examples):
+    examples.add("test", "void", [[255]])
+    assert not any("count from 1" in w for w in examples.warnings)
     examples.add("train", "a", [[1, 2, 3]])
     examples.add("val", "b", [[1, 2]])
-    assert examples.warnings[0].startswith("class 0 (sky) occurs nowhere: do the masks count from 1")
+    assert any(w.startswith("class 0 (sky) occurs nowhere: do the masks count from 1") for w in examples.warnings)
     examples.add("val", "c", [[0]])
     assert not any("count from 1" in w for w in examples.warnings)
 
@@ -202,6 +206,23 @@ def test_interpolated_masks_are_found(seed):
     assert seen == spoiled
 
 
+@pytest.mark.parametrize(
+    ("label", "blurred", "borders"),
+    [
+        ([[0, 0, 3, 6, 6]], 1, 1),
+        ([[6, 4, 4, 1, 1]], 1, 1),
+        ([[0, 2, 2, 2, 6]], 0, 2),
+        ([[0, 0, 1, 1, 0]], 0, 1),
+        ([[0, 0, 0, 1, 1]], 0, 0),
+        ([[0, 2, 2, 2, 2, 4]] * 2, 0, 4),  # not from one row to the next
+        ([[0], [0], [3], [6], [6]], 1, 1),
+        ([[0, 5]], 0, 0),
+    ],
+)
+def test_thin_lines_in_between(label, blurred, borders):
+    assert check._blur(np.array(label, np.uint8)) == (blurred, borders)
+
+
 def test_noise_and_void_borders_are_no_interpolation(examples):
     rng = np.random.default_rng(1)
     examples.add("train", "noise", rng.integers(0, 4, (80, 90)))
@@ -279,7 +300,7 @@ def test_command(folder, capsys):
     assert check.main([*arguments, "--option", "seed=3", "--option", "val_fraction=0.5"]) == 0
     capsys.readouterr()
     assert check.main([*arguments, "--option", "val_fraction=x"]) == 1
-    assert capsys.readouterr().out.startswith("refused: val_fraction: 'x' is not a number")
+    assert capsys.readouterr().out.startswith("refused: data.image_folder.val_fraction: 'x' is no float")
     assert check.main(["image_foldre"]) == 1
     assert "did you mean 'image_folder'" in capsys.readouterr().out
     with pytest.raises(SystemExit) as usage:

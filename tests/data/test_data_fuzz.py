@@ -325,6 +325,13 @@ def test_mat_files_are_read_as_written(tmp_path):
         assert gt["more"][0] == {"x": 1j, "y": "text"} and gt["more"][1]["x"].size == 0
 
 
+def test_checksums_of_chunks_are_refused(tmp_path):
+    """HDF5 2.0 ends the process where a chunk is shorter than its checksum."""
+    (tmp_path / "x.mat").write_bytes(mat73_files()[2])
+    with pytest.raises(DataError, match=r"x\.mat: 'S' has checksums"), open_mat73(tmp_path / "x.mat", "S"):
+        pass
+
+
 @pytest.mark.parametrize("kind", [0, 19, 200, 65535, 1 << 31])
 @pytest.mark.parametrize("variable", ["S", "empty"])
 def test_a_type_that_would_end_the_process_is_refused(tmp_path, kind, variable):

@@ -139,7 +139,7 @@ def test_small_folders_have_both_splits(many):
 def test_bad_options(many, value):
     with pytest.raises(DataError, match=r"val_fraction: .*0\.1"):
         planned(many, val_fraction=value)
-    with pytest.raises(DataError, match=r"seed: 'x' is not an integer"):
+    with pytest.raises(DataError, match=r"seed: 'x' is no int, such as 0"):
         planned(many, seed="x")
     with pytest.raises(DataError, match=r"no option 'val_share'; its options: val_fraction, seed"):
         planned(many, val_share=0.1)

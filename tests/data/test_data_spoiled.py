@@ -123,6 +123,14 @@ def flipped_bit_in_png(root):
     flip(root / "images/inner city/c.png")
 
 
+@row(refused(r"c\.png: cannot be decoded.*header is not its first chunk.*restore"))
+def png_with_something_before_its_header(root):
+    path = root / "images/inner city/c.png"
+    data = path.read_bytes()
+    note = struct.pack(">I", 3) + b"tEXta\0b" + struct.pack(">I", zlib.crc32(b"tEXta\0b"))
+    path.write_bytes(data[:8] + note + data[8:])
+
+
 @row(refused(r"a\.jpg: the file is empty \(0 bytes\); restore"))
 def empty_image(root):
     cut(root / "images/a.jpg", 0)
@@ -221,7 +229,7 @@ def image_turned_by_exif_and_its_mask_shows_how(root):
 
 @row(taken(lambda r: None))
 def damaged_exif(root):
-    save(root / "images/a.jpg", PIXELS, exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
+    save(root / "images/a.jpg", PIXELS, exif=b"Exif\0\0MM\0*")
 
 
 @row(refused(r"e\.webp: holds 2 pictures.*save the one"))
@@ -293,7 +301,7 @@ def link_to_a_folder(root):
     (root / "images/more").symlink_to(root / "images", target_is_directory=True)
 
 
-@row(taken(lambda r: None))
+@row(taken(lambda r: None), lists=False)
 def hidden_and_other_files(root):
     for name in ("images/._a.jpg", "images/.DS_Store", "images/Thumbs.db", "masks/._a.png", "masks/notes.txt"):
         (root / name).write_bytes(b"\0\5\x16\7")
@@ -773,6 +781,56 @@ def classes_in_latin_1(root):
 @row(refused(r"masks/a\.png: label value 2 is neither a class \(0\.\.1\).*off by one\?.*complete classes\.txt"))
 def classes_too_few(root):
     reclass(root, "road\nlamp\n")
+
+
+@row(refused(r"classes\.txt: every line ends with a number; classes are numbered in the order of the lines"))
+def values_behind_names(root):
+    reclass(root, "lamp 2\nsky 1\nroad 0\nvoid 255\n")
+
+
+@row(refused(r"classes\.txt: every line starts with a number"))
+def values_before_names_and_void(root):
+    reclass(root, "2 lamp\n1 sky\n0 road\nvoid 255\n")
+
+
+@row(refused(r"masks/a\.png: label value 255 is neither a class \(1\.\.4\) nor void \(0\)"))
+def void_in_capitals(root):
+    reclass(root, "road\nsky\nlamp\nlane\nVoid 0\n")
+
+
+@row(refused(r"classes\.txt, line 4: 'unlabeled' would be a class; write 'void' for what is not trained on"))
+def void_by_another_name(root):
+    reclass(root, "road 1 2 3\nsky 4 5 6\nlamp 7 8 9\nunlabeled 0 0 0\n")
+
+
+@row(refused(r"classes\.txt, line 1: 'road,1,2,3' is no name; write 'name' or 'name R G B'"))
+def colours_with_commas(root):
+    reclass(root, "road,1,2,3\nsky,4,5,6\n")
+
+
+@row(refused(r"classes\.txt, line 1: 'road 1' is no name; write 'name' or 'name R G B'"))
+def colours_with_alpha(root):
+    reclass(root, "road 1 2 3 255\nsky 4 5 6 255\n")
+
+
+@row(refused(r"classes\.txt, line 2: 'sky # blue' is no name"))
+def comment_behind_a_name(root):
+    reclass(root, "road\nsky # blue\nlamp\n")
+
+
+@row(refused(r"classes\.txt, line 1: .* holds control characters"))
+def classes_in_utf_16(root):
+    (root / "classes.txt").write_bytes("road\nsky\n".encode("utf-16-le"))
+
+
+@row(refused(r"classes\.txt: names one class, expected two or more"))
+def one_class(root):
+    reclass(root, "road\n")
+
+
+@row(refused(r"validation\.txt: looks like the list of a split, which are train\.txt, val\.txt and test\.txt"))
+def list_by_another_name(root):
+    (root / "validation.txt").write_text("a\n")
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore::PIL.Image.DecompressionBombWarning")
