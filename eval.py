@@ -70,6 +70,9 @@ def _check_flags(options):
     sources = [name for name in ("images", "dataset") if options[name].value]
     if len(sources) == 2:
         raise configs.ConfigError("--images and --dataset are two sources; give one")
+    for name in ("images", "dataset"):
+        if options[name].present and not options[name].value:
+            raise configs.ConfigError(f"--{name} is empty; name what to predict, or leave the flag out")
     given = [name for name in _PREDICTING if options[name].present]
     if given and not sources:
         raise configs.ConfigError(f"--{given[0]} is of predictions: name --images or --dataset too")

@@ -1,9 +1,9 @@
 """What else a CRF can be trained with than its piecewise likelihood (`pwcrf_jax.piecewise`).
 
 All take scores, potentials and labels and return (sum, count) like the piecewise terms: log-probabilities of the
-labels, and the nodes they are of. Relation weights and `normalize` mean what they mean in `pwcrf_jax.mean_field`, so
-that each trains the model that inference decodes. Evidence of residual potentials plays no part: the unary is in the
-model already.
+labels, and the nodes they are of. Relation weights and `normalize` (of the first two) mean what they mean in
+`pwcrf_jax.mean_field`, so that what is trained is what is decoded; with means of messages there is no joint
+distribution behind the updates. Evidence of residual potentials plays no part: the unary is in the model already.
 """
 
 import itertools

@@ -129,7 +129,11 @@ def grid_mask(valid_size: jax.Array, grid: tuple[int, int], image_size: tuple[in
     """Which cells lie on the image and not on its padding.
 
     valid_size: int [B, 2], height and width of each image inside its padded frame of static size image_size.
-    Returns bool [B, h, w]: true where the cell's centre lies inside.
+    Returns bool [B, h, w]: true where the cell's centre lies inside, and in the first row and column of any image that
+    is not empty, however thin.
     """
-    rows, cols = ((jnp.arange(n) + 0.5) * (size / n) for n, size in zip(grid, image_size, strict=True))
-    return (rows[None, :, None] < valid_size[:, 0, None, None]) & (cols[None, None, :] < valid_size[:, 1, None, None])
+    axes = []
+    for axis, (n, size) in enumerate(zip(grid, image_size, strict=True)):
+        valid = valid_size[:, axis, None]
+        axes.append(((jnp.arange(n) + 0.5) * (size / n) < valid) | ((jnp.arange(n) == 0) & (valid > 0)))
+    return axes[0][:, :, None] & axes[1][:, None, :]

@@ -68,7 +68,8 @@ class _Augment:
         out_image, out_label = self._padding.copy(), np.full(self._crop_size, VOID, np.uint8)
         out_image[rows, cols] = np.asarray(image)
         out_label[rows, cols] = label.take(nearest_y, 0).take(nearest_x, 1)
-        return {"image": out_image, "label": out_label, "id": sample["id"]}
+        inside = np.array([rows.start, cols.start, rows.stop, cols.stop], np.int32)
+        return {"image": out_image, "label": out_label, "inside": inside, "id": sample["id"]}
 
 
 def _window(array: np.ndarray, top: int, left: int, size: tuple[int, int], fill: Any) -> np.ndarray:
@@ -105,6 +106,7 @@ class TrainBatches(Iterator):
         return {
             "image": np.stack([s["image"] for s in samples]),
             "label": np.stack([s["label"] for s in samples]),
+            "inside": np.stack([s["inside"] for s in samples]),
             "id": [s["id"] for s in samples],
         }
 
@@ -142,7 +144,8 @@ def train_batches(
       pad_value: RGB colour of padding; its label is void (255).
 
     Returns:
-      Iterator of {"image": uint8 [b, h, w, 3], "label": uint8 [b, h, w], "id": list of b str}.
+      Iterator of {"image": uint8 [b, h, w, 3], "label": uint8 [b, h, w], "inside": int32 [b, 4] (top, left, bottom,
+      right of what is not padding), "id": list of b str}.
 
     Raises:
       DataError: an argument out of range, or an unknown or empty split; while iterating, a damaged record.

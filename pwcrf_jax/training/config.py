@@ -122,16 +122,7 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
                 f"{-(-flat[key] // devices) * devices}"
             )
     build_model(config)
-    if config.loss.objective not in ("piecewise", "piecewise_staged"):
-        if not crf_relations(config):
-            raise ConfigError(f"config.loss.objective = {config.loss.objective!r} needs relations, there are none")
-    if config.loss.objective == "exact":
-        height, width = grid_size(config.data.crop_size, config.model.scales)
-        if height * width * math.log2(config.data.num_classes) > math.log2(objectives.MAX_LABELLINGS):
-            raise ConfigError(
-                f"config.loss.objective = 'exact' enumerates {config.data.num_classes}^{height * width} labellings of "
-                f"the grid of config.data.crop_size = {tuple(config.data.crop_size)}; it is for tiny grids, use another"
-            )
+    _validate_objective(config)
     for key in ("data.crop_size", "data.eval_size"):
         grid = grid_size(flat[key], config.model.scales)
         for relation in relations(config):
@@ -140,6 +131,34 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
                     f"config.relations.{relation.name}: its box holds no edge on the {grid[0]} x {grid[1]} grid of "
                     f"config.{key} = {flat[key]}; change the box, or take the relation out of config.model.relations"
                 )
+
+
+def _validate_objective(config):
+    name, loss = config.loss.objective, config.loss
+    if name != "piecewise" and not crf_relations(config):
+        raise ConfigError(f"config.loss.objective = {name!r} needs relations, there are none")
+    if name == "piecewise_staged" and unary_steps(config) >= config.train.steps:
+        raise ConfigError(
+            f"config.loss.unary_share = {loss.unary_share} leaves none of the {config.train.steps} steps to the "
+            "relations; lower it"
+        )
+    unused = [] if name.startswith("piecewise") else [("loss.sampled_offsets", 0), ("loss.pairwise_weight", 1)]
+    if name == "exact":  # what it has no meaning for: it is the likelihood of one model, with sums of messages
+        unused += [("crf.normalize", False), ("loss.balance_power", 0)]
+    for key, value in unused:
+        section, field = key.split(".")
+        if config[section][field] != value:
+            raise ConfigError(
+                f"config.{key} = {config[section][field]} does nothing with config.loss.objective = {name!r}; "
+                f"set it to {value}"
+            )
+    if name == "exact":
+        height, width = grid_size(config.data.crop_size, config.model.scales)
+        if height * width * math.log2(config.data.num_classes) > math.log2(objectives.MAX_LABELLINGS):
+            raise ConfigError(
+                f"config.loss.objective = 'exact' enumerates {config.data.num_classes}^{height * width} labellings of "
+                f"the grid of config.data.crop_size = {tuple(config.data.crop_size)}; it is for tiny grids, use another"
+            )
 
 
 def check_classes(config: ConfigDict, class_names) -> None:

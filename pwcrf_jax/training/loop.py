@@ -52,12 +52,24 @@ def train_and_evaluate(config, workdir: str) -> dict:
                 )
             state, meta = _fresh(model, tx, fresh_params()), {"samples_seen": 0, "score": None}
         else:
+            _check_stages(config, latest.meta())
             abstract = jax.eval_shape(lambda: _fresh(model, tx, evaluate.init_params(model, config.seed)))
             trees, meta = latest.restore(_trees(abstract))
             state = steps.TrainState(**trees["rest"], params=trees["params"])
             unread = "; config.init_from is not read again" if config.init_from else ""
             log.info("resumed from step %d of %s%s", meta["step"], latest.folder, unread)
         return _train(config, workdir, model, tx, state, meta, dataset, latest, best)
+
+
+def _check_stages(config, meta):
+    """A run goes on in the stages it began with: relations that were trained stay on the features they know."""
+    before, now = meta.get("unary_steps"), configs.unary_steps(config)
+    said = lambda steps: "without stages" if steps is None else f"with {steps} steps of the unary alone"
+    if before != now:
+        share = "" if before is None else f", and set config.loss.unary_share to {before / config.train.steps:g}"
+        raise configs.ConfigError(
+            f"this run began {said(before)}, now it would be {said(now)}; keep config.loss.objective{share}"
+        )
 
 
 def _resolve(config, workdir):
@@ -164,12 +176,13 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best):
     log.info("%s", _plan(config, model, tx).summary())
 
     def save():
-        latest.save(step, _trees(state), {"samples_seen": samples_seen, "score": score})
+        about = {"samples_seen": samples_seen, "score": score, "unary_steps": unary_steps}
+        latest.save(step, _trees(state), about)
 
     started, progress = time.monotonic(), None
     try:
         for batch in batches:
-            state, metrics = train_step(state, parallel.split({k: batch[k] for k in ("image", "label")}))
+            state, metrics = train_step(state, parallel.split({k: batch[k] for k in ("image", "label", "inside")}))
             step, samples_seen = step + 1, samples_seen + c.batch_size
             if progress is None:  # the first step compiles: it would spoil the rate
                 jax.block_until_ready(metrics)
@@ -180,8 +193,7 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best):
             save_now = evaluate_now or step % c.checkpoint_every == 0
             if step % c.log_every == 0 or save_now:
                 values = {k: float(v) for k, v in metrics.items()}
-                # Kinds of factor that this step has none of; the loss itself is checked.
-                values = {k: v for k, v in values.items() if not (k.startswith("nll_") and math.isnan(v))}
+                values = {k: v for k, v in values.items() if not (k.startswith("nll_") and v == -1)}  # no such factor
                 _check_finite(values, step, batch["id"], latest)
                 if step % c.log_every == 0 or last:
                     rate = progress.report(step, values)

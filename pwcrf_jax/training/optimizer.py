@@ -55,13 +55,6 @@ def _decayed(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: "bias" not in path[-1].key, params)
 
 
-def _stages(config, num_steps, unary_steps):
-    """Learning rates of the unary and of the relations by step, where one is trained after the other."""
-    zero = optax.constant_schedule(0.0)
-    first, second = schedule(config, unary_steps), schedule(config, num_steps - unary_steps)
-    return optax.join_schedules([first, zero], [unary_steps]), optax.join_schedules([zero, second], [unary_steps])
-
-
 def make_optimizer(config, model_config, num_steps, unary_steps=None):
     """optax transformation for config.optimizer.
 
@@ -72,16 +65,18 @@ def make_optimizer(config, model_config, num_steps, unary_steps=None):
     backbone learns at backbone_factor times the rate; layers that the model freezes get no update at all.
     """
     decay = optax.add_decayed_weights(config.weight_decay, mask=_decayed)
-    if config.name == "adamw":
-        rule = [optax.scale_by_adam(), decay]
-    else:
-        rule = [decay, optax.trace(config.momentum)]
+    rule = [optax.scale_by_adam(), decay] if config.name == "adamw" else [decay, optax.trace(config.momentum)]
+    rule_of = lambda steps: optax.chain(*rule, optax.scale_by_learning_rate(schedule(config, steps)))
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    if unary_steps is not None:
-        unary, relations = map(optax.scale_by_learning_rate, _stages(config, num_steps, unary_steps))
-        rate = optax.partition({"unary": unary, "pairwise": relations}, _kinds)
+    if unary_steps is None:
+        learn = rule_of(num_steps)
     else:
-        rate = optax.scale_by_learning_rate(schedule(config, num_steps))
+        # Each has moments and a schedule of its own, which begin with its stage.
+        stages = {
+            "unary": optax.conditionally_mask(rule_of(unary_steps), lambda step: step < unary_steps),
+            "pairwise": optax.conditionally_mask(rule_of(num_steps - unary_steps), lambda step: step >= unary_steps),
+        }
+        learn = optax.partition(stages, _kinds)
     frozen = frozen_layers(model_config)
     factors = {"new": optax.identity(), "backbone": optax.scale(config.backbone_factor), "frozen": optax.set_to_zero()}
-    return optax.chain(*clip, *rule, rate, optax.partition(factors, lambda params: _groups(params, frozen)))
+    return optax.chain(*clip, learn, optax.partition(factors, lambda params: _groups(params, frozen)))

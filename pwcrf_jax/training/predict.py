@@ -32,6 +32,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 """Of the files that are taken from a folder; files named one by one, or by a pattern, may have any."""
 
 
+LARGEST_JPEG = 65_500
+
+
 class Format(NamedTuple):
     """How label images are written.
 
@@ -71,19 +74,23 @@ def find_images(images: str, output: str) -> dict[str, Path]:
     Raises:
       DataError: nothing there, or two files of one name.
     """
-    path, out = Path(images).expanduser(), Path(output).absolute()
+    path, out = Path(images).expanduser(), Path(output).resolve()
     if path.is_file():
         root, found = path.parent, [path]
     elif path.is_dir():
         root = path
-        found = [p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+        hidden = lambda p: any(part.startswith(".") for part in p.relative_to(path).parts)
+        found = [p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not hidden(p)]
     else:
         parts = path.parts
         fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
         root, found = Path(*parts[:fixed]), map(Path, glob.glob(str(path), recursive=True))
-    named = {}
+    named, within = {}, 0
     for file in sorted(found):
-        if not file.is_file() or out in file.absolute().parents:
+        if out in file.resolve().parents:
+            within += 1
+            continue
+        if file.is_dir():
             continue
         name = str(file.relative_to(root).with_suffix(""))
         if name in named:
@@ -91,6 +98,10 @@ def find_images(images: str, output: str) -> dict[str, Path]:
         named[name] = file
     if not named:
         what = f"files ({', '.join(SUFFIXES)})" if path.is_dir() else "files"
+        if within:
+            raise DataError(
+                f"--images={images}: all {within} files there lie in --output={output}; name another output"
+            )
         raise DataError(
             f"--images={images}: no {what} there; name an image, a folder or a quoted pattern like 'a/*.jpg'"
         )
@@ -161,13 +172,14 @@ def _claim(output: str, overwrite: bool) -> None:
 @contextlib.contextmanager
 def _whole(path: Path):
     """A file to write that appears whole or not at all; DataError where it cannot be written."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(".partial")  # short: the name itself may be as long as names can be
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             yield file
         partial.replace(path)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise DataError(
             f"{path}: cannot be written ({error.strerror or error}); the files before it are whole"
         ) from None
@@ -259,7 +271,9 @@ def predict(
         labels = marginals.labels() if log_probs is None else log_probs.argmax(-1).astype(np.uint8)
         with _whole(target(name)) as file:
             _label_image(labels, codes, colours).save(file, "PNG")
-        if overlay:
+        if overlay and max(image.shape) > LARGEST_JPEG:
+            log.info("%s: no overlay, as JPEG ends at %d pixels", name, LARGEST_JPEG)
+        elif overlay:
             with _whole(Path(output, "overlays", f"{name}.jpg")) as file:
                 mixed = Image.blend(Image.fromarray(image), Image.fromarray(colours[labels]), 0.5)
                 mixed.save(file, "JPEG", quality=90)

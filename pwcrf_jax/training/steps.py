@@ -41,10 +41,12 @@ def piecewise_terms(potentials, labels, balance_power=0.0, chunk_edges=None, sam
     return terms
 
 
-def joint_term(potentials, labels, name, crf_config, balance_power=0.0, chunk_edges=None):
+def joint_term(potentials, labels, name, crf_config, balance_power=0.0, chunk_edges=None, inside=None):
     """(sum, count) of one of the objectives of `pwcrf_jax.objectives`, as inference with crf_config would decode.
 
     name: "pseudo_likelihood", "unrolled_mean_field" or "exact". Others as in `piecewise_terms`, `make_eval_step`.
+    inside: int [B, 4], top, left, bottom and right of the image in its crop: cells beyond it are padding; None: all is
+      image.
     """
     unary = potentials.unary
     grid = piecewise.grid_labels(labels, *unary.shape[1:3])
@@ -56,11 +58,25 @@ def joint_term(potentials, labels, name, crf_config, balance_power=0.0, chunk_ed
         nodes = lambda p: dataclasses.replace(p, a=0, b=0, w2=None, b2=None, evidence=None if p.evidence is None else 0)
         return jax.tree.map(jnp.sum, jax.vmap(one, in_axes=(0, [nodes(p) for p in chosen], 0))(unary, chosen, grid))
     node_weights = piecewise.balance_weights(grid, unary.shape[-1], power=balance_power) if balance_power else None
-    shared = dict(normalize=crf_config["normalize"], node_weights=node_weights, chunk_edges=chunk_edges)
+    shared = dict(
+        normalize=crf_config["normalize"], node_weights=node_weights, chunk_edges=chunk_edges, route=crf_config["route"]
+    )
     if name == "pseudo_likelihood":
         return objectives.pseudo_log_likelihood(unary, chosen, grid, weights, **shared)
     iterations, damping = crf_config["num_iterations"], crf_config["damping"]
-    return objectives.unrolled_log_likelihood(unary, chosen, grid, iterations, weights, damping, **shared)
+    mask = None if inside is None else _cells_inside(inside, unary.shape[1:3], labels.shape[1:3])
+    return objectives.unrolled_log_likelihood(
+        unary, chosen, grid, iterations, weights, damping, node_mask=mask, **shared
+    )
+
+
+def _cells_inside(inside, grid, size):
+    """bool [B, h, w]: cells whose centre lies in the box inside [B, 4] of a crop of a size."""
+    axes = []
+    for axis in (0, 1):
+        centres = (jnp.arange(grid[axis]) + 0.5) * (size[axis] / grid[axis])
+        axes.append((centres >= inside[:, axis, None]) & (centres < inside[:, 2 + axis, None]))
+    return axes[0][:, :, None] & axes[1][:, None, :]
 
 
 def objective(terms, num_images, weights, reduction="mean"):
@@ -84,8 +100,8 @@ def make_train_step(model, tx, loss_config, seed=0, crf_config=None, unary_steps
     crf_config: of `make_eval_step`, for the objectives that contain inference.
     unary_steps: of "piecewise_staged": so many steps of the unary alone, then the relations alone.
 
-    batch: image uint8 [B, H, W, 3], label uint8 [B, H, W]. metrics: loss, grad_norm, and nll_NAME of every term, NaN
-    where a step has no factor of this kind.
+    batch: image uint8 [B, H, W, 3], label uint8 [B, H, W] and, where it may hold padding, inside int32 [B, 4], see
+    `joint_term`. metrics: loss, grad_norm, and nll_NAME of every term, -1 where a step has no factor of this kind.
     """
     name = loss_config["objective"]
 
@@ -105,7 +121,8 @@ def make_train_step(model, tx, loss_config, seed=0, crf_config=None, unary_steps
             terms |= {r.name: (jnp.float32(0), jnp.float32(0)) for r in model.relations if r.name not in terms}
         else:
             unary = piecewise_terms(potentials._replace(pairwise={}), batch["label"], balance)
-            terms = unary | {name: joint_term(potentials, batch["label"], name, crf_config, balance, chunk_edges)}
+            joint = joint_term(potentials, batch["label"], name, crf_config, balance, chunk_edges, batch.get("inside"))
+            terms = unary | {name: joint}
             weights = {name: 1.0}
         # Counts are of labels, not of parameters: summing them here puts no collective into the backward pass.
         terms = {k: (total, jax.lax.psum(count, AXIS)) for k, (total, count) in terms.items()}
@@ -126,7 +143,8 @@ def make_train_step(model, tx, loss_config, seed=0, crf_config=None, unary_steps
         loss, sums, grads = jax.lax.psum((loss, sums, grads), AXIS)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        out = {f"nll_{k}": -sums[k] / count for k, (_, count) in terms.items()}
+        nll = lambda total, count: jnp.where(count > 0, -total / jnp.maximum(count, 1e-9), -1.0)
+        out = {f"nll_{k}": nll(sums[k], count) for k, (_, count) in terms.items()}
         out |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state), out
 

@@ -211,7 +211,7 @@ def test_refusals(source, spoil, match):
 
 def test_without_pycocotools(source, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
-    with pytest.raises(DataError, match=r'pip install "pwcrf_jax\[coco\]"'):
+    with pytest.raises(DataError, match=r'pip install -e "\.\[coco\]"'):
         _load(source)
 
 

@@ -229,7 +229,7 @@ def image_turned_by_exif_and_its_mask_shows_how(root):
 
 @row(taken(lambda r: None))
 def damaged_exif(root):
-    save(root / "images/a.jpg", PIXELS, exif=b"Exif\0\0MM\0*")
+    save(root / "images/inner city/c.png", PIXELS, exif=b"Exif\0\0MM\0*")
 
 
 @row(refused(r"e\.webp: holds 2 pictures.*save the one"))

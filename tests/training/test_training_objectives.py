@@ -90,6 +90,7 @@ def test_the_terms_are_those_of_the_core(small):
 
 def test_exact_on_a_tiny_grid(small):
     small.data.crop_size, small.data.num_classes, small.loss.objective = (32, 48), 3, "exact"
+    small.crf.normalize = False
     configs.validate(small, num_devices=1)
     batch = batch_of(np.random.default_rng(4), 2, classes=3)
     step, state = started(small)
@@ -119,9 +120,67 @@ def test_stages(small):
             assert moved == (name.startswith("pairwise_") == (i >= 4)), (i, name)
     for i, (_, metrics) in enumerate(out):
         assert np.isfinite([metrics["loss"], metrics["nll_unary"], metrics["grad_norm"]]).all()
-        assert np.isnan(metrics["nll_surrounding"]) == (i < 4)
+        assert (metrics["nll_surrounding"] == -1) == (i < 4)
         expected = metrics["nll_unary"] if i < 4 else metrics["nll_surrounding"] + metrics["nll_above_below"]
         assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["adamw", "sgd"])
+def test_the_second_stage_starts_as_a_run_does(small, rule):
+    """Moments and schedule of the relations begin with their stage, as in a run of their own."""
+    small.loss.objective, small.loss.unary_share, small.optimizer.name = "piecewise_staged", 1 / 3, rule
+    params = evaluate.init_params(configs.build_model(small), 0)
+    ones = jax.tree.map(jnp.ones_like, params)
+    relations = lambda tree: {k: v for k, v in tree.items() if k.startswith("pairwise_")}
+    staged = make_optimizer(small.optimizer, small.model, 12, 4)
+    alone = make_optimizer(small.optimizer, small.model, 8)
+    state, fresh = staged.init(params), alone.init(relations(params))
+    for step in range(7):
+        trained = {k: float(k.startswith("pairwise_") == (step >= 4)) for k in ones}
+        grads = {k: jax.tree.map(lambda g, on=trained[k]: on * g, v) for k, v in ones.items()}
+        updates, state = staged.update(grads, state, params)
+        if step >= 4:
+            # The clipped norm is of all gradients, and here of the relations' alone.
+            expected, fresh = alone.update(relations(grads), fresh, relations(params))
+            for a, b in zip(*map(jax.tree.leaves, (relations(updates), expected)), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_padding_of_a_crop_takes_no_part(small):
+    """Unrolled mean field of a padded crop is that of the image in its frame, as evaluation masks it."""
+    small.loss.objective, small.model.parameterisation = "unrolled_mean_field", "free"
+    batch = batch_of(np.random.default_rng(5), 2, size=(64, 96))
+    batch["label"][:, 32:], batch["label"][:, :, 64:] = 255, 255
+    step, state = started(small)
+    model = configs.build_model(small)
+    potentials = model.apply({"params": state.params}, batch["image"])
+    grid = piecewise.grid_labels(batch["label"], 4, 6)
+    mask = np.zeros((2, 4, 6), bool)
+    mask[:, :2, :4] = True
+    total, count = objectives.unrolled_log_likelihood(
+        potentials.unary,
+        list(potentials.pairwise.values()),
+        grid,
+        3,
+        (1.0, 1.0),
+        0.0,
+        True,
+        node_mask=jnp.asarray(mask),
+    )
+    inside = np.array([[0, 0, 32, 64]] * 2, np.int32)
+    got = run(step, state, [batch | {"inside": inside}])[0][1]["loss"]
+    assert got == pytest.approx(float(-total / count), rel=1e-4)
+    assert got != pytest.approx(run(step, state, [batch])[0][1]["loss"], rel=1e-4)
+
+
+def test_a_staged_run_keeps_its_stages(config, tmp_path):
+    config.loss.objective, config.train.steps, config.train.eval_every = "piecewise_staged", 2, 0
+    loop.train_and_evaluate(config, str(tmp_path / "work"))
+    config.train.steps = 4
+    with pytest.raises(configs.ConfigError, match=r"began with 1 steps .*now it would be with 2.*unary_share to 0\.25"):
+        loop.train_and_evaluate(config, str(tmp_path / "work"))
+    config.loss.unary_share = 0.25
+    loop.train_and_evaluate(config, str(tmp_path / "work"))
 
 
 @pytest.mark.parametrize("name", ["piecewise_staged", "pseudo_likelihood", "unrolled_mean_field"])
@@ -136,10 +195,22 @@ def test_a_run_from_start_to_table(config, tmp_path, name):
 
 def test_refused(small):
     small.loss.objective = "exact"
+    with pytest.raises(
+        configs.ConfigError, match=r"crf\.normalize = True does nothing with .*'exact'; set it to False"
+    ):
+        configs.validate(small, num_devices=1)
+    small.crf.normalize = False
     small.data.crop_size = small.data.eval_size = (96, 128)
     with pytest.raises(configs.ConfigError, match=r"enumerates 6\^48 labellings.*crop_size = \(96, 128\)"):
         configs.validate(small, num_devices=1)
-    for name in OTHERS:
+    small.loss.objective, small.loss.sampled_offsets = "pseudo_likelihood", 3
+    with pytest.raises(configs.ConfigError, match=r"loss\.sampled_offsets = 3 does nothing"):
+        configs.validate(small, num_devices=1)
+    small.loss.sampled_offsets = 0
+    small.loss.objective, small.loss.unary_share = "piecewise_staged", 0.99
+    with pytest.raises(configs.ConfigError, match=r"unary_share = 0\.99 leaves none of the 12 steps"):
+        configs.validate(small, num_devices=1)
+    for name in (*OTHERS, "piecewise_staged"):
         small.loss.objective, small.model.relations = name, ()
         with pytest.raises(configs.ConfigError, match="needs relations"):
             configs.validate(small, num_devices=1)
