@@ -5,26 +5,13 @@
         --config.init_from=PATH/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5
 """
 
-from configs import default
+from configs import image_folder_mobilenet_v2
 
 
 def get_config():
-    config = default.get_config()
+    config = image_folder_mobilenet_v2.get_config()
     config.data.name = "voc"
     config.data.num_classes = 21
     config.data.partial = True  # any folder in this layout
     config.data.train_split = "train_aug"
-    config.data.crop_size = (320, 320)
-    config.data.eval_size = (520, 520)  # times 1.2 a multiple of the stride, as 320 is: cells cover the image evenly
-    config.model.backbone = "mobilenet_v2"
-    config.model.mobilenet_v2.freeze_until = "block_6"
-    config.model.block6 = ((3, 192),)
-    config.model.hidden = 192
-    # The pair terms cannot lower the unary when they do not train the features.
-    config.model.pairwise_trains_features = False
-    config.loss.balance_power = 0.3
-    config.train.steps = 700
-    config.train.eval_every = 350
-    config.train.checkpoint_every = 50
-    config.eval.batch_size = 4
     return config
