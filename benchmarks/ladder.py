@@ -2,15 +2,20 @@
 
     python benchmarks/ladder.py --set camvid --source_dir PATH/camvid --init_from FILE --runs runs/ladder
     python benchmarks/ladder.py --set animals --source_dir PATH/voc2012_animals --init_from FILE --runs runs/ladder
+    python benchmarks/ladder.py --set camvid ... --curve    (what relations gain over unaries of several strengths)
     python benchmarks/ladder.py --summary
 
 Rungs: baseline (one scale) -> pyramid (+ sliding pyramid pooling) -> multiscale (+ two more scales) -> refined (+ the
 dense CRF on that model's unary) -> contextual (+ relations, trained on the multiscale model's features while they
-stand still, with the dense CRF on top). Beside the ladder, joint: unary and relations trained together from the start.
+stand still, with the dense CRF on top). Beside the ladder: joint (unary and relations together from the start, as the
+config has it: the relations do not train the features) and joint_features (they do).
 
 Nothing is chosen on the images that are scored. Message weights and the dense CRF's parameters come from a pilot: the
 multiscale and the contextual model trained on 80 % of the training images, tuned on the other 20 % (eval.py
 --tune-refinement), once a set; every run then takes its last checkpoint.
+
+--curve: relations on the features of unaries that trained for an eighth, a quarter, a half and the whole of the steps,
+and on those of the baseline, with fixed message weights: nothing is chosen, every weight is reported.
 
 Each run lies in its own workdir below --runs and goes on where it was stopped; what is finished is not done again.
 Figures go to benchmarks/results, one JSON a set, rung and seed, with the counts of each image, from which --summary
@@ -24,7 +29,6 @@ import json
 import os
 import platform
 import sys
-import time
 import zlib
 from pathlib import Path
 
@@ -42,13 +46,20 @@ from pwcrf_jax.training import evaluate, logs, loop, parallel, refinement, steps
 RESULTS = Path(__file__).parent / "results"
 RUNGS = ("baseline", "pyramid", "multiscale", "refined", "contextual")
 ANIMALS = ("background", "cat", "cow", "dog", "horse", "sheep", "person")
+BESIDE = ("joint", "joint_features")
 SETS = {"camvid": (camvid_mobilenet_v2, "train"), "animals": (voc_mobilenet_v2, "train_aug")}
+PAIR_SHARE = 0.25  # of the unary's steps, that relations train on features that stand still
+CURVE = (("baseline", 1.0), ("multiscale", 0.125), ("multiscale", 0.25), ("multiscale", 0.5), ("multiscale", 1.0))
+CURVE_WEIGHTS = (0.5, 1.0, 2.0, 4.0)
 HELD_OUT = 20  # percent of the training images that the pilot is tuned on
 BOOTSTRAP = 2000
 
 
-def config_of(args, rung, seed, split):
-    """The training run behind a rung."""
+def config_of(args, rung, seed, split, unary="multiscale", share=1.0):
+    """The training run behind a rung.
+
+    unary: the rung whose features the contextual one stands on; share: of the steps, that this unary is trained for.
+    """
     module, _ = SETS[args.set]
     config = module.get_config()
     config.seed = seed
@@ -57,28 +68,33 @@ def config_of(args, rung, seed, split):
     config.init_from = args.init_from
     config.eval.classes = ANIMALS if args.set == "animals" else ()
     config.train.eval_every = 0  # nothing is chosen by validation
-    config.train.steps = args.steps or config.train.steps
-    if rung in ("baseline", "pyramid"):
+    whole = args.steps or config.train.steps
+    config.train.steps = max(1, round(whole * share))
+    config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, config.train.steps // 4)
+    features = unary if rung == "contextual" else rung
+    if features in ("baseline", "pyramid"):
         config.model.scales = config.model.scales[:1]
-    if rung == "baseline":
+    if features == "baseline":
         config.model.pyramid_windows = ()
     if rung in ("baseline", "pyramid", "multiscale"):
         config.model.relations = ()
     if rung == "contextual":
         config.loss.objective, config.loss.unary_share = "piecewise_staged", 0.0
-        config.train.steps = args.pair_steps or max(config.train.steps // 2, 1)
+        config.train.steps = args.pair_steps or max(1, round(whole * PAIR_SHARE))
+    config.model.pairwise_trains_features = rung == "joint_features"
     return config
 
 
-def trained(args, rung, seed, split, name):
-    """(workdir, seconds of this call) of a finished run."""
-    workdir = Path(args.runs) / args.set / f"{name}-{rung}-{seed}"
-    config = config_of(args, rung, seed, split)
+def trained(args, rung, seed, split, name, unary="multiscale", share=1.0):
+    """The workdir of a finished run; arguments as in `config_of`."""
+    config = config_of(args, rung, seed, split, unary, share)
+    shorter = f"{share:g}x" if share != 1 else ""
     if rung == "contextual":
-        config.init_from = str(trained(args, "multiscale", seed, split, name)[0])
-    started = time.monotonic()
+        config.init_from = str(trained(args, unary, seed, split, name, share=share))
+        rung += f"-on-{unary}" if (unary, share) != ("multiscale", 1.0) else ""
+    workdir = Path(args.runs) / args.set / f"{name}-{rung}{shorter}-{seed}"
     loop.train_and_evaluate(config, str(workdir))
-    return workdir, time.monotonic() - started
+    return workdir
 
 
 def pilot(args):
@@ -88,7 +104,7 @@ def pilot(args):
     found = json.loads(path.read_text()) if path.exists() else {}
     for rung in ("multiscale", "contextual"):
         if rung not in found:
-            workdir, _ = trained(args, rung, 0, f"{split}[:{100 - HELD_OUT}%]", "pilot")
+            workdir = trained(args, rung, 0, f"{split}[:{100 - HELD_OUT}%]", "pilot")
             config = configs.load(workdir / "config.json")
             chosen = tuning.tune(config, str(workdir), "latest", f"{split}[{100 - HELD_OUT}%:]", "full", args.trials)
             found[rung] = {key: chosen[key] for key in ("config", "miou_before", "miou_messages", "miou_after")}
@@ -156,30 +172,52 @@ def run(args):
     split = SETS[args.set][1]
     chosen = pilot(args)
     for seed in args.seeds:
-        for rung in [*args.rungs, *(["joint"] if args.joint else [])]:
+        for rung in args.rungs:
             path = RESULTS / f"ladder_{args.set}_{rung}_{seed}.json"
             if path.exists():
                 continue
-            workdir, seconds = trained(args, "multiscale" if rung == "refined" else rung, seed, split, "run")
+            workdir = trained(args, "multiscale" if rung == "refined" else rung, seed, split, "run")
             config = configs.load(workdir / "config.json")
             tuned = chosen["multiscale" if rung == "refined" else "contextual"]
             for key, value in tuned.items() if rung in ("refined", "contextual") else ():
                 section, name = key.split(".")
                 config[section][name] = tuple(value) if isinstance(value, list) else value
             counts, ids, names = counts_of_images(config, workdir, rung in ("refined", "contextual"))
-            index = configs.scored_classes(config, names) or list(range(len(names)))
-            figures = {row: scores(x.sum(0), index) for row, x in counts.items()}
-            write(path, dict(
-                set=args.set, rung=rung, seed=seed, split=config.data.eval_split, images=len(ids),
-                steps=config.train.steps, batch_size=config.train.batch_size, seconds_of_training=round(seconds),
-                date=datetime.date.today().isoformat(), jax=jax.__version__, python=platform.python_version(),
-                device=jax.devices()[0].device_kind, cores=os.cpu_count(), classes=[names[i] for i in index],
-                class_indices=index, tuned=tuned if rung in ("refined", "contextual") else None,
-                rows={row: {k: round(float(v), 3) for k, v in f.items()} for row, f in figures.items()},
-                counts=pack(counts),
-            ))  # fmt: skip
-            print(f"{args.set} {rung} seed {seed}: " + ", ".join(f"{r} {f['miou']:.2f}" for r, f in figures.items()),
-                  flush=True)  # fmt: skip
+            write(path, result_of(args, config, names, ids, counts, seed=seed, rung=rung,
+                                  tuned=tuned if rung in ("refined", "contextual") else None))  # fmt: skip
+
+
+def result_of(args, config, names, ids, counts, **about):
+    """What is kept of a run, and a line of it on the terminal."""
+    index = configs.scored_classes(config, names) or list(range(len(names)))
+    figures = {row: scores(x.sum(0), index) for row, x in counts.items()}
+    said = ", ".join(f"{row} {f['miou']:.2f}" for row, f in figures.items())
+    print(f"{args.set} {about['rung']} seed {about['seed']}: {said}", flush=True)
+    return dict(
+        set=args.set, **about, split=config.data.eval_split, images=len(ids), steps=config.train.steps,
+        batch_size=config.train.batch_size, date=datetime.date.today().isoformat(), jax=jax.__version__,
+        python=platform.python_version(), device=jax.devices()[0].device_kind, cores=os.cpu_count(),
+        classes=[names[i] for i in index], class_indices=index,
+        rows={row: {k: round(float(v), 3) for k, v in f.items()} for row, f in figures.items()}, counts=pack(counts),
+    )  # fmt: skip
+
+
+def run_curve(args):
+    """What relations gain over unaries of several strengths, at each message weight."""
+    split = SETS[args.set][1]
+    for seed in args.seeds:
+        for unary, share in CURVE:
+            path = RESULTS / f"curve_{args.set}_{unary}_{share:g}_{seed}.json"
+            if path.exists():
+                continue
+            workdir = trained(args, "contextual", seed, split, "run", unary, share)
+            config, counts = configs.load(workdir / "config.json"), {}
+            for weight in CURVE_WEIGHTS:
+                config.crf.weights = (weight,)
+                found, ids, names = counts_of_images(config, workdir, refined=False)
+                counts |= {"unary": found["unary"], f"weight {weight:g}": found["all"]}
+            write(path, result_of(args, config, names, ids, counts, seed=seed, rung=f"contextual on {unary}",
+                                  unary=unary, share=share))  # fmt: skip
 
 
 # --- the table -------------------------------------------------------------------------------------
@@ -204,9 +242,10 @@ def summary(args):
     out = {}
     for name in SETS:
         found = {}
-        for path in sorted(RESULTS.glob(f"ladder_{name}_*_*.json")):
-            result = json.loads(path.read_text())
-            found.setdefault(result["rung"], {})[result["seed"]] = result
+        for rung in (*RUNGS, *BESIDE):
+            for path in sorted(RESULTS.glob(f"ladder_{name}_{rung}_[0-9]*.json")):
+                result = json.loads(path.read_text())
+                found.setdefault(rung, {})[result["seed"]] = result
         if not found:
             continue
         classes = next(iter(next(iter(found.values())).values()))["class_indices"]
@@ -236,14 +275,37 @@ def summary(args):
         if crf := compare(("contextual", "unary"), ("contextual", "all")):
             print(f"  contextual pairwise over the same model's unary: {crf[0]:+.2f} [{crf[1]:+.2f}, {crf[2]:+.2f}]")
             figures |= dict(crf_gain=crf[0], crf_gain_low=crf[1], crf_gain_high=crf[2], seeds=crf[3])
-        if joint := compare(("multiscale", "unary"), ("joint", "unary")):
-            print(f"  unary of joint training minus alone: {joint[0]:+.2f} [{joint[1]:+.2f}, {joint[2]:+.2f}]")
-            figures |= dict(joint_unary_minus_alone=joint[0])
+        for rung, key in (("joint", "joint_unary_minus_alone"), ("joint_features", "joint_features_unary_minus_alone")):
+            if joint := compare(("multiscale", "unary"), (rung, "unary")):
+                gain = compare((rung, "unary"), (rung, "all"))
+                print(f"  {rung}: unary minus the unary alone {joint[0]:+.2f} [{joint[1]:+.2f}, {joint[2]:+.2f}], "
+                      f"its relations {gain[0]:+.2f} [{gain[1]:+.2f}, {gain[2]:+.2f}], {gain[3]} seeds")  # fmt: skip
+                figures |= {key: joint[0]}
         best = max(f["miou"] for runs in found.values() for r in runs.values() for f in r["rows"].values())
+        print_curve(name)
         out[name] = figures | {f"best_{name}_val_miou": round(best, 2)}
         if args.picture:
             picture(Path(args.picture).with_stem(f"{Path(args.picture).stem}_{name}"), found)
     print(json.dumps(out))
+
+
+def print_curve(name):
+    paths = sorted(RESULTS.glob(f"curve_{name}_*.json"))
+    results = sorted(
+        (json.loads(path.read_text()) for path in paths), key=lambda r: (r["unary"], r["share"], r["seed"])
+    )
+    if results:
+        print("  relations on unaries of several strengths: mean IoU of the unary, then gain at each message weight")
+    for r in results:
+        counts, rng = unpack(r["counts"]), np.random.default_rng(0)
+        gains = [
+            bootstrap([counts["unary"]], [counts[row]], r["class_indices"], rng) for row in counts if row != "unary"
+        ]
+        said = "  ".join(f"{row[7:]}: {g:+.2f} [{low:+.2f}, {high:+.2f}]" for row, (g, low, high) in
+                         zip([row for row in counts if row != "unary"], gains, strict=True))  # fmt: skip
+        print(
+            f"    {r['unary']:10s} {r['share']:5g} x steps, seed {r['seed']}: {r['rows']['unary']['miou']:.2f}   {said}"
+        )
 
 
 def picture(path, found):
@@ -275,10 +337,12 @@ def main():
     parser.add_argument("--init_from", default="", help="ImageNet weights of MobileNetV2")
     parser.add_argument("--runs", default="runs/ladder", help="folder for the workdirs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS))
-    parser.add_argument("--joint", action="store_true", help="joint training too")
+    parser.add_argument("--rungs", nargs="+", choices=RUNGS + BESIDE, default=list(RUNGS))
+    parser.add_argument(
+        "--curve", action="store_true", help="instead of the rungs: gain over unaries of several strengths"
+    )
     parser.add_argument("--steps", type=int, default=0, help="of each training; 0: the config's")
-    parser.add_argument("--pair_steps", type=int, default=0, help="of the relations; 0: half of --steps")
+    parser.add_argument("--pair_steps", type=int, default=0, help="of the relations; 0: a quarter of --steps")
     parser.add_argument("--trials", type=int, default=17, help="settings of the dense CRF that the pilot tries")
     args = parser.parse_args()
     if args.summary:
@@ -290,7 +354,7 @@ def main():
         if not os.path.exists(getattr(args, name) or "-"):
             parser.error(f"--{name} {getattr(args, name)!r} does not exist")
     logs.setup()
-    run(args)
+    (run_curve if args.curve else run)(args)
     summary(args)
 
 
