@@ -48,7 +48,7 @@ RUNGS = ("baseline", "pyramid", "multiscale", "refined", "contextual")
 ANIMALS = ("background", "cat", "cow", "dog", "horse", "sheep", "person")
 BESIDE = ("joint", "joint_features")
 SETS = {"camvid": (camvid_mobilenet_v2, "train"), "animals": (voc_mobilenet_v2, "train_aug")}
-PAIR_SHARE = 0.25  # of the unary's steps, that relations train on features that stand still
+PAIR_SHARE = 0.5  # of the unary's steps, that relations train on features that stand still
 CURVE = (("baseline", 1.0), ("multiscale", 0.125), ("multiscale", 0.25), ("multiscale", 0.5), ("multiscale", 1.0))
 CURVE_WEIGHTS = (0.5, 1.0, 2.0, 4.0)
 HELD_OUT = 20  # percent of the training images that the pilot is tuned on
@@ -342,7 +342,7 @@ def main():
         "--curve", action="store_true", help="instead of the rungs: gain over unaries of several strengths"
     )
     parser.add_argument("--steps", type=int, default=0, help="of each training; 0: the config's")
-    parser.add_argument("--pair_steps", type=int, default=0, help="of the relations; 0: a quarter of --steps")
+    parser.add_argument("--pair_steps", type=int, default=0, help="of the relations; 0: half of --steps")
     parser.add_argument("--trials", type=int, default=17, help="settings of the dense CRF that the pilot tries")
     args = parser.parse_args()
     if args.summary:
