@@ -7,7 +7,8 @@
 
 Rungs: baseline (one scale) -> pyramid (+ sliding pyramid pooling) -> multiscale (+ two more scales) -> refined (+ the
 dense CRF on that model's unary) -> contextual (+ relations, trained on the multiscale model's features while they
-stand still, with the dense CRF on top). Beside the ladder: joint (unary and relations together from the start, as the
+stand still, with the dense CRF on top) -> convs (+ refinement convolutions on middle layers, trained beside those
+relations, ahead of the dense CRF). Beside the ladder: joint (unary and relations together from the start, as the
 config has it: the relations do not train the features) and joint_features (they do).
 
 Nothing is chosen on the images that are scored. Message weights and the dense CRF's parameters come from a pilot: the
@@ -44,7 +45,9 @@ from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate, logs, loop, parallel, refinement, steps, tuning
 
 RESULTS = Path(__file__).parent / "results"
-RUNGS = ("baseline", "pyramid", "multiscale", "refined", "contextual")
+RUNGS = ("baseline", "pyramid", "multiscale", "refined", "contextual", "convs")
+RUN_OF = {"refined": "multiscale", "convs": "contextual"}  # rungs that differ in what is done to another's marginals
+MIDDLE = ("block_3_expand", "block_6_expand")
 ANIMALS = ("background", "cat", "cow", "dog", "horse", "sheep", "person")
 BESIDE = ("joint", "joint_features")
 SETS = {"camvid": (camvid_mobilenet_v2, "train"), "animals": (voc_mobilenet_v2, "train_aug")}
@@ -81,6 +84,7 @@ def config_of(args, rung, seed, split, unary="multiscale", share=1.0):
     if rung == "contextual":
         config.loss.objective, config.loss.unary_share = "piecewise_staged", 0.0
         config.train.steps = args.pair_steps or max(1, round(whole * PAIR_SHARE))
+        config.model.refinement_convs.layers = MIDDLE
     config.model.pairwise_trains_features = rung == "joint_features"
     return config
 
@@ -98,7 +102,10 @@ def trained(args, rung, seed, split, name, unary="multiscale", share=1.0):
 
 
 def pilot(args):
-    """{rung: tuned values of crf.weights and refine}, from held-out training images."""
+    """{rung: tuned values of crf.weights and refine}, from held-out training images.
+
+    Those of the contextual model are of its sharpened marginals.
+    """
     split = SETS[args.set][1]
     path = RESULTS / f"ladder_{args.set}_pilot.json"
     found = json.loads(path.read_text()) if path.exists() else {}
@@ -119,14 +126,15 @@ def write(path, content):
     partial.replace(path)
 
 
-def counts_of_images(config, workdir, refined):
+def counts_of_images(config, workdir, refined=""):
     """{row: int64 [images, 1 + bands, 3, K]}: hits, pixels of the truth, pixels predicted; and the images' ids.
 
-    refined: one more row, "refined", the dense CRF on what inference says.
+    refined: a row, "all" or "convs"; the dense CRF on it is one more row, "refined".
     """
     model, params, _, dataset = evaluate.load(config, str(workdir), "latest", config.data.eval_split)
     one = jax.devices()[:1]
-    step = parallel.pmap_eval(evaluate.eval_step(config, model, marginals_of="all"), devices=one, per_image=True)
+    step = evaluate.eval_step(config, model, marginals_of=refined or "all")
+    step = parallel.pmap_eval(step, devices=one, per_image=True)
     counts, ids = {}, []
     batches = eval_batches(dataset, config.data.eval_split, batch_size=1, size=config.data.eval_size)
     for batch in tqdm(batches, desc=str(workdir), disable=None, leave=False):
@@ -176,15 +184,18 @@ def run(args):
             path = RESULTS / f"ladder_{args.set}_{rung}_{seed}.json"
             if path.exists():
                 continue
-            workdir = trained(args, "multiscale" if rung == "refined" else rung, seed, split, "run")
+            workdir = trained(args, RUN_OF.get(rung, rung), seed, split, "run")
             config = configs.load(workdir / "config.json")
-            tuned = chosen["multiscale" if rung == "refined" else "contextual"]
-            for key, value in tuned.items() if rung in ("refined", "contextual") else ():
+            refined = {"refined": "all", "contextual": "all", "convs": "convs"}.get(rung, "")
+            tuned = dict(chosen["contextual" if rung == "convs" else "multiscale"]) if refined else {}
+            if rung == "contextual":
+                tuned["crf.weights"] = chosen["contextual"]["crf.weights"]
+            for key, value in tuned.items():
                 section, name = key.split(".")
                 config[section][name] = tuple(value) if isinstance(value, list) else value
-            counts, ids, names = counts_of_images(config, workdir, rung in ("refined", "contextual"))
+            counts, ids, names = counts_of_images(config, workdir, refined)
             write(path, result_of(args, config, names, ids, counts, seed=seed, rung=rung,
-                                  tuned=tuned if rung in ("refined", "contextual") else None))  # fmt: skip
+                                  tuned=tuned or None))  # fmt: skip
 
 
 def result_of(args, config, names, ids, counts, **about):
@@ -214,7 +225,7 @@ def run_curve(args):
             config, counts = configs.load(workdir / "config.json"), {}
             for weight in CURVE_WEIGHTS:
                 config.crf.weights = (weight,)
-                found, ids, names = counts_of_images(config, workdir, refined=False)
+                found, ids, names = counts_of_images(config, workdir)
                 counts |= {"unary": found["unary"], f"weight {weight:g}": found["all"]}
             write(path, result_of(args, config, names, ids, counts, seed=seed, rung=f"contextual on {unary}",
                                   unary=unary, share=share))  # fmt: skip
@@ -223,7 +234,8 @@ def run_curve(args):
 # --- the table -------------------------------------------------------------------------------------
 
 # What a rung's own figure is, and the row that each comparison takes.
-ROW = {"baseline": "all", "pyramid": "all", "multiscale": "all", "refined": "refined", "contextual": "refined"}
+ROW = {"baseline": "all", "pyramid": "all", "multiscale": "all", "refined": "refined"}
+ROW |= {"contextual": "refined", "convs": "refined"}
 
 
 def bootstrap(first, second, classes, rng):

@@ -13,6 +13,7 @@ def get_config():
     config.seed = 0
     # A file of pretrained weights (.h5, .safetensors), or the workdir of a run to start from; "": random.
     config.init_from = ""
+    config.compilation_cache = True  # compiled programs are kept in the workdir, for the next start
 
     config.data = ConfigDict()
     config.data.name = "synthetic"  # see docs/datasets.md
@@ -47,6 +48,9 @@ def get_config():
     config.model.scales = (1.2, 0.8, 0.4)
     config.model.block6 = ((7, 4096), (3, 512), (3, 512))  # (kernel, features) of each convolution
     config.model.pyramid_windows = (5, 9)  # sliding pyramid pooling; (): off
+    # Convolutions on middle layers of the backbone, which sharpen what inference says ahead of the dense CRF; the
+    # paper's best model has some. layers: such as ("block_3_expand", "block_6_expand"); (): off. Both are [choice].
+    config.model.refinement_convs = ConfigDict(dict(layers=(), width=32))
     config.model.hidden = 512
     config.model.relations = ("surrounding", "above_below")  # names in config.relations; (): unary only
     config.model.parameterisation = "residual"  # free (the paper's), residual
@@ -86,6 +90,7 @@ def get_config():
     config.train.eval_every = 250  # steps; 0: only at the end
     config.train.checkpoint_every = 100
     config.train.keep_checkpoints = 2
+    config.train.max_skipped_steps = 3  # steps without a finite loss and gradient are skipped; one more ends the run
 
     config.crf = ConfigDict()
     config.crf.relations = ()  # of the model's, those that inference uses; (): all

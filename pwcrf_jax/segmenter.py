@@ -8,24 +8,28 @@ import jax
 import jax.numpy as jnp
 
 from pwcrf_jax import mean_field, pairwise
-from pwcrf_jax.nets import FeatMapNet, PairwiseNet, UnaryNet, scale_input
+from pwcrf_jax.nets import FeatMapNet, PairwiseNet, RefinementConvs, UnaryNet, scale_input
 from pwcrf_jax.relations import Relation, offsets
 
 PARAMETERISATIONS = ("free", "residual")
 
 
 class Potentials(NamedTuple):
-    """What the nets say of a batch: unary scores float32 [B, h, w, K], and one pairwise potential a relation."""
+    """What the nets say of a batch: unary scores float32 [B, h, w, K], and one pairwise potential a relation.
+
+    correction: of models with refinement convolutions: float32 [B, h', w', K] on a finer grid, for `sharpen`.
+    """
 
     unary: jax.Array
     pairwise: dict[str, pairwise.FactoredPairwise]
+    correction: jax.Array | None = None
 
 
 class Segmenter(nn.Module):
     """FeatMap-Net, one Unary-Net and one Pairwise-Net a relation.
 
     Call: images [B, H, W, 3], RGB 0..255, uint8 or float -> `Potentials` on the grid of FeatMap-Net.
-    Parameters: `featmap`, `unary`, `pairwise_NAME` for each relation.
+    Parameters: `featmap`, `unary`, `pairwise_NAME` for each relation, `refinement_convs`.
 
     num_classes: K.
     featmap: attributes of `pwcrf_jax.nets.FeatMapNet`, a mapping or pairs of names and values.
@@ -36,6 +40,7 @@ class Segmenter(nn.Module):
     input_scaling: of `pwcrf_jax.nets.scale_input`; belongs to the pretrained weights.
     pairwise_trains_features: false stops the gradient of the pairwise terms at the features, so that they can
       neither help nor harm the unary.
+    refinement_width: of `pwcrf_jax.nets.RefinementConvs`, which there are if featmap names `middle` layers.
     dtype: computed in, float32 or bfloat16. Parameters, scores and every log-sum-exp are float32.
     """
 
@@ -46,6 +51,7 @@ class Segmenter(nn.Module):
     hidden: int = 512
     input_scaling: str = "tf"
     pairwise_trains_features: bool = True
+    refinement_width: int = 32
     dtype: Any = jnp.float32
 
     def __post_init__(self):
@@ -69,6 +75,7 @@ class Segmenter(nn.Module):
     def __call__(self, images: jax.Array) -> Potentials:
         scaled = scale_input(images, self.input_scaling, self.dtype)
         features = FeatMapNet(**dict(self.featmap), dtype=self.dtype, name="featmap")(scaled)
+        features, middle = features if isinstance(features, tuple) else (features, None)
         unary = UnaryNet(self.num_classes, hidden=self.hidden, dtype=self.dtype, name="unary")(features)
         evidence = jax.lax.stop_gradient(jax.nn.log_softmax(unary, axis=-1))
         if not self.pairwise_trains_features:
@@ -88,7 +95,11 @@ class Segmenter(nn.Module):
                 offsets(relation, *unary.shape[1:3]),
                 evidence=evidence if residual else None,
             )
-        return Potentials(unary, potentials)
+        correction = None
+        if middle:
+            convs = RefinementConvs(self.num_classes, self.refinement_width, self.dtype, name="refinement_convs")
+            correction = convs(unary, middle)
+        return Potentials(unary, potentials, correction)
 
 
 def infer(
@@ -110,6 +121,17 @@ def infer(
     chosen = [potentials.pairwise[name] for name in relations]
     settings = (num_iterations, weights, damping, normalize, node_mask, route, chunk_edges)
     return mean_field.run(potentials.unary, chosen, *settings)
+
+
+def sharpen(log_marginals: jax.Array, correction: jax.Array | None, node_mask: jax.Array | None = None) -> jax.Array:
+    """Log marginals of the grid on the finer grid of a correction, corrected: [B, h, w, K] -> [B, h', w', K], not
+    normalised. Without a correction: as they are.
+
+    node_mask: of `upsample`.
+    """
+    if correction is None:
+        return log_marginals
+    return upsample(log_marginals, *correction.shape[1:3], node_mask) + correction
 
 
 def upsample(log_marginals: jax.Array, height: int, width: int, node_mask: jax.Array | None = None) -> jax.Array:

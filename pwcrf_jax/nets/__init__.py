@@ -5,6 +5,7 @@ from pwcrf_jax.nets.mobilenet_v2 import MobileNetV2
 from pwcrf_jax.nets.pooling import max_pool_2x2, max_pool_same, sliding_pyramid
 from pwcrf_jax.nets.potentials import PairwiseNet, PairwiseParts, UnaryNet
 from pwcrf_jax.nets.pretrained import LoadReport, WeightsError, load_pretrained
+from pwcrf_jax.nets.refinement_convs import RefinementConvs
 from pwcrf_jax.nets.scaling import INPUT_SCALINGS, scale_input
 from pwcrf_jax.nets.tiny import Tiny
 from pwcrf_jax.nets.vgg16 import VGG16
@@ -18,6 +19,7 @@ __all__ = [
     "MobileNetV2",
     "PairwiseNet",
     "PairwiseParts",
+    "RefinementConvs",
     "Tiny",
     "UnaryNet",
     "WeightsError",

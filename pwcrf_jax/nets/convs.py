@@ -40,3 +40,10 @@ def conv(features: int, kernel: int, *, name: str, dtype: Any, stride: int = 1) 
         dtype=dtype,
         name=name,
     )
+
+
+def check_middle(backbone: str, wanted, known) -> None:
+    """Raises ValueError where a backbone is asked for a layer that it does not have before its output."""
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"{backbone}: no layer {name!r} before the output; known: {', '.join(known)}")

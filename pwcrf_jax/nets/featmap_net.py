@@ -54,6 +54,7 @@ class FeatMapNet(nn.Module):
     scales: factors of the image size, each positive.
     block6: (kernel size, features) of each convolution of block 6, odd sizes; () for none.
     pyramid_windows: odd windows of the sliding pyramid pooling; () for none.
+    middle: layers of the backbone; the call then returns (features, [their activations at the largest scale]).
     dtype: float32 or bfloat16, the type computed in.
     Raises ValueError at construction for anything else.
     """
@@ -63,6 +64,7 @@ class FeatMapNet(nn.Module):
     scales: tuple[float, ...] = (1.2, 0.8, 0.4)
     block6: tuple[tuple[int, int], ...] = ((7, 4096), (3, 512), (3, 512))
     pyramid_windows: tuple[int, ...] = (5, 9)
+    middle: tuple[str, ...] = ()
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
@@ -74,6 +76,7 @@ class FeatMapNet(nn.Module):
         object.__setattr__(self, "scales", tuple(self.scales))
         object.__setattr__(self, "block6", tuple(tuple(pair) for pair in self.block6))
         object.__setattr__(self, "pyramid_windows", tuple(self.pyramid_windows))
+        object.__setattr__(self, "middle", tuple(self.middle))
         self._check()
         super().__post_init__()
 
@@ -101,30 +104,33 @@ class FeatMapNet(nn.Module):
             if window < 1 or window % 2 == 0:
                 raise ValueError(f"pyramid windows must be odd and positive, got {window}")
         fields = BACKBONES[self.backbone].__dataclass_fields__
-        known = [name for name in fields if name not in ("parent", "name", "dtype")]
+        known = [name for name in fields if name not in ("parent", "name", "dtype", "middle")]
         for option, _ in self.backbone_options:
             if option not in known:
                 raise ValueError(
                     f"backbone {self.backbone!r} has no option {option!r}; known: {', '.join(known) or '-'}"
                 )
         # The backbone's own checks, on one that is no part of this module.
-        BACKBONES[self.backbone](**dict(self.backbone_options), parent=None)
+        BACKBONES[self.backbone](**dict(self.backbone_options), middle=self.middle, parent=None)
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array):
         image_size = images.shape[1:3]
         grid = grid_size(image_size, self.scales)
         options = dict(self.backbone_options)
-        backbone = BACKBONES[self.backbone](**options, dtype=self.dtype, name="backbone")
-        maps = []
+        backbone = BACKBONES[self.backbone](**options, middle=self.middle, dtype=self.dtype, name="backbone")
+        maps, middle = [], {}
         for index, scale in enumerate(self.scales):
             x = backbone(_resize(images, _scaled_size(image_size, scale)))
+            if self.middle:
+                x, middle[scale] = x
             if self.block6:
                 x = _Block6(self.block6, dtype=self.dtype, name=f"block6_{index}")(x)
             if self.pyramid_windows:
                 x = sliding_pyramid(x, self.pyramid_windows)
             maps.append(_resize(x, grid))
-        return jnp.concatenate(maps, axis=-1)
+        features = jnp.concatenate(maps, axis=-1)
+        return (features, list(middle[max(self.scales)].values())) if self.middle else features
 
 
 class _Block6(nn.Module):

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pwcrf_jax.nets.convs import conv
+from pwcrf_jax.nets.convs import check_middle, conv
 from pwcrf_jax.nets.depthwise import DepthwiseConv
 
 
@@ -47,6 +47,11 @@ def layer_names() -> tuple[str, ...]:
     return ("Conv1", *(name for block in BLOCKS for name in _layers(block)), "Conv_1")
 
 
+def middle_names() -> tuple[str, ...]:
+    """What `MobileNetV2.middle` may name: expansions at strides 2 (block_1), 4 (2, 3), 8 (4 to 6) and 16."""
+    return tuple(f"{block.name}_expand" for block in BLOCKS if block.expand)
+
+
 def output_names() -> tuple[str, ...]:
     """What `MobileNetV2.output` may be, in order: everything at stride 16.
 
@@ -67,12 +72,14 @@ class MobileNetV2(nn.Module):
     depthwise: "shifted", "grouped" or "auto"; see `DepthwiseConv`. All compute the same.
     freeze_until: a block's name, such as "block_6"; no gradient passes to the layers before that block, so
         they need no backward pass. "" trains everything.
+    middle: some of `middle_names()`, before the output; the call then returns (output, {name: activation}).
     Raises ValueError for an unknown `output`, `depthwise` or `freeze_until`.
     """
 
     output: str = "block_13_expand"
     depthwise: str = "auto"
     freeze_until: str = ""
+    middle: tuple[str, ...] = ()
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
@@ -94,10 +101,22 @@ class MobileNetV2(nn.Module):
                 raise ValueError(
                     f"mobilenet_v2: freeze_until {self.freeze_until!r} lies past the output {self.output!r}"
                 )
+        check_middle("mobilenet_v2", self.middle, [n for n in layer_names()[: self._place] if n in middle_names()])
         super().__post_init__()
 
+    @property
+    def _place(self) -> int:
+        """How many layers lie before the output."""
+        layers = layer_names()
+        return next(i for i, name in enumerate(layers) if self.output in (name, name.rsplit("_", 1)[0]))
+
+    def __call__(self, images: jax.Array):
+        kept = {}
+        x = self._run(images, kept)
+        return (x, {name: kept[name] for name in self.middle}) if self.middle else x
+
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def _run(self, images: jax.Array, kept: dict) -> jax.Array:
         x = nn.relu6(conv(32, 3, stride=2, name="Conv1", dtype=self.dtype)(images.astype(self.dtype)))
         for block in BLOCKS:
             if block.name == self.freeze_until:
@@ -107,6 +126,7 @@ class MobileNetV2(nn.Module):
                 x = nn.relu6(conv(block.expand, 1, name=f"{block.name}_expand", dtype=self.dtype)(x))
                 if self.output == f"{block.name}_expand":
                     return x
+                kept[f"{block.name}_expand"] = x
             x = nn.relu6(
                 DepthwiseConv(
                     stride=block.stride,

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pwcrf_jax.nets.convs import conv
+from pwcrf_jax.nets.convs import check_middle, conv
 
 
 class Tiny(nn.Module):
@@ -15,23 +15,26 @@ class Tiny(nn.Module):
     Call: images [B, H, W, 3], already scaled -> features [B, ceil(H/16), ceil(W/16), features[-1]] in
     `dtype`. `mix` follows every stage with a 1x1 convolution. Parameters are float32, named `conv1` ...
     `conv4` and `mix1` ... `mix4`. Raises ValueError unless `features` has four positive entries.
+    middle: some of `conv1` (stride 2) ... `conv4`; the call then returns (features, {name: activation}).
     """
 
     features: tuple[int, ...] = (16, 32, 48, 64)
     mix: bool = False
+    middle: tuple[str, ...] = ()
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "features", tuple(self.features))
         if len(self.features) != 4 or any(width < 1 for width in self.features):
             raise ValueError(f"tiny: features must be four positive numbers, got {self.features}")
+        check_middle("tiny", self.middle, [f"conv{i}" for i in range(1, 5)])
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        x = images.astype(self.dtype)
+    def __call__(self, images: jax.Array):
+        x, kept = images.astype(self.dtype), {}
         for stage, width in enumerate(self.features, start=1):
-            x = nn.relu(conv(width, 2, stride=2, name=f"conv{stage}", dtype=self.dtype)(x))
+            x = kept[f"conv{stage}"] = nn.relu(conv(width, 2, stride=2, name=f"conv{stage}", dtype=self.dtype)(x))
             if self.mix:
                 x = nn.relu(conv(width, 1, name=f"mix{stage}", dtype=self.dtype)(x))
-        return x
+        return (x, {name: kept[name] for name in self.middle}) if self.middle else x

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pwcrf_jax.nets.convs import conv
+from pwcrf_jax.nets.convs import check_middle, conv
 from pwcrf_jax.nets.pooling import max_pool_2x2
 
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -26,16 +26,23 @@ class VGG16(nn.Module):
 
     Call: images [B, H, W, 3], already scaled -> features [B, ceil(H/16), ceil(W/16), 512] in `dtype`.
     Parameters are float32, named `block1_conv1` ... `block5_conv3`.
+
+    middle: some of `layer_names()`; the call then returns (features, {name: activation}).
     """
 
+    middle: tuple[str, ...] = ()
     dtype: Any = jnp.float32
 
+    def __post_init__(self) -> None:
+        check_middle("vgg16", self.middle, layer_names())
+        super().__post_init__()
+
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        x = images.astype(self.dtype)
+    def __call__(self, images: jax.Array):
+        x, kept = images.astype(self.dtype), {}
         for block, widths in enumerate(BLOCKS, start=1):
             for index, features in enumerate(widths, start=1):
                 name = f"block{block}_conv{index}"
-                x = nn.relu(conv(features, 3, name=name, dtype=self.dtype)(x))
+                x = kept[name] = nn.relu(conv(features, 3, name=name, dtype=self.dtype)(x))
             x = max_pool_2x2(x, stride=2 if block < len(BLOCKS) else 1)
-        return x
+        return (x, {name: kept[name] for name in self.middle}) if self.middle else x

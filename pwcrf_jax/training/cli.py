@@ -1,12 +1,16 @@
 """What train.py and eval.py share: flags in, one readable line out when something is refused."""
 
+import os
+import re
 import sys
+import traceback
 
 from absl import app, flags
+from ml_collections import ConfigDict
 
 from pwcrf_jax.data import DataError
 from pwcrf_jax.nets import WeightsError
-from pwcrf_jax.training import logs
+from pwcrf_jax.training import compilation, logs, schema
 from pwcrf_jax.training.checkpoint import CheckpointError
 from pwcrf_jax.training.config import ConfigError
 from pwcrf_jax.training.loop import NonFiniteError
@@ -24,11 +28,55 @@ def _one_line(error):
     # Errors of ml_collections hold a message with escaped line ends and quotes around it.
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     text = text.replace("\\n", " ").replace("\\'", "'")
-    if "Traceback (most recent call last)" in text:  # of a config file that raised: its last line says why
-        text = text.strip().splitlines()[-1].strip()
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
     return f"no key {text!r}" if isinstance(error, KeyError) and " " not in text else " ".join(text.split())
+
+
+def _reason(error, argv):
+    """Of what went wrong while the command line was read: the key and what it takes, where the schema knows it."""
+    for arg in argv[1:]:
+        if (key := re.match(r"--?(?:no)?config\.([\w.]+)", arg)) and (unknown := schema.unknown(key[1])):
+            return unknown
+    wrong = re.match(r"flag --(?:no)?config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
+    if wrong and (kind := schema.kind(wrong[1])):
+        return f"config.{wrong[1]} = {wrong[2]!r} must be {kind.wanted}"
+    if in_file := _line_of_file(error):
+        return in_file
+    given = " ".join(arg for arg in argv[1:] if arg.lstrip("-").startswith(("config", "noconfig")))
+    return f"{_one_line(error)} ({type(error).__name__} while reading {given or 'the command line'})"
+
+
+def _line_of_file(error):
+    """Where a config file raised, and what its line should have set; None for what was raised elsewhere."""
+    while error is not None:
+        lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == "get_config"]
+        if lines:
+            at, key = lines[-1], re.match(r"\w+\.([\w.]+)\s*=", lines[-1].line)
+            wanted = schema.kind(key[1]) if key else None
+            must = f"; config.{key[1]} must be {wanted.wanted}" if wanted else ""
+            where = f"{os.path.relpath(at.filename)}, line {at.lineno}: {at.line}"
+            return f"{where} ({type(error).__name__}: {_one_line(error)}){must}"
+        error = error.__context__  # ml_collections and absl each raise another one
+    return None
+
+
+def parse(argv, values=flags.FLAGS, before_parsing=None) -> None:
+    """Reads the command line into flags. Overrides are applied to the config, and config files are run, here.
+
+    Raises:
+      ConfigError: whatever is wrong, in one line.
+    """
+    try:
+        if before_parsing:
+            before_parsing(argv)
+        rest = values(argv)
+    except ConfigError:
+        raise
+    except Exception as error:  # a config file may raise anything
+        raise ConfigError(_reason(error, argv)) from None
+    if rest[1:]:
+        raise ConfigError(f"unknown arguments {' '.join(rest[1:])}; options look like --config.key=value")
 
 
 def run(main, before_parsing=None) -> None:
@@ -37,24 +85,17 @@ def run(main, before_parsing=None) -> None:
     before_parsing(argv): defines flags that depend on the command line.
     """
 
-    def parse(argv):
-        # Overrides are applied to the config, and config files are run, while parsing: anything can come out of it.
-        try:
-            if before_parsing:
-                before_parsing(argv)
-            rest = flags.FLAGS(argv)
-        except ConfigError as error:
-            _refuse(_one_line(error))
-        except Exception as error:
-            given = " ".join(arg for arg in argv[1:] if arg.lstrip("-").startswith("config"))
-            _refuse(f"{_one_line(error)} ({type(error).__name__} while reading {given or 'the command line'})")
-        if rest[1:]:
-            _refuse(f"unknown arguments {' '.join(rest[1:])}; options look like --config.key=value")
-        return rest
-
-    def guarded(argv):
+    def flags_parser(argv):
         logs.setup()
         try:
+            parse(argv, before_parsing=before_parsing)
+        except ConfigError as error:
+            _refuse(_one_line(error))
+        return argv[:1]
+
+    def guarded(argv):
+        try:
+            _use_cache()
             main(argv)
         except (ConfigError, DataError, WeightsError, CheckpointError, OSError) as error:
             _refuse(_one_line(error))
@@ -62,7 +103,14 @@ def run(main, before_parsing=None) -> None:
             print(f"error: {_one_line(error)}", file=sys.stderr)
             sys.exit(FAILED)
 
-    app.run(guarded, flags_parser=parse)
+    app.run(guarded, flags_parser=flags_parser)
+
+
+def _use_cache():
+    config, workdir = flags.FLAGS["config"].value, flags.FLAGS["workdir"].value
+    # What main will refuse is left to it.
+    if workdir and isinstance(config, ConfigDict) and config.get("compilation_cache") is True:
+        compilation.use(os.path.join(workdir, compilation.FOLDER))
 
 
 def require(name: str):
@@ -72,6 +120,10 @@ def require(name: str):
         hasattr(value, "keys")  # where the config file is not there, ml_collections says so at the first access
     except OSError as error:
         raise ConfigError(f"--{name}: {error}") from None
+    if name == "config" and flags.FLAGS[name].present and not isinstance(value, ConfigDict):
+        raise ConfigError(
+            f"--config: get_config() must return an ml_collections.ConfigDict, not {type(value).__name__}"
+        )
     if value is None or value == "":
         raise ConfigError(f"--{name} must be given")
     return value

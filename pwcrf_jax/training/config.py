@@ -46,6 +46,10 @@ _ADDED = {
     "refine.method": "auto",
     "loss.objective": "piecewise",
     "loss.unary_share": 0.5,
+    "model.refinement_convs.layers": (),
+    "model.refinement_convs.width": 32,
+    "train.max_skipped_steps": 0,
+    "compilation_cache": True,
     "eval.classes": (),
     "data.partial": True,
     "data.image_folder.val_fraction": 0.1,
@@ -67,6 +71,7 @@ _ADDED = {
 CLASSES = "classes.json"  # in a workdir: names and colours of its classes, for prediction without the data set
 TUNED = "tuned.json"  # in a workdir: what `eval.py --tune-refinement` chose
 _BATCHES = ("train.batch_size", "eval.batch_size")
+_MAX_OFFSETS = 10**6  # of a relation; the least chunk of a step is one of them on the whole map
 _RESERVED = ("unary", "all", "tta", "refined")  # rows of the table, terms of the loss
 
 
@@ -79,7 +84,8 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
       ConfigError: naming the key, its value and the remedy.
     """
     flat = dict(_flat(config))
-    for problem in schema.problems(flat, config.get("relations", {})):
+    boxes = config.get("relations")
+    for problem in schema.problems(flat, boxes if isinstance(boxes, ConfigDict) else ()):
         raise ConfigError(problem)
     for key, known in {
         "data.name": DATASETS,
@@ -97,9 +103,6 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
         _choose(key, flat[key], list(known))
     if len(config.tiles.size) not in (0, 2):
         raise ConfigError(f"config.tiles.size = {config.tiles.size} must be (height, width), or () for the default")
-    low, high = config.data.scale_range
-    if low > high:
-        raise ConfigError(f"config.data.scale_range = {(low, high)} must be (lowest, highest)")
     for key in ("model.relations", "crf.relations"):
         if len(set(flat[key])) != len(flat[key]):
             raise ConfigError(f"config.{key} = {flat[key]} names a relation twice")
@@ -114,6 +117,23 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
             f"config.crf.weights = {config.crf.weights} must hold one number for all relations or one for each of "
             f"{crf_relations(config)}"
         )
+    build_model(config)
+    _validate_objective(config)
+    for key in ("data.crop_size", "data.eval_size"):
+        grid = grid_size(flat[key], config.model.scales)
+        for relation in relations(config):
+            where = f"on the {grid[0]} x {grid[1]} grid of config.{key} = {flat[key]}"
+            if _num_offsets(relation, grid) > _MAX_OFFSETS:
+                raise ConfigError(
+                    f"config.relations.{relation.name}: its box holds more than {_MAX_OFFSETS} offsets {where}; "
+                    "make it smaller, or set its grid, such as 5"
+                )
+            if not len(offsets(relation, *grid)):
+                raise ConfigError(
+                    f"config.relations.{relation.name}: its box holds no edge {where}; change the box, or take the "
+                    "relation out of config.model.relations"
+                )
+    # Last, as it starts the devices, which takes a while on some.
     devices = num_devices or jax.device_count()
     for key in batches:
         if flat[key] % devices:
@@ -121,22 +141,26 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
                 f"config.{key} = {flat[key]} is not divisible by the {devices} devices; use a multiple, such as "
                 f"{-(-flat[key] // devices) * devices}"
             )
-    build_model(config)
-    _validate_objective(config)
-    for key in ("data.crop_size", "data.eval_size"):
-        grid = grid_size(flat[key], config.model.scales)
-        for relation in relations(config):
-            if not len(offsets(relation, *grid)):
-                raise ConfigError(
-                    f"config.relations.{relation.name}: its box holds no edge on the {grid[0]} x {grid[1]} grid of "
-                    f"config.{key} = {flat[key]}; change the box, or take the relation out of config.model.relations"
-                )
+
+
+def _num_offsets(relation, grid):
+    """Of the box before it is cut to the map, at most."""
+    if relation.grid:
+        return relation.grid**2
+    cell = min(grid) if relation.unit == "short_side" else 1
+    return math.prod((high - low) * cell + 3 for low, high in (relation.rows, relation.cols))
 
 
 def _validate_objective(config):
     name, loss = config.loss.objective, config.loss
-    if name != "piecewise" and not crf_relations(config):
+    later = name == "piecewise_staged" and config.model.refinement_convs.layers  # its second stage trains these alone
+    if name != "piecewise" and not crf_relations(config) and not later:
         raise ConfigError(f"config.loss.objective = {name!r} needs relations, there are none")
+    if config.model.refinement_convs.layers and not name.startswith("piecewise"):
+        raise ConfigError(
+            f"config.model.refinement_convs.layers = {config.model.refinement_convs.layers} are not trained by "
+            f"config.loss.objective = {name!r}; take piecewise or piecewise_staged, or set them to ()"
+        )
     if name == "piecewise_staged" and unary_steps(config) >= config.train.steps:
         raise ConfigError(
             f"config.loss.unary_share = {loss.unary_share} leaves none of the {config.train.steps} steps to the "
@@ -190,8 +214,10 @@ def relations(config: ConfigDict) -> tuple[Relation, ...]:
             )
         try:
             out.append(Relation(name, tuple(c.rows), tuple(c.cols), c.unit, c.grid or None))
-        except ValueError as error:
-            raise ConfigError(f"config.relations.{name}: {error}") from None
+        except ValueError as error:  # "relation 'NAME': FIELD must ..."
+            field, _, rest = str(error).partition(": ")[2].partition(" ")
+            key = f"{name}.{field}" if field in schema.RELATION else f"{name}: {field}"
+            raise ConfigError(f"config.relations.{key} {rest}") from None
     return tuple(out)
 
 
@@ -205,6 +231,7 @@ def build_model(config: ConfigDict) -> Segmenter:
         scales=m.scales,
         block6=m.block6,
         pyramid_windows=m.pyramid_windows,
+        middle=m.refinement_convs.layers,
     )
     try:
         FeatMapNet(**featmap)
@@ -216,12 +243,16 @@ def build_model(config: ConfigDict) -> Segmenter:
             hidden=m.hidden,
             input_scaling="tf" if m.input_scaling == "auto" else m.input_scaling,
             pairwise_trains_features=m.pairwise_trains_features and config.loss.objective != "piecewise_staged",
+            refinement_width=m.refinement_convs.width,
             dtype=m.dtype,
         )
     except ConfigError:
         raise
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"config.model: {error}") from None
+        own = f"{m.backbone}: "  # what the backbone says of its options begins so
+        text = str(error)
+        key = f"model.{m.backbone}.{text.removeprefix(own)}" if text.startswith(own) else f"model: {text}"
+        raise ConfigError(f"config.{key}") from None
 
 
 def identity(config: ConfigDict) -> dict:
@@ -231,6 +262,8 @@ def identity(config: ConfigDict) -> dict:
     """
     free = ("model.dtype", "model.mobilenet_v2.depthwise", "model.mobilenet_v2.freeze_until", "model.parameterisation")
     free += ("model.pairwise_trains_features",)
+    if not config.model.refinement_convs.layers:
+        free += ("model.refinement_convs.layers", "model.refinement_convs.width")
     other_backbones = tuple(f"model.{name}." for name in BACKBONES if name != config.model.backbone)
     used = tuple(f"relations.{name}." for name in config.model.relations)
     flat = {}
@@ -274,9 +307,14 @@ def augments(config: ConfigDict) -> bool:
 
 
 def table_rows(config: ConfigDict) -> dict[str, tuple[str, ...]]:
-    """Rows of the evaluation table: the unary alone, each relation added to it, all of them."""
+    """Rows of the evaluation table that differ in relations: the unary alone, each of them added to it, all of them."""
     names = crf_relations(config)
     return {"unary": ()} | {name: (name,) for name in names} | {"all": names}
+
+
+def final_row(config: ConfigDict) -> str:
+    """The row of the evaluation table that is the model's answer: all relations, then refinement convolutions."""
+    return "convs" if config.model.refinement_convs.layers else "all"
 
 
 def dataset_options(config: ConfigDict) -> dict:
@@ -316,7 +354,10 @@ def load(path) -> ConfigDict:
             place = place.setdefault(section, {}) if isinstance(place, dict) else None
         if isinstance(place, dict):
             place.setdefault(name, value)
-    return ConfigDict(_tuples(stored))
+    try:
+        return ConfigDict(_tuples(stored))
+    except ValueError as error:  # of names with a dot
+        raise ConfigError(f"{path} is not a config: {error}") from None
 
 
 def save_classes(class_names, palette, folder: str) -> None:

@@ -27,13 +27,13 @@ def make_eval_fn(config, model, refine="off"):
     """The same, mapped over the devices and compiled; with a mode of refinement it returns marginals too."""
     if refine == "off":
         return parallel.pmap_eval(eval_step(config, model))
-    return parallel.pmap_eval(eval_step(config, model, marginals_of="all"), per_image=True)
+    return parallel.pmap_eval(eval_step(config, model, configs.final_row(config)), per_image=True)
 
 
 def evaluate_params(eval_fn, params, dataset, split, config, refine="off", predictor=None) -> dict:
     """Runs one split.
 
-    refine: "off", or "spatial" or "full" for one more row, the marginals of "all" refined by the dense CRF; `eval_fn`
+    refine: "off", or "spatial" or "full" for one more row, the final marginals refined by the dense CRF; `eval_fn`
       must be made for it.
     predictor: an `inference.Predictor`, for one more row, "tta", the means over its views. They are then what is
       refined, and `eval_fn` must be made for "off".
@@ -52,7 +52,7 @@ def evaluate_params(eval_fn, params, dataset, split, config, refine="off", predi
         hosts=jax.process_count(),
         num_threads=config.data.num_threads,
     )
-    rows = list(configs.table_rows(config))
+    rows = list(dict.fromkeys([*configs.table_rows(config), configs.final_row(config)]))
     rows += ["tta"] * bool(predictor) + ["refined"] * (refine != "off")
     confusion, terms, change, num_images = {}, {}, {}, 0
     for batch in tqdm(batches, unit="batch", desc=f"eval {split}", disable=not sys.stderr.isatty(), leave=False):
@@ -128,7 +128,13 @@ def _figures(confusions, class_names, scored):
 
 
 def _row_title(row):
-    titles = {"unary": "unary", "all": "all relations", "tta": "+ augmentation", "refined": "+ refinement"}
+    titles = {
+        "unary": "unary",
+        "all": "all relations",
+        "convs": "+ middle layers",
+        "tta": "+ augmentation",
+        "refined": "+ refinement",
+    }
     return titles.get(row, f"+ {row}")
 
 

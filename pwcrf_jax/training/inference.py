@@ -105,15 +105,17 @@ class Predictor:
         read = []
         for view in views:
             layout = view.layout
-            mask = np.asarray(segmenter.grid_mask(np.array([layout.size]), layout.grid, layout.canvas)[0])
-            read.append(
-                (np.asarray(self._infer(*view.blended(), self._last_layers, mask)), mask, layout, view.mirrored)
+            cells = lambda grid, layout=layout: np.asarray(
+                segmenter.grid_mask(np.array([layout.size]), grid, layout.canvas)[0]
             )
+            marginals = np.asarray(self._infer(*view.blended(), self._last_layers, cells(layout.grid)))
+            grid = marginals.shape[:2]  # finer than the layout's where there are refinement convolutions
+            read.append((marginals, cells(grid), layout._replace(grid=grid), view.mirrored))
         return key, image, Marginals(image.shape[:2], read)
 
 
-def _infer(unary, parts, last_layers, mask, boxes, crf):
-    """Mean field on the potentials of one image: log marginals float32 [h, w, K]."""
+def _infer(unary, parts, correction, last_layers, mask, boxes, crf):
+    """Mean field on the potentials of one image, and its correction: log marginals float32 [h, w, K]."""
     potentials = {
         name: pairwise.factored_pairwise(a[None], b[None], *last_layers[name], boxes[name])
         for name, (a, b) in parts.items()
@@ -129,7 +131,7 @@ def _infer(unary, parts, last_layers, mask, boxes, crf):
         crf["route"],
         crf["chunk_edges"],
     )
-    return log_marginals[0]
+    return segmenter.sharpen(log_marginals, None if correction is None else correction[None], mask[None])[0]
 
 
 class _View:
@@ -151,22 +153,36 @@ class _View:
         return out
 
     def add(self, corner, maps):
-        """maps: a tree of [h, w, ...], what the networks say of the tile."""
+        """maps: a tree of [h, w, ...], what the networks say of the tile, some of it on a finer grid."""
         maps = jax.tree.map(np.asarray, maps)
+        self.waiting -= 1
+        if len(self.layout.corners) == 1:
+            self._sums = maps
+            return
         weights, where = self.layout.weights(corner), self.layout.cells(corner)
+        times = lambda x: x.shape[0] // self.layout.tile_grid[0]
         if self._sums is None:
             self._dtypes = jax.tree.map(lambda x: x.dtype, maps)
-            self._sums = jax.tree.map(lambda x: np.zeros((*self.layout.grid, x.shape[-1]), np.float32), maps)
+            whole = lambda x: (*(n * times(x) for n in self.layout.grid), x.shape[-1])
+            self._sums = jax.tree.map(lambda x: np.zeros(whole(x), np.float32), maps)
         for total, x in zip(jax.tree.leaves(self._sums), jax.tree.leaves(maps), strict=True):
-            total[where] += x.astype(np.float32) * weights[..., None]
+            n = times(x)
+            place = tuple(slice(n * cells.start, n * cells.stop) for cells in where)
+            total[place] += x.astype(np.float32) * _finer(weights, n)
         self._weight[where] += weights
-        self.waiting -= 1
 
     def blended(self):
         """The means over tiles, in the types of the networks' output."""
-        means = jax.tree.map(lambda x, dtype: (x / self._weight[..., None]).astype(dtype), self._sums, self._dtypes)
-        self._sums = None
-        return means
+        maps, self._sums = self._sums, None
+        if len(self.layout.corners) == 1:
+            return maps
+        mean = lambda x, dtype: (x / _finer(self._weight, x.shape[0] // self.layout.grid[0])).astype(dtype)
+        return jax.tree.map(mean, maps, self._dtypes)
+
+
+def _finer(weights, times):
+    """[h, w] -> [h * times, w * times, 1]."""
+    return weights.repeat(times, 0).repeat(times, 1)[..., None]
 
 
 class Marginals:

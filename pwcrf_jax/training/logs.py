@@ -1,14 +1,18 @@
 """What a run tells: lines on standard error, metrics.jsonl, TensorBoard scalars."""
 
+import contextlib
 import json
 import logging
 import math
 import os
 import sys
 import time
+import warnings
 
 import absl.logging
-from tensorboardX import SummaryWriter
+from tensorboardX import RecordWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 log = logging.getLogger("pwcrf_jax")
@@ -16,7 +20,11 @@ log = logging.getLogger("pwcrf_jax")
 
 def setup() -> None:
     """Our own lines at level INFO on standard error; the libraries' chatter off."""
-    absl.logging.set_verbosity("error")
+    absl.logging.set_verbosity("fatal")  # Orbax logs tracebacks of what it raises anyway
+    # Where the first of several arrays fails, Orbax drops the tasks of the others, which then complain one by one.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    sys.unraisablehook = _without_closed_loops
     if not log.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(message)s"))
@@ -25,23 +33,72 @@ def setup() -> None:
     log.setLevel(logging.INFO)
 
 
+def _without_closed_loops(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 class Writer:
     """Scalars to metrics.jsonl (one JSON object a line, flushed) and to TensorBoard."""
 
-    def __init__(self, workdir: str):
-        self._jsonl = open(os.path.join(workdir, "metrics.jsonl"), "a")
-        self._board = SummaryWriter(os.path.join(workdir, "tensorboard"))
+    def __init__(self, workdir: str, step: int = 0, evaluated: bool = True):
+        """step: that the run goes on from. What was written of later ones is taken back, as they are done again.
+
+        evaluated: whether the evaluation of that step is done, too; False takes its lines back as well.
+        """
+        path = os.path.join(workdir, "metrics.jsonl")
+        keep = lambda line: line["step"] <= step and (evaluated or line["step"] < step or not _is_val(line))
+        if number := _take_back(path, keep):
+            log.info("%d lines of %s are of steps that are done again, and were taken out", number, path)
+        self._jsonl = open(path, "a")
+        # Written here and now: tensorboardX's own SummaryWriter has a thread, which dies of a full disk unseen.
+        folder = os.path.join(workdir, "tensorboard")
+        os.makedirs(folder, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
+        self._board = RecordWriter(os.path.join(folder, name))
+        self._event(file_version="brain.Event:2")
+        self._event(step=step + 1, session_log=SessionLog(status=SessionLog.START))  # hides what was taken back
 
     def write(self, step: int, scalars: dict, prefix: str) -> None:
-        self._jsonl.write(json.dumps({"step": step, **{f"{prefix}/{k}": v for k, v in scalars.items()}}) + "\n")
-        self._jsonl.flush()
-        for name, value in scalars.items():
-            self._board.add_scalar(f"{prefix}/{name}", value, step)
-        self._board.flush()
+        try:
+            self._jsonl.write(json.dumps({"step": step, **{f"{prefix}/{k}": v for k, v in scalars.items()}}) + "\n")
+            self._jsonl.flush()
+            for name, value in scalars.items():
+                self._event(step=step, summary=scalar(f"{prefix}/{name}", value))
+            self._board.flush()
+        except OSError as error:  # a full disk does not say where
+            error.filename = self._jsonl.name
+            raise
+
+    def _event(self, **content):
+        self._board.write(Event(wall_time=time.time(), **content).SerializeToString())
 
     def close(self) -> None:
-        self._jsonl.close()
-        self._board.close()
+        for file in (self._jsonl, self._board):
+            with contextlib.suppress(OSError):  # what could not be flushed has been told by `write`
+                file.close()
+
+
+def _is_val(line):
+    return any(key.startswith("val/") for key in line)
+
+
+def _take_back(path, keep) -> int:
+    """Drops the lines of a file of JSON objects for which keep(object) is false, and those cut off; says how many."""
+    if not os.path.exists(path):
+        return 0
+    with open(path, errors="replace") as file:
+        lines = file.readlines()
+    kept = []
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if keep(json.loads(line)) and line.endswith("\n"):
+                kept.append(line)
+    if len(kept) < len(lines):
+        with open(path + ".partial", "w") as file:
+            file.writelines(kept)
+        os.replace(path + ".partial", path)
+    return len(lines) - len(kept)
 
 
 def _duration(seconds: float) -> str:
@@ -73,7 +130,7 @@ class Progress:
         # Before any inference: a relation whose NLL stays above twice the unary's has learned no interaction.
         unary = metrics.get("nll_unary", math.nan)  # a batch may be void all over
         others = ", ".join(f"{k[4:]} {v:.3f}" for k, v in metrics.items() if k.startswith("nll_") and k != "nll_unary")
-        text = f"loss {metrics['loss']:.4f}  nll unary {unary:.3f}"
+        text = f"loss {metrics.get('loss', math.nan):.4f}  nll unary {unary:.3f}"
         if others:
             text += f"  {others} (2 x unary {2 * unary:.3f})"
         if self._bar is not None:

@@ -1,7 +1,10 @@
 """The training loop: prepare, restore or start, train, evaluate, keep the best."""
 
+import contextlib
+import json
 import math
 import os
+import tempfile
 import time
 
 import jax
@@ -10,14 +13,14 @@ import jax.numpy as jnp
 from pwcrf_jax.data import check_sizes, load_dataset, train_batches
 from pwcrf_jax.nets import load_pretrained
 from pwcrf_jax.planning import plan
-from pwcrf_jax.training import checkpoint, evaluate, parallel, steps
+from pwcrf_jax.training import checkpoint, evaluate, parallel, preemption, steps
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training.logs import Progress, Writer, log
 from pwcrf_jax.training.optimizer import make_optimizer
 
 
 class NonFiniteError(RuntimeError):
-    """The loss is NaN or infinite; nothing of that state was saved."""
+    """Loss, gradient or parameters are NaN or infinite once too often; nothing of that was saved."""
 
 
 def train_and_evaluate(config, workdir: str) -> dict:
@@ -28,6 +31,11 @@ def train_and_evaluate(config, workdir: str) -> dict:
 
     Returns:
       The result of the last evaluation (`evaluate.evaluate_params`), or {} if the run was complete already.
+
+    Raises:
+      ConfigError, DataError, WeightsError, CheckpointError: what is refused; the last also for a save that failed.
+      NonFiniteError: more than config.train.max_skipped_steps steps had no finite loss or gradient.
+      preemption.Preempted: the run was asked to stop, and is saved.
     """
     configs.validate(config)
     dataset = load_dataset(**configs.dataset_options(config))
@@ -36,29 +44,46 @@ def train_and_evaluate(config, workdir: str) -> dict:
         dataset.check_labelled(split)
     dataset.source(config.data.train_split)  # unknown and empty splits are refused here
     check_sizes(dataset, config.data.eval_split, config.data.eval_size)
+    _check_writable(workdir)
     config, fresh_params = _resolve(config, workdir)
-    identity = configs.identity(config)
-    with (
-        checkpoint.Store(os.path.join(workdir, "checkpoints"), identity, config.train.keep_checkpoints) as latest,
-        checkpoint.Store(os.path.join(workdir, "best"), identity, 1) as best,
-    ):
+    store = lambda name, keep: checkpoint.Store(
+        os.path.join(workdir, name), configs.identity(config), keep, dataset.class_names
+    )
+    with store("checkpoints", config.train.keep_checkpoints) as latest, store("best", 1) as best:
         model = configs.build_model(config)
         tx = make_optimizer(config.optimizer, config.model, config.train.steps, configs.unary_steps(config))
+        best_meta = best.restore({"params": evaluate.abstract_params(model)})[1] if best.latest is not None else None
         if latest.latest is None:
-            if best.latest is not None:
+            if best_meta:
                 raise checkpoint.CheckpointError(
                     f"{best.folder} holds a model, but {latest.folder} is empty, so the run cannot go on; "
                     "use another --workdir, or move that folder away"
                 )
-            state, meta = _fresh(model, tx, fresh_params()), {"samples_seen": 0, "score": None}
+            state, meta = _fresh(model, tx, fresh_params()), {"step": 0, "samples_seen": 0}
         else:
             _check_stages(config, latest.meta())
             abstract = jax.eval_shape(lambda: _fresh(model, tx, evaluate.init_params(model, config.seed)))
-            trees, meta = latest.restore(_trees(abstract))
-            state = steps.TrainState(**trees["rest"], params=trees["params"])
+            state, meta = _restore(latest, abstract)
             unread = "; config.init_from is not read again" if config.init_from else ""
-            log.info("resumed from step %d of %s%s", meta["step"], latest.folder, unread)
-        return _train(config, workdir, model, tx, state, meta, dataset, latest, best)
+            log.info("resumed from step %d of %s%s%s", meta["step"], latest.folder, unread, _other_versions(meta))
+        return _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_meta)
+
+
+def _check_writable(workdir):
+    try:
+        os.makedirs(workdir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise configs.ConfigError(
+            f"--workdir {workdir} cannot be written ({error.strerror}); change its permissions or name another"
+        ) from None
+
+
+def _other_versions(meta):
+    now = checkpoint.versions()
+    others = [f"{name} {x}, now {now[name]}" for name, x in meta.get("versions", now).items() if x != now.get(name)]
+    return f"; saved with {', '.join(others)}" if others else ""
 
 
 def _check_stages(config, meta):
@@ -78,7 +103,6 @@ def _resolve(config, workdir):
     The scaling belongs to the weights a run started from: a run that goes on has it in its config.json.
     """
     config = config.copy_and_resolve_references()
-    os.makedirs(workdir, exist_ok=True)
     if checkpoint.exists(os.path.join(workdir, "checkpoints")):
         if config.model.input_scaling == "auto":
             config.model.input_scaling = configs.load(os.path.join(workdir, "config.json")).model.input_scaling
@@ -134,16 +158,41 @@ def _trees(state):
     return {"params": state.params, "rest": {"step": state.step, "opt_state": state.opt_state}}
 
 
-def _train(config, workdir, model, tx, state, meta, dataset, latest, best):
+def _restore(latest, abstract):
+    """(state, meta) of the newest checkpoint that is whole; abstract: the state's shapes."""
+    # Version 0.1 kept the states of the update rule's parts beside the others, now they are a tuple of their own.
+    *before, rule, groups = abstract.opt_state
+    flat = _trees(abstract.replace(opt_state=(*before, *rule, groups)))
+    as_in_0_1 = checkpoint.leaves(flat).keys() == latest.meta()["leaves"].keys()
+    trees, meta = latest.restore(flat if as_in_0_1 else _trees(abstract))
+    state = steps.TrainState(**trees["rest"], params=trees["params"])
+    if as_in_0_1:
+        n, parts = len(before), state.opt_state
+        state = state.replace(opt_state=(*parts[:n], tuple(parts[n:-1]), parts[-1]))
+    return state, meta
+
+
+def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_meta):
     c = config.train
-    step = int(state.step)
-    best_score = best.meta()["miou_all"] if best.latest is not None else None
-    if meta["score"] is not None and (best_score is None or meta["score"] > best_score):
-        # Stopped between the two saves of an evaluation.
-        best_score = meta["score"]
-        best.save(step, {"params": state.params}, {"miou_all": best_score})
-    if step >= c.steps:
-        best.wait()
+    step, samples_seen = meta["step"], meta["samples_seen"]
+    best_score = best_meta and best_meta["miou_all"]
+    unary_steps = configs.unary_steps(config)
+    about = {"config": json.loads(json.dumps(config.to_dict())), "unary_steps": unary_steps}
+    evaluates = lambda step: step == c.steps or bool(c.eval_every) and step % c.eval_every == 0
+
+    def save_best(score):
+        nonlocal best_score
+        # Of a run that fell back to an older state, the step may be there already.
+        if (best_score is None or score > best_score) and step != best.latest:
+            best_score = score
+            best.save(step, {"params": state.params}, about | {"miou_all": score})
+            best.wait()
+
+    score = meta.get("score")  # of the state to go on from
+    if score is not None:
+        save_best(score)  # where that was lost, or a run of version 0.1 stopped between two saves
+    evaluate_first = step > 0 and score is None and evaluates(step)  # where it stopped in an evaluation
+    if step >= c.steps and not evaluate_first:
         log.info("already trained for %d steps; raise config.train.steps to go on", step)
         return {}
     configs.save(config, os.path.join(workdir, "config.json"))
@@ -156,17 +205,16 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best):
         scale_range=config.data.scale_range,
         flip=config.data.flip,
         seed=config.seed,
-        start_step=meta["samples_seen"] // c.batch_size,
+        start_step=samples_seen // c.batch_size,
         host=jax.process_index(),
         hosts=jax.process_count(),
         num_threads=config.data.num_threads,
     )
-    crf, unary_steps = configs.crf_settings(config), configs.unary_steps(config)
+    crf = configs.crf_settings(config)
     train_step = steps.make_train_step(model, tx, config.loss.to_dict(), config.seed, crf, unary_steps)
     train_step = parallel.pmap_train(train_step)
     eval_fn = evaluate.make_eval_fn(config, model)
-    samples_seen, score, result = meta["samples_seen"], None, {}
-    writer = Writer(workdir) if jax.process_index() == 0 else None
+    writer = Writer(workdir, step, not evaluate_first) if jax.process_index() == 0 else None
     num_params = sum(x.size for x in jax.tree.leaves(state.params))
     log.info(
         "%s: %d training images, %s; %s parameters; %d devices of kind %s",
@@ -174,60 +222,107 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best):
         f"{num_params:,}", jax.device_count(), jax.devices()[0].device_kind,
     )  # fmt: skip
     log.info("%s", _plan(config, model, tx).summary())
+    guard = _Guard(c.max_skipped_steps, step - int(state.step))
+    started, progress, result, stop = time.monotonic(), None, {}, False
 
-    def save():
-        about = {"samples_seen": samples_seen, "score": score, "unary_steps": unary_steps}
-        latest.save(step, _trees(state), about)
+    def interruptible(*args):
+        if preemption.requested():
+            raise preemption.Preempted
+        return eval_fn(*args)
 
-    started, progress = time.monotonic(), None
-    try:
-        for batch in batches:
+    def evaluation():
+        """Of this step, whose state is saved; False where the run was asked to stop meanwhile."""
+        nonlocal result
+        latest.wait()
+        try:
+            with preemption.nothing_to_save():
+                result = evaluate.evaluate_params(interruptible, state.params, dataset, config.data.eval_split, config)
+        except preemption.Preempted:
+            return False
+        log.info("step %d, %s\n%s", step, result["split"], evaluate.table(result))
+        if writer:
+            numbers = evaluate.summary(result)
+            writer.write(step, {k: v for k, v in numbers.items() if isinstance(v, float)}, "val")
+        score = result["rows"][configs.final_row(config)]["miou"] or 0.0
+        save_best(score)
+        latest.note(step, {"score": score})  # now the evaluation is done
+        if progress:
+            progress.restart(step)
+        return True
+
+    with contextlib.ExitStack() as stack:
+        if writer:
+            stack.callback(writer.close)
+        stack.callback(latest.wait)
+        stack.callback(batches.close)
+        if evaluate_first:
+            stop = not evaluation()
+        while step < c.steps and not stop:
+            batch = next(batches)
             state, metrics = train_step(state, parallel.split({k: batch[k] for k in ("image", "label", "inside")}))
             step, samples_seen = step + 1, samples_seen + c.batch_size
+            guard.add(step, batch["id"], metrics)
+            latest.check()
             if progress is None:  # the first step compiles: it would spoil the rate
                 jax.block_until_ready(metrics)
+                preemption.begin()
                 log.info("first step after %.1f s", time.monotonic() - started)
                 progress = Progress(step, c.steps, c.batch_size)
-            last = step == c.steps
-            evaluate_now = last or (c.eval_every and step % c.eval_every == 0)
-            save_now = evaluate_now or step % c.checkpoint_every == 0
-            if step % c.log_every == 0 or save_now:
-                values = {k: float(v) for k, v in metrics.items()}
-                values = {k: v for k, v in values.items() if not (k.startswith("nll_") and v == -1)}  # no such factor
-                _check_finite(values, step, batch["id"], latest)
-                if step % c.log_every == 0 or last:
-                    rate = progress.report(step, values)
-                    if writer:
-                        writer.write(step, values | ({"images_per_second": rate} if rate else {}), "train")
-            if evaluate_now:
-                result = evaluate.evaluate_params(eval_fn, state.params, dataset, config.data.eval_split, config)
-                score = result["rows"]["all"]["miou"] or 0.0
-                log.info("step %d, %s\n%s", step, result["split"], evaluate.table(result))
+                stack.callback(progress.close)
+            if step % c.log_every == 0 or step == c.steps:
+                guard.flush()
+                values = _finite_values(metrics) | ({"skipped_steps": guard.skipped} if guard.skipped else {})
+                rate = progress.report(step, values)
                 if writer:
-                    numbers = evaluate.summary(result)
-                    writer.write(step, {k: v for k, v in numbers.items() if isinstance(v, float)}, "val")
-                progress.restart(step)
-            if save_now:
-                save()
-            if score is not None and (best_score is None or score > best_score):
-                # After the state that would save it again, were this one lost.
-                latest.wait()
-                best_score = score
-                best.save(step, {"params": state.params}, {"miou_all": score})
-            score = None
-            if last:
-                break
-    finally:
-        batches.close()
-        latest.wait()
-        best.wait()
-        if progress:
-            progress.close()
-        if writer:
-            writer.close()
+                    writer.write(step, values | ({"images_per_second": rate} if rate else {}), "train")
+            stop = preemption.requested()
+            if evaluates(step) or step % c.checkpoint_every == 0 or stop:
+                guard.flush()  # what is saved is finite
+                latest.save(step, _trees(state), about | {"samples_seen": samples_seen})
+            if evaluates(step) and not stop:
+                stop = not evaluation()
+    if stop:
+        log.info("stopped by SIGTERM; step %d is saved, the same command goes on from there", step)
+        raise preemption.Preempted
     log.info("trained %d steps in %.0f s; best %s mean IoU %.1f", step, time.monotonic() - started,
              config.data.eval_split, 100 * best_score)  # fmt: skip
     return result
+
+
+class _Guard:
+    """Tells of steps that the device skipped. It looks at each step one step later, so that the device stays busy."""
+
+    def __init__(self, limit, skipped):
+        self._limit, self.skipped, self._last = limit, skipped, None
+
+    def add(self, step, ids, metrics):
+        self.flush()
+        self._last = step, ids, metrics
+
+    def flush(self):
+        if self._last is None:
+            return
+        (step, ids, metrics), self._last = self._last, None
+        if metrics["finite"] and not metrics["skipped"]:
+            return
+        wrong = ", ".join(f"{k} {float(metrics[k])}" for k in ("loss", "grad_norm") if not math.isfinite(metrics[k]))
+        images = f"images of that step: {', '.join(map(str, ids))}"
+        advice = "The newest checkpoint is of before; try a lower config.optimizer.learning_rate or dtype float32"
+        if not metrics["finite"]:
+            raise NonFiniteError(f"step {step} led to parameters that are not finite ({images}). {advice}")
+        self.skipped += 1
+        if self.skipped > self._limit:
+            raise NonFiniteError(
+                f"step {step}: {wrong} ({images}). It is one more than config.train.max_skipped_steps = {self._limit}. "
+                f"{advice}"
+            )
+        log.warning("step %d is skipped: %s (%s); %d of %d", step, wrong, images, self.skipped, self._limit)
+
+
+def _finite_values(metrics):
+    values = {k: float(v) for k, v in metrics.items() if k not in ("skipped", "finite")}
+    absent = lambda k, v: not math.isfinite(v) or k.startswith("nll_") and v == -1  # -1: no such factor
+    return {k: v for k, v in values.items() if not absent(k, v)}
 
 
 def _plan(config, model, tx):
@@ -245,13 +340,3 @@ def _plan(config, model, tx):
         message_relations=tuple(crf["relation_weights"]),
         optimizer=tx,
     )
-
-
-def _check_finite(values, step, ids, latest):
-    bad = [k for k, v in values.items() if not math.isfinite(v)]
-    if bad:
-        raise NonFiniteError(
-            f"by step {step}: {', '.join(bad)} not finite (images of that step: {', '.join(map(str, ids))}). "
-            f"The newest checkpoint, step {latest.latest}, is of before; "
-            "try a lower config.optimizer.learning_rate or dtype float32"
-        )

@@ -45,8 +45,9 @@ def _groups(params, frozen):
 
 
 def _kinds(params):
-    """ "pairwise" for every leaf of a Pairwise-Net, else "unary"."""
-    kind = lambda path, _: "pairwise" if path[0].key.startswith("pairwise_") else "unary"
+    """ "pairwise" for every leaf of a Pairwise-Net and of the refinement convolutions, else "unary"."""
+    later = ("pairwise_", "refinement_convs")
+    kind = lambda path, _: "pairwise" if path[0].key.startswith(later) else "unary"
     return jax.tree_util.tree_map_with_path(kind, params)
 
 

@@ -1,88 +1,105 @@
 """What every key of a config may hold. One table, so that a wrong value is refused by name before any compute."""
 
-import math
+import difflib
+
+_LARGEST = {int: 2**31 - 1, float: 3.4e38}  # what int32 and float32 hold
 
 
 class Number:
-    """An int, or a float (ints pass for floats), low <= x <= high; `above` is an exclusive lower bound."""
+    """An int, or a float (ints pass for floats), low <= x <= high; `above` and `below` are exclusive; odd: of ints."""
 
-    def __init__(self, kind, low=None, high=None, above=None, below=None):
-        self.kind, self.low, self.high, self.above, self.below = kind, low, high, above, below
+    def __init__(self, kind, low=None, high=None, above=None, below=None, odd=False):
+        largest = _LARGEST[kind]
+        self.kind, self.above, self.below, self.odd = kind, above, below, odd
+        self.low, self.high = -largest if low is None else low, largest if high is None else high
+        if kind is int:
+            self.wanted = f"an {'odd ' if odd else ''}integer from {self.low} to {self.high}"
+            return
+        bounds = {"above": above, "at least": low, "below": below, "at most": high}
+        bounds = [f"{name} {bound}" for name, bound in bounds.items() if bound is not None]
+        self.wanted = " ".join(["a finite number", " and ".join(bounds)]).strip()
 
-    def problem(self, x):
-        kinds = (int,) if self.kind is int else (int, float)
-        if isinstance(x, bool) or not isinstance(x, kinds):
-            return f"must be {'an integer' if self.kind is int else 'a number'}"
-        if not math.isfinite(x):
-            return "must be finite"
-        if self.above is not None and x <= self.above:
-            return "must be positive" if self.above == 0 else f"must be above {self.above}"
-        if self.low is not None and x < self.low:
-            return f"must be {self.low} or more"
-        if self.high is not None and x > self.high:
-            return f"must be at most {self.high}"
-        if self.below is not None and x >= self.below:
-            return f"must be below {self.below}"
-        return None
+    def accepts(self, x):
+        if isinstance(x, bool) or not isinstance(x, (int, self.kind)) or not self.low <= x <= self.high:  # nor NaN
+            return False
+        inside = (self.above is None or x > self.above) and (self.below is None or x < self.below)
+        return inside and not (self.odd and x % 2 == 0)
 
 
 class Text:
-    def problem(self, x):
-        return None if isinstance(x, str) else "must be text"
+    def __init__(self, empty=True):
+        self.empty, self.wanted = empty, "text" if empty else "text, not empty"
+
+    def accepts(self, x):
+        return isinstance(x, str) and "\0" not in x and (self.empty or bool(x))
 
 
 class Flag:
-    def problem(self, x):
-        return None if isinstance(x, bool) else "must be True or False"
+    wanted = "True or False"
+
+    def accepts(self, x):
+        return isinstance(x, bool)
 
 
 class Tuple:
-    """A tuple whose elements are all of one kind; of `length` elements where it is given."""
+    """A tuple whose elements are all of one kind; of `length` elements where it is given; `rising` or equal."""
 
-    def __init__(self, element, length=None, empty=True):
-        self.element, self.length, self.empty = element, length, empty
+    def __init__(self, element, length=None, empty=True, rising=False):
+        self.element, self.length, self.empty, self.rising = element, length, empty, rising
+        size = f" of {length} values" if length else "" if empty else " of one value or more"
+        self.wanted = f"a tuple{size}, each {element.wanted}{', the lower one first' if rising else ''}"
 
-    def problem(self, x):
-        if not isinstance(x, (tuple, list)):
-            return "must be a tuple"
-        if self.length is not None and len(x) != self.length:
-            return f"must hold {self.length} values"
-        if not x and not self.empty:
-            return "must not be empty"
-        for value in x:
-            if wrong := self.element.problem(value):
-                return f"{wrong}, got {value!r} in it"
-        return None
+    def accepts(self, x):
+        return (
+            isinstance(x, (tuple, list))
+            and self.length in (None, len(x))
+            and (self.empty or len(x) > 0)
+            and all(map(self.element.accepts, x))
+            and not (self.rising and x[0] > x[1])
+        )
+
+
+class Pair:
+    def __init__(self, first, second):
+        self.kinds, self.wanted = (first, second), f"a pair of {first.wanted} and {second.wanted}"
+
+    def accepts(self, x):
+        two = isinstance(x, (tuple, list)) and len(x) == 2
+        return two and self.kinds[0].accepts(x[0]) and self.kinds[1].accepts(x[1])
 
 
 _POSITIVE_INT, _COUNT = Number(int, low=1), Number(int, low=0)
 _POSITIVE, _NOT_NEGATIVE = Number(float, above=0), Number(float, low=0)
-_SIZE = Tuple(_POSITIVE_INT, 2)
+# Beyond these nothing is meant, and arrays and loops of such sizes would end otherwise than by a sentence.
+_WIDTH, _BATCH, _SCALE = Number(int, 1, 65536), Number(int, 1, 65536), Number(float, 0.01, 100)
+_SIZE = Tuple(Number(int, 1, 16384), 2)
+_BOUNDS = Tuple(Number(float, -16384, 16384), 2, rising=True)
 _NAMES = Tuple(Text())
 
 RELATION = {
-    "rows": Tuple(Number(float), 2),
-    "cols": Tuple(Number(float), 2),
+    "rows": _BOUNDS,
+    "cols": _BOUNDS,
     "unit": Text(),
-    "grid": _COUNT,
+    "grid": Number(int, 0, 1024),
     "parameterisation": Text(),
 }
 
 SCHEMA = {
     "seed": Number(int, low=0, high=2**32 - 1),
     "init_from": Text(),
+    "compilation_cache": Flag(),
     "data.name": Text(),
     "data.source_dir": Text(),
     "data.data_dir": Text(),
     "data.partial": Flag(),
-    "data.train_split": Text(),
-    "data.eval_split": Text(),
+    "data.train_split": Text(empty=False),
+    "data.eval_split": Text(empty=False),
     "data.num_classes": Number(int, low=2, high=255),
     "data.crop_size": _SIZE,
     "data.eval_size": _SIZE,
-    "data.scale_range": Tuple(_POSITIVE, 2),
+    "data.scale_range": Tuple(_SCALE, 2, rising=True),
     "data.flip": Flag(),
-    "data.num_threads": _COUNT,
+    "data.num_threads": Number(int, 0, 1024),
     "data.synthetic.num_train": _POSITIVE_INT,
     "data.synthetic.num_val": _POSITIVE_INT,
     "data.synthetic.image_size": _SIZE,
@@ -101,11 +118,13 @@ SCHEMA = {
     "model.mobilenet_v2.output": Text(),
     "model.mobilenet_v2.depthwise": Text(),
     "model.mobilenet_v2.freeze_until": Text(),
-    "model.tiny.features": Tuple(_POSITIVE_INT, 4),
-    "model.scales": Tuple(_POSITIVE, empty=False),
-    "model.block6": Tuple(Tuple(_POSITIVE_INT, 2)),
-    "model.pyramid_windows": Tuple(_POSITIVE_INT),
-    "model.hidden": _POSITIVE_INT,
+    "model.tiny.features": Tuple(_WIDTH, 4),
+    "model.refinement_convs.layers": Tuple(Text(empty=False)),
+    "model.refinement_convs.width": _WIDTH,
+    "model.scales": Tuple(_SCALE, empty=False),
+    "model.block6": Tuple(Pair(Number(int, 1, 255, odd=True), _WIDTH)),
+    "model.pyramid_windows": Tuple(Number(int, 1, 255, odd=True)),
+    "model.hidden": _WIDTH,
     "model.relations": _NAMES,
     "model.parameterisation": Text(),
     "model.pairwise_trains_features": Flag(),
@@ -126,20 +145,21 @@ SCHEMA = {
     "optimizer.momentum": Number(float, low=0, below=1),
     "optimizer.weight_decay": _NOT_NEGATIVE,
     "optimizer.clip_norm": _NOT_NEGATIVE,
-    "train.batch_size": _POSITIVE_INT,
+    "train.batch_size": _BATCH,
     "train.steps": _POSITIVE_INT,
     "train.log_every": _POSITIVE_INT,
     "train.eval_every": _COUNT,
     "train.checkpoint_every": _POSITIVE_INT,
     "train.keep_checkpoints": _POSITIVE_INT,
+    "train.max_skipped_steps": _COUNT,
     "crf.relations": _NAMES,
-    "crf.num_iterations": _COUNT,
+    "crf.num_iterations": Number(int, 0, 10000),
     "crf.weights": Tuple(Number(float), empty=False),
     "crf.damping": Number(float, low=0, below=1),
     "crf.normalize": Flag(),
     "crf.route": Text(),
     "crf.chunk_edges": _COUNT,
-    "refine.num_iterations": _COUNT,
+    "refine.num_iterations": Number(int, 0, 10000),
     "refine.smoothness_compat": Number(float),
     "refine.smoothness_sxy": _POSITIVE,
     "refine.appearance_compat": Number(float),
@@ -148,23 +168,52 @@ SCHEMA = {
     "refine.method": Text(),
     "tiles.size": Tuple(_POSITIVE_INT),
     "tiles.overlap": Number(float, low=0, below=1),
-    "tta.scales": Tuple(_POSITIVE, empty=False),
+    "tta.scales": Tuple(_SCALE, empty=False),
     "tta.flip": Flag(),
-    "eval.batch_size": _POSITIVE_INT,
+    "eval.batch_size": _BATCH,
     "eval.classes": _NAMES,
 }
 
 
+def kind(key: str):
+    """What a key takes; None if there is no such key."""
+    section, _, name = key.partition(".")
+    if section == "relations" and key.count(".") == 2:
+        return RELATION.get(name.partition(".")[2])
+    return SCHEMA.get(key)
+
+
+def unknown(key: str) -> str | None:
+    """A sentence on a key that nothing reads, with the nearest that something does; None for keys and sections."""
+    names = list(SCHEMA)
+    if key.startswith("relations."):
+        names = [f"{'.'.join(key.split('.')[:2])}.{field}" for field in RELATION]
+    if kind(key) or any(f"{name}.".startswith(f"{key}.") for name in (*names, "relations")):
+        return None
+    section, _, last = key.rpartition(".")
+    if kind(section):
+        return f"config.{section} must be {kind(section).wanted}, not a section"
+    siblings = [name.rpartition(".")[2] for name in names if name.rpartition(".")[0] == section]
+    near = [f"{section}.{name}".lstrip(".") for name in difflib.get_close_matches(last, siblings, 1)]
+    near += difflib.get_close_matches(key, [name for name in names if name.rpartition(".")[2] == last], 1, 0)
+    if not siblings:
+        near += difflib.get_close_matches(key, names, 1, 0.75)
+    if near:
+        advice = f"did you mean config.{near[0]}?"
+    elif section and siblings:
+        advice = f"config.{section} has {', '.join(siblings)}"
+    else:
+        advice = "see configs/default.py for the names"
+    return f"config.{key} is not a key; {advice}"
+
+
 def problems(flat: dict, relation_names):
-    """Yields a sentence for every key that is missing, unknown or holds a wrong value; flat: {dotted key: value}."""
-    schema = dict(SCHEMA)
-    for name in relation_names:
-        schema |= {f"relations.{name}.{field}": kind for field, kind in RELATION.items()}
-    for key, kind in schema.items():
+    """Yields a sentence for every key that is unknown, missing or holds a wrong value; flat: {dotted key: value}."""
+    names = [*SCHEMA, *(f"relations.{name}.{field}" for name in relation_names for field in RELATION)]
+    for key in (key for key in flat if key not in names):  # before the key that it stands for is missed
+        yield unknown(key) or f"config.{key} = {flat[key]!r} must be a section, as in configs/default.py"
+    for key in names:
         if key not in flat:
             yield f"config.{key} is missing; start from configs/default.py"
-        elif wrong := kind.problem(flat[key]):
-            yield f"config.{key} = {flat[key]!r} {wrong}"
-    for key in flat:
-        if key not in schema:
-            yield f"config.{key} is not a key that anything reads; remove it, or see configs/default.py for the names"
+        elif not kind(key).accepts(flat[key]):
+            yield f"config.{key} = {flat[key]!r} must be {kind(key).wanted}"

@@ -15,13 +15,16 @@ OBJECTIVES = ("piecewise", "piecewise_staged", "pseudo_likelihood", "unrolled_me
 
 @flax.struct.dataclass
 class TrainState:
-    step: jax.Array
+    step: jax.Array  # of the steps that were taken: those that `make_train_step` skips do not count
     params: dict
     opt_state: optax.OptState
 
 
 def piecewise_terms(potentials, labels, balance_power=0.0, chunk_edges=None, sampled_offsets=0, key=None):
     """(sum, count) of the log-likelihood of every kind of factor: {"unary": ..., relation name: ...}.
+
+    And of "refinement_convs", of models that have them: of the unary's own marginals, sharpened, at the cells of the
+    finer grid. No inference runs for them either.
 
     labels: int [B, H, W] of the image; read at the centres of the grid's cells.
     sampled_offsets: of each relation, drawn with `key`; 0, or as many as there are: all.
@@ -38,6 +41,13 @@ def piecewise_terms(potentials, labels, balance_power=0.0, chunk_edges=None, sam
         terms[name] = piecewise.pairwise_log_likelihood(
             potential, grid, node_weights=weights, chunk_edges=chunk_edges, sample=sample
         )
+    if potentials.correction is not None:
+        log_marginals = jax.lax.stop_gradient(jax.nn.log_softmax(potentials.unary, axis=-1))
+        scores = segmenter.sharpen(log_marginals, potentials.correction)
+        fine = piecewise.grid_labels(labels, *scores.shape[1:3])
+        if balance_power:
+            weights = piecewise.balance_weights(fine, scores.shape[-1], power=balance_power)
+        terms["refinement_convs"] = piecewise.unary_log_likelihood(scores, fine, node_weights=weights)
     return terms
 
 
@@ -101,7 +111,8 @@ def make_train_step(model, tx, loss_config, seed=0, crf_config=None, unary_steps
     unary_steps: of "piecewise_staged": so many steps of the unary alone, then the relations alone.
 
     batch: image uint8 [B, H, W, 3], label uint8 [B, H, W] and, where it may hold padding, inside int32 [B, 4], see
-    `joint_term`. metrics: loss, grad_norm, and nll_NAME of every term, -1 where a step has no factor of this kind.
+    `joint_term`. metrics: loss, grad_norm, and nll_NAME of every term, -1 where a step has no factor of this kind;
+    skipped: loss or gradient are not finite, the state, its step too, is what it was; finite: all of the new state is.
     """
     name = loss_config["objective"]
 
@@ -109,16 +120,18 @@ def make_train_step(model, tx, loss_config, seed=0, crf_config=None, unary_steps
         """kinds: "unary", "pairwise" or both, of the piecewise terms that train."""
         potentials = model.apply({"params": params}, batch["image"])
         if "pairwise" not in kinds:
-            potentials = potentials._replace(pairwise={})
+            potentials = potentials._replace(pairwise={}, correction=None)
         balance, chunk_edges = loss_config["balance_power"], loss_config["chunk_edges"] or None
         key = jax.random.fold_in(jax.random.key(seed), step)
         if name.startswith("piecewise"):
             sampled = loss_config["sampled_offsets"]
             terms = piecewise_terms(potentials, batch["label"], balance, chunk_edges, sampled, key)
-            weights = {k: 1.0 if k == "unary" else loss_config["pairwise_weight"] for k in terms}
+            names = [r.name for r in model.relations]
+            weights = {k: loss_config["pairwise_weight"] if k in names else 1.0 for k in terms}
             if "unary" not in kinds:
                 del weights["unary"]
-            terms |= {r.name: (jnp.float32(0), jnp.float32(0)) for r in model.relations if r.name not in terms}
+            names += ["refinement_convs"] * bool(dict(model.featmap).get("middle"))
+            terms |= {k: (jnp.float32(0), jnp.float32(0)) for k in names if k not in terms}
         else:
             unary = piecewise_terms(potentials._replace(pairwise={}), batch["label"], balance)
             joint = joint_term(potentials, batch["label"], name, crf_config, balance, chunk_edges, batch.get("inside"))
@@ -146,20 +159,27 @@ def make_train_step(model, tx, loss_config, seed=0, crf_config=None, unary_steps
         nll = lambda total, count: jnp.where(count > 0, -total / jnp.maximum(count, 1e-9), -1.0)
         out = {f"nll_{k}": nll(sums[k], count) for k, (_, count) in terms.items()}
         out |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, opt_state), out
+        # Of sums over all devices, so that all take or skip the step together.
+        taken = jnp.isfinite(loss) & jnp.isfinite(out["grad_norm"])
+        new = TrainState(state.step + 1, params, opt_state)
+        new = jax.tree.map(lambda new, old: jnp.where(taken, new, old), new, state)
+        # A finite gradient can still lead out of the numbers.
+        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(new)]))
+        return new, out | {"skipped": ~taken, "finite": finite}
 
     return step
 
 
 def make_potentials_step(model, names):
-    """Builds step(params, {"image": uint8 [B, H, W, 3]}) -> ((), (unary [B, h, w, K], {relation: (a, b)})).
+    """Builds step(params, {"image": uint8 [B, H, W, 3]}) -> ((), (unary [B, h, w, K], {relation: (a, b)}, correction)).
 
-    a, b: [B, h, w, M] of `pwcrf_jax.pairwise.FactoredPairwise`, of the named relations.
+    a, b: [B, h, w, M] of `pwcrf_jax.pairwise.FactoredPairwise`, of the named relations. correction: of
+    `pwcrf_jax.segmenter.Potentials`.
     """
 
     def step(params, batch):
-        unary, potentials = model.apply({"params": params}, batch["image"])
-        return (), (unary, {name: (potentials[name].a, potentials[name].b) for name in names})
+        unary, potentials, correction = model.apply({"params": params}, batch["image"])
+        return (), (unary, {name: (potentials[name].a, potentials[name].b) for name in names}, correction)
 
     return step
 
@@ -179,9 +199,11 @@ def make_eval_step(model, rows, crf_config, balance_power=0.0, loss_chunk_edges=
     rows: {row of the table: names of the relations whose messages count}; weights of all relations come with crf_config
     as `relation_weights`, a mapping.
     batch: image, label as in training and valid_size int32 [B, 2].
+    A model with refinement convolutions has one row more, "convs": what "all" says, sharpened.
     Returns {"confusion": {row: int32 [1 + bands, K, K], see `confusions`}, "terms": {kind of factor: (sum, count)},
     "change": {row: float32 [num_iterations], the largest change of a marginal in each iteration}}.
-    marginals_of: a row; the step then returns (sums, that row's log marginals float32 [B, h, w, K]).
+    marginals_of: a row; the step then returns (sums, that row's log marginals float32 [B, h, w, K], of "convs" on the
+      finer grid and not normalised).
     """
 
     def step(params, batch):
@@ -206,6 +228,12 @@ def make_eval_step(model, rows, crf_config, balance_power=0.0, loss_chunk_edges=
             confusion[row] = confusions(labels, batch["label"], valid, model.num_classes)
             change[row] = jax.lax.pmax(jnp.max(info.change, axis=-1), AXIS)
             kept = log_marginals if row == marginals_of else kept
+            if row == "all" and potentials.correction is not None:
+                sharp = segmenter.sharpen(log_marginals, potentials.correction, mask)
+                fine = segmenter.grid_mask(batch["valid_size"], sharp.shape[1:3], size)
+                labels = jnp.argmax(segmenter.upsample(sharp, *size, fine), axis=-1)
+                confusion["convs"] = confusions(labels, batch["label"], valid, model.num_classes)
+                kept = sharp if marginals_of == "convs" else kept
         terms = piecewise_terms(potentials, batch["label"], balance_power, loss_chunk_edges)
         confusion, terms = jax.lax.psum((confusion, terms), AXIS)
         sums = {"confusion": confusion, "terms": terms, "change": change}

@@ -199,7 +199,7 @@ def _marginals(config, model, params, dataset, split, folder, weights):
     files = [os.path.join(home, f"{i:06d}.npy") for i in range(len(dataset.source(split)))]
     if all(map(os.path.exists, files)):
         return files
-    step = steps.make_eval_step(model, {"all": names}, crf, marginals_of="all")
+    step = steps.make_eval_step(model, {"all": names}, crf, marginals_of=configs.final_row(config))
     fn = parallel.pmap_eval(step, per_image=True)
     batches = tqdm(_batches(config, dataset, split), unit="batch", desc="marginals", disable=None, leave=False)
     for number, batch in enumerate(batches):

@@ -1,0 +1,199 @@
+"""Runs that are stopped, damaged or out of room: they end with one line, and go on as if nothing had been."""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+
+import pytest
+from faults import states
+from faults.kill import KEYS, ROOT
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from pwcrf_jax.training import checkpoint, evaluate, logs, loop, preemption
+from pwcrf_jax.training import config as configs
+from pwcrf_jax.training.logs import log
+
+
+@pytest.fixture(autouse=True)
+def _log_is_seen(monkeypatch, caplog):
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level("INFO", logger=log.name)
+
+
+@pytest.fixture
+def work(whole, tmp_path):
+    """A copy of the whole run, to be spoiled."""
+    return shutil.copytree(whole, tmp_path / "work")
+
+
+def _stop_at(monkeypatch, call):
+    """The request to stop comes with this call of `requested`: one a step, and one a batch of evaluation."""
+    answers = iter([False] * (call - 1) + [True] * 99)
+    monkeypatch.setattr(preemption, "requested", lambda: next(answers))
+
+
+def _stopped(config, workdir, monkeypatch, call):
+    with monkeypatch.context() as m:
+        _stop_at(m, call)
+        with pytest.raises(preemption.Preempted):
+            loop.train_and_evaluate(config, str(workdir))
+    return states.read(workdir)[1]
+
+
+def test_asked_to_stop_in_training_and_in_evaluations(config, whole, tmp_path, monkeypatch, caplog):
+    meta = _stopped(config, tmp_path, monkeypatch, 2)
+    assert meta["step"] == 2 and "score" not in meta and "stopped by SIGTERM; step 2 is saved" in caplog.text
+    meta = _stopped(config, tmp_path, monkeypatch, 2)  # in the evaluation after step 3
+    assert meta["step"] == 3 and "score" not in meta and not (tmp_path / "best" / "3").exists()
+    meta = _stopped(config, tmp_path, monkeypatch, 5)  # it is made up for; then in the evaluation after step 6
+    assert meta["step"] == 6 and "score" not in meta and (tmp_path / "best" / "3").exists()
+    assert [line["step"] for line in states.lines(tmp_path) if "val/miou_all" in line] == [3]
+    result = loop.train_and_evaluate(config, str(tmp_path))
+    assert result["rows"]["all"]["miou"] == states.read(whole)[1]["score"]
+    assert states.final(tmp_path) == states.final(whole)
+
+
+def test_falling_back_changes_nothing_in_the_end(config, work, whole, caplog):
+    damaged = max((work / "checkpoints" / "6" / "rest").rglob("d/*"), key=lambda path: path.stat().st_size)
+    damaged.write_bytes(bytes(255 - x for x in damaged.read_bytes()))
+    loop.train_and_evaluate(config, str(work))
+    assert "checkpoints/6 cannot be read" in caplog.text and "resumed from step 3" in caplog.text
+    assert (work / "checkpoints" / "6.damaged").is_dir()
+    assert states.final(work) == states.final(whole)
+
+
+def test_a_damaged_best_is_refused_everywhere(config, work):
+    (step,) = (work / "best").iterdir()
+    largest = max((step / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(bytes(255 - x for x in largest.read_bytes()))
+    config.train.steps = 9
+    stored = configs.load(work / "config.json")
+    match = rf"best/{step.name} cannot be read .*no other is there.*move it away"
+    for task, given in ((loop.train_and_evaluate, config), (evaluate.evaluate, stored)):
+        with pytest.raises(checkpoint.CheckpointError, match=match):
+            task(given, str(work))
+    assert evaluate.evaluate(stored, str(work), "latest")["step"] == 6
+    shutil.rmtree(step)
+    assert loop.train_and_evaluate(config, str(work))
+
+
+@pytest.mark.parametrize("content", ["", '{"step": 4, "train/loss": 1.0}\n'], ids=["cut off", "redone"])
+def test_metrics_of_steps_that_are_done_again(tmp_path, content):
+    lines = [{"step": 3, "train/loss": 2.0}, {"step": 3, "val/miou_all": 1.0}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text + content + '{"step": 3, "train/lo')
+    logs.Writer(str(tmp_path), 3).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == text
+    logs.Writer(str(tmp_path), 3, evaluated=False).close()
+    assert states.lines(tmp_path) == lines[:1]
+    logs.Writer(str(tmp_path)).close()
+    assert not states.lines(tmp_path)
+
+
+def test_a_disk_without_room_for_a_line(tmp_path):
+    writer = logs.Writer(str(tmp_path))
+    writer._jsonl.close()
+    writer._jsonl = open("/dev/full", "w")
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        writer.write(1, {"loss": 1.0}, "train")
+    writer.close()
+
+
+def _events(path):
+    data = path.read_bytes()
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        yield Event.FromString(data[12 : 12 + length])  # between two checksums of 4 bytes
+        data = data[16 + length :]
+
+
+def test_tensorboard_hides_what_is_done_again(tmp_path):
+    for step, values in ((0, (1.0, 2.0)), (1, (3.0,))):
+        writer = logs.Writer(str(tmp_path), step)
+        for i, value in enumerate(values, step + 1):
+            writer.write(i, {"loss": value}, "train")
+        writer.close()
+    found = [list(_events(path)) for path in sorted((tmp_path / "tensorboard").iterdir())]
+    assert [events[0].file_version for events in found] == ["brain.Event:2"] * 2
+    assert [(e.step, e.summary.value[0].simple_value) for events in found for e in events[2:]] == [
+        (1, 1),
+        (2, 2),
+        (2, 3),
+    ]
+    # What TensorBoard goes by: a start at a step takes back all from that step on.
+    assert [(e.step, e.session_log.status) for e in (events[1] for events in found)] == [(1, SessionLog.START), (2, 1)]
+
+
+def test_other_classes_of_the_same_number(config, work, monkeypatch):
+    load = loop.load_dataset
+
+    def renamed(**options):
+        dataset = load(**options)
+        dataset.class_names = tuple(reversed(dataset.class_names))
+        return dataset
+
+    monkeypatch.setattr(loop, "load_dataset", renamed)
+    with pytest.raises(checkpoint.CheckpointError, match="class 0 is 'sky' in the checkpoint and 'car'"):
+        loop.train_and_evaluate(config, str(work))
+
+
+def test_a_checkpoint_carries_its_config(whole):
+    for kind in ("checkpoints", "best"):
+        meta = states.read(whole, kind)[1]
+        assert meta["config"] == json.loads((whole / "config.json").read_text())
+        assert meta["class_names"][0] == "sky" and meta["versions"] == checkpoint.versions()
+
+
+def test_other_versions_are_told(monkeypatch):
+    assert loop._other_versions({}) == loop._other_versions({"versions": checkpoint.versions()}) == ""
+    older = checkpoint.versions() | {"jax": "0.1"}
+    assert loop._other_versions({"versions": older}) == f"; saved with jax 0.1, now {checkpoint.versions()['jax']}"
+
+
+# --- disks ----------------------------------------------------------------------------------------------
+
+
+def _train(workdir, data_dir, mount="", after="", **keys):
+    """train.py in a process with one device; mount, after: what a shell does around it in mounts of its own."""
+    flags = [f"--config.{key}={value}" for key, value in (KEYS | {"data.data_dir": data_dir} | keys).items()]
+    command = [sys.executable, "train.py", "--config", "configs/demo.py", "--workdir", str(workdir), *flags]
+    if mount:
+        script = f'{mount} || exit 9; "$@"; code=$?; {after or ":"}; exit $code'
+        command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", *command]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
+
+
+def _needs_mounts():
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", "mount -t tmpfs none /mnt"]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a small disk")
+
+
+def test_a_read_only_workdir(work, config):
+    _needs_mounts()
+    mount = f"mount --bind {work} {work} && mount -o remount,bind,ro {work}"
+    done = _train(work, config.data.data_dir, mount)
+    (last,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert done.returncode == 2 and f"--workdir {work} cannot be written (Read-only file system)" in last
+    assert "Traceback" not in done.stderr
+
+
+def test_a_disk_that_runs_full(tmp_path, config):
+    """A disk with room for some checkpoints. The last good one stays, and where there is room the run goes on."""
+    _needs_mounts()
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    keys = {"train.steps": 12, "train.keep_checkpoints": 5, "train.eval_every": 0}
+    mount, carry = f"mount -t tmpfs -o size=800k none {disk}", f"cp -r {disk}/work {kept}"
+    done = _train(disk / "work", config.data.data_dir, mount, carry, **keys)
+    (last,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    newest = states.read(kept)[1]["step"]
+    assert "could not be written (No space left on device)" in last and f"step {newest}, is as it was" in last
+    done = _train(kept, config.data.data_dir, **keys)
+    assert done.returncode == 0 and f"resumed from step {newest}" in done.stderr, done.stderr
+    assert states.read(kept)[1]["step"] == 12 and not list(kept.rglob("*orbax-checkpoint-tmp*"))
