@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from pwcrf_jax.data import check_sizes, load_dataset, train_batches
-from pwcrf_jax.nets import load_pretrained
+from pwcrf_jax.nets import WeightsError, load_pretrained
 from pwcrf_jax.planning import plan
-from pwcrf_jax.training import checkpoint, evaluate, parallel, preemption, steps
+from pwcrf_jax.training import checkpoint, compilation, evaluate, parallel, preemption, steps
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training.logs import Progress, Writer, log
 from pwcrf_jax.training.optimizer import make_optimizer
@@ -115,6 +115,8 @@ def _resolve(config, workdir):
 
 def _fresh_params(config):
     """Random parameters with the pretrained weights read into them, and the input scaling of those."""
+    if config.init_from and not os.path.exists(config.init_from):
+        raise WeightsError(f"config.init_from = {config.init_from!r} does not exist")
     model = configs.build_model(config)
     params = jax.jit(lambda: evaluate.init_params(model, config.seed))()
     if not config.init_from:
@@ -279,6 +281,7 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_
             if evaluates(step) or step % c.checkpoint_every == 0 or stop:
                 guard.flush()  # what is saved is finite
                 latest.save(step, _trees(state), about | {"samples_seen": samples_seen})
+                compilation.seal()
             if evaluates(step) and not stop:
                 stop = not evaluation()
     if stop:

@@ -211,7 +211,8 @@ def problems(flat: dict, relation_names):
     """Yields a sentence for every key that is unknown, missing or holds a wrong value; flat: {dotted key: value}."""
     names = [*SCHEMA, *(f"relations.{name}.{field}" for name in relation_names for field in RELATION)]
     for key in (key for key in flat if key not in names):  # before the key that it stands for is missed
-        yield unknown(key) or f"config.{key} = {flat[key]!r} must be a section, as in configs/default.py"
+        inner = next((name for name in names if name.startswith(f"{key}.")), f"{key}.NAME.rows")
+        yield unknown(key) or f"config.{key} = {flat[key]!r} must be a section, config.{inner} is missing"
     for key in names:
         if key not in flat:
             yield f"config.{key} is missing; start from configs/default.py"
