@@ -19,10 +19,11 @@ import json
 import os
 import sys
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from pwcrf_jax.training import cli, evaluate, predict, refinement, tuning
+from pwcrf_jax.training import cli, distributed, evaluate, predict, refinement, tuning
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training.logs import log
 
@@ -52,6 +53,7 @@ flags.DEFINE_enum(
 flags.DEFINE_bool("probabilities", False, "Of predictions: write the probabilities of all classes too, as .npz.")
 flags.DEFINE_bool("overlay", True, "Of predictions: write the colours of the classes over the image too.")
 flags.DEFINE_bool("overwrite", False, "Of predictions: write into a folder that is not empty.")
+distributed.define_flags()
 _PREDICTING = ("output", "format", "probabilities", "overlay", "overwrite")
 
 _TUNED = {}
@@ -105,6 +107,8 @@ def main(_):
     result["tuned_on"] = _TUNED.get("split")
     if _TUNED and result["step"] != _TUNED.get("step"):
         log.info("the tuned values were chosen for step %s, this is step %s", _TUNED.get("step"), result["step"])
+    if jax.process_index():
+        return
     print(evaluate.table(result), flush=True)
     evaluate.write(result, workdir)
     print(json.dumps(evaluate.summary(result)))
@@ -142,4 +146,4 @@ def _define_config(argv):
 
 
 if __name__ == "__main__":
-    cli.run(main, before_parsing=_define_config)
+    cli.run(main, before_parsing=_define_config, before_main=distributed.start)

@@ -9,14 +9,19 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from pwcrf_jax.training import cli, loop, preemption
+from pwcrf_jax.training import cli, distributed, loop, preemption
 
 config_flags.DEFINE_config_file("config", None, "Config file, such as configs/demo.py.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Folder of the run: config, checkpoints, logs. Made if it is not there.")
+distributed.define_flags()
+
+
+def start():
+    preemption.install()
+    distributed.start()
 
 
 def main(_):
-    preemption.install()
     try:
         loop.train_and_evaluate(cli.require("config"), cli.require("workdir"))
     except preemption.Preempted:
@@ -24,4 +29,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, before_main=start)

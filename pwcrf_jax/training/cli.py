@@ -5,6 +5,7 @@ import re
 import sys
 import traceback
 
+import jax
 from absl import app, flags
 from ml_collections import ConfigDict
 
@@ -79,10 +80,10 @@ def parse(argv, values=flags.FLAGS, before_parsing=None) -> None:
         raise ConfigError(f"unknown arguments {' '.join(rest[1:])}; options look like --config.key=value")
 
 
-def run(main, before_parsing=None) -> None:
+def run(main, before_parsing=None, before_main=None) -> None:
     """app.run for a main(argv) whose refusals end in one line and exit code 2.
 
-    before_parsing(argv): defines flags that depend on the command line.
+    before_parsing(argv): defines flags that depend on the command line. before_main(): what comes before all else.
     """
 
     def flags_parser(argv):
@@ -95,6 +96,8 @@ def run(main, before_parsing=None) -> None:
 
     def guarded(argv):
         try:
+            if before_main:
+                before_main()
             _use_cache()
             main(argv)
         except (ConfigError, DataError, WeightsError, CheckpointError, OSError) as error:
@@ -109,7 +112,13 @@ def run(main, before_parsing=None) -> None:
 def _use_cache():
     config, workdir = flags.FLAGS["config"].value, flags.FLAGS["workdir"].value
     # What main will refuse is left to it.
-    if workdir and isinstance(config, ConfigDict) and config.get("compilation_cache") is True:
+    # Processes that share a folder would delete what another is writing.
+    if (
+        not jax.distributed.is_initialized()
+        and workdir
+        and isinstance(config, ConfigDict)
+        and config.get("compilation_cache") is True
+    ):
         compilation.use(os.path.join(workdir, compilation.FOLDER))
 
 

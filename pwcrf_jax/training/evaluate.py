@@ -54,9 +54,8 @@ def evaluate_params(eval_fn, params, dataset, split, config, refine="off", predi
     )
     rows = list(dict.fromkeys([*configs.table_rows(config), configs.final_row(config)]))
     rows += ["tta"] * bool(predictor) + ["refined"] * (refine != "off")
-    confusion, terms, change, num_images = {}, {}, {}, 0
+    confusion, terms, change = {}, {}, {}
     for batch in tqdm(batches, unit="batch", desc=f"eval {split}", disable=not sys.stderr.isatty(), leave=False):
-        num_images += sum(1 for name in batch["id"] if name)
         out = eval_fn(params, parallel.split({k: batch[k] for k in ("image", "label", "valid_size")}))
         if predictor:
             counts, largest = _augmented(predictor, batch, config.refine, refine)
@@ -77,7 +76,7 @@ def evaluate_params(eval_fn, params, dataset, split, config, refine="off", predi
     scored = configs.scored_classes(config, dataset.class_names)
     return dict(
         split=split,
-        num_images=num_images,
+        num_images=len(dataset.source(split)),
         classes=list(config.eval.classes),
         rows={row: _figures(confusion[row], dataset.class_names, scored) for row in rows},
         nll={name: float(-total / max(count, 1.0)) for name, (total, count) in terms.items()},

@@ -10,6 +10,7 @@ import time
 import warnings
 
 import absl.logging
+import jax
 from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
@@ -31,6 +32,12 @@ def setup() -> None:
         log.addHandler(handler)
         log.propagate = False
     log.setLevel(logging.INFO)
+
+
+def only_process(index: int) -> None:
+    """Of several processes, the others tell what goes wrong alone. To be called once they are connected."""
+    if jax.process_index() != index:
+        log.setLevel(logging.WARNING)
 
 
 def _without_closed_loops(unraisable):

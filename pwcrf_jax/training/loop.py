@@ -197,8 +197,9 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_
     if step >= c.steps and not evaluate_first:
         log.info("already trained for %d steps; raise config.train.steps to go on", step)
         return {}
-    configs.save(config, os.path.join(workdir, "config.json"))
-    configs.save_classes(dataset.class_names, dataset.palette, workdir)
+    if jax.process_index() == 0:
+        configs.save(config, os.path.join(workdir, "config.json"))
+        configs.save_classes(dataset.class_names, dataset.palette, workdir)
     batches = train_batches(
         dataset,
         config.data.train_split,
@@ -214,7 +215,7 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_
     )
     crf = configs.crf_settings(config)
     train_step = steps.make_train_step(model, tx, config.loss.to_dict(), config.seed, crf, unary_steps)
-    train_step = parallel.pmap_train(train_step)
+    train_step, state = parallel.pmap_train(train_step), parallel.replicated(state)
     eval_fn = evaluate.make_eval_fn(config, model)
     writer = Writer(workdir, step, not evaluate_first) if jax.process_index() == 0 else None
     num_params = sum(x.size for x in jax.tree.leaves(state.params))

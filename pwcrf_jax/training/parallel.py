@@ -20,6 +20,15 @@ def pmap_train(fn, devices=None):
     return jax.pmap(fn, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=devices)
 
 
+def replicated(state):
+    """A state for `pmap_train`, of arrays that each process made for itself."""
+    if jax.process_count() == 1:
+        return state
+    # Of several processes, only arrays that lie on all local devices already can be donated.
+    copy = jax.pmap(lambda state, _: state, axis_name=AXIS, in_axes=(None, 0), out_axes=None)
+    return copy(state, np.zeros(jax.local_device_count()))
+
+
 def pmap_eval(fn, devices=None, per_image=False):
     """fn(params, batch) -> results, equal on all devices; params are not donated.
 

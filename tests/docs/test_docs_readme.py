@@ -86,7 +86,7 @@ def parse(words, monkeypatch, trained_with=None):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", words[1:])  # where ml_collections looks for the overrides
     values = flags.FlagValues()
-    source = (ROOT / words[1]).read_text()
+    source = (ROOT / words[1]).read_text() + (ROOT / "pwcrf_jax/training/distributed.py").read_text()
     for kind, name in re.findall(r'\bflags\.DEFINE_(\w+)\(\s*"([\w-]+)"', source):
         if name != "config":
             define = flags.DEFINE_bool if kind == "bool" else flags.DEFINE_string
