@@ -210,6 +210,8 @@ def load(config, workdir: str, which: str, split: str):
     model, params, step = restore_params(config, workdir, which)
     dataset = load_dataset(**configs.dataset_options(config))
     configs.check_classes(config, dataset.class_names)
+    with _store(config, workdir, which, dataset.class_names) as store:
+        store.meta()  # refuses other classes than those of the checkpoint
     dataset.check_labelled(split)
     check_sizes(dataset, split, config.data.eval_size)
     return model, params, step, dataset
@@ -217,11 +219,15 @@ def load(config, workdir: str, which: str, split: str):
 
 def restore_params(config, workdir: str, which: str = "best"):
     """(model, parameters, step) of a trained workdir; which as in `evaluate`."""
-    folder = {"best": "best", "latest": "checkpoints"}[which]
     model = configs.build_model(config)
-    with checkpoint.Store(os.path.join(workdir, folder), configs.identity(config)) as store:
+    with _store(config, workdir, which) as store:
         trees, meta = store.restore({"params": abstract_params(model)})
     return model, trees["params"], meta["step"]
+
+
+def _store(config, workdir, which, class_names=()):
+    folder = os.path.join(workdir, {"best": "best", "latest": "checkpoints"}[which])
+    return checkpoint.Store(folder, configs.identity(config), class_names=class_names)
 
 
 def write(result: dict, workdir: str) -> str:

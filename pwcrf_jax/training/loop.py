@@ -9,6 +9,8 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
 from pwcrf_jax.data import check_sizes, load_dataset, train_batches
 from pwcrf_jax.nets import WeightsError, load_pretrained
@@ -64,9 +66,20 @@ def train_and_evaluate(config, workdir: str) -> dict:
             _check_stages(config, latest.meta())
             abstract = jax.eval_shape(lambda: _fresh(model, tx, evaluate.init_params(model, config.seed)))
             state, meta = _restore(latest, abstract)
+            _check_together(meta["step"], latest)
             unread = "; config.init_from is not read again" if config.init_from else ""
             log.info("resumed from step %d of %s%s%s", meta["step"], latest.folder, unread, _other_versions(meta))
         return _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_meta)
+
+
+def _check_together(step, latest):
+    """Of several processes each decides for itself which checkpoint is whole."""
+    steps_of_all = multihost_utils.process_allgather(np.int32(step)) if jax.process_count() > 1 else [step]
+    if len(set(map(int, steps_of_all))) > 1:
+        raise checkpoint.CheckpointError(
+            f"the processes read different checkpoints of {latest.folder} (steps {', '.join(map(str, steps_of_all))}); "
+            "start them again, and look at its disk if that does not help"
+        )
 
 
 def _check_writable(workdir):
