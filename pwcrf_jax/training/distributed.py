@@ -29,8 +29,8 @@ def define_flags() -> None:
 def start() -> None:
     """Joins the processes that the flags name; nothing where they name none. Before anything asks for devices.
 
-    Waits for all of them, five minutes at most. A process that is lost later ends the others within --heartbeat seconds
-    or little more, with an error of JAX's own: a run is then started again as a whole, and goes on.
+    Waits for all of them, five minutes at most. A process that is lost later ends the others once it has been silent
+    for --heartbeat seconds, with an error of JAX's own: a run is then started again as a whole, and goes on.
 
     Raises:
       ConfigError: flags that do not go together.
