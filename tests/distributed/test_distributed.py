@@ -150,6 +150,7 @@ def test_sigterm_to_one_stops_all_at_one_step(tmp_path):
         (["--coordinator=nowhere", "--num_processes=2", "--process_id=0"], "must be HOST:PORT"),
         (["--coordinator=a:1", "--num_processes=2", "--process_id=2"], "count from 0"),
         (["--distributed", "--process_id=1"], "give it alone"),
+        (["--distributed"], "JAX finds no cluster here"),
     ],
 )
 def test_flags_that_do_not_go_together(tmp_path, flags, said):

@@ -57,6 +57,9 @@ def test_against_numpy():
         x = np.maximum(conv3x3(x, params[name]["kernel"], params[name]["bias"]), 0)
     want = x @ params["last"]["kernel"] + params["last"]["bias"]
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    half = jax.jit(nets.RefinementConvs(5, width=4, dtype=jnp.bfloat16).apply)({"params": params}, scores, middle)
+    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(half, want, atol=0.05 * np.abs(want).max())
 
 
 @pytest.mark.parametrize(
