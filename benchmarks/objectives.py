@@ -1,18 +1,21 @@
 """Piecewise training against its alternatives: seconds and memory of a step, and what it reaches.
 
     python benchmarks/objectives.py                                    (steps of the demo's and of CamVid's model)
+    python benchmarks/objectives.py --full_box                         (with every neighbour of each box)
     python benchmarks/objectives.py --train --runs runs/objectives     (and mean IoU on the synthetic set)
     python benchmarks/objectives.py --quick
 
 * step: one training step (forward, backward, update) of each objective on the same model, batch and graph, compiled
   ahead; medians of interleaved calls. crf: the same from the nets' outputs on, loss and gradient with respect to scores
-  and potentials: what the objectives differ in. Memory is what XLA plans for temporaries.
+  and potentials: what the objectives differ in. Memory is what XLA plans for temporaries. With --full_box also
+  piecewise_sampled: piecewise on 24 neighbours of each box drawn anew in every step, an unbiased estimate of the same
+  likelihood (config.loss.sampled_offsets); inference has no such choice, it needs the whole graph in every iteration.
 * train: each objective from the same start for the same number of steps, with mean IoU of the unary and of all
   relations on the validation split at every evaluation; from the seconds of a step follows what each had reached when
   the fastest was through ("equal time").
 
 Message weights are 1 and messages are means (the demo's setting). Ends with one line of JSON; `step_ratio` and
-`crf_ratio` are unrolled mean field over piecewise.
+`crf_ratio` are unrolled mean field over piecewise, and over piecewise_sampled where it was measured.
 """
 
 import argparse
@@ -36,6 +39,7 @@ from pwcrf_jax.training.optimizer import make_optimizer
 
 RESULTS = Path(__file__).parent / "results"
 OBJECTIVES = ("piecewise", "pseudo_likelihood", "unrolled_mean_field")
+SAMPLED = 24  # neighbours of each box, as many as a 5 x 5 grid has
 CONFIGS = {"demo": demo.get_config, "camvid": camvid_mobilenet_v2.get_config}
 
 
@@ -49,7 +53,7 @@ def batch_of(config):
 
 def compiled_step(config, name, batch):
     """(function of no arguments that runs a step on fresh state, bytes of temporaries)."""
-    config.loss.objective = name
+    _choose(config, name)
     model = configs.build_model(config)
     tx = make_optimizer(config.optimizer, config.model, config.train.steps)
     state = jax.jit(lambda: _fresh(config, model, tx))()
@@ -60,6 +64,11 @@ def compiled_step(config, name, batch):
     return lambda: jax.block_until_ready(compiled(state, inputs)), compiled.memory_analysis().temp_size_in_bytes
 
 
+def _choose(config, name):
+    config.loss.objective = "piecewise" if name == "piecewise_sampled" else name
+    config.loss.sampled_offsets = SAMPLED if name == "piecewise_sampled" else 0
+
+
 def _fresh(config, model, tx):
     params = evaluate.init_params(model, 0)
     return steps.TrainState(jnp.int32(0), params, tx.init(params))
@@ -67,15 +76,16 @@ def _fresh(config, model, tx):
 
 def compiled_crf(config, name, batch):
     """The same for loss and gradient from the nets' outputs on."""
-    config.loss.objective = name
+    _choose(config, name)
     model = configs.build_model(config)
     params = evaluate.init_params(model, 0)
     potentials = jax.jit(lambda: model.apply({"params": params}, batch["image"]))()
     crf, labels = configs.crf_settings(config), jnp.asarray(batch["label"])
+    sampled, key = config.loss.sampled_offsets, jax.random.key(0)
 
     def loss(potentials):
-        if name == "piecewise":
-            terms = steps.piecewise_terms(potentials, labels)
+        if name.startswith("piecewise"):
+            terms = steps.piecewise_terms(potentials, labels, sampled_offsets=sampled, key=key)
             return sum(-total / count for total, count in terms.values())
         total, count = steps.joint_term(potentials, labels, name, crf)
         return -total / count
@@ -104,9 +114,10 @@ def measure(which, args):
         if args.full_box:
             for relation in config.relations.values():
                 relation.grid = 0
-        built = {name: build(config, name, batch_of(config)) for name in OBJECTIVES}
+        names = OBJECTIVES + ("piecewise_sampled",) * args.full_box
+        built = {name: build(config, name, batch_of(config)) for name in names}
         seconds = interleaved({name: call for name, (call, _) in built.items()}, args.repeats)
-        out[part] = {name: (seconds[name], built[name][1]) for name in OBJECTIVES}
+        out[part] = {name: (seconds[name], built[name][1]) for name in names}
         for name, (value, size) in out[part].items():
             ratio = value / out[part]["piecewise"][0]
             print(f"  {part:5s} {name:20s} {1e3 * value:8.1f} ms  {ratio:5.2f} x   {size / 2**20:8.1f} MiB", flush=True)
@@ -157,6 +168,8 @@ def main():
     parser.add_argument("--steps", type=int, default=0, help="of --train; 0: the demo's")
     parser.add_argument("--quick", action="store_true", help="the demo's model alone, 3 calls")
     args = parser.parse_args()
+    if args.train and args.full_box:
+        parser.error("--train takes the demo's own grid of neighbours: leave --full_box out")
     logs.setup()
     if args.quick:
         args.repeats = 3
@@ -165,14 +178,20 @@ def main():
     found = {which: measure(which, args) for which in (("demo",) if args.quick else CONFIGS)}
     out = {}
     for part in ("step", "crf"):
-        ratio = lambda f, part=part: f[part]["unrolled_mean_field"][0] / f[part]["piecewise"][0]
-        out[f"{part}_ratio"] = {which: round(ratio(f), 2) for which, f in found.items()}
+        for name in ("piecewise", "piecewise_sampled")[: 1 + args.full_box]:
+            ratio = lambda f, part=part, name=name: f[part]["unrolled_mean_field"][0] / f[part][name][0]
+            key = f"{part}_ratio" + name.removeprefix("piecewise")
+            out[key] = {which: round(ratio(f), 2) for which, f in found.items()}
+    about = dict(device=device.device_kind, cores=os.cpu_count(), jax=jax.__version__, full_box=args.full_box)
+    if not args.quick:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"objectives_steps{'_full_box' if args.full_box else ''}.json"
+        path.write_text(json.dumps(about | dict(seconds_and_bytes=found, **out), indent=1) + "\n")
     if args.train:
         seconds = {name: value for name, (value, _) in found["demo"]["step"].items()}
         curves = train(args, seconds)
-        RESULTS.mkdir(exist_ok=True)
         out["curves"] = {name: {str(seed): c[-1] for seed, c in runs.items()} for name, runs in curves.items()}
-        kept = dict(seconds_per_step=seconds, curves=curves, device=device.device_kind, jax=jax.__version__)
+        kept = about | dict(seconds_per_step=seconds, curves=curves)
         (RESULTS / "objectives_synthetic.json").write_text(json.dumps(kept) + "\n")
     print(json.dumps(out))
 
