@@ -147,11 +147,12 @@ def make_train_step(model, tx, loss_config, seed=0, crf_config=None, unary_steps
 
     def step(state, batch):
         arguments = state.params, batch, state.step
-        if name == "piecewise_staged":
+        if name == "piecewise_staged" and unary_steps:
             stages = gradients(("unary",)), gradients(("pairwise",))
             (loss, terms), grads = jax.lax.cond(state.step < unary_steps, *stages, *arguments)
-        else:
-            (loss, terms), grads = gradients(("unary", "pairwise"))(*arguments)
+        else:  # of one stage without a branch, in which XLA's CPU convolutions are several times slower
+            kinds = ("pairwise",) if name == "piecewise_staged" else ("unary", "pairwise")
+            (loss, terms), grads = gradients(kinds)(*arguments)
         sums = {k: total for k, (total, _) in terms.items()}
         loss, sums, grads = jax.lax.psum((loss, sums, grads), AXIS)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -193,7 +194,7 @@ def confusions(predictions, labels, valid, num_classes):
     return jnp.stack([metrics.confusion_matrix(predictions, x, num_classes) for x in (labels, *bands)])
 
 
-def make_eval_step(model, rows, crf_config, balance_power=0.0, loss_chunk_edges=None, marginals_of=None):
+def make_eval_step(model, rows, crf_config, balance_power=0.0, loss_chunk_edges=None, marginals_of=None, labels_of=()):
     """Builds step(params, batch) -> sums over all devices.
 
     rows: {row of the table: names of the relations whose messages count}; weights of all relations come with crf_config
@@ -204,6 +205,7 @@ def make_eval_step(model, rows, crf_config, balance_power=0.0, loss_chunk_edges=
     "change": {row: float32 [num_iterations], the largest change of a marginal in each iteration}}.
     marginals_of: a row; the step then returns (sums, that row's log marginals float32 [B, h, w, K], of "convs" on the
       finer grid and not normalised).
+    labels_of: rows; the step then returns (sums, {row: predicted labels uint8 [B, H, W]}). One of both.
     """
 
     def step(params, batch):
@@ -211,7 +213,7 @@ def make_eval_step(model, rows, crf_config, balance_power=0.0, loss_chunk_edges=
         size = batch["label"].shape[1:3]
         mask = segmenter.grid_mask(batch["valid_size"], potentials.unary.shape[1:3], size)
         valid = segmenter.grid_mask(batch["valid_size"], size, size)
-        confusion, change, kept = {}, {}, None
+        confusion, change, kept, shown = {}, {}, None, {}
         for row, names in rows.items():
             log_marginals, info = segmenter.infer(
                 potentials,
@@ -226,6 +228,7 @@ def make_eval_step(model, rows, crf_config, balance_power=0.0, loss_chunk_edges=
             )
             labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask), axis=-1)
             confusion[row] = confusions(labels, batch["label"], valid, model.num_classes)
+            shown[row] = labels
             change[row] = jax.lax.pmax(jnp.max(info.change, axis=-1), AXIS)
             kept = log_marginals if row == marginals_of else kept
             if row == "all" and potentials.correction is not None:
@@ -233,10 +236,13 @@ def make_eval_step(model, rows, crf_config, balance_power=0.0, loss_chunk_edges=
                 fine = segmenter.grid_mask(batch["valid_size"], sharp.shape[1:3], size)
                 labels = jnp.argmax(segmenter.upsample(sharp, *size, fine), axis=-1)
                 confusion["convs"] = confusions(labels, batch["label"], valid, model.num_classes)
+                shown["convs"] = labels
                 kept = sharp if marginals_of == "convs" else kept
         terms = piecewise_terms(potentials, batch["label"], balance_power, loss_chunk_edges)
         confusion, terms = jax.lax.psum((confusion, terms), AXIS)
         sums = {"confusion": confusion, "terms": terms, "change": change}
+        if labels_of:
+            return sums, {row: shown[row].astype(jnp.uint8) for row in labels_of}
         return sums if marginals_of is None else (sums, kept)
 
     return step
