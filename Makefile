@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 SEED ?= 0
 DEMO := runs/demo-seed$(SEED)
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint docs clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not v >= (3, 11) and "pwcrf_jax needs Python 3.11 or newer, $(PYTHON) is %d.%d; try make PYTHON=python3.12" % v[:2])'
 	@echo "Setting up $(VENV) ..." >&2
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,lint]" >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,lint,docs]" >&2
 	@touch $@
 
 # Trains on the built-in synthetic set, then prints the table and a last line of JSON. SEED=1 for another seed.
@@ -22,11 +22,17 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow"
 
+# The report is tried in Chromium, if there is one on the PATH.
 test-slow: $(VENV)/installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[browser]" >&2
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 
+# The site as plain files in site/; to search it, `python -m http.server -d site`.
+docs: $(VENV)/installed
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) runs *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs site *.egg-info .pytest_cache .ruff_cache

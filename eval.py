@@ -1,17 +1,29 @@
-"""Evaluates a trained workdir: python eval.py --workdir DIR [--split NAME] [--refine full] [--config.key=value ...]
+"""Evaluates a trained workdir, predicts with it, or exports it.
 
-Prints one table (unary alone, each relation added, all, and with --refine the dense CRF on top), writes it to
+    python eval.py --workdir runs/demo                                    (the table of the validation split)
+    python eval.py --workdir runs/demo --refine full --split "val[:50%]"  (and the dense CRF on top, on a part of it)
+    python eval.py --workdir runs/demo --config.crf.num_iterations=5      (any key of the config of the run)
+
+prints one table (unary alone, each relation added, all, and with --refine the dense CRF on top), writes it to
 WORKDIR/eval_SPLIT.json, and ends with one line of JSON on standard output.
 
-    python eval.py --workdir DIR --tune-refinement [--split NAME]
+    python eval.py --workdir runs/demo --report
+
+also writes WORKDIR/report_SPLIT.html, a page that shows what the CRF does (docs/report.md).
+
+    python eval.py --workdir runs/demo --tune-refinement
 
 chooses message weights and the parameters of the dense CRF on a validation split and writes them to WORKDIR/tuned.json,
 from where later evaluations take them.
 
-    python eval.py --workdir DIR --images PATH --output DIR     (your own images: a file, a folder, a quoted pattern)
-    python eval.py --workdir DIR --dataset SPLIT --output DIR   (a split of the data set, with or without labels)
+    python eval.py --workdir runs/demo --images PATH --output out    (your own images: a file, a folder, "a/*.jpg")
+    python eval.py --workdir runs/demo --dataset val --output out    (a split of the data set, labelled or not)
 
 predicts into files; the formats of benchmark servers are among those of --format.
+
+    python eval.py --workdir runs/demo --export predictor.stablehlo
+
+writes the predictor, image to labels, as one file that JAX runs without this package.
 """
 
 import argparse
@@ -27,33 +39,114 @@ from pwcrf_jax.training import cli, distributed, evaluate, predict, refinement, 
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training.logs import log
 
-flags.DEFINE_string("workdir", None, "Folder of a training run.")
-flags.DEFINE_string("split", "", "Split of the data set; default: data.eval_split of the run's config.")
-flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "Best on validation, or the newest.")
+flags.DEFINE_string("workdir", None, "Folder of a training run; must be given. Example: --workdir runs/demo")
+flags.DEFINE_string(
+    "split",
+    "",
+    'Split of the data set, or a part of one; none: data.eval_split of the run\'s config. Example: --split "val[:50%]"',
+)
+flags.DEFINE_enum(
+    "checkpoint", "best", ["best", "latest"], "Best on validation, or the newest. Example: --checkpoint latest"
+)
 flags.DEFINE_enum(
     "refine",
     "off",
     refinement.MODES,
-    "Dense CRF on the upsampled marginals as one more row: its smoothness kernel alone (spatial) or both (full).",
+    "Dense CRF on the upsampled marginals as one more row: its smoothness kernel alone (spatial) or both (full). "
+    "Example: --refine full",
 )
 flags.DEFINE_bool(
-    "tune-refinement", False, "Choose message weights and config.refine on a validation split instead of evaluating."
+    "tune-refinement",
+    False,
+    "Choose message weights and config.refine on a validation split instead of evaluating. "
+    'Example: --tune-refinement --split "val[:50%]"',
 )
-flags.DEFINE_integer("trials", 40, "Of --tune-refinement: settings of the dense CRF tried at most.", lower_bound=1)
-flags.DEFINE_bool("tuned", True, "Use what --tune-refinement wrote into the workdir; flags of yours come before it.")
-flags.DEFINE_string("images", "", "Predict these images: a file, a folder with all below it, or a quoted pattern.")
-flags.DEFINE_string("dataset", "", "Predict this split of the run's data set; it needs no labels.")
-flags.DEFINE_string("output", "", "Folder for predictions.")
+flags.DEFINE_integer(
+    "trials",
+    40,
+    "Of --tune-refinement: settings of the dense CRF tried at most. Example: --tune-refinement --trials 100",
+    lower_bound=1,
+)
+flags.DEFINE_bool(
+    "tuned",
+    True,
+    "Use what --tune-refinement wrote into the workdir; flags of yours come before it. Example: --notuned",
+)
+flags.DEFINE_string(
+    "images",
+    "",
+    "Predict these images: a file, a folder with all below it, or a quoted pattern. "
+    'Example: --images "photos/*.jpg" --output out',
+)
+flags.DEFINE_string(
+    "dataset",
+    "",
+    "Predict this split of the run's data set; it needs no labels. Example: --dataset test --output out",
+)
+flags.DEFINE_string("output", "", "Folder for predictions. Example: --images photos --output out")
 flags.DEFINE_enum(
     "format",
     "auto",
     ["auto", *predict.FORMATS],
-    "Of label images; auto: with --dataset that of the data set's server if it has one, else palette.",
+    "Of label images; auto: with --dataset that of the data set's server if it has one, else palette. "
+    "Example: --dataset test --output out --format voc",
 )
-flags.DEFINE_bool("probabilities", False, "Of predictions: write the probabilities of all classes too, as .npz.")
-flags.DEFINE_bool("overlay", True, "Of predictions: write the colours of the classes over the image too.")
-flags.DEFINE_bool("overwrite", False, "Of predictions: write into a folder that is not empty.")
+flags.DEFINE_bool(
+    "probabilities",
+    False,
+    "Of predictions: write the probabilities of all classes too, as .npz. "
+    "Example: --images photos --output out --probabilities",
+)
+flags.DEFINE_bool(
+    "overlay",
+    True,
+    "Of predictions: write the colours of the classes over the image too. "
+    "Example: --images photos --output out --nooverlay",
+)
+flags.DEFINE_bool(
+    "overwrite",
+    False,
+    "Write predictions into a folder that is not empty, or --export over a file of before. "
+    "Example: --images photos --output out --overwrite",
+)
+flags.DEFINE_string(
+    "export",
+    "",
+    "Write the predictor, image to labels, for JAX without this package, and FILE.json with what it takes. "
+    "Example: --export predictor.stablehlo",
+)
+flags.DEFINE_string(
+    "export_size",
+    "",
+    "Of --export: largest image, HEIGHTxWIDTH in pixels; none: data.eval_size of the run's config. "
+    "Example: --export predictor.stablehlo --export_size 480x640",
+)
+flags.DEFINE_bool(
+    "report",
+    False,
+    "Write a page, one HTML file, that shows what the CRF does, to WORKDIR/report_SPLIT.html or the file named after "
+    "it. Example: --report what_the_crf_does.html",
+)
+flags.DEFINE_string(
+    "report_file", "", "The same, for scripts: the file of --report. Example: --report --report_file what_it_does.html"
+)
+flags.DEFINE_integer(
+    "report_images",
+    100,
+    "Of --report: images in its gallery at most; of more, those that gained and lost most are shown. "
+    "Example: --report --report_images 30",
+    lower_bound=0,
+)
+flags.DEFINE_integer(
+    "report_inspect",
+    12,
+    "Of --report: images of the gallery whose cells and messages can be looked into, at most. "
+    "Example: --report --report_inspect 20",
+    lower_bound=0,
+)
 distributed.define_flags()
+flags.adopt_module_key_flags(distributed)
+_REPORTING = ("report_file", "report_images", "report_inspect")
 _PREDICTING = ("output", "format", "probabilities", "overlay", "overwrite")
 
 _TUNED = {}
@@ -75,13 +168,33 @@ def _check_flags(options):
     for name in ("images", "dataset"):
         if options[name].present and not options[name].value:
             raise configs.ConfigError(f"--{name} is empty; name what to predict, or leave the flag out")
-    given = [name for name in _PREDICTING if options[name].present]
+    if options["export"].present:
+        _check_export(options)
+    elif options["export_size"].present:
+        raise configs.ConfigError("--export_size is of --export: name its file too, or leave the flag out")
+    given = [name for name in _PREDICTING if options[name].present and not (options.export and name == "overwrite")]
     if given and not sources:
         raise configs.ConfigError(f"--{given[0]} is of predictions: name --images or --dataset too")
+    given = [name for name in _REPORTING if options[name].present]
+    if given and not options.report:
+        raise configs.ConfigError(f"--{given[0]} is of --report: add --report, or leave the flag out")
+    for name in ("images", "dataset", "tune-refinement", "export"):
+        if options.report and options[name].value:
+            raise configs.ConfigError(f"--report is of evaluation and does not go with --{name}")
     for name in ("split", "tune-refinement"):
         if sources and options[name].value:
             raise configs.ConfigError(f"--{name} is of evaluation and does not go with --{sources[0]}")
     return bool(sources)
+
+
+def _check_export(options):
+    if not options.export:
+        raise configs.ConfigError("--export is empty; name the file to write, or leave the flag out")
+    for name in ("images", "dataset", "split", "tune-refinement"):
+        if options[name].value:
+            raise configs.ConfigError(f"--{name} does not go with --export, which writes the predictor alone")
+    if options.refine != "off":
+        raise configs.ConfigError("--refine: the dense CRF is not part of an exported predictor; leave it out")
 
 
 def main(_):
@@ -103,7 +216,22 @@ def main(_):
     if predicting:
         _predict(config, workdir, options)
         return
-    result = evaluate.evaluate(config, workdir, options.checkpoint, options.split, options.refine)
+    if options.export:
+        from pwcrf_jax.training import export
+
+        about = export.export_predictor(
+            config, workdir, options.export, options.checkpoint, options.export_size, options.overwrite
+        )
+        print("\n".join(about["load"]), flush=True)
+        print(json.dumps({"file": options.export} | {k: about[k] for k in ("step", "size", "batch", "bytes")}))
+        return
+    page = None
+    if options.report:
+        from pwcrf_jax.training import report
+
+        file = options.report_file or report.default_file(workdir, options.split or config.data.eval_split)
+        page = report.Report(file, options.report_images, options.report_inspect)
+    result = evaluate.evaluate(config, workdir, options.checkpoint, options.split, options.refine, page)
     result["tuned_on"] = _TUNED.get("split")
     if _TUNED and result["step"] != _TUNED.get("step"):
         log.info("the tuned values were chosen for step %s, this is step %s", _TUNED.get("step"), result["step"])
@@ -111,6 +239,9 @@ def main(_):
         return
     print(evaluate.table(result), flush=True)
     evaluate.write(result, workdir)
+    if page:
+        size = page.write(result)
+        log.info("wrote %s, %.1f MB: open it in a browser", page.file, size / 1e6)
     print(json.dumps(evaluate.summary(result)))
 
 
@@ -135,7 +266,20 @@ def _predict(config, workdir, options):
         sys.exit(cli.FAILED)
 
 
+def _name_report(argv):
+    """`--report FILE` and `--report=FILE` become --report --report_file=FILE."""
+    for i, word in enumerate(argv):
+        name, _, file = word.partition("=")
+        if name in ("--report", "-report") and file.lower() not in (*_YES, "false", "f", "0", "no"):
+            last = i + 1
+            if not file and argv[last : last + 1] and not argv[last].startswith("-"):
+                file, last = argv[last], last + 1
+            argv[i:last] = ["--report", *([f"--report_file={file}"] if file else [])]
+            return
+
+
 def _define_config(argv):
+    _name_report(argv)
     workdir = _early(argv[1:], "workdir", "")
     config = configs.load(os.path.join(workdir, "config.json")) if workdir else ConfigDict()
     tuning_now = _early(argv[1:], "tune-refinement", "false").lower() in _YES

@@ -28,6 +28,7 @@ def get_config():
     config.data.scale_range = (0.7, 1.2)
     config.data.flip = True
     config.data.num_threads = 2
+    config.data.num_workers = 0  # processes that read training images instead of the threads; 0: none
     config.data.synthetic = ConfigDict(dict(num_train=400, num_val=100, image_size=(192, 256), seed=0))
     # Of the data set image_folder, where it has no lists.
     config.data.image_folder = ConfigDict(dict(val_fraction=0.1, seed=0))
@@ -121,4 +122,5 @@ def get_config():
     config.eval = ConfigDict()
     config.eval.batch_size = 8  # over all devices and hosts
     config.eval.classes = ()  # names of the classes that means are taken over; (): all
+    config.eval.panel = 4  # validation images that TensorBoard shows at each evaluation of training, with their labels
     return config

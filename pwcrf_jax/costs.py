@@ -6,6 +6,11 @@ edges included, checked against its `cost_analysis`. Both agree within 20 % wher
 small that all fits one step, some MB, take up to twice the bytes. In bfloat16 a CPU needs more: it computes in float32.
 
 Notation: N nodes of all images, O offsets, M hidden units, K classes, C edges of a chunk, S senders of a step.
+Arguments that the functions share, all of them Python integers:
+
+* offsets: the (row, column) pairs of a relation, O of them; height, width: the map's, in cells; batch: images.
+* num_classes: K; hidden: M; itemsize: bytes of a number of the first layer's parts, 4 for float32.
+* chunk_edges: edges held at a time; None: chosen by `default_chunk_edges`.
 """
 
 from typing import NamedTuple
@@ -32,6 +37,13 @@ CHUNK_OVERHEAD = 64
 
 
 class Cost(NamedTuple):
+    """What a computation takes.
+
+    Attributes:
+      multiply_adds: int, carried out.
+      temp_bytes: int, bytes of its temporaries.
+    """
+
     multiply_adds: int
     temp_bytes: int
 
@@ -41,6 +53,13 @@ def default_chunk_edges(num_classes: int, hidden: int, folded: bool = False) -> 
 
     Likelihood: C (K^2 + M) float32 make CHUNK_BYTES, but at least 1024 edges, below which matrix products are slow, and
     at most 16384. Messages (`folded`): C (K + M) make half of it.
+
+    Args:
+      num_classes, hidden: K and M.
+      folded: whether it is messages that are walked.
+
+    Returns:
+      int, edges.
     """
     if folded:
         return int(np.clip(CHUNK_BYTES // 2 // (4 * (num_classes + hidden)), 256, 16384))
@@ -48,9 +67,17 @@ def default_chunk_edges(num_classes: int, hidden: int, folded: bool = False) -> 
 
 
 def sender_runs(num_offsets: int, rows: int, width: int, chunk_edges: int) -> tuple[int, int]:
-    """How messages are walked: (cells of a row that send together, such runs in one step); see `pairwise.messages`.
+    """How messages are walked; see `pwcrf_jax.pairwise.messages`.
 
-    rows: of all images together. Runs and steps are of nearly equal size, so that few are padding.
+    Args:
+      num_offsets: O.
+      rows: of all images together.
+      width: cells of a row.
+      chunk_edges: the most edges of a step.
+
+    Returns:
+      (cells of a row that send together, such runs in one step), int. Runs and steps are of nearly equal size, so that
+      few are padding.
     """
     even = lambda total, most: -(-total // -(-total // most))
     run = even(width, int(np.clip(chunk_edges // num_offsets, 1, width)))
@@ -59,11 +86,19 @@ def sender_runs(num_offsets: int, rows: int, width: int, chunk_edges: int) -> tu
 
 
 def chunk_rows(offsets, height: int, row_edges: int, chunk_edges: int) -> tuple[int, int]:
-    """How the likelihood is walked: (rows of the map in a chunk, number of chunks).
+    """How the likelihood is walked.
 
-    A chunk holds pairs of rows (that of p, that of q) of one column offset; row_edges is the number of edges of such a
-    pair, images times width. The size, at most chunk_edges, with the least to do, where an edge that only fills up a
-    chunk costs as much as any, and a chunk as much as CHUNK_OVERHEAD edges.
+    A chunk holds pairs of rows (that of p, that of q) of one column offset. Its size is that with the least to do,
+    where an edge that only fills up a chunk costs as much as any, and a chunk as much as CHUNK_OVERHEAD edges.
+
+    Args:
+      offsets: (row, column) pairs.
+      height: rows of the map.
+      row_edges: edges of a pair of rows, images times width.
+      chunk_edges: the most edges of a chunk.
+
+    Returns:
+      (rows of the map in a chunk, number of chunks), int.
     """
     groups = {}
     for down, right in offsets:
@@ -83,6 +118,13 @@ def pairwise_loss(
     the gradient into the rows of both ends. temp_bytes: 4 (2 C K^2 + 3.25 C M), the gradient of the last layer before
     it is scaled, q's part of the first layer with its border of columns, and its gradient; flat in the number of
     offsets, but for the border.
+
+    Args:
+      offsets, height, width, num_classes, hidden, batch, itemsize, chunk_edges: see the module's docstring.
+      num_sampled_offsets: how many of the offsets each step draws; 0: all of them.
+
+    Returns:
+      `Cost`.
     """
     if not len(offsets):
         return Cost(0, 0)
@@ -108,6 +150,12 @@ def folded_messages(offsets, height, width, num_classes, hidden, batch=1, itemsi
     multiply_adds: 2 N O M K + 2 N M K^2 (the products with G, and G). temp_bytes: S O (M + K) of a step, its G, the
     last layer once per direction, the first layer's parts and the messages with their borders; flat in the number of
     offsets, but for the border.
+
+    Args:
+      offsets, height, width, num_classes, hidden, batch, itemsize, chunk_edges: see the module's docstring.
+
+    Returns:
+      `Cost`.
     """
     if not len(offsets):
         return Cost(0, 0)
@@ -131,7 +179,14 @@ def folded_messages(offsets, height, width, num_classes, hidden, batch=1, itemsi
 def table_messages(offsets, height, width, num_classes, hidden, batch=1, num_iterations=3) -> Cost:
     """Messages of one relation, `num_iterations` times, from stored scores: `pairwise.prepare_messages`, "table".
 
-    multiply_adds: N O M K^2 once, and 2 N O K^2 an iteration. temp_bytes: 4 N O K^2, the scores.
+    multiply_adds: N O M K^2 once, and 2 N O K^2 an iteration. temp_bytes: 4 N O K^2, the scores in float32.
+
+    Args:
+      offsets, height, width, num_classes, hidden, batch: see the module's docstring.
+      num_iterations: how many times messages are computed.
+
+    Returns:
+      `Cost`.
     """
     scores = batch * height * width * len(offsets) * num_classes**2
     return Cost(scores * (hidden + 2 * num_iterations), 4 * scores)
@@ -148,6 +203,18 @@ def route(offsets, height, width, num_classes, hidden, batch=1, num_iterations=3
     The terms: what an edge costs by itself, its hidden units, the small product with G; G itself. Then forming the
     scores and storing them; reading them for both directions. Fitted on CPU cores alone; other devices have other
     ratios. Tables above TABLE_BYTES are never chosen.
+
+    Args:
+      offsets, height, width, num_classes, hidden, batch: see the module's docstring.
+      num_iterations: how many times messages are computed.
+
+    Returns:
+      str, the name of the route.
+
+    Examples:
+      >>> box = pw.offsets(pw.SURROUNDING, 29, 38)
+      >>> [pw.costs.route(box, 29, 38, num_classes, hidden=512) for num_classes in (2, 60)]
+      ['table', 'folded']
     """
     if not len(offsets) or not num_iterations:
         return "folded"

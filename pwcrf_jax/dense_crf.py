@@ -19,15 +19,18 @@ import numpy as np
 from pwcrf_jax import gaussian, permutohedral
 
 NORMALIZATIONS = ("symmetric", "before", "after", "none")
+"""Of a kernel's filter; see `refine`."""
 
 
 class Params(NamedTuple):
     """Parameters of the two kernels; every number may be a traced scalar, and is differentiable.
 
-    compat: what the kernel does to labels. A number w: Potts, an energy of - w where labels are the same. [K]: these
-      energies label by label, so that -w for each label is Potts with w. [K, K]: energies mu of all pairs of labels,
-      made symmetric as (mu + mu^T) / 2. None: the kernel is left out.
-    sxy: standard deviation in pixels, one or (x, y); srgb: of colours 0..255, one or (red, green, blue).
+    Attributes:
+      smoothness_compat, appearance_compat: what the kernel does to labels. A number w: Potts, an energy of - w where
+        labels are the same. [K]: these energies label by label, so that -w for each label is Potts with w. [K, K]:
+        energies mu of all pairs of labels, made symmetric as (mu + mu^T) / 2. None: the kernel is left out.
+      smoothness_sxy, appearance_sxy: standard deviation in pixels, one or (x, y).
+      appearance_srgb: standard deviation of colours 0..255, one or (red, green, blue).
     """
 
     smoothness_compat: Any = 3.0
@@ -38,15 +41,17 @@ class Params(NamedTuple):
 
 
 DEFAULT_PARAMS = Params()
+"""The usual values of pydensecrf's users: smoothness 3 at 3 pixels, appearance 10 at 80 pixels and 13 of 255."""
 
 
 class RefineInfo(NamedTuple):
     """What refinement tells beside its result.
 
-    change: float32 [num_iterations, ...batch], the largest |Q_new - Q_old| over pixels and classes.
-    num_vertices: int32 [], vertices of the lattice that all images of the call need together, at least so many where
-      there was no room for them; 0 for other filters.
-    exceeded: bool [], more than there was room for: the result is wrong, call again with a larger capacity.
+    Attributes:
+      change: float32 [num_iterations, ...batch], the largest |Q_new - Q_old| over pixels and classes.
+      num_vertices: int32 [], vertices of the lattice that all images of the call need together, at least so many where
+        there was no room for them; 0 for other filters.
+      exceeded: bool [], more than there was room for: the result is wrong, call again with a larger capacity.
     """
 
     change: jax.Array
@@ -88,6 +93,16 @@ def refine(
     Raises:
       ValueError: wrong shapes, dtypes or options and, for arrays that are not traced, values: NaN, probabilities or
         scores in place of log-probabilities, colours outside 0..255 or scaled to 0..1.
+
+    Examples:
+      >>> image = np.zeros((4, 6, 3), np.uint8)
+      >>> image[:, 3:] = 255  # the right half is white: class 1
+      >>> truth = (image[..., 0] == 255).astype(int)
+      >>> p = np.where(truth[..., None] == [0, 1], 0.7, 0.3)
+      >>> p[1, 1] = 0.4, 0.6  # one pixel is for the wrong class
+      >>> log_q, info = pw.dense_crf.refine(jnp.log(p), image)
+      >>> bool((log_q.argmax(-1) == truth).all()), bool(info.exceeded)
+      (True, False)
     """
     if not (isinstance(params, tuple) and len(params) == len(Params._fields)):
         _fail(f"params: expected dense_crf.Params({', '.join(Params._fields)})", type(params).__name__)
@@ -144,7 +159,16 @@ def _refine(unary, image, params, mask, num_iterations, normalization, method, c
 
 
 def pixel_features(image, sxy, srgb):
-    """Features of the appearance kernel: [..., H, W, 3] -> float32 [..., H, W, 5], (x, y) / sxy and colour / srgb."""
+    """Features of the appearance kernel, (x, y) / sxy and colour / srgb.
+
+    Args:
+      image: [..., H, W, 3], RGB 0..255, uint8 or float.
+      sxy: standard deviation in pixels, one or (x, y).
+      srgb: standard deviation of colours 0..255, one or (red, green, blue).
+
+    Returns:
+      float32 [..., H, W, 5].
+    """
     height, width = image.shape[-3:-1]
     sigma_x, sigma_y = gaussian.pair(sxy)
     y, x = jnp.mgrid[:height, :width].astype(jnp.float32)

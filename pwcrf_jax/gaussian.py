@@ -15,16 +15,23 @@ import numpy as np
 from pwcrf_jax import permutohedral
 
 METHODS = ("auto", "lattice", "exact")
+"""Of filtering points; see `prepare`."""
 
-# Points of one image up to which the exact filter is chosen. On a CPU, where it breaks even with building a lattice and
-# applying it 10 times to 21 values (benchmarks/dense_crf.py); for accelerators a guess from their arithmetic rate.
 EXACT_POINTS = {"cpu": 512, "gpu": 16384, "tpu": 16384}
+"""Points of one image up to which "auto" takes the exact filter, by backend. On a CPU, where it breaks even with
+building a lattice and applying it 10 times to 21 values (benchmarks/dense_crf.py); for accelerators a guess from their
+arithmetic rate."""
 
 _TILE = (512, 2048)  # points that receive, points that send
 
 
 class Points(NamedTuple):
-    """What the exact filter needs: features float32 [..., N, d] and mask bool [..., N]."""
+    """What the exact filter needs.
+
+    Attributes:
+      features: float32 [..., N, d].
+      mask: bool [..., N].
+    """
 
     features: jax.Array
     mask: jax.Array
@@ -40,6 +47,13 @@ def prepare(
       mask: bool [..., N]; false points neither send nor receive. None: all valid.
       method: "exact", O(N^2) time and O(N) memory; "lattice", O(N); "auto": by N and the default device.
       capacity: of `permutohedral.build`.
+
+    Returns:
+      `Points` for the exact filter, else `permutohedral.Lattice`.
+
+    Raises:
+      ValueError: an unknown method, features that are not float [..., N, d], or a mask that is not bool of their
+        points.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -57,17 +71,38 @@ def prepare(
 
 
 def apply(prepared: Points | permutohedral.Lattice, values: jax.Array) -> jax.Array:
-    """Filters values float [..., N, C] -> float32 [..., N, C]; masked points give and get zero."""
+    """Filters values; masked points give and get zero.
+
+    Args:
+      prepared: from `prepare`.
+      values: float [..., N, C].
+
+    Returns:
+      float32 [..., N, C].
+
+    Raises:
+      ValueError: values of another number of points.
+    """
     if isinstance(prepared, permutohedral.Lattice):
         return permutohedral.apply(prepared, values)
     return exact(*prepared, values)
 
 
 def exact(features: jax.Array, mask: jax.Array, values: jax.Array, tile: tuple[int, int] = _TILE) -> jax.Array:
-    """The sum itself, in tiles: features float [..., N, d], mask bool [..., N], values [..., N, C] -> [..., N, C].
+    """The sum itself, in tiles. Differentiable in values and features, to any order.
 
-    Differentiable in values and features, to any order. tile: points that receive and that send, held at a time: their
-    kernel values are the only temporary that grows with either.
+    Args:
+      features: float [..., N, d].
+      mask: bool [..., N].
+      values: float [..., N, C].
+      tile: points that receive and that send, held at a time: their kernel values are the only temporary that grows
+        with either.
+
+    Returns:
+      float32 [..., N, C].
+
+    Raises:
+      ValueError: values that do not fit the features.
     """
     if features.shape[:-1] != values.shape[:-1] or values.ndim < 2:
         raise ValueError(f"expected values {features.shape[:-1]} and a channel axis, got {values.shape}")
@@ -111,6 +146,9 @@ def spatial(values: jax.Array, sigma, mask: jax.Array | None = None, radius: int
 
     Returns:
       float32 [..., H, W, C]. Pixels beyond the image count as zero.
+
+    Raises:
+      ValueError: a mask that is not bool of the pixels.
     """
     if mask is not None and (mask.shape != values.shape[:-1] or mask.dtype != bool):
         raise ValueError(f"expected mask bool {values.shape[:-1]}, got {mask.dtype} {mask.shape}")
@@ -137,7 +175,7 @@ def spatial(values: jax.Array, sigma, mask: jax.Array | None = None, radius: int
 
 
 def pair(sigma):
-    """(x, y) of one standard deviation or two."""
+    """(x, y) of sigma, one standard deviation or two: a number, a pair of numbers or an array of both."""
     if isinstance(sigma, (tuple, list)):
         return tuple(sigma)
     return (sigma, sigma) if jnp.ndim(sigma) == 0 else (sigma[0], sigma[1])
@@ -147,7 +185,8 @@ _MOST_TAPS = 32  # radius; beyond it the sum would be long, and a product with t
 
 
 def radius_of(sigma) -> int | None:
-    """The default radius of `spatial`: four of the larger standard deviation, or None where one is traced."""
+    """The default radius of `spatial`: an int, four times the larger standard deviation in sigma; None where one is
+    traced."""
     if any(isinstance(s, jax.core.Tracer) for s in jax.tree.leaves(sigma)):
         return None
     return math.ceil(4 * float(np.max(np.asarray(sigma))))

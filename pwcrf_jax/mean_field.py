@@ -24,7 +24,14 @@ class MeanFieldInfo(NamedTuple):
 
 
 def init(unary):
-    """Log marginals before any message: log softmax of the unary scores, float32, the shape of unary [..., K]."""
+    """Log marginals before any message: the log softmax of the unary scores.
+
+    Args:
+      unary: scores z, float [..., K].
+
+    Returns:
+      float32, the shape of unary.
+    """
     return jax.nn.log_softmax(unary.astype(jnp.float32), axis=-1)
 
 
@@ -37,7 +44,7 @@ def step(
 
     Args:
       log_marginals: float32 [..., num_nodes, K] or [..., H, W, K].
-      unary: scores z, same shape.
+      unary: scores z, float, same shape.
       potentials: sequence of `PairwiseTable`, or of `FactoredPairwise` and `GridScores`, one a relation. May be empty:
         then a unary of three axes or more is read as [..., H, W, K].
       weights: sequence or array of one weight a relation; None: 1 (the paper). Piecewise-trained potentials over-count,
@@ -49,7 +56,8 @@ def step(
       chunk_edges: of `pairwise.messages`.
 
     Returns:
-      (log_marginals, change): the new state, and the largest |Q_new - Q_old| of each image, float32 [...batch].
+      (log_marginals, change): the new state, float32, and the largest |Q_new - Q_old| of each image, float32
+      [...batch].
 
     Raises:
       ValueError: as `run`.
@@ -85,17 +93,29 @@ def run(
 
     Args:
       unary: scores z (= -U), float [..., num_nodes, K] for tables or [..., H, W, K] for factored potentials.
+      potentials: as in `step`. Tables of graphs and potentials on grids do not mix.
       num_iterations: static, at least 0; the paper uses 3.
+      weights, damping, normalize, node_mask, chunk_edges: as in `step`.
       route: how messages of a factored potential are computed, "auto", "folded" or "table"; see
         `pairwise.prepare_messages`. The marginals are the same, time and memory are not.
-      Others: see `step`. Tables of graphs and potentials on grids do not mix.
 
     Returns:
       (log_marginals, MeanFieldInfo): float32, the shape of unary; changes [num_iterations, ...batch].
 
     Raises:
       ValueError: mixed encodings, an unknown route, a number of weights other than the number of potentials, damping
-        outside [0, 1) where it is a Python number, a negative number of iterations.
+        outside [0, 1) where it is a Python number, a negative number of iterations, other classes or another grid in
+        a potential than in the unary.
+
+    Examples:
+      >>> unary = jnp.array([[0.0, 2.0], [0.0, 0.0]])  # node 0 is for class 1, node 1 undecided
+      >>> agree = jnp.array([[[1.0, 0.0], [0.0, 1.0]]])  # one edge, on which equal labels score higher
+      >>> table = pw.PairwiseTable(agree, p=jnp.array([0]), q=jnp.array([1]))
+      >>> log_marginals, info = pw.mean_field.run(unary, [table])
+      >>> [round(p, 2) for p in jnp.exp(log_marginals)[1].tolist()]  # of node 1
+      [0.3, 0.7]
+      >>> info.change.shape
+      (3,)
     """
     potentials = list(potentials)
     _check(unary, potentials, num_iterations, weights, damping)

@@ -17,12 +17,17 @@ def confusion_matrix(predictions, labels, num_classes, void=255):
     Args:
       predictions: int [...], 0..num_classes-1.
       labels: int [...], same shape; pixels whose label is `void` count for nothing.
+      num_classes: static.
 
     Returns:
       int32 [num_classes, num_classes]; [t, p] is the number of pixels of class t that were given class p.
 
     Raises:
       ValueError: shapes that differ, or values that are not integers.
+
+    Examples:
+      >>> pw.confusion_matrix(jnp.array([0, 0, 1, 1]), jnp.array([0, 1, 1, 255]), num_classes=2).tolist()
+      [[1, 0], [1, 1]]
     """
     if predictions.shape != labels.shape:
         raise ValueError(f"expected predictions and labels of one shape, got {predictions.shape} and {labels.shape}")
@@ -66,7 +71,12 @@ def _pool(x, width, reduce, start):
 
 
 class Scores(NamedTuple):
-    """Figures as fractions of 1; float, per class float64 [K] with NaN where a class has no figure."""
+    """Figures as fractions of 1.
+
+    Attributes:
+      mean_iou, pixel_accuracy, mean_accuracy, frequency_weighted_iou: Python floats.
+      iou_per_class, accuracy_per_class: float64 [K], NaN where a class has no figure.
+    """
 
     mean_iou: float
     pixel_accuracy: float
@@ -77,7 +87,7 @@ class Scores(NamedTuple):
 
 
 def scores(confusion, classes=None) -> Scores:
-    """Standard figures of a confusion matrix [K, K] (NumPy, on the host, float64).
+    """Standard figures of a confusion matrix, on the host.
 
         IoU_k = n_kk / (t_k + p_k - n_kk),  accuracy_k = n_kk / t_k,  t_k = sum_j n_kj,  p_k = sum_j n_jk
         frequency-weighted IoU = sum_k t_k IoU_k / sum_k t_k
@@ -86,8 +96,21 @@ def scores(confusion, classes=None) -> Scores:
     absent from the truth but predicted somewhere has IoU 0 and *does* count in the mean IoU; it has no accuracy (NaN)
     and is left out of the mean accuracy. With no valid pixel at all every figure is NaN.
 
-    classes: indices of the classes that mean IoU, mean accuracy and frequency-weighted IoU are taken over; None: all.
-      Every class counts as a prediction all the same: a sheep called "bird" is wrong even where birds are not scored.
+    Args:
+      confusion: integers [K, K], rows true classes; of NumPy or JAX.
+      classes: indices of the classes that mean IoU, mean accuracy and frequency-weighted IoU are taken over; None: all.
+        Every class counts as a prediction all the same: a sheep called "bird" is wrong even where birds are not scored.
+
+    Returns:
+      `Scores`, float64.
+
+    Raises:
+      ValueError: a matrix that is not square.
+
+    Examples:
+      >>> figures = pw.scores(np.array([[1, 0], [1, 2]]))
+      >>> figures.mean_iou == (1 / 2 + 2 / 3) / 2, figures.pixel_accuracy
+      (True, 0.75)
     """
     n = np.asarray(confusion, np.float64)
     if n.ndim != 2 or n.shape[0] != n.shape[1]:

@@ -14,7 +14,8 @@ import numpy as np
 
 from pwcrf_jax import mean_field, pairwise, piecewise
 
-MAX_LABELLINGS = 2**20  # of `exact_log_likelihood`: beyond it the table of all labellings takes hundreds of MB
+MAX_LABELLINGS = 2**20
+"""The most that `exact_log_likelihood` enumerates: beyond it the table of all labellings takes hundreds of MB."""
 
 
 def pseudo_log_likelihood(
@@ -39,7 +40,9 @@ def pseudo_log_likelihood(
     Args:
       unary: scores z, float [..., num_nodes, K] for tables or [..., H, W, K] for factored potentials.
       potentials: sequence of one encoding, as in `mean_field.step`.
-      labels: int of the nodes' shape; nodes of label `void` count for nothing and send nothing.
+      labels: int of the nodes' shape, [..., num_nodes] or [..., H, W]; nodes of label `void` count for nothing and send
+        nothing.
+      void: the void label.
       weights, normalize, chunk_edges, route: as in `mean_field.run`.
       node_weights: float of the nodes' shape or None (1), for the sum and the count.
 
@@ -76,11 +79,16 @@ def unrolled_log_likelihood(
     than the model. Void nodes take part (their labels are unknown, not absent) and are not scored.
 
     Args:
+      unary, potentials, labels, void, node_weights: as in `pseudo_log_likelihood`.
+      num_iterations, weights, damping, normalize, route, chunk_edges: as in `mean_field.run`. Differentiable in weights
+        too.
       node_mask: bool of the nodes' shape; false nodes (padding) neither send nor receive, and are not scored.
-      Others: as in `pseudo_log_likelihood` and `mean_field.run`. Differentiable in weights too.
 
     Returns:
       (sum, count): float32 scalars.
+
+    Raises:
+      ValueError: labels that are not integers or not of the nodes' shape, and what `mean_field.run` refuses.
     """
     settings = (num_iterations, weights, damping, normalize, node_mask, route, chunk_edges)
     log_marginals, _ = mean_field.run(unary, potentials, *settings)
@@ -102,12 +110,19 @@ def exact_log_likelihood(unary, potentials, labels, weights=None, void=piecewise
       potentials: sequence of `PairwiseTable` or `FactoredPairwise` (which is expanded).
       labels: int [num_nodes] or [H, W].
       weights: as in `mean_field.run`.
+      void: the void label.
 
     Returns:
       (sum, count): log P(y | x) and the number of nodes that are not void, float32 scalars.
 
     Raises:
       ValueError: more than `MAX_LABELLINGS` labellings, or shapes that do not fit.
+
+    Examples:
+      >>> agree = pw.PairwiseTable(jnp.log(jnp.array([[[3.0, 1.0], [1.0, 3.0]]])), p=jnp.array([0]), q=jnp.array([1]))
+      >>> total, count = pw.exact_log_likelihood(jnp.zeros((2, 2)), [agree], jnp.array([1, 1]))
+      >>> round(float(jnp.exp(total)), 3), float(count)  # 3 / (3 + 1 + 1 + 3)
+      (0.375, 2.0)
     """
     known, _ = _truth(unary, labels, void)
     num_classes = unary.shape[-1]

@@ -3,15 +3,17 @@
 Two encodings of one meaning:
 
 * `PairwiseTable`: the scores themselves, one K x K table per edge, on any graph.
-* `FactoredPairwise`: the last two layers of the Pairwise-Net on a grid, not expanded into tables. The first layer
-  is linear in [x_p ; x_q], so W1 [x_p ; x_q] + b1 = A_p + B_q with A and B computed once per *node*, and
+* `FactoredPairwise`: the last two layers of the Pairwise-Net on a grid, not expanded into tables.
 
-      z_pq[k, l] = b2[k, l] + sum_m relu(A_p + B_q)[m] W2[m, k, l]   (+ evidence_p[k] + evidence_q[l], see below).
+The first layer is linear in [x_p ; x_q], so W1 [x_p ; x_q] + b1 = A_p + B_q with A and B computed once per *node*, and
 
-  Memory does not grow with the size of the box (docs/math.md, "Full range"):
-  - the likelihood walks the edges in chunks, and its gradient is made in the same pass (`edge_log_likelihood`);
-  - a message needs sum_l z_pq[k, l] Q_q(l) only, so Q is folded into the last layer first (`messages`), unless
-    `prepare_messages` finds it cheaper to store the scores (`GridScores`, for inference alone).
+    z_pq[k, l] = b2[k, l] + sum_m relu(A_p + B_q)[m] W2[m, k, l]   (+ evidence_p[k] + evidence_q[l], see below).
+
+Memory of the factored form does not grow with the size of the box (docs/math.md, "Full range"):
+
+* the likelihood walks the edges in chunks, and its gradient is made in the same pass (`edge_log_likelihood`);
+* a message needs sum_l z_pq[k, l] Q_q(l) only, so Q is folded into the last layer first (`messages`), unless
+  `prepare_messages` finds it cheaper to store the scores (`GridScores`, for inference alone).
 
 The paper's energies are V = -z (section 3). z is not symmetric: z_pq[k, l] is not z_qp[l, k].
 
@@ -34,6 +36,7 @@ from pwcrf_jax import costs, relations
 from pwcrf_jax.edge_likelihood import sum_over_edges
 
 ROUTES = ("auto", "folded", "table")
+"""How messages can be computed; see `prepare_messages`."""
 
 
 class PairwiseTable(NamedTuple):
@@ -52,6 +55,7 @@ class PairwiseTable(NamedTuple):
 
     @property
     def num_classes(self) -> int:
+        """K."""
         return self.scores.shape[-1]
 
 
@@ -79,10 +83,12 @@ class FactoredPairwise:
 
     @property
     def num_classes(self) -> int:
+        """K."""
         return self.b2.shape[-1]
 
     @property
     def grid(self) -> tuple[int, int]:
+        """(H, W)."""
         return self.a.shape[-3:-1]
 
 
@@ -101,18 +107,39 @@ class GridScores:
 
     @property
     def num_classes(self) -> int:
+        """K."""
         return self.scores.shape[-1]
 
     @property
     def grid(self) -> tuple[int, int]:
+        """(H, W)."""
         return self.scores.shape[-4:-2]
 
 
 def factored_pairwise(a, b, w2, b2, offsets, evidence=None) -> FactoredPairwise:
-    """Checks shapes and builds a `FactoredPairwise`; arguments are its attributes, offsets any int [num_offsets, 2].
+    """Checks shapes and builds a `FactoredPairwise`.
+
+    Args:
+      a, b: float [..., H, W, M], the first layer's parts of p and of q.
+      w2: float [M, K, K], the last layer.
+      b2: float [K, K].
+      offsets: int [num_offsets, 2], (row, column) of q - p, from `pwcrf_jax.relations.offsets`; static.
+      evidence: float [..., H, W, K] or None.
+
+    Returns:
+      `FactoredPairwise`.
 
     Raises:
       ValueError: shapes that do not belong together, with expected and got.
+
+    Examples:
+      >>> a, b = jnp.ones((3, 4, 5)), jnp.zeros((3, 4, 5))  # a map of 3 x 4 nodes, 5 hidden units
+      >>> w2 = jnp.broadcast_to(jnp.eye(2), (5, 2, 2))  # each unit favours equal labels
+      >>> above = pw.factored_pairwise(a, b, w2, jnp.zeros((2, 2)), pw.offsets(pw.ABOVE_BELOW, 3, 4))
+      >>> above.grid, above.num_classes, len(above.offsets)
+      ((3, 4), 2, 3)
+      >>> pw.to_table(above).scores[0].tolist()  # of the first edge
+      [[5.0, 0.0], [0.0, 5.0]]
     """
     if a.shape != b.shape or a.ndim < 3:
         raise ValueError(f"expected a and b of one shape [..., H, W, M], got {a.shape} and {b.shape}")
@@ -131,6 +158,15 @@ def to_table(potential: FactoredPairwise) -> PairwiseTable:
     """Expands the factored form into a table, edges ordered as `relations.edge_list` (by offset, then by p).
 
     Memory grows with num_edges * (M + K^2): for small graphs, oracles and inspection.
+
+    Args:
+      potential: the `FactoredPairwise`.
+
+    Returns:
+      `PairwiseTable` with float32 scores [..., num_edges, K, K].
+
+    Raises:
+      TypeError: another encoding.
     """
     if not isinstance(potential, FactoredPairwise):
         raise TypeError(f"expected a FactoredPairwise, got {type(potential).__name__}")
@@ -303,6 +339,13 @@ def messages(potential, marginals, node_mask=None, chunk_edges=None):
 
     Raises:
       ValueError: chunk_edges below 1.
+
+    Examples:
+      >>> scores = jnp.array([[[1.0, 0.0], [0.0, 2.0]]])  # one edge, two labels
+      >>> table = pw.PairwiseTable(scores, p=jnp.array([0]), q=jnp.array([1]))
+      >>> message, count = pw.messages(table, jnp.array([[1.0, 0.0], [0.5, 0.5]]))
+      >>> message.tolist(), count.tolist()
+      ([[0.5, 1.0], [1.0, 0.0]], [1.0, 1.0])
     """
     if chunk_edges is not None and chunk_edges < 1:
         raise ValueError(f"chunk_edges must be at least 1, or None to choose it, got {chunk_edges}")
@@ -332,6 +375,9 @@ def prepare_messages(potential, num_iterations, route="auto"):
       route: "folded": the potential itself. "table": a `GridScores`, whose scores are formed once: cheaper where K is
         small or iterations are many, in memory of num_offsets * nodes * K^2. "auto": the cheaper by the cost model
         `pwcrf_jax.costs.route`, from shapes alone.
+
+    Returns:
+      The potential, or `GridScores` of float32 scores [..., num_offsets, H, W, K, K].
 
     Raises:
       ValueError: unknown route.

@@ -27,13 +27,15 @@ _BLOCK = 4096  # vertices blurred at a time
 class Lattice(NamedTuple):
     """Points on a lattice. All images of a batch share it; their vertices are distinct.
 
-    vertex: int32 [d + 1, P], the vertices of each point's simplex, P points of all images; `capacity` where a point is
-      masked or its vertex found no room.
-    weight: float32 [d + 1, P], barycentric, zero there. Differentiable with respect to the features.
-    neighbours: int32 [d + 1, 2, capacity + 1], the vertices before and after each vertex in each direction;
-      `capacity` where there is none.
-    num_vertices: int32 [], the vertices that the points touch. If it exceeds the capacity the filter is wrong (vertices
-      are missing), and this number may itself be too low: build again with more. (d + 1) P are always enough.
+    Attributes:
+      vertex: int32 [d + 1, P], the vertices of each point's simplex, P points of all images; `capacity` where a point
+        is masked or its vertex found no room.
+      weight: float32 [d + 1, P], barycentric, zero there. Differentiable with respect to the features.
+      neighbours: int32 [d + 1, 2, capacity + 1], the vertices before and after each vertex in each direction;
+        `capacity` where there is none.
+      num_vertices: int32 [], the vertices that the points touch. If it exceeds the capacity the filter is wrong
+        (vertices are missing), and this number may itself be too low: build again with more. (d + 1) P are always
+        enough.
     """
 
     vertex: jax.Array
@@ -43,6 +45,7 @@ class Lattice(NamedTuple):
 
     @property
     def capacity(self) -> int:
+        """Vertices that there is room for."""
         return self.neighbours.shape[-1] - 1
 
     @property
@@ -64,6 +67,10 @@ def build(features: jax.Array, mask: jax.Array | None = None, capacity: int | No
     Returns:
       Lattice. Two vertices are told apart by 64-bit fingerprints: the chance that any two of n are confused is about
       n^2 / 2^64, 1e-8 for 400,000.
+
+    Raises:
+      ValueError: features that are not float [..., N, d], a mask that is not bool of their points, a capacity below 1,
+        or more points than 32-bit indices can number.
     """
     if features.ndim < 2 or not jnp.issubdtype(features.dtype, jnp.floating):
         raise ValueError(f"expected features float [..., N, d], got {features.dtype} {features.shape}")
@@ -121,12 +128,22 @@ def build(features: jax.Array, mask: jax.Array | None = None, capacity: int | No
 
 
 def apply(lattice: Lattice, values: jax.Array) -> jax.Array:
-    """Filters values of the points: float [..., N, C] -> float32 [..., N, C]; masked points give and get zero.
+    """Filters values of the points; masked points give and get zero.
 
     Linear in values, and differentiable in them to any order by reverse mode (the blur has its own rule, so forward
     mode is not available). With respect to the features, gradients flow through the barycentric weights: they are those
     of the piecewise linear function that the lattice computes, exact almost everywhere for it, and an approximation to
     those of the true Gaussian filter.
+
+    Args:
+      lattice: of the points, from `build`.
+      values: float [..., N, C].
+
+    Returns:
+      float32 [..., N, C].
+
+    Raises:
+      ValueError: values of another number of points.
     """
     num_points = lattice.weight.shape[1]
     if values.ndim < 2 or int(np.prod(values.shape[:-1])) != num_points:

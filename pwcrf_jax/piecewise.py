@@ -16,6 +16,7 @@ import numpy as np
 from pwcrf_jax import pairwise
 
 VOID = 255
+"""The label of nodes and pixels that count for nothing."""
 
 
 def unary_log_likelihood(scores, labels, void=VOID, node_weights=None):
@@ -33,6 +34,12 @@ def unary_log_likelihood(scores, labels, void=VOID, node_weights=None):
 
     Raises:
       ValueError: labels that are not integers or not of the shape of the nodes.
+
+    Examples:
+      >>> scores = jnp.zeros((2, 3, 4))  # 2 x 3 nodes, 4 classes of probability 1/4 each
+      >>> total, count = pw.unary_log_likelihood(scores, jnp.array([[0, 1, 2], [3, 0, 255]]))
+      >>> round(float(total), 3), float(count)  # 5 log 1/4
+      (-6.931, 5.0)
     """
     _check_labels(scores.shape[:-1], labels)
     valid = labels != void
@@ -46,14 +53,28 @@ def unary_log_likelihood(scores, labels, void=VOID, node_weights=None):
 def pairwise_log_likelihood(potential, labels, void=VOID, node_weights=None, chunk_edges=None, sample=None):
     """Sum and count of log P_V(y_p, y_q | x) over the edges of one relation; void at either end leaves an edge out.
 
-    See `pwcrf_jax.pairwise.edge_log_likelihood` for the equation, chunk_edges and sample. labels, void and node_weights
-    as in `unary_log_likelihood`, with labels [..., num_nodes] for a table and [..., H, W] for a factored one. An edge
-    weighs w_p w_q: a softmax trained with class weights w models w(k) P(k), so only with the product do the weighted
-    pair and the two weighted unaries agree where there is no interaction; with any other weight each message would
-    carry a prior for or against rare classes.
+    An edge weighs w_p w_q: a softmax trained with class weights w models w(k) P(k), so only with the product do the
+    weighted pair and the two weighted unaries agree where there is no interaction; with any other weight each message
+    would carry a prior for or against rare classes.
+
+    Args:
+      potential: `PairwiseTable` or `FactoredPairwise`; leading batch axes allowed in both.
+      labels: int [..., num_nodes] for a table, [..., H, W] for a factored potential; 0..K-1 or `void`.
+      void, node_weights: as in `unary_log_likelihood`.
+      chunk_edges, sample: as in `pwcrf_jax.pairwise.edge_log_likelihood`, which has the equation too.
 
     Returns:
       (sum, count): float32 scalars.
+
+    Raises:
+      ValueError: labels that are not integers or not of the shape of the nodes, and what
+        `pwcrf_jax.pairwise.edge_log_likelihood` refuses.
+
+    Examples:
+      >>> chain = pw.PairwiseTable(jnp.zeros((2, 3, 3)), p=jnp.array([0, 1]), q=jnp.array([1, 2]))
+      >>> total, count = pw.pairwise_log_likelihood(chain, jnp.array([0, 2, 255]))
+      >>> round(float(total), 3), float(count)  # log 1/9; the second edge has a void end
+      (-2.197, 1.0)
     """
     if isinstance(potential, pairwise.FactoredPairwise):
         _check_labels(potential.a.shape[:-1], labels)
@@ -70,10 +91,16 @@ def balance_weights(labels, num_classes, void=VOID, power=1.0):
 
     Args:
       labels: int [..., H, W]; leading axes are images.
+      num_classes: K, static.
+      void: the void label.
       power: 0 weighs all nodes alike, 1 all classes present in the image alike.
 
     Returns:
       float32 [..., H, W]; 0 at void nodes. An image without valid nodes gets zeros.
+
+    Examples:
+      >>> pw.balance_weights(jnp.array([[0, 0, 0, 1]]), num_classes=2).round(2).tolist()[0][3]  # 2 for the rare class
+      2.0
     """
     valid = labels != void
     one_hot = jax.nn.one_hot(jnp.where(valid, labels, num_classes), num_classes, dtype=jnp.float32)
@@ -87,7 +114,18 @@ def grid_labels(labels, height, width):
     """Labels of an H x W grid: the label at each cell's centre pixel.
 
     The grid covers the image evenly, so the centre of cell i is pixel floor((i + 1/2) * image_height / height). Void
-    pixels stay void. Static index arithmetic: [..., image_height, image_width] -> [..., height, width].
+    pixels stay void. Static index arithmetic.
+
+    Args:
+      labels: int [..., image_height, image_width], of NumPy or JAX.
+      height, width: size of the grid in cells; Python integers.
+
+    Returns:
+      [..., height, width], of the same dtype.
+
+    Examples:
+      >>> pw.grid_labels(np.array([[0, 0, 1, 1], [0, 0, 1, 1]]), 1, 2).tolist()
+      [[0, 1]]
     """
     sizes = zip((height, width), labels.shape[-2:], strict=True)
     rows, cols = ((2 * np.arange(n) + 1) * size // (2 * n) for n, size in sizes)

@@ -43,7 +43,12 @@ _ARITHMETIC = {"add", "sub", "mul", "div", "convert_element_type", "broadcast_in
 
 
 class Row(NamedTuple):
-    """One line of a plan; 0 where a figure does not apply."""
+    """One line of a plan.
+
+    Attributes:
+      name: what it is of.
+      multiply_adds, bytes: int; 0 where a figure does not apply.
+    """
 
     name: str
     multiply_adds: int = 0
@@ -55,8 +60,11 @@ class Plan:
     """Rows by topic, of one device; `plan[name]` is a row, `str(plan)` a table, `plan.summary()` a line.
 
     Attributes:
-      batch_size, image_size, grid: images on the device, (H, W) of an image, (h, w) of the map.
+      batch_size, image_size, grid: images on the device, (H, W) of an image in pixels, (h, w) of the map in cells.
       rows: see `plan`. "training step" and "inference" are the totals.
+
+    Raises:
+      KeyError: `plan[name]` of a row that is not there, with the names of all.
     """
 
     batch_size: int
@@ -133,6 +141,14 @@ def plan(
 
     Raises:
       ValueError: a size, number, route or relation that cannot be.
+
+    Examples:
+      >>> from pwcrf_jax.segmenter import Segmenter
+      >>> featmap = dict(backbone="tiny", scales=(1.0,), block6=(), pyramid_windows=())
+      >>> model = Segmenter(num_classes=3, featmap=featmap, relations=(pw.ABOVE_BELOW,), hidden=8)
+      >>> plan = pw.plan(model, image_size=(64, 64))
+      >>> plan.grid, plan["unary head"].multiply_adds  # 16 cells, 64 features to 8 hidden units to 3 classes
+      ((4, 4), 8576)
     """
     if np.shape(image_size) != (2,):
         raise ValueError(f"expected image_size (height, width), got {image_size!r}")
@@ -211,7 +227,7 @@ def plan(
 
 
 def multiply_adds(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> int:
-    """Multiply-adds of a jaxpr (module docstring): a scan's by its length, of a `cond` the dearest branch.
+    """Multiply-adds of a jaxpr (module docstring), int: a scan's by its length, of a `cond` the dearest branch.
 
     The body of a `while` loop counts once, as its number of rounds is not known.
     """

@@ -38,6 +38,10 @@ class Relation:
         journal version uses 5). A grid keeps both ends of the box; offsets that coincide count once.
 
     The offset (0, 0), a node joined to itself, is never part of a relation.
+
+    Raises:
+      ValueError: an unknown unit, bounds that are not (lowest, highest) or, in cells, not whole numbers, a grid below
+        2, or a box that holds nothing but (0, 0).
     """
 
     name: str
@@ -69,6 +73,7 @@ ABOVE_BELOW = Relation("above_below", rows=(-0.4, 0.0), cols=(-0.2, 0.2))
 """The box 0.4a x 0.4a directly above p: q is above p."""
 
 RELATIONS = {r.name: r for r in (SURROUNDING, ABOVE_BELOW)}
+"""The relations of the paper by name."""
 
 
 def _interval(bounds: tuple[float, float], unit: str, short_side: int) -> np.ndarray:
@@ -103,6 +108,13 @@ def offsets(relation: Relation, height: int, width: int) -> np.ndarray:
 
     Raises:
       ValueError: height or width below 1.
+
+    Examples:
+      >>> left = pw.Relation("left", rows=(0, 0), cols=(-2, -1), unit="cells")
+      >>> pw.offsets(left, 4, 5).tolist()
+      [[0, -2], [0, -1]]
+      >>> pw.offsets(pw.ABOVE_BELOW, 10, 10).shape  # 4 rows above p, 2 columns to either side of it
+      (20, 2)
     """
     if height < 1 or width < 1:
         raise ValueError(f"expected a map of at least 1 x 1 cells, got {height} x {width}")
@@ -118,7 +130,15 @@ def offsets(relation: Relation, height: int, width: int) -> np.ndarray:
 
 
 def validity_mask(relation_offsets: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Which edges exist: bool [num_offsets, H, W], true where p = (row, col) has q = p + offset inside the map."""
+    """Which edges exist: where q = p + offset lies inside the map.
+
+    Args:
+      relation_offsets: int [num_offsets, 2], (row, column), from `offsets`.
+      height, width: size of the map in cells; Python integers.
+
+    Returns:
+      bool [num_offsets, H, W], true where p = (row, column) has its q.
+    """
     rows, cols = np.arange(height)[:, None], np.arange(width)[None, :]
     dr, dc = (np.asarray(relation_offsets)[:, i, None, None] for i in (0, 1))
     return (rows + dr >= 0) & (rows + dr < height) & (cols + dc >= 0) & (cols + dc < width)
@@ -134,7 +154,21 @@ class EdgeList(NamedTuple):
 def edge_list(relation: Relation, height: int, width: int) -> EdgeList:
     """All edges of a relation on an H x W map, nodes numbered row-major.
 
-    Ordered by offset, then by p: the order in which `FactoredPairwise` walks them.
+    Args:
+      relation: the range box.
+      height, width: size of the map in cells; Python integers.
+
+    Returns:
+      `EdgeList` of int32 [num_edges] each, ordered by offset, then by p: as in `pwcrf_jax.pairwise.to_table`.
+
+    Raises:
+      ValueError: height or width below 1.
+
+    Examples:
+      >>> below = pw.Relation("below", rows=(1, 1), cols=(0, 0), unit="cells")
+      >>> edges = pw.edge_list(below, 2, 3)  # nodes 0 1 2 above nodes 3 4 5
+      >>> list(zip(edges.p.tolist(), edges.q.tolist()))
+      [(0, 3), (1, 4), (2, 5)]
     """
     box = offsets(relation, height, width)
     mask = validity_mask(box, height, width)

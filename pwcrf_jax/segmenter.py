@@ -12,12 +12,16 @@ from pwcrf_jax.nets import FeatMapNet, PairwiseNet, RefinementConvs, UnaryNet, s
 from pwcrf_jax.relations import Relation, offsets
 
 PARAMETERISATIONS = ("free", "residual")
+"""What the score of a pair of labels is made of; see `Segmenter`."""
 
 
 class Potentials(NamedTuple):
-    """What the nets say of a batch: unary scores float32 [B, h, w, K], and one pairwise potential a relation.
+    """What the nets say of a batch.
 
-    correction: of models with refinement convolutions: float32 [B, h', w', K] on a finer grid, for `sharpen`.
+    Attributes:
+      unary: scores, float32 [B, h, w, K].
+      pairwise: one `FactoredPairwise` a relation, by name.
+      correction: of models with refinement convolutions: float32 [B, h', w', K] on a finer grid, for `sharpen`.
     """
 
     unary: jax.Array
@@ -31,17 +35,21 @@ class Segmenter(nn.Module):
     Call: images [B, H, W, 3], RGB 0..255, uint8 or float -> `Potentials` on the grid of FeatMap-Net.
     Parameters: `featmap`, `unary`, `pairwise_NAME` for each relation, `refinement_convs`.
 
-    num_classes: K.
-    featmap: attributes of `pwcrf_jax.nets.FeatMapNet`, a mapping or pairs of names and values.
-    relations: the relations; may be empty.
-    parameterisation: of each relation by name, or one for all: "free" (the paper's: the net's scores alone) or
-      "residual" (log-unaries of both ends, gradient stopped, plus a net whose last layer starts at zero).
-    hidden: units of the first layer of Unary-Net and Pairwise-Net.
-    input_scaling: of `pwcrf_jax.nets.scale_input`; belongs to the pretrained weights.
-    pairwise_trains_features: false stops the gradient of the pairwise terms at the features, so that they can
-      neither help nor harm the unary.
-    refinement_width: of `pwcrf_jax.nets.RefinementConvs`, which there are if featmap names `middle` layers.
-    dtype: computed in, float32 or bfloat16. Parameters, scores and every log-sum-exp are float32.
+    Attributes:
+      num_classes: K.
+      featmap: attributes of `pwcrf_jax.nets.FeatMapNet`, a mapping or pairs of names and values.
+      relations: the relations; may be empty.
+      parameterisation: of each relation by name, or one for all: "free" (the paper's: the net's scores alone) or
+        "residual" (log-unaries of both ends, gradient stopped, plus a net whose last layer starts at zero).
+      hidden: units of the first layer of Unary-Net and Pairwise-Net.
+      input_scaling: of `pwcrf_jax.nets.scale_input`; belongs to the pretrained weights.
+      pairwise_trains_features: false stops the gradient of the pairwise terms at the features, so that they can
+        neither help nor harm the unary.
+      refinement_width: of `pwcrf_jax.nets.RefinementConvs`, which there are if featmap names `middle` layers.
+      dtype: computed in, float32 or bfloat16. Parameters, scores and every log-sum-exp are float32.
+
+    Raises:
+      ValueError: an unknown parameterisation, not one for each relation, or two relations of one name.
     """
 
     num_classes: int
@@ -113,10 +121,21 @@ def infer(
     route: str = "auto",
     chunk_edges: int | None = None,
 ):
-    """Mean field over the unary and the named relations; see `pwcrf_jax.mean_field.run`.
+    """Mean field over the unary and the named relations.
+
+    Args:
+      potentials: of a `Segmenter`.
+      relations: names of the relations whose messages count; may be empty.
+      weights: one for each of them.
+      num_iterations, damping, normalize, route, chunk_edges: as in `pwcrf_jax.mean_field.run`.
+      node_mask: bool [B, h, w]; false nodes (padding) neither send nor receive.
 
     Returns:
       (log_marginals float32 [B, h, w, K], MeanFieldInfo). Without relations: the log softmax of the unary.
+
+    Raises:
+      KeyError: a relation that the potentials do not have.
+      ValueError: as `pwcrf_jax.mean_field.run`.
     """
     chosen = [potentials.pairwise[name] for name in relations]
     settings = (num_iterations, weights, damping, normalize, node_mask, route, chunk_edges)
@@ -124,10 +143,15 @@ def infer(
 
 
 def sharpen(log_marginals: jax.Array, correction: jax.Array | None, node_mask: jax.Array | None = None) -> jax.Array:
-    """Log marginals of the grid on the finer grid of a correction, corrected: [B, h, w, K] -> [B, h', w', K], not
-    normalised. Without a correction: as they are.
+    """Log marginals of the grid on the finer grid of a correction, corrected.
 
-    node_mask: of `upsample`.
+    Args:
+      log_marginals: float32 [B, h, w, K].
+      correction: float32 [B, h', w', K], of `Potentials`, or None.
+      node_mask: of `upsample`.
+
+    Returns:
+      float32 [B, h', w', K], not normalised. Without a correction: log_marginals as they are.
     """
     if correction is None:
         return log_marginals
@@ -135,10 +159,16 @@ def sharpen(log_marginals: jax.Array, correction: jax.Array | None, node_mask: j
 
 
 def upsample(log_marginals: jax.Array, height: int, width: int, node_mask: jax.Array | None = None) -> jax.Array:
-    """Bilinear upsampling of the score map to the image: [B, h, w, K] -> [B, height, width, K].
+    """Bilinear upsampling of the score map to the image.
 
-    node_mask: bool [B, h, w]; masked cells (padding) lend nothing to the pixels beside them: the weights of the others
-    are scaled up, as at the border of the map. Pixels that no valid cell reaches get zeros.
+    Args:
+      log_marginals: float32 [B, h, w, K].
+      height, width: size of the image in pixels; Python integers.
+      node_mask: bool [B, h, w]; masked cells (padding) lend nothing to the pixels beside them: the weights of the
+        others are scaled up, as at the border of the map. None: all valid.
+
+    Returns:
+      float32 [B, height, width, K]. Pixels that no valid cell reaches get zeros.
     """
     resize = lambda x: jax.image.resize(x, (x.shape[0], height, width, x.shape[-1]), "bilinear")
     if node_mask is None:
@@ -150,9 +180,14 @@ def upsample(log_marginals: jax.Array, height: int, width: int, node_mask: jax.A
 def grid_mask(valid_size: jax.Array, grid: tuple[int, int], image_size: tuple[int, int]) -> jax.Array:
     """Which cells lie on the image and not on its padding.
 
-    valid_size: int [B, 2], height and width of each image inside its padded frame of static size image_size.
-    Returns bool [B, h, w]: true where the cell's centre lies inside, and in the first row and column of any image that
-    is not empty, however thin.
+    Args:
+      valid_size: int [B, 2], height and width in pixels of each image inside its padded frame.
+      grid: (h, w) of the map; static.
+      image_size: (height, width) of the frame in pixels; static.
+
+    Returns:
+      bool [B, h, w]: true where the cell's centre lies inside, and in the first row and column of any image that is not
+      empty, however thin.
     """
     axes = []
     for axis, (n, size) in enumerate(zip(grid, image_size, strict=True)):

@@ -46,9 +46,14 @@ log = logging.getLogger(__name__)
 class Source:
     """Random access to the records of one split; safe to read from several threads."""
 
-    def __init__(self, records: Any, folder: str):
+    def __init__(self, records: Any, folder: str, split: str):
         self._records = records
         self._folder = folder
+        self._split = split
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Of what was prepared: TFDS cannot pickle builders that take arguments of their own.
+        return _reopened, (self._folder, self._split)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -150,14 +155,11 @@ class Dataset:
         Raises:
           DataError: unknown split, unreadable slice, or a slice without records.
         """
-        import tensorflow_datasets as tfds
-
         for part in split.split("+"):
             name = part.split("[")[0].strip()
             if name not in self.splits:
                 counts = ", ".join(f"{k} ({n})" for k, n in self.splits.items())
                 raise DataError(f"data set {self.name!r} has no split {name!r} ({split!r}); it has {counts}")
-        raw = {"image": tfds.decode.SkipDecoding(), "label": tfds.decode.SkipDecoding()}
         try:
             selected = self._builder.info.splits[split].num_examples
         except Exception as e:  # TFDS: ValueError, AssertionError, KeyError, by the kind of mistake
@@ -168,7 +170,21 @@ class Dataset:
         if not selected:
             raise DataError(f"split {split!r} of data set {self.name!r} selects no records; widen the slice")
         with _quiet(), _reading(self.folder, f"split {split!r}"):
-            return Source(self._builder.as_data_source(split, decoders=raw), self.folder)
+            return _source(self._builder, self.folder, split)
+
+
+def _source(builder: Any, folder: str, split: str) -> Source:
+    import tensorflow_datasets as tfds
+
+    raw = {"image": tfds.decode.SkipDecoding(), "label": tfds.decode.SkipDecoding()}
+    return Source(builder.as_data_source(split, decoders=raw), folder, split)
+
+
+def _reopened(folder: str, split: str) -> Source:
+    import tensorflow_datasets as tfds
+
+    with _quiet(), _reading(folder, f"split {split!r}"):
+        return _source(tfds.builder_from_directory(folder), folder, split)
 
 
 def load_dataset(

@@ -1,8 +1,8 @@
 """Batches for training and evaluation, read and augmented by Grain threads.
 
 What sample number g of a run is depends on (seed, g) alone: the order comes from Grain's per-epoch
-shuffle and the augmentation from its own generator. Threads, hosts and resuming therefore change nothing,
-and the position in the data is one integer.
+shuffle and the augmentation from its own generator. Threads, processes, hosts and resuming therefore change
+nothing, and the position in the data is one integer.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from PIL import Image
 
 from pwcrf_jax.data.common import MEAN_COLOUR, VOID, DataError
 from pwcrf_jax.data.datasets import Dataset, Source
+from pwcrf_jax.data.workers import Workers
 
 _ENDLESS = 2**60  # length of the training stream
 
@@ -90,10 +91,12 @@ class TrainBatches(Iterator):
       samples_seen: samples of all hosts before that batch, `step * batch_size`.
     """
 
-    def __init__(self, view: _TrainView, batch_size: int, local: int, start_step: int, num_threads: int):
+    def __init__(self, view: Any, batch_size: int, local: int, start_step: int, num_threads: int, num_workers: int):
         self._batch_size, self._local = batch_size, local
         self.step = start_step
-        self._samples = _iterate(view, num_threads, local)
+        self._workers = Workers(view, num_workers) if num_workers else None
+        # A thread for each process waits for it.
+        self._samples = _iterate(self._workers or view, num_workers or num_threads, local)
         self._samples.set_state({"next_index": start_step * local})
 
     @property
@@ -111,8 +114,10 @@ class TrainBatches(Iterator):
         }
 
     def close(self) -> None:
-        """Stops the reading threads."""
+        """Stops the reading threads and processes."""
         self._samples.close()
+        if self._workers is not None:
+            self._workers.close()
 
 
 def train_batches(
@@ -128,6 +133,7 @@ def train_batches(
     host: int = 0,
     hosts: int = 1,
     num_threads: int = 2,
+    num_workers: int = 0,
     pad_value: tuple[int, int, int] = MEAN_COLOUR,
 ) -> TrainBatches:
     """Endless shuffled and augmented batches; every epoch is a new permutation of the split.
@@ -141,6 +147,8 @@ def train_batches(
       seed: of order and augmentation, not negative.
       start_step: resume; batch 0 of `start_step=k` is batch k of a fresh iterator.
       num_threads: reading threads; 0 reads in the calling thread.
+      num_workers: processes that read instead of these threads, the same batches; 0: none. They end when the iterator
+        is closed and when this process ends, however it does.
       pad_value: RGB colour of padding; its label is void (255).
 
     Returns:
@@ -148,7 +156,8 @@ def train_batches(
       right of what is not padding), "id": list of b str}.
 
     Raises:
-      DataError: an argument out of range, or an unknown or empty split; while iterating, a damaged record.
+      DataError: an argument out of range, or an unknown or empty split; while iterating, a damaged record, or a
+        process that was ended from outside.
     """
     import grain
 
@@ -159,6 +168,8 @@ def train_batches(
         raise DataError(f"data.scale_range: {tuple(scale_range)} is not 0 < low <= high, such as (0.7, 1.2)")
     if not 0 <= seed < 2**32:
         raise DataError(f"seed: {seed} is outside 0..{2**32 - 1}")
+    if num_workers < 0:
+        raise DataError(f"data.num_workers: {num_workers} is negative; 0 reads in threads of this process")
     if start_step < 0:
         raise DataError(f"start_step: {start_step} is negative; a fresh run starts at 0")
     source = dataset.source(split)
@@ -166,7 +177,7 @@ def train_batches(
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     augment = _Augment(crop_size, (low, high), flip, seed, pad_value)
     view = _TrainView(order, source, host, batch_size, local, augment)
-    return TrainBatches(view, batch_size, local, start_step, num_threads)
+    return TrainBatches(view, batch_size, local, start_step, num_threads, num_workers)
 
 
 class _EvalView:

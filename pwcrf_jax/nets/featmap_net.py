@@ -16,6 +16,7 @@ from pwcrf_jax.nets.tiny import Tiny
 from pwcrf_jax.nets.vgg16 import VGG16
 
 BACKBONES: dict[str, type[nn.Module]] = {"mobilenet_v2": MobileNetV2, "tiny": Tiny, "vgg16": VGG16}
+"""The backbones by the name that `FeatMapNet.backbone` takes."""
 
 STRIDE = 16
 
@@ -25,7 +26,16 @@ def _scaled_size(image_size: tuple[int, int], scale: float) -> tuple[int, int]:
 
 
 def grid_size(image_size: tuple[int, int], scales: Sequence[float], stride: int = STRIDE) -> tuple[int, int]:
-    """Size (h, w) of `FeatMapNet`'s output grid for images of size (H, W): that of the largest scale."""
+    """Size of `FeatMapNet`'s output grid: that of the largest scale.
+
+    Args:
+      image_size: (H, W) in pixels.
+      scales: factors of it.
+      stride: pixels of a scaled image to a cell.
+
+    Returns:
+      (h, w) in cells.
+    """
     height, width = _scaled_size(image_size, max(scales))
     return -(-height // stride), -(-width // stride)
 
@@ -49,14 +59,17 @@ class FeatMapNet(nn.Module):
     Parameters are float32: `backbone`, then `block6_0`, `block6_1`, ... in the order of `scales`, each with
     `conv1`, `conv2`, ...
 
-    backbone: "vgg16", "mobilenet_v2" or "tiny".
-    backbone_options: attributes of the backbone other than dtype, a mapping or pairs of names and values.
-    scales: factors of the image size, each positive.
-    block6: (kernel size, features) of each convolution of block 6, odd sizes; () for none.
-    pyramid_windows: odd windows of the sliding pyramid pooling; () for none.
-    middle: layers of the backbone; the call then returns (features, [their activations at the largest scale]).
-    dtype: float32 or bfloat16, the type computed in.
-    Raises ValueError at construction for anything else.
+    Attributes:
+      backbone: "vgg16", "mobilenet_v2" or "tiny".
+      backbone_options: attributes of the backbone other than dtype, a mapping or pairs of names and values.
+      scales: factors of the image size, each positive.
+      block6: (kernel size, features) of each convolution of block 6, odd sizes; () for none.
+      pyramid_windows: odd windows of the sliding pyramid pooling; () for none.
+      middle: layers of the backbone; the call then returns (features, [their activations at the largest scale]).
+      dtype: float32 or bfloat16, the type computed in.
+
+    Raises:
+      ValueError: at construction, for anything else.
     """
 
     backbone: str = "vgg16"

@@ -68,12 +68,16 @@ class MobileNetV2(nn.Module):
     output of the layer `output`, one of `output_names()`; layers past it are not created. Parameters are
     float32, named as in Keras Applications: `Conv1`, `expanded_conv_depthwise`, ..., `Conv_1`.
 
-    output: the layer returned; the default `block_13_expand` has 576 channels.
-    depthwise: "shifted", "grouped" or "auto"; see `DepthwiseConv`. All compute the same.
-    freeze_until: a block's name, such as "block_6"; no gradient passes to the layers before that block, so
-        they need no backward pass. "" trains everything.
-    middle: some of `middle_names()`, before the output; the call then returns (output, {name: activation}).
-    Raises ValueError for an unknown `output`, `depthwise` or `freeze_until`.
+    Attributes:
+      output: the layer returned; the default `block_13_expand` has 576 channels.
+      depthwise: "shifted", "grouped" or "auto"; see `DepthwiseConv`. All compute the same.
+      freeze_until: a block's name, such as "block_6"; no gradient passes to the layers before that block, so
+          they need no backward pass. "" trains everything.
+      middle: some of `middle_names()`, before the output; the call then returns (output, {name: activation}).
+      dtype: computed in, float32 or bfloat16.
+
+    Raises:
+      ValueError: an unknown `output`, `depthwise`, `freeze_until` or layer in `middle`.
     """
 
     output: str = "block_13_expand"

@@ -53,8 +53,15 @@ _window_max.defvjp(_window_max_forward, _window_max_backward)
 def max_pool_same(x: jax.Array, window: int) -> jax.Array:
     """Max pooling with an odd square window, stride 1, same size; padding does not count.
 
-    x: [B, h, w, C] floating; returns the same shape and dtype. Raises ValueError for an even or
-    nonpositive window.
+    Args:
+      x: floating [B, h, w, C].
+      window: rows and columns of the window.
+
+    Returns:
+      The shape and dtype of x.
+
+    Raises:
+      ValueError: an even or nonpositive window.
     """
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window must be odd and positive, got {window}")
@@ -64,8 +71,15 @@ def max_pool_same(x: jax.Array, window: int) -> jax.Array:
 def sliding_pyramid(x: jax.Array, windows: Sequence[int] = (5, 9)) -> jax.Array:
     """The map itself followed by its max poolings with each of `windows`, concatenated over channels.
 
-    x: [B, h, w, C]; returns [B, h, w, C * (1 + len(windows))], the poolings in the order of `windows`.
-    Raises ValueError for an even or nonpositive window.
+    Args:
+      x: floating [B, h, w, C].
+      windows: rows and columns of each window.
+
+    Returns:
+      [B, h, w, C * (1 + len(windows))] in the dtype of x, the poolings in the order of `windows`.
+
+    Raises:
+      ValueError: an even or nonpositive window.
     """
     pooled = {1: x}
     done = 1
@@ -81,8 +95,15 @@ def sliding_pyramid(x: jax.Array, windows: Sequence[int] = (5, 9)) -> jax.Array:
 def max_pool_2x2(x: jax.Array, stride: int) -> jax.Array:
     """Max pooling with a 2x2 window and "SAME" padding (at the bottom and right); padding does not count.
 
-    x: [B, H, W, C] floating; returns [B, ceil(H / stride), ceil(W / stride), C]. Raises ValueError for a
-    stride other than 1 or 2.
+    Args:
+      x: floating [B, H, W, C].
+      stride: 1 or 2.
+
+    Returns:
+      [B, ceil(H / stride), ceil(W / stride), C] in the dtype of x.
+
+    Raises:
+      ValueError: another stride.
     """
     if stride not in (1, 2):
         raise ValueError(f"stride must be 1 or 2, got {stride}")

@@ -11,7 +11,12 @@ class UnaryNet(nn.Module):
     """Dense `hidden` with ReLU, then dense `num_classes`.
 
     Call: features [B, h, w, D] -> scores z [B, h, w, K] float32 (the potential is U = -z). Parameters are
-    float32: `first`, `last`. The last layer is computed in float32, the first in `dtype`.
+    float32: `first`, `last`.
+
+    Attributes:
+      num_classes: K.
+      hidden: units of the first layer.
+      dtype: the first layer is computed in, float32 or bfloat16; the last is in float32.
     """
 
     num_classes: int
@@ -27,9 +32,12 @@ class UnaryNet(nn.Module):
 class PairwiseParts(NamedTuple):
     """What the scores of every edge (p, q) follow from, without forming them:
 
-    z_pq[k, l] = sum_m relu(a_p + b_q)[m] * w2[m, k, l] + b2[k, l]
+        z_pq[k, l] = sum_m relu(a_p + b_q)[m] * w2[m, k, l] + b2[k, l]
 
-    a, b: [B, h, w, M] in the net's compute dtype; w2: [M, K, K] float32; b2: [K, K] float32.
+    Attributes:
+      a, b: [B, h, w, M] in the net's compute dtype.
+      w2: float32 [M, K, K].
+      b2: float32 [K, K].
     """
 
     a: jax.Array
@@ -45,7 +53,12 @@ class PairwiseNet(nn.Module):
 
     Call: features [B, h, w, D] -> `PairwiseParts` with M = `hidden`. Parameters are float32:
     `first_p/kernel`, `first_p/bias`, `first_q/kernel`, `last_kernel` [M, K, K], `last_bias` [K, K].
-    `zero_last` starts the last layer at zero, so that all scores are zero.
+
+    Attributes:
+      num_classes: K.
+      hidden: M, units of the first layer.
+      zero_last: starts the last layer at zero, so that all scores are zero.
+      dtype: the first layer is computed in, float32 or bfloat16.
     """
 
     num_classes: int

@@ -22,11 +22,12 @@ __all__ = ["LoadReport", "WeightsError", "load_pretrained"]
 class LoadReport:
     """What `load_pretrained` did.
 
-    source: "keras_vgg16", "keras_mobilenet_v2" or "torch_vgg16".
-    scaling: the input scaling these weights were trained with, a name in `INPUT_SCALINGS`.
-    loaded: names of the layers read, as paths in the parameters ("backbone/block1_conv1").
-    left_random: layers of the parameters the file has nothing for.
-    unused: layers of the file with no place in the parameters.
+    Attributes:
+      source: "keras_vgg16", "keras_mobilenet_v2" or "torch_vgg16".
+      scaling: the input scaling these weights were trained with, a name in `INPUT_SCALINGS`.
+      loaded: names of the layers read, as paths in the parameters ("backbone/block1_conv1").
+      left_random: layers of the parameters the file has nothing for.
+      unused: layers of the file with no place in the parameters.
     """
 
     source: str
@@ -52,19 +53,24 @@ class LoadReport:
 
 
 def load_pretrained(path: str | Path, params: Mapping[str, Any]) -> tuple[dict[str, Any], LoadReport]:
-    """Returns a copy of `params` with the weights of a local file, and a report.
-
-    path: a `.h5`, `.hdf5` or `.safetensors` file; which network it holds is read from it.
-    params: the parameters of a `FeatMapNet` (`{"backbone": ..., "block6_0": ...}`) or a tree that contains
-        them once, at any depth. Not changed; leaves that are not loaded are the same arrays.
+    """A copy of parameters with the weights of a local file, and a report.
 
     Every layer of the backbone must be in the file. VGG-16's first fully connected layer goes to the `conv1`
     of every block 6 that has its shape (7x7, 512 -> 4096). BatchNorm is folded on reading. New leaves are
     float32 `jax.Array`s.
 
-    Raises WeightsError (a ValueError) for a missing or unreadable file, a network it does not know or that is
-    not the backbone, a missing layer, a layer of another shape (both are named), parameters without a
-    backbone, or a backbone for which no pretrained files exist.
+    Args:
+      path: a `.h5`, `.hdf5` or `.safetensors` file; which network it holds is read from it.
+      params: the parameters of a `FeatMapNet` (`{"backbone": ..., "block6_0": ...}`) or a tree that contains
+        them once, at any depth. Not changed; leaves that are not loaded are the same arrays.
+
+    Returns:
+      (parameters, `LoadReport`).
+
+    Raises:
+      WeightsError: a ValueError, for a missing or unreadable file, a network it does not know or that is not the
+        backbone, a missing layer, a layer of another shape (both are named), parameters without a backbone, or a
+        backbone for which no pretrained files exist.
     """
     path = Path(path)
     where, net = _find_featmap(params)

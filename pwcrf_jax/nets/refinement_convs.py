@@ -21,6 +21,11 @@ class RefinementConvs(nn.Module):
     Call: scores [B, h, w, K], middle maps [B, h_i, w_i, C_i] -> [B, h', w', K] float32, (h', w') that of the finest
     map. No gradient passes to the inputs. Parameters are float32: `from_scores`, `from_0`, ..., `conv1`, `conv2`,
     `last`.
+
+    Attributes:
+      num_classes: K.
+      width: channels of the convolutions.
+      dtype: computed in, float32 or bfloat16; the last layer is in float32.
     """
 
     num_classes: int

@@ -19,14 +19,22 @@ INPUT_SCALINGS: dict[str, InputScaling] = {
     "caffe": InputScaling((123.68, 116.779, 103.939), (1.0,) * 3, bgr=True),
     "torch": InputScaling((0.485 * 255, 0.456 * 255, 0.406 * 255), (0.229 * 255, 0.224 * 255, 0.225 * 255)),
 }
+"""The input scalings of published weights by name; see `scale_input`."""
 
 
 def scale_input(images: jax.Array, name: str, dtype: Any = jnp.float32) -> jax.Array:
     """Scales RGB images to what a network was trained on.
 
-    images: uint8 or floating [..., 3] in 0..255, RGB. Returns `dtype`, same shape; the arithmetic is float32.
-    The scalings: "tf" x / 127.5 - 1; "caffe" BGR minus the mean colour; "torch" (x / 255 - mean) / std.
-    Raises ValueError for an unknown name or a last axis other than 3.
+    Args:
+      images: uint8 or floating [..., 3] in 0..255, RGB.
+      name: "tf": x / 127.5 - 1; "caffe": BGR minus the mean colour; "torch": (x / 255 - mean) / std.
+      dtype: of the result; the arithmetic is float32.
+
+    Returns:
+      `dtype`, the shape of images.
+
+    Raises:
+      ValueError: an unknown name, or a last axis other than 3.
     """
     if name not in INPUT_SCALINGS:
         raise ValueError(f"unknown input scaling {name!r}; known: {', '.join(sorted(INPUT_SCALINGS))}")

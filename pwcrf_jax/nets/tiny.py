@@ -13,9 +13,16 @@ class Tiny(nn.Module):
     """Four 2x2 convolutions of stride 2, so that each cell of the output sees exactly its own 16x16 pixels.
 
     Call: images [B, H, W, 3], already scaled -> features [B, ceil(H/16), ceil(W/16), features[-1]] in
-    `dtype`. `mix` follows every stage with a 1x1 convolution. Parameters are float32, named `conv1` ...
-    `conv4` and `mix1` ... `mix4`. Raises ValueError unless `features` has four positive entries.
-    middle: some of `conv1` (stride 2) ... `conv4`; the call then returns (features, {name: activation}).
+    `dtype`. Parameters are float32, named `conv1` ... `conv4` and `mix1` ... `mix4`.
+
+    Attributes:
+      features: channels of the four stages.
+      mix: whether a 1x1 convolution follows every stage.
+      middle: some of `conv1` (stride 2) ... `conv4`; the call then returns (features, {name: activation}).
+      dtype: computed in, float32 or bfloat16.
+
+    Raises:
+      ValueError: features that are not four positive numbers, or an unknown layer in `middle`.
     """
 
     features: tuple[int, ...] = (16, 32, 48, 64)

@@ -27,7 +27,12 @@ class VGG16(nn.Module):
     Call: images [B, H, W, 3], already scaled -> features [B, ceil(H/16), ceil(W/16), 512] in `dtype`.
     Parameters are float32, named `block1_conv1` ... `block5_conv3`.
 
-    middle: some of `layer_names()`; the call then returns (features, {name: activation}).
+    Attributes:
+      middle: some of those names; the call then returns (features, {name: activation}).
+      dtype: computed in, float32 or bfloat16.
+
+    Raises:
+      ValueError: an unknown layer in `middle`.
     """
 
     middle: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ TORCH_VGG16_CONVS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 
 
 class WeightsError(ValueError):
-    """A weights file that cannot be used; the message says why."""
+    """A weights file that cannot be used; the message names the file and says why."""
 
 
 class Layer(NamedTuple):

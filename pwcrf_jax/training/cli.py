@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 import traceback
 
@@ -11,13 +12,14 @@ from ml_collections import ConfigDict
 
 from pwcrf_jax.data import DataError
 from pwcrf_jax.nets import WeightsError
-from pwcrf_jax.training import compilation, logs, schema
+from pwcrf_jax.training import compilation, logs, schema, usage
 from pwcrf_jax.training.checkpoint import CheckpointError
 from pwcrf_jax.training.config import ConfigError
 from pwcrf_jax.training.loop import NonFiniteError
 
 REFUSED = 2
 FAILED = 1
+INTERRUPTED = 128 + signal.SIGINT  # what a shell says of a process that Ctrl-C ended
 
 
 def _refuse(message) -> None:
@@ -80,13 +82,17 @@ def parse(argv, values=flags.FLAGS, before_parsing=None) -> None:
         raise ConfigError(f"unknown arguments {' '.join(rest[1:])}; options look like --config.key=value")
 
 
-def run(main, before_parsing=None, before_main=None) -> None:
+def run(main, before_parsing=None, before_main=None, interrupted="stopped by Ctrl-C") -> None:
     """app.run for a main(argv) whose refusals end in one line and exit code 2.
 
     before_parsing(argv): defines flags that depend on the command line. before_main(): what comes before all else.
+    interrupted: the line that Ctrl-C ends with; the exit code is then 130.
     """
 
     def flags_parser(argv):
+        if text := usage.asked(argv):
+            print(text)
+            sys.exit(0)
         logs.setup()
         try:
             parse(argv, before_parsing=before_parsing)
@@ -105,12 +111,18 @@ def run(main, before_parsing=None, before_main=None) -> None:
         except NonFiniteError as error:
             print(f"error: {_one_line(error)}", file=sys.stderr)
             sys.exit(FAILED)
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one ends what is left without a word
+            print(interrupted, file=sys.stderr)
+            sys.exit(INTERRUPTED)
 
     app.run(guarded, flags_parser=flags_parser)
 
 
 def _use_cache():
     config, workdir = flags.FLAGS["config"].value, flags.FLAGS["workdir"].value
+    if "dry-run" in flags.FLAGS and flags.FLAGS["dry-run"].value:
+        return  # it leaves nothing in the workdir
     # What main will refuse is left to it.
     # Processes that share a folder would delete what another is writing.
     if (

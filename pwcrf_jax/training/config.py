@@ -51,6 +51,8 @@ _ADDED = {
     "train.max_skipped_steps": 0,
     "compilation_cache": True,
     "eval.classes": (),
+    "eval.panel": 0,
+    "data.num_workers": 0,
     "data.partial": True,
     "data.image_folder.val_fraction": 0.1,
     "data.image_folder.seed": 0,
@@ -315,6 +317,12 @@ def table_rows(config: ConfigDict) -> dict[str, tuple[str, ...]]:
 def final_row(config: ConfigDict) -> str:
     """The row of the evaluation table that is the model's answer: all relations, then refinement convolutions."""
     return "convs" if config.model.refinement_convs.layers else "all"
+
+
+def shown_rows(config: ConfigDict) -> tuple[str, ...]:
+    """Rows of the evaluation table whose labels pictures show: the unary's, and the model's answer where it differs."""
+    final = final_row(config)
+    return ("unary",) if final == "all" and not crf_relations(config) else ("unary", final)
 
 
 def dataset_options(config: ConfigDict) -> dict:

@@ -16,13 +16,32 @@ def define_flags() -> None:
     flags.DEFINE_bool(
         "distributed",
         False,
-        "One of several processes that JAX finds itself: on Cloud TPU, in SLURM, Open MPI, Kubernetes.",
+        "One of several processes that JAX finds itself: on Cloud TPU, in SLURM, Open MPI, Kubernetes. "
+        "Example: --distributed",
     )
-    flags.DEFINE_string("coordinator", "", "One of several processes, elsewhere: HOST:PORT of process 0.")
-    flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.", lower_bound=1)
-    flags.DEFINE_integer("process_id", None, "With --coordinator: which of them this is, from 0.", lower_bound=0)
+    flags.DEFINE_string(
+        "coordinator",
+        "",
+        "One of several processes, elsewhere: HOST:PORT of process 0. Example: --coordinator 10.0.0.2:29500 "
+        "--num_processes 2 --process_id 1",
+    )
     flags.DEFINE_integer(
-        "heartbeat", 30, "Of several processes: seconds after which one that is gone ends the others.", lower_bound=5
+        "num_processes",
+        None,
+        "With --coordinator: how many processes there are. Example: --num_processes 2",
+        lower_bound=1,
+    )
+    flags.DEFINE_integer(
+        "process_id",
+        None,
+        "With --coordinator: which of them this is, from 0. Example: --process_id 0",
+        lower_bound=0,
+    )
+    flags.DEFINE_integer(
+        "heartbeat",
+        30,
+        "Of several processes: seconds after which one that is gone ends the others. Example: --heartbeat 60",
+        lower_bound=5,
     )
 
 

@@ -17,26 +17,34 @@ from pwcrf_jax.training import config as configs
 from pwcrf_jax.training.logs import log
 
 
-def eval_step(config, model, marginals_of=None):
+def eval_step(config, model, marginals_of=None, labels_of=()):
     """The evaluation step of a config, see `steps.make_eval_step`."""
     rows, crf, loss = configs.table_rows(config), configs.crf_settings(config), config.loss
-    return steps.make_eval_step(model, rows, crf, loss.balance_power, loss.chunk_edges or None, marginals_of)
+    return steps.make_eval_step(model, rows, crf, loss.balance_power, loss.chunk_edges or None, marginals_of, labels_of)
 
 
 def make_eval_fn(config, model, refine="off"):
-    """The same, mapped over the devices and compiled; with a mode of refinement it returns marginals too."""
-    if refine == "off":
-        return parallel.pmap_eval(eval_step(config, model))
-    return parallel.pmap_eval(eval_step(config, model, configs.final_row(config)), per_image=True)
+    """The same, mapped over the devices and compiled.
+
+    It returns (sums, more). more: with a mode of refinement the marginals of the final row; "off": the labels of
+    `configs.shown_rows`, whether they are looked at or not, so that training and eval.py compile one program.
+    """
+    final, shown = configs.final_row(config), configs.shown_rows(config)
+    more = dict(labels_of=shown) if refine == "off" else dict(marginals_of=final)
+    return parallel.pmap_eval(eval_step(config, model, **more), per_image=True)
 
 
-def evaluate_params(eval_fn, params, dataset, split, config, refine="off", predictor=None) -> dict:
+def evaluate_params(
+    eval_fn, params, dataset, split, config, refine="off", predictor=None, panel=None, report=None
+) -> dict:
     """Runs one split.
 
     refine: "off", or "spatial" or "full" for one more row, the final marginals refined by the dense CRF; `eval_fn`
       must be made for it.
     predictor: an `inference.Predictor`, for one more row, "tta", the means over its views. They are then what is
       refined, and `eval_fn` must be made for "off".
+    panel: a `pictures.Panel` that is shown the images and their labels; `eval_fn` must be made for "off".
+    report: a `report.Report` that collects what it shows; `eval_fn` must be the one that its `start` returned.
 
     Returns a dict of plain numbers: `rows` {row: {miou, pixel_accuracy, mean_accuracy, fw_iou, iou {class: ...},
     boundary_iou {width: ...}}}, `nll` {unary, relation: ...}, `change` {row: [largest change of a marginal in each
@@ -55,18 +63,32 @@ def evaluate_params(eval_fn, params, dataset, split, config, refine="off", predi
     rows = list(dict.fromkeys([*configs.table_rows(config), configs.final_row(config)]))
     rows += ["tta"] * bool(predictor) + ["refined"] * (refine != "off")
     confusion, terms, change = {}, {}, {}
-    for batch in tqdm(batches, unit="batch", desc=f"eval {split}", disable=not sys.stderr.isatty(), leave=False):
-        out = eval_fn(params, parallel.split({k: batch[k] for k in ("image", "label", "valid_size")}))
+    watched = tqdm(batches, unit="batch", desc=f"eval {split}", disable=not sys.stderr.isatty(), leave=False)
+    for number, batch in enumerate(watched):
+        out, more = eval_fn(params, parallel.split({k: batch[k] for k in ("image", "label", "valid_size")}))
+        if panel:
+            panel.add(number, batch, more)
+        views = figures = None
+        if report:
+            figures = report.unpack(more)
         if predictor:
-            counts, largest = _augmented(predictor, batch, config.refine, refine)
+            sizes = enumerate(batch["valid_size"])
+            views = predictor((i, batch["image"][i, :height, :width]) for i, (height, width) in sizes if height)
+        elif report and refine != "off":
+            views = report.marginals(batch, figures)
+        if views:
+            counts, largest, pixels = _image_by_image(
+                views, batch, len(dataset.class_names), config.refine, refine, bool(predictor), report
+            )
             out["confusion"] |= {row: parallel.sum_over_hosts(x) for row, x in counts.items()}
             out["change"] |= largest
         elif refine != "off":
-            out, marginals = out
-            marginals = np.asarray(marginals)
+            marginals = np.asarray(more)
             marginals = marginals.reshape(-1, *marginals.shape[2:])
             counts, out["change"]["refined"] = refinement.refine_batch(marginals, batch, config.refine, refine)
             out["confusion"]["refined"] = parallel.sum_over_hosts(counts)
+        if report:
+            report.add(batch, figures, pixels if views else {})
         for row, counts in out["confusion"].items():
             confusion[row] = confusion.get(row, 0) + np.asarray(counts, np.int64)
         for row, largest in out["change"].items():
@@ -74,6 +96,8 @@ def evaluate_params(eval_fn, params, dataset, split, config, refine="off", predi
         for name, (total, count) in out["terms"].items():
             terms[name] = terms.get(name, 0.0) + np.array([total, count], np.float64)
     scored = configs.scored_classes(config, dataset.class_names)
+    if report:
+        report.confusion = {row: confusion[row][0] for row in rows}
     return dict(
         split=split,
         num_images=len(dataset.source(split)),
@@ -84,26 +108,34 @@ def evaluate_params(eval_fn, params, dataset, split, config, refine="off", predi
     )
 
 
-def _augmented(predictor, batch, settings, refine):
-    """({row: int32 [1 + bands, K, K]}, {row: change}) of this host's images: the rows "tta" and, on it, "refined"."""
-    empty = np.zeros((1 + len(steps.BAND_WIDTHS), predictor.num_classes, predictor.num_classes), np.int32)
-    counts, change = {"tta": empty}, {}
-    if refine != "off":
-        counts["refined"], change["refined"] = empty, np.zeros(settings["num_iterations"], np.float32)
-    sizes = batch["valid_size"]
-    images = ((i, batch["image"][i, :height, :width]) for i, (height, width) in enumerate(sizes) if height)
-    for i, image, marginals in predictor(images):
-        predictions = {"tta": marginals.labels()}
+def _image_by_image(views, batch, num_classes, settings, refine, augmented, report):
+    """Rows that are made of one image after the other: "tta" if augmented and, with refine, "refined".
+
+    views: (position in the batch, image, marginals) of this host's images.
+    Returns ({row: int32 [1 + bands, K, K]}, {row: change}, {position: {row: `report.Pixels`}}).
+    """
+    rows = ["tta"] * augmented + ["refined"] * (refine != "off")
+    counts = {row: np.zeros((1 + len(steps.BAND_WIDTHS), num_classes, num_classes), np.int32) for row in rows}
+    change = {"refined": np.zeros(settings["num_iterations"], np.float32)} if refine != "off" else {}
+    pixels = {}
+    for i, image, marginals in views:
+        predictions, log_probs = {}, {}
+        if augmented:
+            predictions["tta"] = marginals.labels()
+        if refine != "off" or report:
+            log_probs["tta"] = marginals.log_probs()
         if refine != "off":
-            refined, largest = refinement.refine_image(marginals.log_probs(), image, settings, refine)
-            predictions["refined"] = refined.argmax(-1)
+            log_probs["refined"], largest = refinement.refine_image(log_probs["tta"], image, settings, refine)
+            predictions["refined"] = log_probs["refined"].argmax(-1)
             change["refined"] = np.maximum(change["refined"], largest)
+        if report:
+            pixels[i] = {row: report.read(log_probs[row]) for row in rows}
         truth = batch["label"][i]
         for row, labels in predictions.items():
             framed = np.zeros_like(truth)
             framed[: labels.shape[0], : labels.shape[1]] = labels
-            counts[row] = counts[row] + np.asarray(_count(framed, truth, sizes[i], predictor.num_classes))
-    return counts, change
+            counts[row] = counts[row] + np.asarray(_count(framed, truth, batch["valid_size"][i], num_classes))
+    return counts, change, pixels
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -126,7 +158,8 @@ def _figures(confusions, class_names, scored):
     )
 
 
-def _row_title(row):
+def row_title(row: str) -> str:
+    """What a row of the table is called."""
     titles = {
         "unary": "unary",
         "all": "all relations",
@@ -146,8 +179,8 @@ def table(result: dict) -> str:
     lines = [["", f"mean IoU{of}", *(f"IoU {w} px" for w in widths), "pixel acc", "mean acc", "fw IoU"]]
     for row, r in rows.items():
         figures = [r["miou"], *r["boundary_iou"].values(), r["pixel_accuracy"], r["mean_accuracy"], r["fw_iou"]]
-        lines.append([_row_title(row), *map(percent, figures)])
-    classes = [["IoU per class", *map(_row_title, rows)]]
+        lines.append([row_title(row), *map(percent, figures)])
+    classes = [["IoU per class", *map(row_title, rows)]]
     for name in next(iter(rows.values()))["iou"]:
         title = name if not of or name in result["classes"] else f"({name})"
         classes.append([title, *(percent(r["iou"][name]) for r in rows.values())])
@@ -188,19 +221,22 @@ def init_params(model, seed):
     return model.init(jax.random.key(seed), np.zeros((1, 64, 64, 3), np.uint8))["params"]
 
 
-def evaluate(config, workdir: str, which: str = "best", split: str = "", refine: str = "off") -> dict:
+def evaluate(config, workdir: str, which: str = "best", split: str = "", refine: str = "off", report=None) -> dict:
     """Evaluates a trained workdir; returns `evaluate_params`' dict, with step, checkpoint, refine and config.
 
     which: "best" (by validation mean IoU) or "latest".
     split: of the data set; "": config.data.eval_split.
-    refine: of `evaluate_params`.
+    refine, report: of `evaluate_params`.
     """
     split = split or config.data.eval_split
     model, params, step, dataset = load(config, workdir, which, split)
     log.info("%s checkpoint of step %d, split %s", which, step, split)
     predictor = inference.Predictor(config, model, params) if configs.augments(config) else None
-    eval_fn = make_eval_fn(config, model, "off" if predictor else refine)
-    result = evaluate_params(eval_fn, params, dataset, split, config, refine, predictor)
+    if report:
+        eval_fn = report.start(config, model, params, dataset)
+    else:
+        eval_fn = make_eval_fn(config, model, "off" if predictor else refine)
+    result = evaluate_params(eval_fn, params, dataset, split, config, refine, predictor, report=report)
     return result | dict(step=step, checkpoint=which, refine=refine, config=config.to_dict())
 
 
@@ -232,11 +268,12 @@ def _store(config, workdir, which, class_names=()):
 
 def write(result: dict, workdir: str) -> str:
     """Writes the result of `evaluate` to WORKDIR/eval_SPLIT.json and returns that path."""
-    path = os.path.join(workdir, f"eval_{_file_name(result['split'])}.json")
+    path = os.path.join(workdir, f"eval_{file_name(result['split'])}.json")
     with open(path, "w") as f:
         json.dump(result, f, indent=2)
     return path
 
 
-def _file_name(split):
+def file_name(split: str) -> str:
+    """A split's name as part of a file's name."""
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in split)

@@ -1,4 +1,4 @@
-"""What a run tells: lines on standard error, metrics.jsonl, TensorBoard scalars."""
+"""What a run tells: lines on standard error, metrics.jsonl, TensorBoard scalars and pictures."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ import absl.logging
 import jax
 from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+from tensorboardX.summary import image, scalar
 from tqdm import tqdm
 
 log = logging.getLogger("pwcrf_jax")
@@ -27,11 +27,21 @@ def setup() -> None:
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     sys.unraisablehook = _without_closed_loops
     if not log.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _AboveBars(sys.stderr)
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
         log.propagate = False
     log.setLevel(logging.INFO)
+
+
+class _AboveBars(logging.StreamHandler):
+    """Lines and tables go above a progress bar that is on the terminal, not into it."""
+
+    def emit(self, record):
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+        except Exception:
+            self.handleError(record)
 
 
 def only_process(index: int) -> None:
@@ -75,6 +85,15 @@ class Writer:
             self._board.flush()
         except OSError as error:  # a full disk does not say where
             error.filename = self._jsonl.name
+            raise
+
+    def picture(self, step: int, name: str, pixels) -> None:
+        """A picture uint8 [H, W, 3] for TensorBoard."""
+        try:
+            self._event(step=step, summary=image(name, pixels, dataformats="HWC"))
+            self._board.flush()
+        except OSError as error:
+            error.filename = error.filename or os.path.join(os.path.dirname(self._jsonl.name), "tensorboard")
             raise
 
     def _event(self, **content):

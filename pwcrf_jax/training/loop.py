@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from pwcrf_jax.data import check_sizes, load_dataset, train_batches
 from pwcrf_jax.nets import WeightsError, load_pretrained
 from pwcrf_jax.planning import plan
-from pwcrf_jax.training import checkpoint, compilation, evaluate, parallel, preemption, steps
+from pwcrf_jax.training import checkpoint, compilation, evaluate, lock, parallel, pictures, preemption, steps
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training.logs import Progress, Writer, log
 from pwcrf_jax.training.optimizer import make_optimizer
@@ -39,15 +39,15 @@ def train_and_evaluate(config, workdir: str) -> dict:
       NonFiniteError: more than config.train.max_skipped_steps steps had no finite loss or gradient.
       preemption.Preempted: the run was asked to stop, and is saved.
     """
-    configs.validate(config)
-    dataset = load_dataset(**configs.dataset_options(config))
-    configs.check_classes(config, dataset.class_names)
-    for split in (config.data.train_split, config.data.eval_split):
-        dataset.check_labelled(split)
-    dataset.source(config.data.train_split)  # unknown and empty splits are refused here
-    check_sizes(dataset, config.data.eval_split, config.data.eval_size)
+    dataset = checked_dataset(config)
     _check_writable(workdir)
-    config, fresh_params = _resolve(config, workdir)
+    with lock.held(workdir):
+        return _run(config, workdir, dataset)
+
+
+def _run(config, workdir, dataset):
+    """`train_and_evaluate` in a workdir that nobody else trains in."""
+    config, fresh_params = resolve(config, workdir)
     store = lambda name, keep: checkpoint.Store(
         os.path.join(workdir, name), configs.identity(config), keep, dataset.class_names
     )
@@ -70,6 +70,18 @@ def train_and_evaluate(config, workdir: str) -> dict:
             unread = "; config.init_from is not read again" if config.init_from else ""
             log.info("resumed from step %d of %s%s%s", meta["step"], latest.folder, unread, _other_versions(meta))
         return _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_meta)
+
+
+def checked_dataset(config):
+    """The data set of a config; what is wrong with the config or the set is refused here."""
+    configs.validate(config)
+    dataset = load_dataset(**configs.dataset_options(config))
+    configs.check_classes(config, dataset.class_names)
+    for split in (config.data.train_split, config.data.eval_split):
+        dataset.check_labelled(split)
+    dataset.source(config.data.train_split)  # unknown and empty splits are refused here
+    check_sizes(dataset, config.data.eval_split, config.data.eval_size)
+    return dataset
 
 
 def _check_together(step, latest):
@@ -110,7 +122,7 @@ def _check_stages(config, meta):
         )
 
 
-def _resolve(config, workdir):
+def resolve(config, workdir):
     """The config with input_scaling settled, and a function that makes the parameters of a fresh run.
 
     The scaling belongs to the weights a run started from: a run that goes on has it in its config.json.
@@ -187,6 +199,24 @@ def _restore(latest, abstract):
     return state, meta
 
 
+def batches_from(config, dataset, step):
+    """This process' share of the training batches, from that of a step (counted from 0) on."""
+    return train_batches(
+        dataset,
+        config.data.train_split,
+        batch_size=config.train.batch_size,
+        crop_size=config.data.crop_size,
+        scale_range=config.data.scale_range,
+        flip=config.data.flip,
+        seed=config.seed,
+        start_step=step,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+        num_threads=config.data.num_threads,
+        num_workers=config.data.num_workers,
+    )
+
+
 def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_meta):
     c = config.train
     step, samples_seen = meta["step"], meta["samples_seen"]
@@ -213,19 +243,7 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_
     if jax.process_index() == 0:
         configs.save(config, os.path.join(workdir, "config.json"))
         configs.save_classes(dataset.class_names, dataset.palette, workdir)
-    batches = train_batches(
-        dataset,
-        config.data.train_split,
-        batch_size=c.batch_size,
-        crop_size=config.data.crop_size,
-        scale_range=config.data.scale_range,
-        flip=config.data.flip,
-        seed=config.seed,
-        start_step=samples_seen // c.batch_size,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
-        num_threads=config.data.num_threads,
-    )
+    batches = batches_from(config, dataset, samples_seen // c.batch_size)
     crf = configs.crf_settings(config)
     train_step = steps.make_train_step(model, tx, config.loss.to_dict(), config.seed, crf, unary_steps)
     train_step, state = parallel.pmap_train(train_step), parallel.replicated(state)
@@ -237,7 +255,7 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_
         dataset.name, len(dataset.source(config.data.train_split)), f"batches of {c.batch_size}",
         f"{num_params:,}", jax.device_count(), jax.devices()[0].device_kind,
     )  # fmt: skip
-    log.info("%s", _plan(config, model, tx).summary())
+    log.info("%s", planned(config, model, tx).summary())
     guard = _Guard(c.max_skipped_steps, step - int(state.step))
     started, progress, result, stop = time.monotonic(), None, {}, False
 
@@ -250,15 +268,22 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_
         """Of this step, whose state is saved; False where the run was asked to stop meanwhile."""
         nonlocal result
         latest.wait()
+        split, batch_size, panel = config.data.eval_split, config.eval.batch_size, None
+        if config.eval.panel:
+            indices = pictures.chosen(len(dataset.source(split)), batch_size, config.eval.panel)
+            rows = configs.shown_rows(config)
+            panel = pictures.Panel(indices if writer else (), batch_size, rows, dataset.palette)
         try:
             with preemption.nothing_to_save():
-                result = evaluate.evaluate_params(interruptible, state.params, dataset, config.data.eval_split, config)
+                result = evaluate.evaluate_params(interruptible, state.params, dataset, split, config, panel=panel)
         except preemption.Preempted:
             return False
         log.info("step %d, %s\n%s", step, result["split"], evaluate.table(result))
         if writer:
             numbers = evaluate.summary(result)
             writer.write(step, {k: v for k, v in numbers.items() if isinstance(v, float)}, "val")
+            if panel:
+                writer.picture(step, f"val/image_truth_{'_'.join(panel.rows)}", panel.picture())
         score = result["rows"][configs.final_row(config)]["miou"] or 0.0
         save_best(score)
         latest.note(step, {"score": score})  # now the evaluation is done
@@ -342,7 +367,7 @@ def _finite_values(metrics):
     return {k: v for k, v in values.items() if not absent(k, v)}
 
 
-def _plan(config, model, tx):
+def planned(config, model, tx):
     """Multiply-adds and memory of a device, inference at the size and batch of training."""
     crf = configs.crf_settings(config)
     return plan(

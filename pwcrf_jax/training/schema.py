@@ -100,6 +100,7 @@ SCHEMA = {
     "data.scale_range": Tuple(_SCALE, 2, rising=True),
     "data.flip": Flag(),
     "data.num_threads": Number(int, 0, 1024),
+    "data.num_workers": Number(int, 0, 1024),
     "data.synthetic.num_train": _POSITIVE_INT,
     "data.synthetic.num_val": _POSITIVE_INT,
     "data.synthetic.image_size": _SIZE,
@@ -172,6 +173,7 @@ SCHEMA = {
     "tta.flip": Flag(),
     "eval.batch_size": _BATCH,
     "eval.classes": _NAMES,
+    "eval.panel": Number(int, 0, 64),
 }
 
 

@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import small
 
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate
@@ -19,20 +20,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 DEVICES = 4  # over all processes
 HANGS = 540  # seconds, far beyond what any of this takes
 KEYS = {
-    "data.synthetic.num_train": 24,
-    "data.synthetic.num_val": 10,  # the last batch is padded
-    "data.crop_size": (96, 128),
-    "model.tiny.features": (4, 4, 8, 8),
-    "model.hidden": 8,
     "optimizer.name": "sgd",  # Adam would hide a gradient that is wrong by a factor
     "optimizer.learning_rate": 0.01,
     "optimizer.warmup_steps": 2,
-    "train.batch_size": 8,
-    "train.steps": 6,
-    "train.log_every": 1,
     "train.eval_every": 6,
     "train.checkpoint_every": 2,
-    "eval.batch_size": 8,
 }
 
 
@@ -45,8 +37,7 @@ def start(tmp_path, workdir, processes, script="train.py", heartbeat=10, **keys)
     for i in range(processes):
         flags = [f"--workdir={workdir}"]
         if script == "train.py":
-            values = KEYS | {"data.data_dir": tmp_path / "prepared"} | keys
-            flags += [f"--config={ROOT / 'configs/demo.py'}", *(f"--config.{k}={v}" for k, v in values.items())]
+            flags += small.flags(tmp_path / "prepared", **KEYS | keys)
         if processes > 1:
             flags += [f"--coordinator={address}", f"--num_processes={processes}", f"--process_id={i}"]
             flags += [f"--heartbeat={heartbeat}"]

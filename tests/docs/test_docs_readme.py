@@ -1,9 +1,11 @@
 """The documents against the code: examples run, paths and names exist, commands are accepted."""
 
 import importlib
+import io
 import re
 import shlex
 import sys
+import tokenize
 from pathlib import Path
 
 import jax
@@ -15,10 +17,10 @@ from pwcrf_jax.data import DATASETS, check
 from pwcrf_jax.training import config as configs
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "examples/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 IDS = [str(path.relative_to(ROOT)) for path in DOCS]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-FOLDERS = "pwcrf_jax|configs|tests|docs|benchmarks"
+FOLDERS = "pwcrf_jax|configs|tests|docs|benchmarks|examples"
 
 each_document = pytest.mark.parametrize("path", DOCS, ids=IDS)
 
@@ -122,6 +124,28 @@ def test_readme_examples_run():
     assert scope["log_marginals"].shape == scope["unary"].shape
     assert scope["labels"].shape == (2, 40, 60) and jax.numpy.isfinite(scope["to_crf"]) and scope["to_crf"] != 0
     assert jax.numpy.isfinite(scope["value"]) and scope["info"].change.shape == (3, 2)
+
+
+def test_examples_of_other_pages_run():
+    pages = [path for path in DOCS if path.name not in ("README.md", "tutorial.md")]
+    run = 0
+    for path in pages:
+        for code in blocks(path.read_text(), "python"):
+            exec(compile(code, path.name, "exec"), {})
+            run += 1
+    assert run
+
+
+def test_tutorial_has_40_lines_and_the_crf_helps(capsys):
+    (code,) = blocks((ROOT / "docs" / "tutorial.md").read_text(), "python")
+    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    tokens = tokenize.generate_tokens(io.StringIO(code).readline)
+    lines = {n for t in tokens if t.type not in layout for n in range(t.start[0], t.end[0] + 1)}
+    assert len(lines) <= 40
+    with jax.default_device(jax.devices("cpu")[0]):
+        exec(compile(code, "tutorial.md", "exec"), {})
+    unary, crf = (float(x) for x in re.findall(r"([\d.]+)% of cells right", capsys.readouterr().out))
+    assert unary < 75 and crf > 90
 
 
 @each_document

@@ -1,6 +1,6 @@
 """Kills real training at random moments, starts it again, and compares what comes out with a run nobody killed.
 
-    python tests/faults/kill.py [--kills 100] [--signal kill|term] [--seed 0] [--devices 2] [--folder DIR]
+    python tests/faults/kill.py [--kills 100] [--signal kill|term] [--seed 0] [--devices 2] [--workers 0] [--folder DIR]
 
 Each life of `train.py` ends at a moment drawn from one of: the time before its first step, the time after it, a save
 (that is: a temporary checkpoint is there). After each kill every visible checkpoint is read and verified, the best one
@@ -9,7 +9,8 @@ to the undisturbed one bit for bit: parameters, optimizer state, best parameters
 the speed; then a new one begins, until there were as many kills as asked for.
 
 With --signal=term the lives end by SIGTERM, half of them by two of it: the exit code must be 143, and the step that was
-stopped at saved. Prints one line a kill and a last line of JSON; exit code 1 if anything was not as it should be.
+stopped at saved. With --workers so many processes read the images, where threads read those of the undisturbed run.
+Prints one line a kill and a last line of JSON; exit code 1 if anything was not as it should be.
 """
 
 import argparse
@@ -28,26 +29,23 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import small  # noqa: E402
 from faults import states  # noqa: E402
 
 from pwcrf_jax.training import checkpoint  # noqa: E402
 from pwcrf_jax.training import config as configs  # noqa: E402
 
 KEYS = {
-    "data.synthetic.num_train": 24,
     "data.synthetic.num_val": 8,
-    "data.crop_size": (96, 128),
-    "model.tiny.features": (4, 4, 8, 8),
-    "model.hidden": 8,
     "loss.sampled_offsets": 3,  # drawn with a key of each step
     "optimizer.warmup_steps": 5,
     "train.batch_size": 4,
     "train.steps": 40,
-    "train.log_every": 1,
     "train.eval_every": 8,
     "train.checkpoint_every": 2,
     "eval.batch_size": 4,
 }
+"""Beside those of small.KEYS."""
 SHM = pathlib.Path("/dev/shm")
 HANGS = 300  # seconds after which a life is taken for hanging
 
@@ -55,18 +53,10 @@ HANGS = 300  # seconds after which a life is taken for hanging
 class Life:
     """One process of train.py; its log is on disk, so that nothing of it is lost with it."""
 
-    def __init__(self, workdir, devices, data_dir):
+    def __init__(self, workdir, devices, data_dir, workers=0):
         self.workdir, self.log_path = workdir, workdir.parent / "log.txt"
-        flags = [f"--config.{key}={value}" for key, value in (KEYS | {"data.data_dir": data_dir}).items()]
-        command = [
-            sys.executable,
-            ROOT / "train.py",
-            "--config",
-            ROOT / "configs/demo.py",
-            "--workdir",
-            workdir,
-            *flags,
-        ]
+        keys = KEYS | {"data.num_workers": workers}
+        command = [sys.executable, "train.py", f"--workdir={workdir}", *small.flags(data_dir, **keys)]
         environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         self.began = time.time()
         with open(self.log_path, "w") as log:
@@ -101,6 +91,13 @@ class Life:
                 continue
             if int(session) == self.process.pid and state != "Z":
                 found.append(stat.parent.name)
+        return found
+
+    def survivors(self):
+        """`relatives` that do not end by themselves: one that reads images first ends the sample it is at."""
+        until = time.time() + HANGS
+        while (found := self.relatives()) and time.time() < until:
+            time.sleep(0.01)
         return found
 
 
@@ -179,7 +176,7 @@ def undisturbed(base, devices):
     return base, devices, start_up, states.final(workdir)
 
 
-def campaign(whole, kills, kill=True, seed=0, kinds=("start", "step", "save"), say=print):
+def campaign(whole, kills, kill=True, seed=0, kinds=("start", "step", "save"), workers=0, say=print):
     """Returns the summary; summary["violations"] lists what was not as it should be. whole: of `undisturbed`."""
     base, devices, start_up, expected = whole
     rng, began, shared_before = random.Random(seed), time.time(), set(os.listdir(SHM))
@@ -190,7 +187,7 @@ def campaign(whole, kills, kill=True, seed=0, kinds=("start", "step", "save"), s
             runs += 1
             workdir = pathlib.Path(tempfile.mkdtemp(prefix=f"run{runs}-", dir=base), "work")
             best, finished = None, False
-        life = Life(workdir, devices, base / "data")
+        life = Life(workdir, devices, base / "data", workers)
         if done < kills and moment(life, kind := rng.choice(kinds), rng, start_up):
             where = phase(life)
             code, seconds = stop(life, kill, rng)
@@ -200,7 +197,7 @@ def campaign(whole, kills, kill=True, seed=0, kinds=("start", "step", "save"), s
         log, wrong = life.log(), []
         if life.trains():
             wrong += [f"{x} is older than this start" for x in life.temporary() if x.stat().st_mtime < life.began]
-        if relatives := life.relatives():
+        if relatives := life.survivors():
             wrong.append(f"processes {relatives} are left")
         if new := set(os.listdir(SHM)) - shared_before:
             wrong.append(f"new in shared memory: {sorted(new)}")
@@ -259,11 +256,12 @@ def main():
     parser.add_argument("--signal", choices=("kill", "term"), default="kill")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--devices", type=int, choices=(1, 2, 4), default=2)
+    parser.add_argument("--workers", type=int, default=0, help="config.data.num_workers")
     parser.add_argument("--folder", help="kept, to look into; default: a temporary one")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         whole = undisturbed(pathlib.Path(args.folder or temporary), args.devices)
-        summary = campaign(whole, args.kills, args.signal == "kill", args.seed)
+        summary = campaign(whole, args.kills, args.signal == "kill", args.seed, workers=args.workers)
     print(json.dumps(summary))
     sys.exit(bool(summary["violations"]))
 

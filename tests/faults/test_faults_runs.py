@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import small
 from faults import states
 from faults.kill import KEYS, ROOT
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -162,8 +163,7 @@ def test_other_versions_are_told(monkeypatch):
 
 def _train(workdir, data_dir, mount="", after="", **keys):
     """train.py in a process with one device; mount, after: what a shell does around it in mounts of its own."""
-    flags = [f"--config.{key}={value}" for key, value in (KEYS | {"data.data_dir": data_dir} | keys).items()]
-    command = [sys.executable, "train.py", "--config", "configs/demo.py", "--workdir", str(workdir), *flags]
+    command = [sys.executable, "train.py", f"--workdir={workdir}", *small.flags(data_dir, **KEYS | keys)]
     if mount:
         script = f'{mount} || exit 9; "$@"; code=$?; {after or ":"}; exit $code'
         command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", *command]

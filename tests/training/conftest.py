@@ -1,12 +1,16 @@
-"""A run small enough for a test: 48 x 64 synthetic scenes, the tiny backbone, a handful of steps."""
+"""Runs small enough for a test."""
 
 import h5py
 import jax
 import numpy as np
 import pytest
+import small
 
-from configs import demo
 from pwcrf_jax.nets import MobileNetV2
+
+
+def _config(tmp_path_factory):
+    return small.config(tmp_path_factory.getbasetemp() / "prepared", **{"train.log_every": 2})
 
 
 @pytest.fixture
@@ -23,22 +27,6 @@ def trained(tmp_path_factory):
     config.train.steps = 1
     loop.train_and_evaluate(config, str(workdir))
     return workdir
-
-
-def _config(tmp_path_factory):
-    config = demo.get_config()
-    config.data.data_dir = str(tmp_path_factory.getbasetemp() / "prepared")
-    config.data.synthetic = dict(num_train=24, num_val=10, image_size=(192, 256), seed=0)
-    config.data.crop_size = (96, 128)
-    config.model.tiny.features = (4, 4, 8, 8)
-    config.model.hidden = 8
-    config.train.batch_size = 8
-    config.train.steps = 6
-    config.train.log_every = 2
-    config.train.eval_every = 3
-    config.train.checkpoint_every = 3
-    config.eval.batch_size = 8
-    return config
 
 
 @pytest.fixture

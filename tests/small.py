@@ -1,0 +1,57 @@
+"""A run small enough for a test: 192 x 256 synthetic scenes, the tiny backbone, a handful of steps."""
+
+import contextlib
+
+from configs import demo
+
+KEYS = {
+    "data.synthetic.num_train": 24,
+    "data.synthetic.num_val": 10,  # the last batch is padded
+    "data.crop_size": (96, 128),
+    "model.tiny.features": (4, 4, 8, 8),
+    "model.hidden": 8,
+    "train.batch_size": 8,
+    "train.steps": 6,
+    "train.log_every": 1,
+    "train.eval_every": 3,
+    "train.checkpoint_every": 3,
+    "eval.batch_size": 8,
+}
+"""What differs from configs/demo.py."""
+
+
+def config(data_dir, **changes):
+    """configs/demo.py with `KEYS`; changes: {dotted key: value}."""
+    config = demo.get_config()
+    for key, value in (KEYS | {"data.data_dir": str(data_dir)} | changes).items():
+        *sections, name = key.split(".")
+        section = config
+        for part in sections:
+            section = section[part]
+        section[name] = value
+    return config
+
+
+def flags(data_dir, **changes):
+    """The same for the command line of train.py."""
+    values = KEYS | {"data.data_dir": data_dir} | changes
+    return ["--config=configs/demo.py", *(f"--config.{key}={value}" for key, value in values.items())]
+
+
+@contextlib.contextmanager
+def compiled_once(folder):
+    """In here JAX keeps what it compiles in a folder, for runs of one config."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    values = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in values}
+    try:
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()

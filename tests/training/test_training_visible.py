@@ -1,0 +1,219 @@
+"""What a run shows: the panel of validation images in TensorBoard, tables above the bar, --dry-run, --help."""
+
+import hashlib
+import io
+import logging
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
+from tqdm import tqdm
+
+from pwcrf_jax.data import DataError, load_dataset
+from pwcrf_jax.training import config as configs
+from pwcrf_jax.training import dry_run, evaluate, inference, logs, loop, pictures
+
+ROOT = Path(__file__).resolve().parents[2]
+TAG = "val/image_truth_unary_all"
+
+
+def panels(workdir):
+    """{step: picture uint8 [H, W, 3]} of all event files."""
+    out = {}
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:  # length, its checksum, an event, its checksum
+            (length,) = struct.unpack("<Q", data[:8])
+            event, data = Event.FromString(data[12 : 12 + length]), data[16 + length :]
+            for value in event.summary.value:
+                if value.HasField("image"):
+                    assert value.tag == TAG
+                    out[event.step] = np.asarray(Image.open(io.BytesIO(value.image.encoded_image_string)))
+    return out
+
+
+def cells(picture, height, width):
+    """Rows of the pictures that a mosaic of one size was made of."""
+    return [
+        [picture[y : y + height, x : x + width] for x in range(0, picture.shape[1], width + 4)]
+        for y in range(0, picture.shape[0], height + 4)
+    ]
+
+
+# --- TensorBoard -----------------------------------------------------------------------------------------
+
+
+def test_the_panel_shows_images_truth_and_predictions(trained, config, tmp_path):
+    workdir = tmp_path / "work"
+    shutil.copytree(trained, workdir)
+    config.train.steps, config.eval.panel = 2, 4
+    loop.train_and_evaluate(config, str(workdir))  # goes on
+    config.train.steps, config.eval.panel = 3, 0
+    loop.train_and_evaluate(config, str(workdir))
+    shown = panels(workdir)
+    assert list(shown) == [1, 2]  # none of step 3
+
+    dataset = load_dataset(**configs.dataset_options(config))
+    source, palette = dataset.source("val"), np.array(dataset.palette, np.uint8)
+    chosen = pictures.chosen(len(source), config.eval.batch_size, 4)
+    assert chosen == [0, 1, 8, 9]
+    stored = configs.load(trained / "config.json")
+    model, params, step = evaluate.restore_params(stored, str(trained), "latest")
+    assert step == 1
+    alone = stored.copy_and_resolve_references()
+    alone.crf.num_iterations = 0
+    ways = [inference.Predictor(c, model, params) for c in (alone, stored)]
+    for i, row, later in zip(chosen, cells(shown[1], 192, 256), cells(shown[2], 192, 256), strict=True):
+        record = source[i]
+        assert len(row) == 4
+        np.testing.assert_array_equal(row[0], record["image"])
+        truth = np.where(record["label"][..., None] == 255, np.uint8(255), palette[record["label"] % 255])
+        np.testing.assert_array_equal(row[1], truth)
+        assert (record["label"] == 255).any()
+        for cell, way in zip(row[2:], ways, strict=True):
+            labels = next(way([(None, record["image"])]))[2].labels()
+            assert (cell != palette[labels]).any(-1).mean() < 1e-3  # but for ties
+        np.testing.assert_array_equal(row[:2], later[:2])  # the same images after going on
+    assert (shown[1] != shown[2]).any()
+
+
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "count", "wanted"),
+    [(100, 8, 4, [0, 24, 48, 72]), (10, 8, 4, [0, 1, 8, 9]), (9, 8, 4, [0, 1, 2, 8]), (3, 8, 4, [0, 1, 2])],
+)
+def test_images_are_spread_over_the_split_and_belong_to_process_0(num_images, batch_size, count, wanted):
+    assert pictures.chosen(num_images, batch_size, count) == wanted
+
+
+def test_a_panel_has_what_its_process_has():
+    palette = [(10, 0, 0), (0, 20, 0)]
+    rng = np.random.default_rng(0)
+    image, label = rng.integers(0, 256, (2, 8, 6, 3)).astype(np.uint8), rng.integers(0, 2, (2, 8, 6)).astype(np.uint8)
+    batch = {"image": image, "label": label, "valid_size": np.array([[8, 6], [5, 4]]), "id": ["a", "b"]}
+    labels = {"unary": 1 - label.reshape(2, 1, 8, 6)}  # of two devices
+    panel = pictures.Panel([4, 5, 6], 4, ("unary",), palette)  # the second of two batches; 6 is another process's
+    panel.add(0, batch, labels)
+    panel.add(1, batch, labels)
+    picture = panel.picture()
+    assert picture.shape == (2 * 8 + 4, 3 * 6 + 2 * 4, 3)
+    first, second = cells(picture, 8, 6)
+    np.testing.assert_array_equal(first[2], np.array(palette, np.uint8)[1 - label[0]])
+    np.testing.assert_array_equal(second[0][:5, :4], image[1, :5, :4])
+    assert (second[0][5:] == 128).all() and (second[0][:, 4:] == 128).all()
+
+
+def test_large_pictures_lose_pixels_and_no_colour():
+    labels = np.random.default_rng(0).integers(0, 3, (700, 321)).astype(np.uint8)
+    palette = [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
+    picture = pictures.mosaic([[pictures.coloured(labels, palette)]])
+    np.testing.assert_array_equal(picture, np.array(palette, np.uint8)[labels[::3, ::3]])
+
+
+# --- the terminal ----------------------------------------------------------------------------------------
+
+
+def test_lines_stand_above_the_bar():
+    stream = io.StringIO()
+    handler = logs._AboveBars(stream)
+    with tqdm(total=3, file=stream) as bar:
+        bar.update(1)
+        bar.refresh()
+        handler.emit(logging.LogRecord("x", logging.INFO, "", 0, "a table\nof %d lines", (2,), None))
+    lines = [line.rpartition("\r")[2] for line in stream.getvalue().split("\n")]
+    assert lines[:2] == ["a table", "of 2 lines"] and "1/3" in lines[2]
+
+
+# --- --dry-run -------------------------------------------------------------------------------------------
+
+
+def files(folder):
+    return {p.relative_to(folder): hashlib.sha256(p.read_bytes()).digest() for p in folder.rglob("*") if p.is_file()}
+
+
+def flat(config):
+    keys = ("data.data_dir", "data.synthetic.num_train", "data.synthetic.num_val", "data.crop_size", "model.hidden")
+    keys += ("model.tiny.features", "train.batch_size", "eval.batch_size")
+    values = dict(configs._flat(config))
+    return [f"--config.{key}={values[key]}" for key in keys]
+
+
+def test_dry_run_leaves_its_picture_alone(config, tmp_path):
+    command = [sys.executable, "train.py", "--config=configs/demo.py", f"--workdir={tmp_path / 'work'}", "--dry-run"]
+    done = subprocess.run([*command, *flat(config)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in (tmp_path / "work").iterdir()] == ["dry_run.png"]
+    model = configs.build_model(config)
+    leaves = jax.tree.leaves(evaluate.abstract_params(model))
+    assert re.search(rf"^all +{sum(x.size for x in leaves):,}$", done.stdout, re.MULTILINE)
+    hidden = rf"{config.train.batch_size // jax.device_count()} x 6 x 8 x {config.model.hidden} float32"
+    assert re.search(rf"^unary/first +{hidden} +bias 8, kernel 8 x 8 +72$", done.stdout, re.MULTILINE)
+    assert "training step" in done.stdout and "nothing was trained" in done.stderr
+    # The picture is the first batch of the run.
+    batches = loop.batches_from(config, load_dataset(**configs.dataset_options(config)), 0)
+    batch = next(batches)
+    batches.close()
+    palette = np.array(load_dataset(**configs.dataset_options(config)).palette, np.uint8)
+    rows = cells(np.asarray(Image.open(tmp_path / "work" / "dry_run.png")), 96, 128)
+    assert [len(row) for row in rows] == [4] * 4
+    for i, (image, label) in enumerate(zip(batch["image"], batch["label"], strict=True)):
+        np.testing.assert_array_equal(rows[i // 2][i % 2 * 2], image)
+        inside = label != 255
+        np.testing.assert_array_equal(rows[i // 2][i % 2 * 2 + 1][inside], palette[label[inside]])
+        assert (rows[i // 2][i % 2 * 2 + 1][~inside] == 255).all()
+
+
+def test_dry_run_beside_a_run(trained, config, tmp_path, capsys, caplog, monkeypatch):
+    workdir = tmp_path / "work"
+    shutil.copytree(trained, workdir)
+    before = files(workdir)
+    monkeypatch.setattr(logs.log, "propagate", True)
+    with caplog.at_level("INFO", logger=logs.log.name):
+        dry_run.run(config, str(workdir), str(tmp_path / "new" / "batch.png"))
+    assert files(workdir) == before and "would go on with the run there" in caplog.text
+    assert (tmp_path / "new" / "batch.png").exists() and "optimizer state" in capsys.readouterr().out
+    with pytest.raises(configs.ConfigError, match="--picture=a.jpg must end in .png"):
+        dry_run.run(config, str(workdir), "a.jpg")
+    with pytest.raises(configs.ConfigError, match="name --workdir, or where to write"):
+        dry_run.run(config)
+    with pytest.raises(DataError, match="config.json/a.png: cannot be written"):
+        dry_run.run(config, picture=str(workdir / "config.json" / "a.png"))
+    config.model.hidden = 0
+    with pytest.raises(configs.ConfigError, match="model.hidden"):
+        dry_run.run(config, str(workdir))
+
+
+# --- --help ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("script", "argument"), [("train.py", "--helpfull"), ("eval.py", "--help")])
+def test_help_shows_every_flag_with_default_and_example(script, argument):
+    command = [sys.executable, script, "--workdir=gone", argument]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    usage, _, text = done.stdout.partition("\nFlags:\n\n")
+    assert f"    python {script} " in usage
+    ours = text.partition("\n\n")[0]
+    sources = (ROOT / script).read_text() + (ROOT / "pwcrf_jax/training/distributed.py").read_text()
+    names = re.findall(r'flags\.DEFINE_\w+\(\s*"([\w-]+)"', sources)
+    names = [name for name in names if script == "train.py" or name != "config"]
+    assert names
+    blocks = dict(re.findall(r"^  --(?:\[no\])?([\w-]+)(.*?)(?=^  --|\Z)", ours, re.MULTILINE | re.DOTALL))
+    assert list(blocks) == names  # in the order of the source
+    for name, block in blocks.items():
+        assert re.match(r"(=[\w|]+)?  \(default: .+\)\n      \w", block), block
+        (example,) = re.findall(r"\n      Example: (.*)", block)
+        assert re.search(rf"--(no)?{name}\b", example), block
+        assert {re.sub("^no", "", x) for x in re.findall(r"--([\w-]+)", example)} <= {*names, "config", "tuned"}
+    if argument == "--helpfull":
+        for key, value in configs._flat(__import__("configs.default").default.get_config()):
+            if not key.startswith("relations."):
+                assert f"--config.{key}=" in text, (key, value)
+        assert "Flags of libraries" in text and "--verbosity" in text
