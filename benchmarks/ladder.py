@@ -12,8 +12,11 @@ relations, ahead of the dense CRF). Beside the ladder: joint (unary and relation
 config has it: the relations do not train the features) and joint_features (they do).
 
 Nothing is chosen on the images that are scored. Message weights and the dense CRF's parameters come from a pilot: the
-multiscale and the contextual model trained on 80 % of the training images, tuned on the other 20 % (eval.py
+multiscale and the contextual model trained on a part of the training images, tuned on the rest (eval.py
 --tune-refinement), once a set; every run then takes its last checkpoint.
+
+Steps, crops and batches are sized for two CPU cores (`SETS`): three seeds take some hours a set. --steps, --crop and
+--batch make it another ladder, and --results names a folder for it: figures of different sizes are never mixed.
 
 --curve: relations on the features of unaries that trained for an eighth, a quarter, a half and the whole of the steps,
 and on those of the baseline, with fixed message weights: nothing is chosen, every weight is reported.
@@ -32,6 +35,7 @@ import platform
 import sys
 import zlib
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -45,16 +49,34 @@ from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate, logs, loop, parallel, refinement, steps, tuning
 
 RESULTS = Path(__file__).parent / "results"
+SIZES = ("steps", "pair_steps", "batch_size", "crop_size")  # figures with others are of another ladder
 RUNGS = ("baseline", "pyramid", "multiscale", "refined", "contextual", "convs")
 RUN_OF = {"refined": "multiscale", "convs": "contextual"}  # rungs that differ in what is done to another's marginals
 MIDDLE = ("block_3_expand", "block_6_expand")
 ANIMALS = ("background", "cat", "cow", "dog", "horse", "sheep", "person")
 BESIDE = ("joint", "joint_features")
-SETS = {"camvid": (camvid_mobilenet_v2, "train"), "animals": (voc_mobilenet_v2, "train_aug")}
+
+
+class Setting(NamedTuple):
+    """How a set is trained here; held_out: percent of the training images that the pilot is tuned on."""
+
+    module: Any
+    split: str
+    steps: int
+    batch_size: int
+    crop_size: tuple[int, int]
+    held_out: int
+
+
+SETS = {
+    "camvid": Setting(camvid_mobilenet_v2, "train", 450, 4, (240, 320), 20),
+    "animals": Setting(voc_mobilenet_v2, "train_aug", 350, 4, (320, 320), 8),
+}
+# Boxes in cells: a share of the short side would be another distance in a crop than in the whole image.
+BOXES = {"surrounding": ((-4, 4), (-4, 4)), "above_below": ((-8, -1), (-4, 4))}
 PAIR_SHARE = 0.5  # of the unary's steps, that relations train on features that stand still
 CURVE = (("baseline", 1.0), ("multiscale", 0.125), ("multiscale", 0.25), ("multiscale", 0.5), ("multiscale", 1.0))
 CURVE_WEIGHTS = (0.5, 1.0, 2.0, 4.0)
-HELD_OUT = 20  # percent of the training images that the pilot is tuned on
 BOOTSTRAP = 2000
 
 
@@ -63,16 +85,20 @@ def config_of(args, rung, seed, split, unary="multiscale", share=1.0):
 
     unary: the rung whose features the contextual one stands on; share: of the steps, that this unary is trained for.
     """
-    module, _ = SETS[args.set]
-    config = module.get_config()
+    setting = SETS[args.set]
+    config = setting.module.get_config()
     config.seed = seed
     config.data.source_dir, config.data.data_dir, config.data.train_split = args.source_dir, args.data_dir, split
     config.data.partial = True
     config.init_from = args.init_from
     config.eval.classes = ANIMALS if args.set == "animals" else ()
     config.train.eval_every = 0  # nothing is chosen by validation
-    whole = args.steps or config.train.steps
-    config.train.steps = max(1, round(whole * share))
+    sizes = sizes_of(args)
+    config.train.steps = max(1, round(sizes["steps"] * share))
+    config.train.batch_size, config.data.crop_size = sizes["batch_size"], tuple(sizes["crop_size"])
+    for name, (rows, cols) in BOXES.items():
+        config.relations[name].unit = "cells"
+        config.relations[name].rows, config.relations[name].cols = rows, cols
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, config.train.steps // 4)
     features = unary if rung == "contextual" else rung
     if features in ("baseline", "pyramid"):
@@ -83,10 +109,35 @@ def config_of(args, rung, seed, split, unary="multiscale", share=1.0):
         config.model.relations = ()
     if rung == "contextual":
         config.loss.objective, config.loss.unary_share = "piecewise_staged", 0.0
-        config.train.steps = args.pair_steps or max(1, round(whole * PAIR_SHARE))
+        config.train.steps = sizes["pair_steps"]
         config.model.refinement_convs.layers = MIDDLE
     config.model.pairwise_trains_features = rung == "joint_features"
     return config
+
+
+def sizes_of(args):
+    """Steps of the unary and of the relations, batch and crop."""
+    setting = SETS[args.set]
+    whole = args.steps or setting.steps
+    sizes = whole, args.pair_steps or max(1, round(whole * PAIR_SHARE)), args.batch or setting.batch_size
+    return dict(zip(SIZES, (*sizes, list(args.crop or setting.crop_size)), strict=True))
+
+
+def kept(args, path):
+    """A result of before, or None.
+
+    Raises:
+      SystemExit: it is of other sizes.
+    """
+    if not path.exists():
+        return None
+    result, sizes = json.loads(path.read_text()), sizes_of(args)
+    if found := {k: result.get(k) for k in SIZES if result.get(k) != sizes[k]}:
+        raise SystemExit(
+            f"{path} holds figures of {found}, this ladder has {sizes}: name another folder with --results, or leave "
+            "--steps, --pair_steps, --crop and --batch as they were"
+        )
+    return result
 
 
 def trained(args, rung, seed, split, name, unary="multiscale", share=1.0):
@@ -106,21 +157,23 @@ def pilot(args):
 
     Those of the contextual model are of its sharpened marginals.
     """
-    split = SETS[args.set][1]
-    path = RESULTS / f"ladder_{args.set}_pilot.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
+    setting = SETS[args.set]
+    border = f"{100 - setting.held_out}%"
+    trains, tunes = f"{setting.split}[:{border}]", f"{setting.split}[{border}:]"
+    path = args.results / f"ladder_{args.set}_pilot.json"
+    found = kept(args, path) or sizes_of(args)
     for rung in ("multiscale", "contextual"):
         if rung not in found:
-            workdir = trained(args, rung, 0, f"{split}[:{100 - HELD_OUT}%]", "pilot")
+            workdir = trained(args, rung, 0, trains, "pilot")
             config = configs.load(workdir / "config.json")
-            chosen = tuning.tune(config, str(workdir), "latest", f"{split}[{100 - HELD_OUT}%:]", "full", args.trials)
+            chosen = tuning.tune(config, str(workdir), "latest", tunes, "full", args.trials)
             found[rung] = {key: chosen[key] for key in ("config", "miou_before", "miou_messages", "miou_after")}
             write(path, found)
-    return {rung: found[rung]["config"] for rung in found}
+    return {rung: found[rung]["config"] for rung in ("multiscale", "contextual")}
 
 
 def write(path, content):
-    RESULTS.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
     partial.replace(path)
@@ -177,16 +230,18 @@ def scores(counts, classes):
 
 
 def run(args):
-    split = SETS[args.set][1]
+    split = SETS[args.set].split
     chosen = pilot(args)
+    path_of = lambda rung, seed: args.results / f"ladder_{args.set}_{rung}_{seed}.json"
     for seed in args.seeds:
         for rung in args.rungs:
-            path = RESULTS / f"ladder_{args.set}_{rung}_{seed}.json"
-            if path.exists():
+            if kept(args, path_of(rung, seed)):
                 continue
             workdir = trained(args, RUN_OF.get(rung, rung), seed, split, "run")
             config = configs.load(workdir / "config.json")
             refined = {"refined": "all", "contextual": "all", "convs": "convs"}.get(rung, "")
+            if rung == "multiscale" and "refined" in args.rungs:
+                refined = "all"  # one pass for both rungs, which have the same marginals
             tuned = dict(chosen["contextual" if rung == "convs" else "multiscale"]) if refined else {}
             if rung == "contextual":
                 tuned["crf.weights"] = chosen["contextual"]["crf.weights"]
@@ -194,8 +249,9 @@ def run(args):
                 section, name = key.split(".")
                 config[section][name] = tuple(value) if isinstance(value, list) else value
             counts, ids, names = counts_of_images(config, workdir, refined)
-            write(path, result_of(args, config, names, ids, counts, seed=seed, rung=rung,
-                                  tuned=tuned or None))  # fmt: skip
+            about = dict(seed=seed, tuned=tuned or None)
+            for same in (rung, "refined") if rung == "multiscale" and refined else (rung,):
+                write(path_of(same, seed), result_of(args, config, names, ids, counts, rung=same, **about))
 
 
 def result_of(args, config, names, ids, counts, **about):
@@ -205,8 +261,8 @@ def result_of(args, config, names, ids, counts, **about):
     said = ", ".join(f"{row} {f['miou']:.2f}" for row, f in figures.items())
     print(f"{args.set} {about['rung']} seed {about['seed']}: {said}", flush=True)
     return dict(
-        set=args.set, **about, split=config.data.eval_split, images=len(ids), steps=config.train.steps,
-        batch_size=config.train.batch_size, date=datetime.date.today().isoformat(), jax=jax.__version__,
+        set=args.set, **about, split=config.data.eval_split, images=len(ids), **sizes_of(args),
+        date=datetime.date.today().isoformat(), jax=jax.__version__,
         python=platform.python_version(), device=jax.devices()[0].device_kind, cores=os.cpu_count(),
         classes=[names[i] for i in index], class_indices=index,
         rows={row: {k: round(float(v), 3) for k, v in f.items()} for row, f in figures.items()}, counts=pack(counts),
@@ -215,11 +271,11 @@ def result_of(args, config, names, ids, counts, **about):
 
 def run_curve(args):
     """What relations gain over unaries of several strengths, at each message weight."""
-    split = SETS[args.set][1]
+    split = SETS[args.set].split
     for seed in args.seeds:
         for unary, share in CURVE:
-            path = RESULTS / f"curve_{args.set}_{unary}_{share:g}_{seed}.json"
-            if path.exists():
+            path = args.results / f"curve_{args.set}_{unary}_{share:g}_{seed}.json"
+            if kept(args, path):
                 continue
             workdir = trained(args, "contextual", seed, split, "run", unary, share)
             config, counts = configs.load(workdir / "config.json"), {}
@@ -255,7 +311,7 @@ def summary(args):
     for name in SETS:
         found = {}
         for rung in (*RUNGS, *BESIDE):
-            for path in sorted(RESULTS.glob(f"ladder_{name}_{rung}_[0-9]*.json")):
+            for path in sorted(args.results.glob(f"ladder_{name}_{rung}_[0-9]*.json")):
                 result = json.loads(path.read_text())
                 found.setdefault(rung, {})[result["seed"]] = result
         if not found:
@@ -294,15 +350,15 @@ def summary(args):
                       f"its relations {gain[0]:+.2f} [{gain[1]:+.2f}, {gain[2]:+.2f}], {gain[3]} seeds")  # fmt: skip
                 figures |= {key: joint[0]}
         best = max(f["miou"] for runs in found.values() for r in runs.values() for f in r["rows"].values())
-        print_curve(name)
+        print_curve(args, name)
         out[name] = figures | {f"best_{name}_val_miou": round(best, 2)}
         if args.picture:
             picture(Path(args.picture).with_stem(f"{Path(args.picture).stem}_{name}"), found)
     print(json.dumps(out))
 
 
-def print_curve(name):
-    paths = sorted(RESULTS.glob(f"curve_{name}_*.json"))
+def print_curve(args, name):
+    paths = sorted(args.results.glob(f"curve_{name}_*.json"))
     results = sorted(
         (json.loads(path.read_text()) for path in paths), key=lambda r: (r["unary"], r["share"], r["seed"])
     )
@@ -353,9 +409,12 @@ def main():
     parser.add_argument(
         "--curve", action="store_true", help="instead of the rungs: gain over unaries of several strengths"
     )
-    parser.add_argument("--steps", type=int, default=0, help="of each training; 0: the config's")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the figures")
+    parser.add_argument("--steps", type=int, default=0, help="of each training; 0: as in SETS")
+    parser.add_argument("--crop", type=int, nargs=2, help="height and width of training crops")
+    parser.add_argument("--batch", type=int, default=0, help="images of a training step")
     parser.add_argument("--pair_steps", type=int, default=0, help="of the relations; 0: half of --steps")
-    parser.add_argument("--trials", type=int, default=17, help="settings of the dense CRF that the pilot tries")
+    parser.add_argument("--trials", type=int, default=10, help="settings of the dense CRF that the pilot tries")
     args = parser.parse_args()
     if args.summary:
         summary(args)
