@@ -76,6 +76,7 @@ SETS = {
 BOXES = {"surrounding": ((-4, 4), (-4, 4)), "above_below": ((-8, -1), (-4, 4))}
 PAIR_SHARE = 0.5  # of the unary's steps, that relations train on features that stand still
 CURVE = (("baseline", 1.0), ("multiscale", 0.125), ("multiscale", 0.25), ("multiscale", 0.5), ("multiscale", 1.0))
+EVAL_SPLIT = "val"
 CURVE_WEIGHTS = (0.5, 1.0, 2.0, 4.0)
 BOOTSTRAP = 2000
 
@@ -92,7 +93,8 @@ def config_of(args, rung, seed, split, unary="multiscale", share=1.0):
     config.data.partial = True
     config.init_from = args.init_from
     config.eval.classes = ANIMALS if args.set == "animals" else ()
-    config.train.eval_every = 0  # nothing is chosen by validation
+    # Nothing is chosen by validation: a run ends with a look at a few images, the figures are made by `run`.
+    config.train.eval_every, config.eval.panel, config.data.eval_split = 0, 0, f"{EVAL_SPLIT}[:4]"
     sizes = sizes_of(args)
     config.train.steps = max(1, round(sizes["steps"] * share))
     config.train.batch_size, config.data.crop_size = sizes["batch_size"], tuple(sizes["crop_size"])
@@ -184,12 +186,12 @@ def counts_of_images(config, workdir, refined=""):
 
     refined: a row, "all" or "convs"; the dense CRF on it is one more row, "refined".
     """
-    model, params, _, dataset = evaluate.load(config, str(workdir), "latest", config.data.eval_split)
+    model, params, _, dataset = evaluate.load(config, str(workdir), "latest", EVAL_SPLIT)
     one = jax.devices()[:1]
     step = evaluate.eval_step(config, model, marginals_of=refined or "all")
     step = parallel.pmap_eval(step, devices=one, per_image=True)
     counts, ids = {}, []
-    batches = eval_batches(dataset, config.data.eval_split, batch_size=1, size=config.data.eval_size)
+    batches = eval_batches(dataset, EVAL_SPLIT, batch_size=1, size=config.data.eval_size)
     for batch in tqdm(batches, desc=str(workdir), disable=None, leave=False):
         inputs = parallel.split({k: batch[k] for k in ("image", "label", "valid_size")}, 1)
         sums, marginals = step(params, inputs)
@@ -261,7 +263,7 @@ def result_of(args, config, names, ids, counts, **about):
     said = ", ".join(f"{row} {f['miou']:.2f}" for row, f in figures.items())
     print(f"{args.set} {about['rung']} seed {about['seed']}: {said}", flush=True)
     return dict(
-        set=args.set, **about, split=config.data.eval_split, images=len(ids), **sizes_of(args),
+        set=args.set, **about, split=EVAL_SPLIT, images=len(ids), **sizes_of(args),
         date=datetime.date.today().isoformat(), jax=jax.__version__,
         python=platform.python_version(), device=jax.devices()[0].device_kind, cores=os.cpu_count(),
         classes=[names[i] for i in index], class_indices=index,
