@@ -318,6 +318,8 @@ def summary(args):
                 found.setdefault(rung, {})[result["seed"]] = result
         if not found:
             continue
+        if len({json.dumps([r.get(k) for k in SIZES]) for runs in found.values() for r in runs.values()}) > 1:
+            raise SystemExit(f"{args.results}: figures of {name} with different {', '.join(SIZES)}: not one ladder")
         classes = next(iter(next(iter(found.values())).values()))["class_indices"]
         counts = {rung: {seed: unpack(r["counts"]) for seed, r in runs.items()} for rung, runs in found.items()}
         rng = np.random.default_rng(0)

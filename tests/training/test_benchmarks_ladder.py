@@ -1,0 +1,114 @@
+"""The ladder's figures: counts of images give the usual scores, intervals are paired, ladders are not mixed."""
+
+import argparse
+import importlib.util
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from pwcrf_jax import metrics
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CLASSES, IMAGES, K = [0, 2, 3], 30, 4
+
+
+@pytest.fixture(scope="module")
+def ladder():
+    spec = importlib.util.spec_from_file_location("ladder", ROOT / "benchmarks/ladder.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def confusions(rng, right):
+    """int64 [images, 3, K, K], of predictions of which a share is right."""
+    truth = rng.integers(0, K, (IMAGES, 3, 400))
+    predicted = np.where(rng.random(truth.shape) < right, truth, rng.integers(0, K, truth.shape))
+    out = np.zeros((IMAGES, 3, K, K), np.int64)
+    image, band = (x.ravel() for x in np.indices(truth.shape)[:2])
+    np.add.at(out, (image, band, truth.ravel(), predicted.ravel()), 1)
+    return out
+
+
+def counts_of(n):
+    return np.stack([np.diagonal(n, axis1=2, axis2=3), n.sum(3), n.sum(2)], axis=2)
+
+
+def options(ladder, results, **more):
+    defaults = dict(set="animals", results=results, picture=None, steps=0, pair_steps=0, batch=0, crop=None)
+    return argparse.Namespace(**(defaults | more))
+
+
+def keep(ladder, args, rung, seed, rows):
+    result = dict(set=args.set, rung=rung, seed=seed, class_indices=CLASSES, **ladder.sizes_of(args))
+    result["rows"] = {row: ladder.scores(x.sum(0), CLASSES) for row, x in rows.items()}
+    result["counts"] = ladder.pack(rows)
+    ladder.write(args.results / f"ladder_{args.set}_{rung}_{seed}.json", result)
+
+
+def test_scores_are_those_of_the_confusion_matrix(ladder):
+    matrix = confusions(np.random.default_rng(0), 0.6)
+    counts = ladder.unpack(json.loads(json.dumps(ladder.pack({"all": counts_of(matrix)}))))["all"]
+    found = ladder.scores(counts.sum(0), CLASSES)
+    for band, name in enumerate(("miou", "boundary_iou_3px", "boundary_iou_5px")):
+        expected = metrics.scores(matrix.sum(0)[band], CLASSES)
+        assert found[name] == pytest.approx(100 * float(expected.mean_iou), abs=1e-4)
+    whole = metrics.scores(matrix.sum(0)[0], CLASSES)
+    assert found["mean_accuracy"] == pytest.approx(100 * float(whole.mean_accuracy), abs=1e-4)
+    assert found["pixel_accuracy"] == pytest.approx(100 * float(whole.pixel_accuracy), abs=1e-4)
+
+
+def test_intervals_are_of_pairs(ladder):
+    """The same image in both: the interval of a constant difference is narrow, however much images differ."""
+    rng = np.random.default_rng(1)
+    first = [counts_of(confusions(rng, 0.5)) for _ in range(2)]
+    gain, low, high = ladder.bootstrap(first, first, CLASSES, np.random.default_rng(0))
+    assert gain == low == high == 0
+    better = [counts_of(confusions(rng, 0.7)) for _ in range(2)]
+    gain, low, high = ladder.bootstrap(first, better, CLASSES, np.random.default_rng(0))
+    assert 0 < low < gain < high
+    expected = np.mean([ladder.scores(b.sum(0), CLASSES)["miou"] for b in better])
+    expected -= np.mean([ladder.scores(f.sum(0), CLASSES)["miou"] for f in first])
+    assert gain == pytest.approx(expected)
+
+
+def test_summary_ends_with_the_figures(ladder, tmp_path, capsys):
+    args, rng = options(ladder, tmp_path), np.random.default_rng(2)
+    rows = lambda *shares: {
+        row: counts_of(confusions(rng, share)) for row, share in zip(("unary", "all", "refined"), shares, strict=False)
+    }
+    for seed in (0, 1):
+        keep(ladder, args, "multiscale", seed, rows(0.5, 0.5))
+        keep(ladder, args, "contextual", seed, rows(0.5, 0.7, 0.8))
+    keep(ladder, args, "joint", 1, rows(0.4, 0.6))
+    ladder.summary(args)
+    *lines, last = capsys.readouterr().out.splitlines()
+    out = json.loads(last)["animals"]
+    assert 0 < out["crf_gain_low"] < out["crf_gain"] and out["seeds"] == 2
+    assert out["joint_unary_minus_alone"] < 0 and 60 < out["best_animals_val_miou"] < 90
+    assert any(line.split()[0] == "contextual" and "2 seeds" in line for line in lines if line.strip())
+
+
+def test_ladders_of_other_sizes_are_not_mixed(ladder, tmp_path):
+    args, rng = options(ladder, tmp_path), np.random.default_rng(3)
+    keep(ladder, args, "baseline", 0, {"all": counts_of(confusions(rng, 0.5))})
+    path = tmp_path / "ladder_animals_baseline_0.json"
+    assert ladder.kept(args, path)["seed"] == 0 and ladder.kept(args, tmp_path / "none") is None
+    other = options(ladder, tmp_path, steps=7)
+    with pytest.raises(SystemExit, match="holds figures of {'steps': 350, 'pair_steps': 175}, this ladder has"):
+        ladder.kept(other, path)
+    keep(ladder, other, "baseline", 1, {"all": counts_of(confusions(rng, 0.5))})
+    with pytest.raises(SystemExit, match="figures of animals with different steps"):
+        ladder.summary(args)
+
+
+@pytest.mark.parametrize("name", ["camvid", "animals"])
+def test_a_relation_is_the_same_in_crop_and_image(ladder, name):
+    args = options(ladder, None, set=name, source_dir="", data_dir="", init_from="")
+    config = ladder.config_of(args, "contextual", 0, "train")
+    assert config.loss.objective == "piecewise_staged" and config.train.steps == ladder.SETS[name].steps // 2
+    for relation in ("surrounding", "above_below"):
+        assert config.relations[relation].unit == "cells"
+    assert ladder.config_of(args, "baseline", 0, "train").model.relations == ()
