@@ -139,8 +139,8 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer(
     "report_inspect",
-    12,
-    "Of --report: images of the gallery whose cells and messages can be looked into, at most. "
+    None,
+    "Of --report: images of the gallery whose cells and messages can be looked into, at most; none: 12. "
     "Example: --report --report_inspect 20",
     lower_bound=0,
 )

@@ -6,7 +6,7 @@
         --config.init_from=PATH/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5
 
 The folder is described in docs/datasets.md. K is the number of classes in classes.txt; H and W are at least the largest
-height and width of your images, which the first command prints, and times 1.2 multiples of 16: 320, 400, 520, 640, 800.
+height and width of your images, and times 1.2 multiples of 16. The first command prints both flags.
 """
 
 from configs import default

@@ -25,6 +25,8 @@ REPORT = "label_report.json"
 INTERPOLATED = 0.35
 """Share of blurred borders from which a mask counts as interpolated. Masks of CamVid and VOC have up to 0.03, the same
 resized or turned with bilinear or bicubic weights 0.36 to 1, noise 0.23."""
+EVEN_SIZE = 40
+"""Pixels: cells of 16 cover multiples of it evenly at 1.2 times their size, the largest scale."""
 
 
 class LabelGuard:
@@ -275,6 +277,11 @@ def format_report(report: dict[str, Any]) -> str:
                  for about in labelled.values())  # fmt: skip
         lines.append(f"{k:3} {name:{width}}" + "".join(cells))
     lines += [f"warning: {warning}" for warning in report["warnings"]] or ["no warnings"]
+    largest = [max(about["largest"][axis] for about in report["splits"].values()) for axis in (0, 1)]
+    height, width = (-(-side // EVEN_SIZE) * EVEN_SIZE for side in largest)
+    lines.append(
+        f"to train: --config.data.num_classes={len(report['classes'])} --config.data.eval_size=\"({height},{width})\""
+    )
     return "\n".join(lines)
 
 

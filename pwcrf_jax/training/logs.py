@@ -138,7 +138,10 @@ class Progress:
     def __init__(self, first_step: int, num_steps: int, batch_size: int):
         self._num_steps, self._batch_size = num_steps, batch_size
         self._last = (first_step, time.monotonic())
-        self._bar = tqdm(total=num_steps, initial=first_step, unit="step") if sys.stderr.isatty() else None
+        # What a narrow terminal cuts off stands last: the NLL of each kind of factor.
+        form = "{percentage:3.0f}% |{bar:10}| {n_fmt}/{total_fmt}{postfix}"
+        options = dict(total=num_steps, initial=first_step, bar_format=form, dynamic_ncols=True)
+        self._bar = tqdm(**options) if sys.stderr.isatty() else None
 
     def restart(self, step: int) -> None:
         """Starts a new interval: what was done since the last report (evaluation) does not count."""
@@ -156,14 +159,15 @@ class Progress:
         # Before any inference: a relation whose NLL stays above twice the unary's has learned no interaction.
         unary = metrics.get("nll_unary", math.nan)  # a batch may be void all over
         others = ", ".join(f"{k[4:]} {v:.3f}" for k, v in metrics.items() if k.startswith("nll_") and k != "nll_unary")
-        text = f"loss {metrics.get('loss', math.nan):.4f}  nll unary {unary:.3f}"
+        loss, terms = f"loss {metrics.get('loss', math.nan):.4f}", f"nll unary {unary:.3f}"
         if others:
-            text += f"  {others} (2 x unary {2 * unary:.3f})"
+            terms += f"  {others} (2 x unary {2 * unary:.3f})"
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{text}  {speed}")
-            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str("  ".join(filter(None, (loss, speed, terms))), refresh=False)
+            self._bar.n = step
+            self._bar.refresh()
         else:
-            log.info("step %d/%d  %s  %s", step, self._num_steps, text, speed)
+            log.info("step %d/%d  %s  %s  %s", step, self._num_steps, loss, terms, speed)
         self._last = (step, time.monotonic())
         return rate
 

@@ -58,8 +58,15 @@ def test_counts(examples):
     assert examples.warnings == ["never in training masks: tree"]
     text = check.format_report(report)
     assert "train: 2 images, 1-2 high, 3-4 wide, 30.0% void" in text and "warning: never" in text
+    assert text.endswith('\nto train: --config.data.num_classes=4 --config.data.eval_size="(40,40)"')
     (road,) = (line for line in text.splitlines() if line.startswith("  1 road"))
     assert road.split() == ["1", "road", "42.86%", "1", "25.00%", "1"]
+
+
+def test_sizes_to_train_with_are_of_the_largest_image_of_any_split(examples):
+    examples.add("train", "a", np.zeros((40, 7), np.uint8))
+    examples.add("val", "b", np.zeros((2, 81), np.uint8))
+    assert '"(40,120)"' in check.format_report(examples.guard.report())
 
 
 def test_nothing_to_warn_of(examples):

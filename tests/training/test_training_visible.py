@@ -1,13 +1,17 @@
 """What a run shows: the panel of validation images in TensorBoard, tables above the bar, --dry-run, --help."""
 
+import fcntl
 import hashlib
 import io
 import logging
+import os
+import pty
 import re
 import shutil
 import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import jax
@@ -118,6 +122,24 @@ def test_large_pictures_lose_pixels_and_no_colour():
 
 
 # --- the terminal ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_the_bar_tells_loss_speed_and_time_left_on_any_terminal(monkeypatch, columns):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+    with open(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        progress = logs.Progress(0, 900, 16)
+        numbers = dict(loss=9.452, nll_unary=1.895, nll_above_below=3.7, nll_surrounding=3.8)
+        assert progress.report(20, numbers) > 0
+        progress.close()
+        terminal.flush()
+        shown = os.read(ours, 1 << 16).decode().replace("\n", "\r").split("\r")
+    (line,) = {x.strip() for x in shown if "loss" in x}
+    assert "20/900" in line and "loss 9.4520" in line
+    assert re.search(r"[\d.]+ img/s  \d+:\d\d:\d\d left  nll unary", line)
+    assert len(line) < columns and ("(2 x unary 3.790)" in line) == (columns == 200)
 
 
 def test_lines_stand_above_the_bar():
