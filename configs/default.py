@@ -90,7 +90,7 @@ def get_config():
     config.train.log_every = 20
     config.train.eval_every = 250  # steps; 0: only at the end
     config.train.checkpoint_every = 100
-    config.train.keep_checkpoints = 2
+    config.train.keep_checkpoints = 2  # with 1 there is none to fall back to
     config.train.max_skipped_steps = 3  # steps without a finite loss and gradient are skipped; one more ends the run
 
     config.crf = ConfigDict()

@@ -90,14 +90,17 @@ def exists(folder: str) -> bool:
 class Store:
     """One folder of checkpoints. Each holds named trees of arrays and a `meta` dict of plain JSON values."""
 
-    def __init__(self, folder: str, model: dict, keep: int | None = None, class_names=()):
+    def __init__(self, folder: str, model: dict, keep: int | None = None, class_names=(), score: str = ""):
         """model: `config.identity` of the model whose checkpoints these are.
 
         keep: how many of the newest checkpoints stay; None to read only, which changes nothing in the folder.
         class_names: of the data set; (): not compared.
+        score: a number of `meta`; the checkpoint with the highest comes first, not the newest. There is one but for
+          what a kill leaves between a save and the deletion of what it replaces.
         """
         self.folder, self._model, self._class_names = os.path.abspath(folder), model, list(class_names)
         self._keep, self._saving = keep, None  # (step, Orbax' response) of a save on its way
+        self._score = score
         if keep is None and not os.path.isdir(folder):
             raise CheckpointError(f"no checkpoint in {folder}: train first, or name another --workdir")
         if self._is_writer():
@@ -109,6 +112,11 @@ class Store:
         """Step of the newest checkpoint, which may be damaged."""
         steps = _steps(self.folder)
         return steps[-1] if steps else None
+
+    @property
+    def damaged(self) -> list[str]:
+        """Folders of checkpoints that were set aside."""
+        return [name for name in sorted(os.listdir(self.folder)) if _DAMAGED in name]
 
     def save(self, step: int, trees: dict, meta: dict) -> None:
         """Starts a save in the background; `wait` for it before leaving. There must be none of this step.
@@ -166,10 +174,21 @@ class Store:
         self._saving = None
         others = [x for x in _steps(self.folder) if x != step]
         if self._is_writer():
-            for old in others[: max(len(others) - self._keep + 1, 0)]:
-                # Under another name first: a folder that is half deleted must not look like a checkpoint.
-                os.replace(self._path(old), self._path(old) + _DELETED)
-            self._clear()
+            self._delete(others[: max(len(others) - self._keep + 1, 0)])
+
+    def keep_only(self, step: int) -> None:
+        """Deletes all checkpoints but that of a step; sets aside those that cannot be read."""
+        for other in [x for x in _steps(self.folder) if x != step] if self._is_writer() else ():
+            if self._rank(other)[0] > -np.inf:
+                self._delete([other])
+            else:
+                self._set_aside(other)
+
+    def _delete(self, steps):
+        for step in steps:
+            # Under another name first: a folder that is half deleted must not look like a checkpoint.
+            os.replace(self._path(step), self._path(step) + _DELETED)
+        self._clear()
 
     def _unwritten(self, step, error):
         newest = f"the newest checkpoint, step {self.latest}, is as it was" if exists(self.folder) else "there is none"
@@ -182,20 +201,22 @@ class Store:
         """The meta of the checkpoint that `restore` tries first; CheckpointError as there."""
         return self._newest_whole(self._meta, quiet=True)
 
-    def restore(self, abstract: dict) -> tuple[dict, dict]:
+    def restore(self, abstract) -> tuple[dict, dict]:
         """The named trees of the newest checkpoint that is whole, on one device, and its meta.
 
         Damaged ones are named in the log; a Store that writes moves them to STEP.damaged, once another is found whole.
 
-        abstract: {name: tree of ShapeDtypeStruct or arrays}; trees that are not named are not read.
+        abstract: {name: tree of ShapeDtypeStruct or arrays}, or a function of a checkpoint's meta that returns it;
+          trees that are not named are not read.
         Raises CheckpointError: none there, none whole, or another model's, naming the first key or leaf that differs.
         """
 
         def read(step):
             meta = self._meta(step)
-            saved = {k: v for k, v in meta["leaves"].items() if k.split("/")[0] in abstract}
-            _check_same(saved, leaves(abstract), self._path(step))
-            trees = self._load(step, jax.tree.map(lambda x: np.empty(x.shape, x.dtype), abstract))
+            wanted = abstract(meta) if callable(abstract) else abstract
+            saved = {k: v for k, v in meta["leaves"].items() if k.split("/")[0] in wanted}
+            _check_same(saved, leaves(wanted), self._path(step))
+            trees = self._load(step, jax.tree.map(lambda x: np.empty(x.shape, x.dtype), wanted))
             found = hashes(trees)
             for name in found if "hashes" in meta else ():
                 if found[name] != meta["hashes"].get(name):
@@ -208,9 +229,9 @@ class Store:
         return jax.device_put(trees, jax.local_devices()[0]), meta
 
     def _newest_whole(self, read, quiet=False):
-        """What read(step) returns of the newest step where it raises no _Damaged."""
+        """What read(step) returns of the newest step, or that of the highest score, where it raises no _Damaged."""
         damaged, steps = {}, _steps(self.folder)
-        for step in reversed(steps):
+        for step in reversed(sorted(steps, key=self._rank)):
             try:
                 found = read(step)
             except _Damaged as error:
@@ -229,6 +250,14 @@ class Store:
             f"{said} and no other is there: put a copy in its place, or move it away; what is left of the run is in "
             f"{os.path.dirname(self.folder)} (--checkpoint of eval.py chooses between best and latest)"
         )
+
+    def _rank(self, step):
+        if not self._score:
+            return step, 0
+        try:
+            return self._meta(step)[self._score], step
+        except (_Damaged, KeyError):
+            return -np.inf, step
 
     def _meta(self, step):
         stored = self._load(step, {"meta": None})["meta"]

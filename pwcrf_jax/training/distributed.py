@@ -65,7 +65,7 @@ def start() -> None:
     named = {}
     if options.coordinator:
         host, _, port = options.coordinator.rpartition(":")
-        if not host or not port.isdecimal():
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
             raise ConfigError(f"--coordinator={options.coordinator} must be HOST:PORT, such as 10.0.0.2:29500")
         if options.process_id >= options.num_processes:
             raise ConfigError(

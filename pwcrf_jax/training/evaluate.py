@@ -16,6 +16,8 @@ from pwcrf_jax.training import checkpoint, inference, parallel, refinement, step
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training.logs import log
 
+BEST = "miou_all"  # in the meta of a checkpoint of best/: mean IoU of the final row
+
 
 def eval_step(config, model, marginals_of=None, labels_of=()):
     """The evaluation step of a config, see `steps.make_eval_step`."""
@@ -263,7 +265,8 @@ def restore_params(config, workdir: str, which: str = "best"):
 
 def _store(config, workdir, which, class_names=()):
     folder = os.path.join(workdir, {"best": "best", "latest": "checkpoints"}[which])
-    return checkpoint.Store(folder, configs.identity(config), class_names=class_names)
+    score = BEST if which == "best" else ""
+    return checkpoint.Store(folder, configs.identity(config), class_names=class_names, score=score)
 
 
 def write(result: dict, workdir: str) -> str:

@@ -17,6 +17,7 @@ from tensorboardX.summary import image, scalar
 from tqdm import tqdm
 
 log = logging.getLogger("pwcrf_jax")
+METRICS = "metrics.jsonl"  # in a workdir
 
 
 def setup() -> None:
@@ -63,7 +64,7 @@ class Writer:
 
         evaluated: whether the evaluation of that step is done, too; False takes its lines back as well.
         """
-        path = os.path.join(workdir, "metrics.jsonl")
+        path = os.path.join(workdir, METRICS)
         keep = lambda line: line["step"] <= step and (evaluated or line["step"] < step or not _is_val(line))
         if number := _take_back(path, keep):
             log.info("%d lines of %s are of steps that are done again, and were taken out", number, path)
@@ -125,6 +126,16 @@ def _take_back(path, keep) -> int:
             file.writelines(kept)
         os.replace(path + ".partial", path)
     return len(lines) - len(kept)
+
+
+def last_step(workdir: str) -> int | None:
+    """The last step that metrics.jsonl in a workdir tells of; None: of none."""
+    steps = []
+    with contextlib.suppress(OSError), open(os.path.join(workdir, METRICS), errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                steps.append(int(json.loads(line)["step"]))
+    return max(steps, default=None)
 
 
 def _duration(seconds: float) -> str:

@@ -13,11 +13,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from pwcrf_jax.data import check_sizes, load_dataset, train_batches
+from pwcrf_jax.data.datasets import builder_class
 from pwcrf_jax.nets import WeightsError, load_pretrained
 from pwcrf_jax.planning import plan
 from pwcrf_jax.training import checkpoint, compilation, evaluate, lock, parallel, pictures, preemption, steps
 from pwcrf_jax.training import config as configs
-from pwcrf_jax.training.logs import Progress, Writer, log
+from pwcrf_jax.training.logs import METRICS, Progress, Writer, last_step, log
 from pwcrf_jax.training.optimizer import make_optimizer
 
 
@@ -48,19 +49,18 @@ def train_and_evaluate(config, workdir: str) -> dict:
 def _run(config, workdir, dataset):
     """`train_and_evaluate` in a workdir that nobody else trains in."""
     config, fresh_params = resolve(config, workdir)
-    store = lambda name, keep: checkpoint.Store(
-        os.path.join(workdir, name), configs.identity(config), keep, dataset.class_names
+    store = lambda name, keep, score="": checkpoint.Store(
+        os.path.join(workdir, name), configs.identity(config), keep, dataset.class_names, score
     )
-    with store("checkpoints", config.train.keep_checkpoints) as latest, store("best", 1) as best:
+    with store("checkpoints", config.train.keep_checkpoints) as latest, store("best", 1, evaluate.BEST) as best:
         model = configs.build_model(config)
         tx = make_optimizer(config.optimizer, config.model, config.train.steps, configs.unary_steps(config))
-        best_meta = best.restore({"params": evaluate.abstract_params(model)})[1] if best.latest is not None else None
+        best_meta = None
+        if best.latest is not None:
+            best_meta = best.restore({"params": evaluate.abstract_params(model)})[1]
+            best.keep_only(best_meta["step"])
         if latest.latest is None:
-            if best_meta:
-                raise checkpoint.CheckpointError(
-                    f"{best.folder} holds a model, but {latest.folder} is empty, so the run cannot go on; "
-                    "use another --workdir, or move that folder away"
-                )
+            _check_new(workdir, latest, best)
             state, meta = _fresh(model, tx, fresh_params()), {"step": 0, "samples_seen": 0}
         else:
             _check_stages(config, latest.meta())
@@ -75,6 +75,8 @@ def _run(config, workdir, dataset):
 def checked_dataset(config):
     """The data set of a config; what is wrong with the config or the set is refused here."""
     configs.validate(config)
+    if names := getattr(builder_class(config.data.name), "class_names", ()):
+        configs.check_classes(config, names)  # before the set is prepared, which may take hours
     dataset = load_dataset(**configs.dataset_options(config))
     configs.check_classes(config, dataset.class_names)
     for split in (config.data.train_split, config.data.eval_split):
@@ -82,6 +84,21 @@ def checked_dataset(config):
     dataset.source(config.data.train_split)  # unknown and empty splits are refused here
     check_sizes(dataset, config.data.eval_split, config.data.eval_size)
     return dataset
+
+
+def _check_new(workdir, latest, best):
+    """A run whose checkpoints are gone does not begin anew over what is left of it."""
+    told, file = last_step(workdir), os.path.join(workdir, "config.json")
+    # The save of a step is through when the next one begins, whose step may be told by then.
+    saved = told and os.path.exists(file) and told > 2 * configs.load(file).train.checkpoint_every
+    left = [f"{best.folder} holds a model"] if best.latest is not None else []
+    left += [f"{latest.folder} holds {', '.join(latest.damaged)}"] if latest.damaged else []
+    left += [f"{os.path.join(workdir, METRICS)} tells of {told} steps"] if saved else []
+    if left:
+        raise checkpoint.CheckpointError(
+            f"{left[0]}, but {latest.folder} has no whole checkpoint, so the run cannot go on; put one there, use "
+            "another --workdir, or move what is left of the run away"
+        )
 
 
 def _check_together(step, latest):
@@ -190,10 +207,10 @@ def _restore(latest, abstract):
     # Version 0.1 kept the states of the update rule's parts beside the others, now they are a tuple of their own.
     *before, rule, groups = abstract.opt_state
     flat = _trees(abstract.replace(opt_state=(*before, *rule, groups)))
-    as_in_0_1 = checkpoint.leaves(flat).keys() == latest.meta()["leaves"].keys()
-    trees, meta = latest.restore(flat if as_in_0_1 else _trees(abstract))
+    as_in_0_1 = lambda meta: checkpoint.leaves(flat).keys() == meta["leaves"].keys()
+    trees, meta = latest.restore(lambda meta: flat if as_in_0_1(meta) else _trees(abstract))
     state = steps.TrainState(**trees["rest"], params=trees["params"])
-    if as_in_0_1:
+    if as_in_0_1(meta):
         n, parts = len(before), state.opt_state
         state = state.replace(opt_state=(*parts[:n], tuple(parts[n:-1]), parts[-1]))
     return state, meta
@@ -220,7 +237,7 @@ def batches_from(config, dataset, step):
 def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_meta):
     c = config.train
     step, samples_seen = meta["step"], meta["samples_seen"]
-    best_score = best_meta and best_meta["miou_all"]
+    best_score = best_meta and best_meta[evaluate.BEST]
     unary_steps = configs.unary_steps(config)
     about = {"config": json.loads(json.dumps(config.to_dict())), "unary_steps": unary_steps}
     evaluates = lambda step: step == c.steps or bool(c.eval_every) and step % c.eval_every == 0
@@ -230,7 +247,7 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_
         # Of a run that fell back to an older state, the step may be there already.
         if (best_score is None or score > best_score) and step != best.latest:
             best_score = score
-            best.save(step, {"params": state.params}, about | {"miou_all": score})
+            best.save(step, {"params": state.params}, about | {evaluate.BEST: score})
             best.wait()
 
     score = meta.get("score")  # of the state to go on from
@@ -308,6 +325,7 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_
                 jax.block_until_ready(metrics)
                 preemption.begin()
                 log.info("first step after %.1f s", time.monotonic() - started)
+                compilation.seal()  # also for a run that is killed before its first save
                 progress = Progress(step, c.steps, c.batch_size)
                 stack.callback(progress.close)
             if step % c.log_every == 0 or step == c.steps:

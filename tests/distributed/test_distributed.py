@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -94,14 +95,13 @@ def test_as_one_process(tmp_path, processes):
     assert_same_run(one, several)
     assert "step 6/6" in logs[0] and not any("step 6/6" in log for log in logs[1:])
     results = []
-    for workdir, count in ((one, 1), (several, processes)):
-        codes, logs = finished(start(tmp_path, workdir, count, "eval.py"))
+    for count in (1, processes):
+        codes, logs = finished(start(tmp_path, one, count, "eval.py"))
         assert codes == [0] * count, logs
         assert not any("mean IoU" in log for log in logs[1:])
-        results.append(json.loads((workdir / "eval_val.json").read_text()))
+        results.append(json.loads((one / "eval_val.json").read_text()))
     assert results[0]["num_images"] == results[1]["num_images"] == 10
-    for row, figures in results[0]["rows"].items():
-        assert figures["miou"] == pytest.approx(results[1]["rows"][row]["miou"], abs=2e-3), row
+    assert results[0]["rows"] == results[1]["rows"]  # quotients of the same integers
 
 
 def test_a_lost_process_ends_the_others_and_the_run_goes_on(tmp_path):
@@ -115,7 +115,7 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on(tmp_path):
     started[1][0].send_signal(signal.SIGKILL)
     codes, logs = finished(started)
     assert codes[1] == -signal.SIGKILL and codes[0] != 0, (codes, logs)
-    assert len(logs[0].splitlines()) > 3  # it said something
+    assert re.search("heartbeat|unhealthy|connection|another task", logs[0], re.IGNORECASE), logs[0]
     trained(tmp_path, 1, "broken", **{"train.checkpoint_every": 1})
     assert_same_run(whole, workdir)
 
@@ -133,12 +133,19 @@ def test_sigterm_to_one_stops_all_at_one_step(tmp_path):
     assert f"step {newest} is saved" in logs[0]
 
 
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.name)
+def test_scripts_are_read_by_bash_and_start_train_py(script):
+    assert subprocess.run(["bash", "-n", script], capture_output=True, text=True).stderr == ""
+    assert "train.py" in script.read_text() and "--distributed" in script.read_text()
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         (["--coordinator=127.0.0.1:2"], "belong together"),
         (["--num_processes=2", "--process_id=0"], "belong together"),
         (["--coordinator=nowhere", "--num_processes=2", "--process_id=0"], "must be HOST:PORT"),
+        (["--coordinator=127.0.0.1:99999", "--num_processes=2", "--process_id=0"], "must be HOST:PORT"),
         (["--coordinator=a:1", "--num_processes=2", "--process_id=2"], "count from 0"),
         (["--distributed", "--process_id=1"], "give it alone"),
         (["--distributed"], "JAX finds no cluster here"),

@@ -67,6 +67,17 @@ def test_training_goes_on_with_it(old, caplog):
     assert meta["step"] == 6 and trees["rest"]["step"] == 6 and meta["hashes"] and meta["samples_seen"] == 48
 
 
+def test_a_damaged_state_is_passed_over_for_one_of_it(old, caplog):
+    """Though the states differ in layout."""
+    workdir, config = old
+    config.train.steps, config.train.keep_checkpoints = 6, 2
+    loop.train_and_evaluate(config, str(workdir))
+    damaged = max((workdir / "checkpoints/6/rest").rglob("d/*"), key=lambda path: path.stat().st_size)
+    damaged.write_bytes(bytes(255 - x for x in damaged.read_bytes()))
+    loop.train_and_evaluate(config, str(workdir))
+    assert "checkpoints/6 cannot be read" in caplog.text and states.read(workdir)[1]["step"] == 6
+
+
 def test_a_damaged_meta_of_it_is_not_taken_for_old(old):
     """What has other keys than version 0.1 wrote has been spoiled, not written by it."""
     workdir, config = old

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -79,6 +80,45 @@ def test_a_damaged_best_is_refused_everywhere(config, work):
     assert evaluate.evaluate(stored, str(work), "latest")["step"] == 6
     shutil.rmtree(step)
     assert loop.train_and_evaluate(config, str(work))
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(config, work):
+    """While anything is left of it: its best model, damaged checkpoints, or figures of steps that had been saved."""
+    for path in sorted((work / "checkpoints").iterdir())[:-1]:
+        shutil.rmtree(path)
+    (last,) = (work / "checkpoints").iterdir()
+    aside = last.with_name(f"{last.name}.damaged")
+    last.rename(aside)
+    config.train.checkpoint_every = 2
+    configs.save(config, str(work / "config.json"))
+    before = (work / "metrics.jsonl").read_bytes()
+    for left in (work / "best", aside, work / "metrics.jsonl"):
+        with pytest.raises(checkpoint.CheckpointError, match=rf"{re.escape(str(left.parent))}.* (holds|tells of) .*has "
+                           "no whole checkpoint"):  # fmt: skip
+            loop.train_and_evaluate(config, str(work))
+        assert (work / "metrics.jsonl").read_bytes() == before
+        left.rename(work.parent / left.name)
+    config.train.steps = 1
+    assert loop.train_and_evaluate(config, str(work))
+    assert states.read(work)[1]["step"] == 1
+
+
+@pytest.mark.parametrize("order", [(3, 6), (6, 3)])
+def test_of_two_best_models_the_better_is_kept(work, config, order):
+    """A kill between a save and the deletion of what it replaces leaves two; after a fallback either may be newer."""
+    (there,) = (work / "best").iterdir()
+    identity = configs.identity(configs.load(work / "config.json"))
+    trees, _ = states.read(work, "best")
+    shutil.rmtree(there)
+    for step, score in zip(order, (0.1, 0.9), strict=True):
+        with checkpoint.Store(str(work / "best"), identity, 2) as store:
+            store.save(step, trees, {"miou_all": score})
+    reader = checkpoint.Store(str(work / "best"), identity, score="miou_all")
+    assert reader.meta()["miou_all"] == 0.9
+    assert evaluate.evaluate(configs.load(work / "config.json"), str(work))["step"] == order[1]
+    config.train.steps = 7
+    loop.train_and_evaluate(config, str(work))
+    assert [path.name for path in (work / "best").iterdir()] == [str(order[1])]
 
 
 @pytest.mark.parametrize("content", ["", '{"step": 4, "train/loss": 1.0}\n'], ids=["cut off", "redone"])

@@ -95,6 +95,7 @@ def test_wrong_number_of_classes(camvid, tmp_path, monkeypatch):
     config = camvid[1]
     config.data.num_classes = 12
     _refused(config, tmp_path, configs.ConfigError, r"data\.num_classes = 12.*num_classes=11", monkeypatch)
+    assert not pathlib.Path(config.data.data_dir).exists()  # where the classes are known, nothing is prepared first
 
 
 @pytest.mark.parametrize(
@@ -309,3 +310,28 @@ def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(config, tmp_path):
     config.train.log_every = config.train.checkpoint_every = 1
     with pytest.raises(loop.NonFiniteError, match="learning_rate"):
         loop.train_and_evaluate(config, str(tmp_path))
+
+
+ENDS = """
+from absl import flags
+from pwcrf_jax.training import cli, loop
+for name in ("config", "workdir"):
+    flags.DEFINE_string(name, None, "")
+def main(_):
+    raise {error}
+cli.run(main, interrupted="stopped")
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        ("KeyboardInterrupt", 130, "stopped"),
+        ("loop.NonFiniteError('step 3: loss nan')", 1, "error: step 3: loss nan"),
+        ("cli.ConfigError('config.seed')", 2, "error: config.seed"),
+        ("OSError(28, 'No space left on device', 'runs/a')", 2, "error: [Errno 28] No space left on device: 'runs/a'"),
+    ],
+)
+def test_exit_codes(error, code, said):
+    done = subprocess.run([sys.executable, "-c", ENDS.format(error=error)], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (code, said)
