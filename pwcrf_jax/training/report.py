@@ -29,6 +29,7 @@ from pwcrf_jax.training.report_parts import GridMarginals, Pixels, last_update, 
 
 BINS = 15  # of confidence, in the calibration curve and its error
 SIDE = 360  # pixels of a picture, at most
+INSPECTED = 12  # images, unless another number is given or the gallery has fewer
 INSPECTOR_BYTES = 5_000_000  # of the page, for what the inspector shows; with many classes it has fewer images
 CHANGES = ("same", "right", "wrong", "other")  # what a stage did to a pixel; other: from one wrong class to another
 _CHANGE_COLOURS = ((0, 0, 0), (43, 108, 176), (217, 72, 15), (150, 110, 190))
@@ -64,15 +65,17 @@ class Extremes:
 class Report:
     """Collects a report while `evaluate.evaluate` runs, and writes it.
 
-    file: of HTML. images: in the gallery at most. inspected: images whose cells can be looked into, at most; of both
-    the first half are those that gained most, the others those that lost most.
+    file: of HTML. images: in the gallery at most. inspected: images whose cells can be looked into, at most; None:
+    INSPECTED, or all of a smaller gallery. Of both the first half are those that gained most, the others those that
+    lost most.
 
     Raises:
       DataError: the file cannot be written.
       ConfigError: numbers that do not fit, or more than one process.
     """
 
-    def __init__(self, file: str, images: int = 100, inspected: int = 12):
+    def __init__(self, file: str, images: int = 100, inspected: int | None = None):
+        inspected = min(INSPECTED, images) if inspected is None else inspected
         if inspected > images:
             raise configs.ConfigError(
                 f"--report_inspect={inspected} is more than --report_images={images}; images are inspected from the "
@@ -162,6 +165,8 @@ class Report:
         counts = {row: int(x.sum()) for row, x in right.items()}
         gain = (counts[rows[-1]] - counts[rows[0]]) / max(number, 1)
         last = stages[rows[-1]]
+        # Refinement leaves few pixels unsure, so what mean field says is shown beside it.
+        doubts = {row: stages[row].entropy for row in (self._order[-1], rows[-1])}
 
         def entry():
             changed = np.where(
@@ -173,12 +178,12 @@ class Report:
                 size=list(truth.shape),
                 valid=number,
                 right=counts,
-                entropy=float(last.entropy.mean()),
+                entropy={row: float(x.mean()) for row, x in doubts.items()},
                 classes=np.union1d(truth[valid], last.labels).tolist(),
                 image=_jpeg(image),
                 labels={row: self._label_picture(x) for row, x in self._shown(truth, stages).items()},
                 change=_indexed(changed, _CHANGE_COLOURS, transparent=0),
-                uncertainty=_indexed(np.minimum(last.entropy * 16, 15).astype(np.uint8), entropy_colours()),
+                uncertainty={row: _entropy_picture(x) for row, x in doubts.items()},
             )
 
         self._gallery.offer(gain, index, entry)
@@ -329,8 +334,8 @@ def _packed(x, scale):
     return dict(type=np.dtype(kind).name, scale=scale, data=base64.b64encode(data).decode())
 
 
-def _reduced(image, method):
-    factor = min(1, SIDE / max(image.size))
+def _reduced(image, method, side=SIDE):
+    factor = min(1, side / max(image.size))
     return image.resize([max(1, round(n * factor)) for n in image.size], method) if factor < 1 else image
 
 
@@ -341,7 +346,7 @@ def _uri(image, kind, **options):
 
 
 def _jpeg(image):
-    return _uri(_reduced(Image.fromarray(image), Image.Resampling.LANCZOS), "JPEG", quality=80)
+    return _uri(_reduced(Image.fromarray(image), Image.Resampling.LANCZOS), "JPEG", quality=75)
 
 
 def _indexed(values, colours, **options):
@@ -351,6 +356,12 @@ def _indexed(values, colours, **options):
     if "transparent" in options:
         options["transparency"] = options.pop("transparent")
     return _uri(_reduced(image, Image.Resampling.NEAREST), "PNG", optimize=True, **options)
+
+
+def _entropy_picture(entropy):
+    """PNG of float32 [H, W] from 0 to 1, of half the side: noise makes it the largest of the PNGs."""
+    small = np.asarray(_reduced(Image.fromarray(entropy), Image.Resampling.BOX, SIDE // 2))
+    return _indexed(np.minimum(small * 16, 15), entropy_colours())
 
 
 def entropy_colours() -> list[tuple[int, int, int]]:

@@ -8,6 +8,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -237,6 +238,9 @@ def test_with_refinement(run, tmp_path):
         assert result["rows"]["refined"][key] == pytest.approx(plain["rows"]["refined"][key], abs=1e-5)
     assert result["rows"]["all"] == plain["rows"]["all"] != plain["rows"]["refined"]
     assert data["stages"] == ["unary", "all", "refined"] and "refined" in data["calibration"]
+    (image,) = data["gallery"]
+    assert list(image["entropy"]) == list(image["uncertainty"]) == ["all", "refined"], "of mean field too"
+    assert image["entropy"]["all"] > image["entropy"]["refined"] > 0
     assert [(c["from"], c["to"]) for c in data["changes"]] == [
         ("unary", "all"),
         ("all", "refined"),
@@ -275,6 +279,7 @@ def test_without_relations(run, tmp_path):
     assert data["rows"]["unary"] == data["rows"]["all"]
     (image,) = data["inspector"]["images"]
     assert image["unary"] == image["after"] and image["messages"] == {}
+    assert list(data["gallery"][0]["uncertainty"]) == ["unary"]
 
 
 def test_without_iterations(run, by_api):
@@ -296,6 +301,55 @@ def test_many_classes_leave_fewer_images_to_inspect(run, tmp_path, monkeypatch):
     for i in range(5):
         page._inspected.offer(i, i, lambda i=i: i)
     assert page._inspected.entries() == [4, 0]
+
+
+def test_a_page_of_noisy_images_stays_small(run, tmp_path):
+    """100 images with noise, all stages, of which the last two are ragged, and 12 images with cells."""
+    config, model, params, _ = run
+    config = config.copy_and_resolve_references()
+    size, k, stages = (360, 480), 11, ("unary", "all", "convs", "tta", "refined")
+    config.data.eval_size = size
+    rng = np.random.default_rng(0)
+    names, colours = [f"class {i}" for i in range(k)], rng.integers(0, 256, (k, 3))
+    palette = colours.tolist()
+    dataset = types.SimpleNamespace(name="made up", num_classes=k, class_names=names, palette=palette)
+    page = report.Report(str(tmp_path / "a.html"))
+    page.start(config, model, params, dataset)
+    page._order, grid = stages[:3], page._grid
+
+    def cells():
+        packed = lambda low, high, scale, *more: report._packed(rng.integers(low, high, (*grid, *more)) / scale, scale)
+        return dict(
+            grid=list(grid),
+            **{key: packed(0, 1001, 1000, k) for key in ("unary", "after")},
+            **{key: packed(0, k, 1) for key in ("truth", "sent")},
+            messages={name: packed(-900, 900, 100, k) for name in page._boxes},
+            counts={name: packed(0, 99, 1) for name in page._boxes},
+        )
+
+    normal = lambda scale, *shape: rng.normal(0, scale, shape).astype(np.float32)
+    for name in "abcd":
+        coarse, views = normal(6, 9, 12, k), {}
+        zoom = lambda x: np.asarray(jax.image.resize(x, (*size, k), "cubic"))
+        clean = zoom(coarse)
+        image = np.clip(colours[clean.argmax(-1)] + normal(20, *size, 3), 0, 255).astype(np.uint8)
+        for row in stages:  # those of the network are enlarged from its cells
+            scores = clean + normal(0.3, *size, k) if row in stages[3:] else zoom(coarse + normal(1, 9, 12, k))
+            views[row] = page.read(np.asarray(jax.nn.log_softmax(scores)))
+        page._add_image(image, clean.argmax(-1).astype(np.uint8), name, views, cells)
+    four = page._gallery.entries()
+    for i in range(4, 100):  # the same pictures again: to compress 100 images takes too long here
+        page._gallery.offer(0.0, i, lambda i=i: four[i % 4] | {"index": i})
+        page._inspected.offer(0.0, i, lambda i=i: cells() | {"index": i})
+    page._hidden |= {name: np.ones(len(params[f"pairwise_{name}"]["last_kernel"]) + 1) for name in page._boxes}
+    page.confusion = {row: np.full((k, k), 10**6) for row in stages}
+    figures = dict.fromkeys(("miou", "pixel_accuracy", "mean_accuracy", "fw_iou"), 0.5)
+    rows = dict.fromkeys(stages, figures | dict(boundary_iou={}, iou=dict.fromkeys(names, 0.5)))
+    written = page.write(ABOUT | dict(split="val", num_images=100, classes=[], change={}, rows=rows))
+    data = embedded(page.file.read_text())
+    assert (len(data["gallery"]), len(data["inspector"]["images"])) == (100, 12)
+    assert set(data["gallery"][0]["labels"]) == {"truth", *stages}
+    assert page.file.stat().st_size == written < 15e6
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 5, 8])
@@ -327,6 +381,9 @@ def test_what_cannot_work_is_refused_first(tmp_path):
         report.Report(str(tmp_path / "file" / "report.html"))
     with pytest.raises(configs.ConfigError, match="report_inspect=3"):
         report.Report(str(tmp_path / "a.html"), images=2, inspected=3)
+    page = lambda **options: report.Report(str(tmp_path / "a.html"), **options)
+    assert [page(images=n)._wanted for n in (0, 3, 12, 100)] == [0, 3, 12, 12], "the default fits the gallery"
+    assert page(inspected=20)._wanted == 20
     assert report.default_file("work", "val[:20]") == "work/report_val__20_.html"
 
 
@@ -347,11 +404,22 @@ def test_from_the_command_line(trained, tmp_path):
     (trained / "eval_val__8_.json").unlink()
 
 
+def test_a_small_gallery_needs_no_other_flag(trained, tmp_path):
+    file = tmp_path / "page.html"
+    words = ("--workdir", trained, "--split", "val[:3]", "--config.compilation_cache=False")
+    done = script(*words, "--report", file, "--report_images=2")
+    assert done.returncode == 0, done.stderr
+    data = embedded(file.read_text())
+    assert len(data["gallery"]) == len(data["inspector"]["images"]) == data["inspector"]["wanted"] == 2
+    (trained / "eval_val__3_.json").unlink()
+
+
 @pytest.mark.parametrize(
     "words, says",
     [
         (("--report_images=3",), "--report_images is of --report"),
         (("--report", "--images=x", "--output=y"), "does not go with --images"),
+        (("--report", "--report_images=2", "--report_inspect=3"), "--report_inspect=3 is more than --report_images=2"),
         (("--report=a.html", "--tune-refinement"), "does not go with --tune-refinement"),
     ],
 )

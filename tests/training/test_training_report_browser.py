@@ -1,6 +1,7 @@
 """The page of eval.py --report in a real headless Chromium, opened from disk."""
 
 import base64
+import copy
 import json
 import re
 import shutil
@@ -17,6 +18,9 @@ from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate, report
 
 pytestmark = pytest.mark.slow
+LONG_NAME = "a_class_whose_name_has_no_space_and_sixty_characters_in_total"
+LONG_ID = "frankfurt/frankfurt_000000_000294_leftImg8bit_of_the_second_drive"
+FADE = 40  # pixels at the right of a table that goes on
 ARGUMENTS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
@@ -48,19 +52,24 @@ def run(trained):
 
 @pytest.fixture(scope="module")
 def written(run, tmp_path_factory):
-    """(file, result, data) of a page with refinement."""
+    """(file, result, data) of a page with refinement, a long name of a class and a long name of an image."""
     config, model, params, dataset = run
+    dataset = copy.copy(dataset)
+    dataset.class_names = (*dataset.class_names[:2], LONG_NAME, *dataset.class_names[3:])
     config = config.copy_and_resolve_references()
     config.refine.num_iterations = 2
     page = report.Report(str(tmp_path_factory.mktemp("page") / "a report.html"), images=10, inspected=4)
     fn = page.start(config, model, params, dataset)
     result = evaluate.evaluate_params(fn, params, dataset, "val", config, "spatial", report=page)
     result |= dict(step=1, checkpoint="best", refine="spatial")
+    inspected = {image["index"] for image in page._inspected.entries()}
+    for image in page._gallery.entries():
+        image["id"] = LONG_ID if image["index"] == min(inspected) else image["id"]
     page.write(result)
     return page.file, result, page.data(result)
 
 
-@pytest.fixture(params=[(1200, 900, "light"), (360, 740, "dark")], ids=["desktop", "phone"])
+@pytest.fixture(params=[(1200, 900, "light"), (390, 844, "dark")], ids=["desktop", "phone"])
 def page(chromium, written, request):
     """The page, opened; when the test is done nothing may have been fetched and nothing complained of."""
     width, height, scheme = request.param
@@ -73,7 +82,9 @@ def page(chromium, written, request):
     yield tab
     assert [url for url in requests if not url.startswith("data:")] == [written[0].as_uri()]
     assert not complaints
-    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    for narrow in (width, 360):
+        tab.set_viewport_size(dict(width=narrow, height=height))
+        assert tab.evaluate("document.documentElement.scrollWidth") <= narrow
     context.close()
 
 
@@ -91,13 +102,21 @@ def test_figures(page, written):
     assert changes.count() == 3
     for at, change in enumerate(data["changes"]):
         cells = changes.nth(at).locator("td").all_inner_texts()
-        assert [number(x) for x in cells[1:4]] == pytest.approx(
+        assert [number(x) for x in cells[3:6]] == pytest.approx(
             [100 * change[k] / change["pixels"] for k in ("right", "wrong", "other")], abs=0.00501
         )
+        net = 100 * (change["right"] - change["wrong"]) / change["pixels"]
+        assert number(cells[0]) == pytest.approx(net, abs=0.00501)
     for row in data["stages"]:
         shown = page.locator(f"#calibration-table tr[data-row={row}] .ece").text_content()
         assert number(shown) == pytest.approx(100 * data["calibration"][row]["ece"], abs=0.00501)
     assert page.locator("#iterations circle").count() == 3 * 3 + 2
+    for at, row in enumerate(data["stages"]):  # the larger a dot, the more pixels
+        drawn = [n for n in data["calibration"][row]["number"] if n]
+        first = sum(1 for other in data["stages"][:at] for n in data["calibration"][other]["number"] if n)
+        sizes = [float(x.get_attribute("r")) for x in page.locator("#calibration circle").all()]
+        sizes = sizes[first : first + len(drawn)]
+        assert np.all(np.diff(np.array(sizes)[np.argsort(drawn)]) >= 0) and max(sizes) > min(sizes) + 2
 
 
 def test_classes_confusion_and_compatibilities(page, written):
@@ -148,8 +167,8 @@ def test_gallery_is_sorted_and_filtered(page, written):
     wanted = [i for i, image in sorted(images.items()) if chosen in image["classes"]]
     assert cards() == wanted
     pictures = page.locator("#gallery-cards .card").first.locator("img")
-    assert pictures.count() == 7  # image, truth, three stages, what changed, entropy
-    for at in range(7):
+    assert pictures.count() == 8  # image, truth, three stages, what changed, entropy without and with refinement
+    for at in range(8):
         pictures.nth(at).scroll_into_view_if_needed()
         page.wait_for_function("x => x.complete && x.naturalWidth > 0", arg=pictures.nth(at).element_handle())
         assert pictures.nth(at).get_attribute("alt")
@@ -200,6 +219,28 @@ def test_the_inspector_shows_the_numbers_of_the_api(page, run, written):
         assert "Row 4, column 0 " in page.locator("#inspect-cell").inner_text()
 
 
+@pytest.mark.parametrize("page", [(390, 844, "light")], ids=["phone"], indirect=True)
+def test_a_phone_shows_what_decides(page, written):
+    """Without scrolling sideways: net change and bar, and in the inspector what comes out; charts can be read."""
+    for image in written[2]["inspector"]["images"]:
+        page.select_option("#inspect-image", str(image["index"]))
+        for table, cell in (("inspect", "td[data-column=after]"), ("changes", ".delta"), ("changes", ".bar")):
+            shown = page.locator(f"#{table}-table tbody tr {cell}").first.bounding_box()
+            place = page.locator(f".scroll:has(#{table}-table)").bounding_box()
+            assert place["x"] < shown["x"] and shown["x"] + shown["width"] <= place["x"] + place["width"] - FADE
+    for chart in ("#iterations svg", "#calibration svg"):
+        scale = page.locator(chart).evaluate("x => x.clientWidth / x.viewBox.baseVal.width")
+        text = page.locator(chart + " text").first.evaluate("x => parseFloat(getComputedStyle(x).fontSize)")
+        assert text * scale >= 11
+    # What goes on to the right says so until its end is seen; names of rows stay.
+    place, head = page.locator(".scroll:has(#changes-table)"), page.locator("#changes-table tbody th").first
+    assert "more" in place.get_attribute("class") and place.evaluate("x => getComputedStyle(x).maskImage") != "none"
+    left = head.bounding_box()["x"]
+    place.evaluate("x => (x.scrollLeft = x.scrollWidth)")
+    page.wait_for_function("x => !x.classList.contains('more')", arg=place.element_handle())
+    assert head.bounding_box()["x"] == left
+
+
 def test_a_card_leads_to_the_inspector(page, written):
     _, _, data = written
     wanted = data["inspector"]["images"][-1]["index"]
@@ -236,4 +277,22 @@ def test_a_page_of_a_unary_alone(chromium, run, tmp_path):
     assert tab.locator("#gallery-cards .card").count() == 2
     assert json.loads(tab.locator("#data").text_content())["relations"] == []
     assert tab.evaluate("document.documentElement.scrollWidth") <= 360 and not complaints
+    tab.close()
+
+
+def test_a_page_without_iterations(chromium, run, tmp_path):
+    """It names the relations, so it must not say that there are none."""
+    config, model, params, dataset = run
+    config = config.copy_and_resolve_references()
+    config.crf.num_iterations = 0
+    page = report.Report(str(tmp_path / "none.html"), images=2)
+    fn = page.start(config, model, params, dataset)
+    result = evaluate.evaluate_params(fn, params, dataset, "val", config, report=page)
+    page.write(result | dict(step=1, checkpoint="best", refine="off"))
+    tab = chromium.new_page()
+    tab.goto(page.file.as_uri())
+    says = lambda section: tab.locator(section).inner_text()
+    assert "no iterations of mean field (config.crf.num_iterations = 0)" in says("#about")
+    assert "config.crf.num_iterations is 0 and refinement is off" in says("#iterations")
+    assert "No stage changes a label." in says("#changes-caption") and "full bar" not in says("#changes-caption")
     tab.close()

@@ -39,6 +39,8 @@ const rowColour = (row, rows) => `var(--stage${Math.max(0, rows.indexOf(row)) % 
 const swatch = (colour) => el("span", { class: "swatch", style: `background:${colour}` });
 const legend = (node, entries) =>
   node.replaceChildren(...entries.map(([colour, text]) => el("span", {}, swatch(colour), text)));
+// The name of a table's row; the style keeps it in sight and breaks long names.
+const rowHead = (...children) => el("th", { scope: "row" }, el("span", {}, ...children));
 const option = (value, text) => el("option", { value, text });
 const redraws = []; // what is drawn on a canvas does not follow the theme by itself
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraws.forEach((draw) => draw()));
@@ -55,7 +57,7 @@ const ramp = (colour, from, to, low, high) => {
   return el("span", {}, low, el("span", { class: "ramp", style: `background:linear-gradient(90deg,${stops})` }), high);
 };
 
-// A K x K map. options: label; value(i, j) -> a number for colour(), or null; text(i, j) for the line below.
+// A K x K map. options: label; rows, columns: names of the axes; value(i, j) -> a number for colour(), or null; text(i, j) for the line below.
 function heatMap(node, options) {
   const names = DATA.classes.map((c) => c.name), n = names.length;
   const roomy = n <= 14 ? 30 : n <= 25 ? 22 : n <= 60 ? 12 : 7, labelled = roomy >= 11;
@@ -63,15 +65,16 @@ function heatMap(node, options) {
   const canvas = el("canvas", { tabindex: 0, role: "img", "aria-label": `${options.label}; arrow keys move from cell to cell` });
   const readout = el("p", { class: "readout", role: "status" });
   const scale = el("div", { class: "legend" });
+  const AXIS = 18; // pixels for the name of an axis
   let at = null, margin = 0;
   const context = canvas.getContext("2d");
   const shorten = (name) => (name.length > 16 ? name.slice(0, 15) + "\u2026" : name);
   function draw() {
     const dense = devicePixelRatio || 1;
     context.font = "12px system-ui, sans-serif";
-    margin = labelled ? Math.ceil(Math.max(...names.map((x) => context.measureText(shorten(x)).width))) + 8 : 4;
+    margin = AXIS + (labelled ? Math.ceil(Math.max(...names.map((x) => context.measureText(shorten(x)).width))) + 8 : 4);
     size = Math.min(roomy, Math.max(Math.min(roomy, 13), Math.floor((node.clientWidth - margin - 4) / n)));
-    const side = margin + n * size + 2;
+    const span = Math.max(n * size, 80), side = margin + span + 2; // room for the name of an axis
     Object.assign(canvas, { width: side * dense, height: side * dense });
     canvas.style.cssText = `width:${side}px;height:${side}px`;
     context.setTransform(dense, 0, 0, dense, 0, 0);
@@ -88,6 +91,14 @@ function heatMap(node, options) {
       context.fillText(shorten(names[i]), 0, 0);
       context.restore();
     }
+    context.fillStyle = themed("--soft");
+    context.textAlign = "center";
+    context.fillText(options.columns, margin + span / 2, AXIS / 2);
+    context.save();
+    context.translate(AXIS / 2, margin + span / 2);
+    context.rotate(-Math.PI / 2);
+    context.fillText(options.rows, 0, 0);
+    context.restore();
     const gap = size > 8 ? 1 : 0;
     for (let i = 0; i < n; i++)
       for (let j = 0; j < n; j++) {

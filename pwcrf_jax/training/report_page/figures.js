@@ -7,7 +7,9 @@
   const weights = DATA.relations.map((r) => `${r.name} ${r.weight}`).join(", ");
   parts.push(
     DATA.relations.length
-      ? `Mean field: ${a.iterations} iterations, message weights ${weights}, damping ${a.damping}, messages ${a.normalize ? "averaged" : "summed"} over a cell's neighbours.`
+      ? !a.iterations
+        ? `Relations ${weights}, but no iterations of mean field (config.crf.num_iterations = 0), so they change nothing.`
+        : `Mean field: ${a.iterations} iterations, message weights ${weights}, damping ${a.damping}, messages ${a.normalize ? "averaged" : "summed"} over a cell's neighbours.`
       : "No relations are used, so there is no mean field: the answer is the unary network's.",
   );
   if (a.tuned_on) parts.push(`Weights were tuned on ${a.tuned_on}.`);
@@ -35,7 +37,7 @@
   const values = (r) => [r.miou, ...widths.map((w) => r.boundary_iou[w]), r.pixel_accuracy, r.mean_accuracy, r.fw_iou];
   const base = values(DATA.rows.unary);
   const rows = Object.entries(DATA.rows).map(([row, r]) =>
-    el("tr", { "data-row": row }, el("th", { scope: "row", text: title(row) }),
+    el("tr", { "data-row": row }, rowHead(title(row)),
       values(r).map((x, i) => el("td", {}, el("span", { class: "number", text: percent(x) }),
         row === "unary" || x === null || base[i] === null ? null : delta(100 * (x - base[i]))))));
   byId("summary-table").append(
@@ -49,26 +51,28 @@
 })();
 
 (function changes() {
-  const kinds = [["right", "var(--good)", "became right"], ["wrong", "var(--bad)", "became wrong"], ["other", "var(--other)", "wrong before and after"]];
+  const kinds = [["right", "var(--good)", "became right"], ["wrong", "var(--bad)", "became wrong"], ["other", "var(--other)", "wrong to wrong"]];
   const changed = (c) => c.right + c.wrong + c.other;
-  const most = Math.max(1e-9, ...DATA.changes.map((c) => changed(c) / Math.max(1, c.pixels)));
+  const any = DATA.changes.some(changed);
+  const most = any ? Math.max(...DATA.changes.map((c) => changed(c) / Math.max(1, c.pixels))) : 1;
   if (!DATA.changes.length || STAGES.length < 2) {
     byId("changes-caption").textContent = "There is one stage alone, so no label is changed by another.";
     return;
   }
   const share = (n, c) => el("td", { text: percent(n / Math.max(1, c.pixels), 2) + " %", title: count(n) + " pixels" });
   byId("changes-table").append(
-    el("thead", {}, el("tr", {}, ["", "changed", ...kinds.map((k) => k[2]), "net", ""].map((text) => el("th", { scope: "col", text })))),
+    el("thead", {}, el("tr", {}, ["", "net", "", "changed", ...kinds.map((k) => k[2])].map((text) => el("th", { scope: "col", text })))),
     el("tbody", {}, DATA.changes.map((c) =>
       el("tr", { "data-from": c.from, "data-to": c.to },
-        el("th", { scope: "row", text: `${plain(c.from)} \u2192 ${plain(c.to)}` }),
-        share(changed(c), c), kinds.map(([kind]) => share(c[kind], c)),
+        rowHead(`${plain(c.from)} \u2192 ${plain(c.to)}`),
         el("td", {}, delta((100 * (c.right - c.wrong)) / Math.max(1, c.pixels), 2)),
         el("td", {}, el("div", { class: "bar", "aria-hidden": "true" }, kinds.map(([kind, colour]) =>
-          el("span", { style: `background:${colour};width:${(100 * c[kind]) / Math.max(1, c.pixels) / most}%` }))))))));
+          el("span", { style: `background:${colour};width:${(100 * c[kind]) / Math.max(1, c.pixels) / most}%` })))),
+        share(changed(c), c), kinds.map(([kind]) => share(c[kind], c))))));
   byId("changes-caption").textContent =
     `Shares of all ${count(DATA.changes[0].pixels)} pixels with a label. \u201cNet\u201d is what became right less what became wrong, in points of pixel accuracy. ` +
-    `Bars: blue became right, orange wrong, violet went from one wrong class to another; a full bar is ${percent(most, 2)} %.`;
+    (any ? `Bars: blue became right, orange wrong, violet went from one wrong class to another; a full bar is ${percent(most, 2)} %.`
+      : "No stage changes a label.");
 })();
 
 function axes(width, height, pad, x, y) {
@@ -87,10 +91,12 @@ function axes(width, height, pad, x, y) {
   const rows = Object.keys(DATA.iterations).filter((row) => row !== "unary" && DATA.iterations[row].length &&
     (row === "refined" || DATA.relations.length));
   if (!rows.length) {
-    node.append(el("p", { class: "note", text: "There are no iterations: no relation is used and refinement is off." }));
+    const why = DATA.relations.length ? "config.crf.num_iterations is 0" : "no relation is used";
+    const refinement = DATA.about.refine === "off" ? "is off" : "has none either";
+    node.append(el("p", { class: "note", text: `There are no iterations: ${why} and refinement ${refinement}.` }));
     return;
   }
-  const width = 460, height = 260, pad = { left: 52, right: 12, top: 10, bottom: 40 };
+  const width = 340, height = 240, pad = { left: 52, right: 12, top: 10, bottom: 40 };
   const longest = Math.max(...rows.map((row) => DATA.iterations[row].length));
   const floor = 1e-6, all = rows.flatMap((row) => DATA.iterations[row]).map((v) => Math.max(floor, v));
   const low = Math.min(-1, Math.floor(Math.log10(Math.min(...all))));
@@ -100,7 +106,7 @@ function axes(width, height, pad, x, y) {
   const ticks = Array.from({ length: longest }, (_, i) => i).filter((i) => i % every === 0).map((i) => [x(i), String(i + 1)]);
   const heights = Array.from({ length: -low + 1 }, (_, i) => [y(10 ** -i), i > 4 ? `1e\u2212${i}` : String(10 ** -i)]);
   const order = [...STAGES, ...rows.filter((row) => !STAGES.includes(row))];
-  const chart = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "Largest change of a marginal in each iteration; the table below has the numbers" },
+  const chart = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", style: "max-width:400px", "aria-label": "Largest change of a marginal in each iteration; the table below has the numbers" },
     axes(width, height, pad, { ticks, name: "iteration" }, { ticks: heights }),
     rows.map((row) => {
       const points = DATA.iterations[row].map((v, i) => [x(i), y(v)]), stroke = rowColour(row, order);
@@ -110,7 +116,7 @@ function axes(width, height, pad, x, y) {
   const key = el("div", { class: "legend" });
   legend(key, rows.map((row) => [rowColour(row, order), title(row)]));
   const table = el("table", { id: "iterations-table" }, el("tbody", {}, rows.map((row) => el("tr", { "data-row": row },
-    el("th", { scope: "row", text: title(row) }), DATA.iterations[row].map((v) => el("td", { text: v.toPrecision(3) }))))));
+    rowHead(title(row)), DATA.iterations[row].map((v) => el("td", { text: v.toPrecision(3) }))))));
   node.append(chart, key,
     el("p", { class: "caption", text: "The largest change of any probability, over all cells, classes and images (logarithmic scale). A line that does not fall says that inference has not settled: more damping (config.crf.damping) can help." }),
     el("details", {}, el("summary", { text: "Numbers" }), el("div", { class: "scroll" }, table)));
@@ -123,22 +129,24 @@ function axes(width, height, pad, x, y) {
   const ticks = [0, 0.2, 0.4, 0.6, 0.8, 1];
   const curves = STAGES.map((row) => {
     const c = DATA.calibration[row], stroke = rowColour(row, STAGES);
-    const points = c.confidence.map((v, i) => [v, c.accuracy[i], c.number[i]]).filter((p) => p[2]).map(([a, b]) => [x(a), y(b)]);
-    return [svg("polyline", { points: points.join(" "), fill: "none", stroke, "stroke-width": 2 }),
-      ...points.map(([cx, cy]) => svg("circle", { cx, cy, r: 3.5, fill: stroke }))];
+    const most = Math.max(...c.number);
+    const points = c.confidence.map((v, i) => [v, c.accuracy[i], c.number[i]]).filter((p) => p[2]).map(([a, b, m]) => [x(a), y(b), m]);
+    return [svg("polyline", { points: points.map((p) => p.slice(0, 2)).join(" "), fill: "none", stroke, "stroke-width": 1.5 }),
+      ...points.map(([cx, cy, m]) => svg("circle", { cx, cy, r: 1.5 + 6 * Math.sqrt(m / most), fill: stroke, "fill-opacity": 0.85 },
+        svg("title", { text: `${count(m)} pixels` })))];
   });
   const key = el("div", { class: "legend" });
   legend(key, STAGES.map((row) => [rowColour(row, STAGES), `${title(row)}: ECE ${percent(DATA.calibration[row].ece)} %`]));
   const head = ["", "ECE %", "mean confidence %", "pixel accuracy %"].map((text) => el("th", { scope: "col", text }));
   const table = el("table", { id: "calibration-table" }, el("thead", {}, el("tr", {}, head)), el("tbody", {}, STAGES.map((row) =>
-    el("tr", { "data-row": row }, el("th", { scope: "row", text: title(row) }), el("td", { class: "ece", text: percent(DATA.calibration[row].ece, 2) }),
+    el("tr", { "data-row": row }, rowHead(title(row)), el("td", { class: "ece", text: percent(DATA.calibration[row].ece, 2) }),
       el("td", { text: percent(DATA.calibration[row].mean_confidence, 2) }), el("td", { text: percent(DATA.rows[row].pixel_accuracy, 2) })))));
   node.append(
     svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", style: "max-width:400px", "aria-label": "Calibration curve; the table below has the errors" },
       axes(width, height, pad, { ticks: ticks.map((v) => [x(v), String(100 * v)]), name: "confidence, %" }, { ticks: ticks.map((v) => [y(v), String(Math.round(100 * v))]) }),
       svg("line", { x1: x(0), y1: y(0), x2: x(1), y2: y(1), stroke: "var(--soft)", "stroke-dasharray": "4 4" }), curves.flat()),
     key,
-    el("p", { class: "caption", text: `Of the pixels whose best probability lies in one of ${DATA.about.bins} equal bins, the share that is right (up) against that probability (across). On the dashed line confidence is deserved, below it the model is too sure. ECE, the expected calibration error, is the mean distance to the line, weighted by pixels.` }),
+    el("p", { class: "caption", text: `Of the pixels whose best probability lies in one of ${DATA.about.bins} equal bins, the share that is right (up) against that probability (across). The larger a dot, the more pixels its bin has of all of its stage. On the dashed line confidence is deserved, below it the model is too sure. ECE, the expected calibration error, is the mean distance to the line, weighted by pixels.` }),
     el("details", {}, el("summary", { text: "Numbers" }), el("div", { class: "scroll" }, table)));
 })();
 
@@ -186,7 +194,7 @@ function axes(width, height, pad, x, y) {
   const colour = (v) => (change() ? diverging(Math.sign(v) * Math.sqrt(Math.min(1, Math.abs(v) / 0.25))) : sequential(Math.sqrt(v)));
   const name = (i) => DATA.classes[i].name;
   const map = heatMap(byId("confusion-map"), {
-    label: "Confusion matrix", value, colour, hint: "Click a cell to read it.",
+    label: "Confusion matrix", rows: "truth", columns: "predicted", value, colour, hint: "Click a cell to read it.",
     scale: () => [change() ? ramp((t) => colour(t * 0.25), -1, 1, "\u221225 points or less", "+25 or more") : ramp(colour, 0, 1, "0 %", "100 %")],
     text: (i, j) => {
       const v = value(i, j);

@@ -47,7 +47,7 @@ function whereWord(offsets) {
           : "Free form: z is all there is, so it also holds what the network knows of how frequent labels are and how each cell looks.") }))));
     measure();
     const map = heatMap(node, {
-      label: `Compatibilities of ${r.name}`, value, colour: (v) => diverging(v / most), hint: "Click a cell to read it.",
+      label: `Compatibilities of ${r.name}`, rows: "cell", columns: "neighbour", value, colour: (v) => diverging(v / most), hint: "Click a cell to read it.",
       scale: () => [ramp((t) => diverging(t), -1, 1, fixed(-most, 2), signed(most, 2))],
       text: (i, j) => `${pair(i, j)}: ${signed(value(i, j), 2)} (mean score ${fixed(z[i][j], 2)})`,
     });
@@ -62,6 +62,7 @@ const CHANGE_TEXT = { right: "became right", wrong: "became wrong", other: "from
 (function gallery() {
   const images = DATA.gallery, cards = byId("gallery-cards"), PAGE = 10;
   const gain = (image) => (image.right[LAST] - image.right[FIRST]) / Math.max(1, image.valid);
+  const doubt = (image) => Object.values(image.entropy)[0]; // of mean field: refinement leaves little
   const about = byId("gallery-about");
   if (!images.length) {
     about.textContent = "The report was written without a gallery (--report_images=0).";
@@ -81,10 +82,10 @@ const CHANGE_TEXT = { right: "became right", wrong: "became wrong", other: "from
     [rgb(DATA.colours.void), "void"]]);
   byId("gallery-scales").append(el("div", { class: "legend" },
     ...Object.entries(CHANGE_TEXT).map(([kind, text]) => STAGES.length < 2 ? null : el("span", {}, swatch(rgb(DATA.colours.change[kind])), text)),
-    el("span", {}, "entropy: sure", el("span", { class: "ramp", style: `background:linear-gradient(90deg,${DATA.colours.entropy.map(rgb)})` }), "unsure (all classes alike)")));
+    el("span", {}, "entropy: sure", el("span", { class: "ramp", style: `background:linear-gradient(90deg,${DATA.colours.entropy.map(rgb)})` }), "unsure")));
   const picture = (source, text, exact) => el("figure", {}, el("img", { src: source, alt: text, loading: "lazy", class: exact ? "exact" : null }), el("figcaption", { text }));
   function card(image) {
-    const right = (row) => percent(image.right[row] / Math.max(1, image.valid)) + " %";
+    const right = (row) => percent(image.right[row] / Math.max(1, image.valid)) + "\u00a0%";
     const labels = Object.entries(image.labels).map(([row, source]) =>
       picture(source, row === "truth" ? "truth" : `${plain(row)}: ${image.valid ? right(row) : "no label"}`, true));
     return el("article", { class: "card", "data-index": image.index },
@@ -93,10 +94,11 @@ const CHANGE_TEXT = { right: "became right", wrong: "became wrong", other: "from
         HAS_CELLS.has(image.index) ? el("button", { type: "button", text: "Inspect its cells", onclick: () => inspect(image.index, true) }) : null),
       el("div", { class: "pictures" }, picture(image.image, "image"), labels,
         STAGES.length > 1 ? picture(image.change, `changed, ${plain(FIRST)} \u2192 ${plain(LAST)}`, true) : null,
-        picture(image.uncertainty, `entropy, ${plain(LAST)}: mean ${percent(image.entropy)} %`)));
+        Object.entries(image.uncertainty).map(([row, source]) =>
+          picture(source, `entropy, ${plain(row)}: mean\u00a0${percent(image.entropy[row])}\u00a0%`))));
   }
   const orders = { gain: (a, b) => gain(b) - gain(a) || a.index - b.index, loss: (a, b) => gain(a) - gain(b) || a.index - b.index,
-    entropy: (a, b) => b.entropy - a.entropy, index: (a, b) => a.index - b.index };
+    entropy: (a, b) => doubt(b) - doubt(a), index: (a, b) => a.index - b.index };
   let shown = PAGE;
   function draw() {
     const chosen = images.filter((image) => !filter.value || image.classes.includes(Number(filter.value))).sort(orders[sort.value]);
@@ -123,7 +125,7 @@ let inspect = () => {};
 (function inspector() {
   const body = byId("inspector-body"), images = DATA.inspector.images;
   if (!images.length) {
-    body.append(el("p", { class: "note", text: "The report was written without images to inspect (--report_inspect=0)." }));
+    body.append(el("p", { class: "note", text: "The report was written without images to inspect (--report_inspect=0 or --report_images=0)." }));
     return;
   }
   const relations = DATA.about.iterations ? DATA.relations : [];
@@ -140,7 +142,7 @@ let inspect = () => {};
   const fewer = images.length < DATA.inspector.wanted && images.length < DATA.gallery.length
     ? " There is room for no more: what is shown of each grows with the number of classes." : "";
   body.append(
-    el("p", { text: `${images.length} of the images above can be looked into.${fewer} Click a cell, or use the arrow keys; it begins at the cell that the messages changed most.` }),
+    el("p", { text: `${images.length} of the images above can be looked into.${fewer} Click a cell, or use the arrow keys${relations.length ? "; it begins at the cell that the messages changed most" : ""}.` }),
     el("div", { class: "controls" },
       el("span", {}, el("label", { for: choose.id, text: "Image" }), choose),
       el("span", {}, el("label", { for: background.id, text: "Behind the grid" }), background),
@@ -150,7 +152,7 @@ let inspect = () => {};
       el("div", {}, pushes, el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Messages to the chosen cell" }, table), el("p", {}, all))),
     el("p", { class: "caption", text: relations.length
       ? `Shown is the last of ${iterations} mean-field updates. \u201cunary\u201d and \u201cafter\u201d are probabilities of the cell in percent, before any message and after the last update. ` +
-        "The columns in between are what each relation adds to the score of each label, in nats: its weight times the " + (DATA.about.normalize ? "mean" : "sum") +
+        "The columns after them are what each relation adds to the score of each label, in nats: its weight times the " + (DATA.about.normalize ? "mean" : "sum") +
         " of the messages from the cells of its box (the cell as p) and from the cells in whose box it lies (the cell as q). Only differences between labels count." +
         (DATA.about.damping ? ` Damping ${DATA.about.damping} mixes in the log marginals of the iteration before.` : "")
       : "Without relations or iterations a cell receives no messages: shown is the unary alone." }));
@@ -236,12 +238,12 @@ let inspect = () => {};
     const some = everything || K <= 12 ? order : order.slice(0, 10);
     const probability = (array, packed, k) => fixed((100 * array[base + k]) / packed.scale, 1);
     table.replaceChildren(
-      el("thead", {}, el("tr", {}, ["label", "unary %", ...relations.map((r) => r.name), "after %"].map((text) => el("th", { scope: "col", text })))),
+      el("thead", {}, el("tr", {}, ["label", "unary %", "after %", ...relations.map((r) => r.name)].map((text) => el("th", { scope: "col", text })))),
       el("tbody", {}, some.map((k) => el("tr", { "data-class": k },
-        el("th", { scope: "row" }, swatch(rgb(DATA.classes[k].colour)), " ", name(k)),
+        rowHead(swatch(rgb(DATA.classes[k].colour)), " ", name(k)),
         el("td", { "data-column": "unary", text: probability(data.unary, image.unary, k) }),
-        scores.map(({ r, values }) => el("td", { "data-column": r.name, text: signed(values[k], 2) })),
-        el("td", { "data-column": "after", text: probability(data.after, image.after, k) })))));
+        el("td", { "data-column": "after", text: probability(data.after, image.after, k) }),
+        scores.map(({ r, values }) => el("td", { "data-column": r.name, text: signed(values[k], 2) }))))));
     all.hidden = K <= 12;
     all.textContent = everything ? "Show the likeliest labels" : `Show all ${K} labels`;
     draw();
@@ -265,4 +267,15 @@ let inspect = () => {};
   relation.addEventListener("change", show);
   all.addEventListener("click", () => ((everything = !everything), show()));
   inspect(images[0].index);
+})();
+
+// What is wider than its place fades where it goes on.
+(function edges() {
+  const look = (node) => node.classList.toggle("more", node.scrollWidth - node.clientWidth - node.scrollLeft > 1);
+  const sizes = new ResizeObserver((entries) => entries.forEach(({ target }) => look(target.closest(".scroll"))));
+  for (const node of document.querySelectorAll(".scroll")) {
+    node.addEventListener("scroll", () => look(node), { passive: true });
+    sizes.observe(node);
+    sizes.observe(node.firstElementChild);
+  }
 })();
