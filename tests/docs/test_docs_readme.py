@@ -1,8 +1,10 @@
 """The documents against the code: examples run, paths and names exist, commands are accepted."""
 
+import functools
 import importlib
 import io
 import re
+import runpy
 import shlex
 import sys
 import tokenize
@@ -80,19 +82,28 @@ def keys(text):
     return {m[1].replace("NAME", "surrounding") for m in found if m} - {"json"}
 
 
+def script(path, values, monkeypatch):
+    """The names of train.py or eval.py; its flags go into `values` instead of those of this process."""
+    with monkeypatch.context() as patch:
+        for name in ("DEFINE_string", "DEFINE_bool", "DEFINE_integer", "DEFINE_float", "DEFINE_enum"):
+            patch.setattr(flags, name, functools.partial(getattr(flags, name), flag_values=values))
+        patch.setattr(flags, "adopt_module_key_flags", lambda module: None)
+        patch.setattr(config_flags, "DEFINE_config_file", lambda *args, **kwargs: None)  # `parse` has its own
+        return runpy.run_path(str(path))
+
+
 def parse(words, monkeypatch, trained_with=None):
     """The config that a command of train.py or eval.py ends with, checked as the scripts do.
 
     trained_with: the config argument of the training run that an evaluation belongs to.
     """
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", words[1:])  # where ml_collections looks for the overrides
+    words = list(words)
     values = flags.FlagValues()
-    source = (ROOT / words[1]).read_text() + (ROOT / "pwcrf_jax/training/distributed.py").read_text()
-    for kind, name in re.findall(r'\bflags\.DEFINE_(\w+)\(\s*"([\w-]+)"', source):
-        if name != "config":
-            define = flags.DEFINE_bool if kind == "bool" else flags.DEFINE_string
-            define(name, None, "", flag_values=values)
+    names = script(ROOT / words[1], values, monkeypatch)
+    if words[1] == "eval.py":
+        names["_name_report"](words)
+    monkeypatch.setattr(sys, "argv", words[1:])  # where ml_collections looks for the overrides
     if trained_with:
         file, _, variant = trained_with.partition(":")
         get_config = importlib.import_module(file.removesuffix(".py").replace("/", ".")).get_config
@@ -101,6 +112,8 @@ def parse(words, monkeypatch, trained_with=None):
     else:
         config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True)
     assert len(values(sys.argv)) == 1, f"words that are no flags: {values(sys.argv)[1:]}"
+    if words[1] == "eval.py":
+        names["_check_flags"](values)  # flags that do not go together
     configs.validate(values["config"].value, num_devices=1)
     return values["config"].value
 
@@ -264,4 +277,14 @@ def test_planted_faults_are_found(monkeypatch):
     assert words[-1] == "--config.nothing=3"
     with pytest.raises((AttributeError, KeyError)):
         parse(words, monkeypatch)
+    evaluation = ["python", "eval.py", "--workdir", "runs/demo"]
+    for right in (["--refine", "full"], ["--report", "page.html"], ["--images", "a.jpg", "--output", "out"]):
+        parse([*evaluation, *right], monkeypatch, "configs/demo.py")
+    for wrong in (["--refine", "fulll"], ["--trials=0"], ["--report_images=many"], ["--nothing"], ["--tuned=perhaps"]):
+        with pytest.raises(flags.Error):
+            parse([*evaluation, *wrong], monkeypatch, "configs/demo.py")
+    with pytest.raises(configs.ConfigError, match="--output is of predictions"):
+        parse([*evaluation, "--output", "out"], monkeypatch, "configs/demo.py")
+    with pytest.raises(flags.Error):
+        parse(["python", "train.py", "--config=configs/demo.py", "--num_processes=two"], monkeypatch)
     assert MACHINE.search("in /tmp/run") and not MACHINE.search("~/tmp/run, a/work/b, https://x.org/work")
