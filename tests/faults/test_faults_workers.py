@@ -43,10 +43,17 @@ def alive(pid):
         return False
 
 
+def command(pid):
+    """Empty of a zombie; waited for where a process is just about to become another program."""
+    while not (text := pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()) and alive(pid):
+        time.sleep(0.01)
+    return text
+
+
 def children(pid):
     """Of a living process, those with what is their command."""
     found = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(x) for x in found if b"workers.serve" in pathlib.Path(f"/proc/{x}/cmdline").read_bytes()]
+    return [int(x) for x in found if b"workers.serve" in command(x)]
 
 
 def gone(pids):
