@@ -230,7 +230,7 @@ def test_missing_and_unknown_keys(config):
 def test_best_without_a_state_to_go_on_from(config, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "work")
     shutil.rmtree(tmp_path / "work" / "checkpoints")
-    with pytest.raises(checkpoint.CheckpointError, match="best.*holds a model.*checkpoints is empty"):
+    with pytest.raises(checkpoint.CheckpointError, match="best holds a model.*has no whole checkpoint"):
         loop.train_and_evaluate(config, str(tmp_path / "work"))
 
 
