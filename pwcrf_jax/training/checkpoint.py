@@ -116,7 +116,8 @@ class Store:
     @property
     def damaged(self) -> list[str]:
         """Folders of checkpoints that were set aside."""
-        return [name for name in sorted(os.listdir(self.folder)) if _DAMAGED in name]
+        names = os.listdir(self.folder) if os.path.isdir(self.folder) else []  # another process makes it
+        return sorted(name for name in names if _DAMAGED in name)
 
     def save(self, step: int, trees: dict, meta: dict) -> None:
         """Starts a save in the background; `wait` for it before leaving. There must be none of this step.

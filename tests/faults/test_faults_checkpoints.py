@@ -269,6 +269,13 @@ with store({str(folder)!r}) as writer:
     assert sorted(x.name for x in folder.iterdir()) == ["3", "6"]
 
 
+def test_a_process_that_writes_nothing_may_be_there_before_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.jax, "process_index", lambda: 1)
+    other = store(tmp_path / "checkpoints")
+    assert not (tmp_path / "checkpoints").exists()
+    assert other.latest is None and other.damaged == []
+
+
 def test_a_failed_save_is_told_by_the_next_check(folder, monkeypatch):
     class Response:
         def result(self, timeout):
