@@ -46,6 +46,8 @@ def _reason(error, argv):
         return f"config.{wrong[1]} = {wrong[2]!r} must be {kind.wanted}"
     if in_file := _line_of_file(error):
         return in_file
+    if given := re.match(r"flag --config=(.*):(\w+): .*get_config\(\) takes 0 positional", str(error), re.DOTALL):
+        return f"--config={given[1]}:{given[2]}: {given[1]} has no variants; leave out :{given[2]}"
     given = " ".join(arg for arg in argv[1:] if arg.lstrip("-").startswith(("config", "noconfig")))
     return f"{_one_line(error)} ({type(error).__name__} while reading {given or 'the command line'})"
 
@@ -140,6 +142,9 @@ def require(name: str):
         value = flags.FLAGS[name].value
         hasattr(value, "keys")  # where the config file is not there, ml_collections says so at the first access
     except OSError as error:
+        file = getattr(flags.FLAGS[name], "config_filename", "")  # perhaps with a variant, "FILE:NAME"
+        if file and not os.path.exists(file.partition(":")[0]):
+            raise ConfigError(f"--{name}={file}: there is no such file; name one such as configs/demo.py") from None
         raise ConfigError(f"--{name}: {error}") from None
     if name == "config" and flags.FLAGS[name].present and not isinstance(value, ConfigDict):
         raise ConfigError(

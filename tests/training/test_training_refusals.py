@@ -260,7 +260,8 @@ def _run(script, *args):
         (["--config=configs/demo.py", "--config.model.hiden=3"], "did you mean config.model.hidden?"),
         (["--config=configs/demo.py", "--config.train.steps=many"], "many"),
         (["--config=configs/demo.py", "--config.data.nope.x=1"], "nope"),
-        (["--config=configs/nothing.py", "--workdir=somewhere"], "nothing.py"),
+        (["--config=configs/nothing.py", "--workdir=somewhere"], "configs/nothing.py: there is no such file; name one"),
+        (["--config=configs/demo.py:x", "--workdir=somewhere"], "configs/demo.py has no variants; leave out :x"),
         (["--config=configs/camvid_mobilenet_v2.py:x", "--workdir=somewhere"], "known are residual, free, both"),
         (["--config=configs/demo.py"], "--workdir"),
         (
