@@ -82,7 +82,7 @@ def get_config():
     config.optimizer.warmup_steps = 50
     config.optimizer.momentum = 0.9  # of sgd
     config.optimizer.weight_decay = 1e-4
-    config.optimizer.clip_norm = 10.0  # of the global gradient; 0: off
+    config.optimizer.clip_norm = 10.0  # of the gradient of the relations, and of all else; 0: off
 
     config.train = ConfigDict()
     config.train.batch_size = 8  # over all devices and hosts

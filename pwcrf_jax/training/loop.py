@@ -262,8 +262,12 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_
         configs.save_classes(dataset.class_names, dataset.palette, workdir)
     batches = batches_from(config, dataset, samples_seen // c.batch_size)
     crf = configs.crf_settings(config)
-    train_step = steps.make_train_step(model, tx, config.loss.to_dict(), config.seed, crf, unary_steps)
-    train_step, state = parallel.pmap_train(train_step), parallel.replicated(state)
+    # A program a stage: in the branch of one for both, XLA's CPU convolutions are several times slower.
+    step_of = lambda *kinds: parallel.pmap_train(
+        steps.make_train_step(model, tx, config.loss.to_dict(), config.seed, crf, kinds)
+    )
+    both, unary_alone, pairwise_alone = step_of(*steps.KINDS), *map(step_of, steps.KINDS)
+    state = parallel.replicated(state)
     eval_fn = evaluate.make_eval_fn(config, model)
     writer = Writer(workdir, step, not evaluate_first) if jax.process_index() == 0 else None
     num_params = sum(x.size for x in jax.tree.leaves(state.params))
@@ -275,6 +279,14 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_
     log.info("%s", planned(config, model, tx).summary())
     guard = _Guard(c.max_skipped_steps, step - int(state.step))
     started, progress, result, stop = time.monotonic(), None, {}, False
+
+    def train_step(*args):
+        """The step of this stage. Which one it is depends on the steps taken; skipped ones do not count."""
+        if unary_steps is None:
+            return both(*args)
+        if step - guard.skipped == unary_steps:
+            guard.flush()  # was the last one taken?
+        return (unary_alone if step - guard.skipped < unary_steps else pairwise_alone)(*args)
 
     def interruptible(*args):
         if preemption.requested():

@@ -103,12 +103,15 @@ def objective(terms, num_images, weights, reduction="mean"):
     return loss
 
 
-def make_train_step(model, tx, loss_config, seed=0, crf_config=None, unary_steps=None):
+KINDS = ("unary", "pairwise")  # of factors; with the second go the refinement convolutions
+
+
+def make_train_step(model, tx, loss_config, seed=0, crf_config=None, kinds=KINDS):
     """Builds step(state, batch) -> (state, metrics).
 
     seed: of the sampled offsets, which follow from it and from the number of the step alone.
     crf_config: of `make_eval_step`, for the objectives that contain inference.
-    unary_steps: of "piecewise_staged": so many steps of the unary alone, then the relations alone.
+    kinds: of the piecewise terms that train: both, or one, which is a stage of "piecewise_staged".
 
     batch: image uint8 [B, H, W, 3], label uint8 [B, H, W] and, where it may hold padding, inside int32 [B, 4], see
     `joint_term`. metrics: loss, grad_norm, and nll_NAME of every term, -1 where a step has no factor of this kind;
@@ -116,8 +119,7 @@ def make_train_step(model, tx, loss_config, seed=0, crf_config=None, unary_steps
     """
     name = loss_config["objective"]
 
-    def loss_fn(params, batch, step, kinds):
-        """kinds: "unary", "pairwise" or both, of the piecewise terms that train."""
+    def loss_fn(params, batch, step):
         potentials = model.apply({"params": params}, batch["image"])
         if "pairwise" not in kinds:
             potentials = potentials._replace(pairwise={}, correction=None)
@@ -142,17 +144,8 @@ def make_train_step(model, tx, loss_config, seed=0, crf_config=None, unary_steps
         num_images = batch["image"].shape[0] * jax.lax.axis_size(AXIS)
         return objective(terms, num_images, weights, loss_config["reduction"]), terms
 
-    def gradients(kinds):
-        return lambda *args: jax.value_and_grad(loss_fn, has_aux=True)(*args, kinds)
-
     def step(state, batch):
-        arguments = state.params, batch, state.step
-        if name == "piecewise_staged" and unary_steps:
-            stages = gradients(("unary",)), gradients(("pairwise",))
-            (loss, terms), grads = jax.lax.cond(state.step < unary_steps, *stages, *arguments)
-        else:  # of one stage without a branch, in which XLA's CPU convolutions are several times slower
-            kinds = ("pairwise",) if name == "piecewise_staged" else ("unary", "pairwise")
-            (loss, terms), grads = gradients(kinds)(*arguments)
+        (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, state.step)
         sums = {k: total for k, (total, _) in terms.items()}
         loss, sums, grads = jax.lax.psum((loss, sums, grads), AXIS)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -119,6 +119,18 @@ def test_a_run_goes_on_after_one(config, tmp_path, poison, caplog):
     assert states.read(tmp_path)[1]["step"] == 6, "the last good checkpoint is left as it was"
 
 
+@pytest.mark.parametrize("skipped", [1, 3, 4])
+def test_a_skipped_step_is_none_of_its_stage(config, tmp_path, poison, skipped):
+    """Three steps of the unary are three that were taken: the next is the first that trains relations."""
+    config.loss.objective, config.loss.unary_share = "piecewise_staged", 0.5
+    config.train.max_skipped_steps = 1
+    poison([skipped])
+    loop.train_and_evaluate(config, str(tmp_path))
+    lines = {x["step"]: x for x in states.lines(tmp_path) if "train/nll_unary" in x or "train/skipped_steps" in x}
+    pairwise = [step for step, x in sorted(lines.items()) if "train/nll_surrounding" in x]
+    assert pairwise == [5, 6], lines  # of step 4 the unary's third, or the relations' first, which was skipped
+
+
 def test_none_is_allowed(config, tmp_path, poison, monkeypatch):
     config.train.max_skipped_steps = 0
     with monkeypatch.context():

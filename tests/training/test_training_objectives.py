@@ -8,7 +8,7 @@ import pytest
 from pwcrf_jax import objectives, piecewise
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate, loop, parallel, steps
-from pwcrf_jax.training.optimizer import make_optimizer
+from pwcrf_jax.training.optimizer import clip_by_norm_of_kind, make_optimizer
 
 OTHERS = [name for name in steps.OBJECTIVES if not name.startswith("piecewise")]
 
@@ -21,14 +21,15 @@ def batch_of(rng, count, size=(32, 48), classes=6):
     return {"image": image.astype(np.uint8), "label": labels.astype(np.uint8)}
 
 
-def started(config, seed=0):
-    """(step function, state) of a config, for the devices given to `run`."""
+def started(config, seed=0, kinds=None):
+    """(step function, state) of a config, for the devices given to `run`; staged: of the stage of these kinds."""
     model = configs.build_model(config)
     unary_steps = configs.unary_steps(config)
     tx = make_optimizer(config.optimizer, config.model, config.train.steps, unary_steps)
     params = evaluate.init_params(model, seed)
     crf = configs.crf_settings(config)
-    step = steps.make_train_step(model, tx, config.loss.to_dict(), 0, crf, unary_steps)
+    kinds = kinds or (steps.KINDS if unary_steps is None else ("unary",))
+    step = steps.make_train_step(model, tx, config.loss.to_dict(), 0, crf, kinds)
     return step, steps.TrainState(jnp.int32(0), params, tx.init(params))
 
 
@@ -52,6 +53,34 @@ def small(config):
     config.train.steps = 12
     config.optimizer.warmup_steps = 2
     return config
+
+
+def test_relations_leave_the_steps_of_the_unary_as_they_are(small):
+    """Beside relations that do not train the features, the unary takes the steps it takes alone, clipped or not."""
+    small.model.pairwise_trains_features, small.loss.pairwise_weight = False, 5.0
+    small.optimizer.name, small.optimizer.clip_norm = "sgd", 0.05  # Adam would hide a gradient of another size
+    batches = [batch_of(np.random.default_rng(i), 2) for i in range(3)]
+    step, state = started(small)
+    beside = run(step, state, batches)
+    small.model.relations = ()
+    alone = started(small)[0]
+    tx = make_optimizer(small.optimizer, small.model, small.train.steps)
+    params = {k: v for k, v in state.params.items() if not k.startswith("pairwise_")}
+    out = run(alone, steps.TrainState(jnp.int32(0), params, tx.init(params)), batches)
+    assert all(m["grad_norm"] > 0.05 for _, m in out), "nothing was clipped"
+    for name, tree in out[-1][0].params.items():
+        for a, b in zip(*map(jax.tree.leaves, (tree, beside[-1][0].params[name])), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_gradients_are_clipped_by_kind():
+    tree = {"featmap": {"a": jnp.array([3.0, 4.0])}, "pairwise_x": {"b": jnp.array([[0.0, 0.6], [0.8, 0.0]])}}
+    clipped, _ = clip_by_norm_of_kind(2.0).update(tree, None)
+    np.testing.assert_allclose(clipped["featmap"]["a"], [1.2, 1.6], rtol=1e-6)
+    np.testing.assert_array_equal(clipped["pairwise_x"]["b"], tree["pairwise_x"]["b"])
+    nothing = jax.tree.map(jnp.zeros_like, tree)
+    for x in jax.tree.leaves(clip_by_norm_of_kind(2.0).update(nothing, None)[0]):
+        np.testing.assert_array_equal(x, jnp.zeros_like(x))
 
 
 @pytest.mark.parametrize("name", ["piecewise_staged", "pseudo_likelihood", "unrolled_mean_field"])
@@ -111,8 +140,10 @@ def test_stages(small):
     small.model.pairwise_trains_features = True  # staged training does not let them
     small.optimizer.weight_decay = 0.1
     assert configs.unary_steps(small) == 4
-    step, state = started(small)
-    out = run(step, state, [batch_of(np.random.default_rng(i), 2) for i in range(12)])
+    (first, state), (second, _) = (started(small, kinds=(kind,)) for kind in steps.KINDS)
+    batches = [batch_of(np.random.default_rng(i), 2) for i in range(12)]
+    out = run(first, state, batches[:4])
+    out += run(second, out[-1][0], batches[4:])
     states = [jax.device_get(state.params), *(s.params for s, _ in out)]
     for i, (before, after) in enumerate(zip(states[:-1], states[1:], strict=True)):
         for name in before:
@@ -140,7 +171,6 @@ def test_the_second_stage_starts_as_a_run_does(small, rule):
         grads = {k: jax.tree.map(lambda g, on=trained[k]: on * g, v) for k, v in ones.items()}
         updates, state = staged.update(grads, state, params)
         if step >= 4:
-            # The clipped norm is of all gradients, and here of the relations' alone.
             expected, fresh = alone.update(relations(grads), fresh, relations(params))
             for a, b in zip(*map(jax.tree.leaves, (relations(updates), expected)), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-5)
