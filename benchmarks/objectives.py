@@ -6,16 +6,17 @@
     python benchmarks/objectives.py --quick
 
 * step: one training step (forward, backward, update) of each objective on the same model, batch and graph, compiled
-  ahead; medians of interleaved calls. crf: the same from the nets' outputs on, loss and gradient with respect to scores
-  and potentials: what the objectives differ in. Memory is what XLA plans for temporaries. With --full_box also
-  piecewise_sampled: piecewise on 24 neighbours of each box drawn anew in every step, an unbiased estimate of the same
-  likelihood (config.loss.sampled_offsets); inference has no such choice, it needs the whole graph in every iteration.
-* train: each objective from the same start for the same number of steps, with mean IoU of the unary and of all
-  relations on the validation split at every evaluation; from the seconds of a step follows what each had reached when
-  the fastest was through ("equal time").
+  ahead; medians of interleaved calls. piecewise_staged: the mean of its two stages, as config.loss.unary_share weighs
+  them. crf: the same from the nets' outputs on, loss and gradient with respect to scores and potentials: what the
+  objectives differ in. Memory is what XLA plans for temporaries. With --full_box also piecewise_sampled: piecewise on
+  24 neighbours of each box drawn anew in every step, an unbiased estimate of the same likelihood
+  (config.loss.sampled_offsets); inference has no such choice, it needs the whole graph in every iteration.
+* train: each objective from the same start, for the same number of steps, and for as many as fit into the time that
+  `piecewise` takes for these ("equal time", by the seconds of a step measured above; a run of its own, with its own
+  learning rate schedule). Mean IoU of the unary and of all relations on the validation split, after the last step.
 
 Message weights are 1 and messages are means (the demo's setting). Ends with one line of JSON; `step_ratio` and
-`crf_ratio` are unrolled mean field over piecewise, and over piecewise_sampled where it was measured.
+`crf_ratio` are unrolled mean field over piecewise, and over the other kinds of it that were measured.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from pwcrf_jax.training import evaluate, logs, loop, parallel, steps
 from pwcrf_jax.training.optimizer import make_optimizer
 
 RESULTS = Path(__file__).parent / "results"
-OBJECTIVES = ("piecewise", "pseudo_likelihood", "unrolled_mean_field")
+OBJECTIVES = ("piecewise", "piecewise_staged", "pseudo_likelihood", "unrolled_mean_field")
 SAMPLED = 24  # neighbours of each box, as many as a 5 x 5 grid has
 CONFIGS = {"demo": demo.get_config, "camvid": camvid_mobilenet_v2.get_config}
 
@@ -51,13 +52,13 @@ def batch_of(config):
     return {"image": rng.integers(0, 256, (*size, 3), np.uint8), "label": labels}
 
 
-def compiled_step(config, name, batch):
+def compiled_step(config, name, batch, kinds=steps.KINDS):
     """(function of no arguments that runs a step on fresh state, bytes of temporaries)."""
     _choose(config, name)
     model = configs.build_model(config)
-    tx = make_optimizer(config.optimizer, config.model, config.train.steps)
+    tx = make_optimizer(config.optimizer, config.model, config.train.steps, configs.unary_steps(config))
     state = jax.jit(lambda: _fresh(config, model, tx))()
-    step = steps.make_train_step(model, tx, config.loss.to_dict(), 0, configs.crf_settings(config))
+    step = steps.make_train_step(model, tx, config.loss.to_dict(), 0, configs.crf_settings(config), kinds)
     one = jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name=parallel.AXIS)  # a single device, without donation
     compiled = jax.jit(one).lower(state, parallel.split(batch, 1)).compile()
     inputs = parallel.split(batch, 1)
@@ -115,9 +116,21 @@ def measure(which, args):
             for relation in config.relations.values():
                 relation.grid = 0
         names = OBJECTIVES + ("piecewise_sampled",) * args.full_box
-        built = {name: build(config, name, batch_of(config)) for name in names}
+        built = {name: build(config, name, batch_of(config)) for name in names if name != "piecewise_staged"}
+        if part == "step":
+            for kind in steps.KINDS:
+                built[kind] = build(config, "piecewise_staged", batch_of(config), (kind,))
         seconds = interleaved({name: call for name, (call, _) in built.items()}, args.repeats)
-        out[part] = {name: (seconds[name], built[name][1]) for name in names}
+        out[part] = {name: (seconds[name], size) for name, (_, size) in built.items() if name not in steps.KINDS}
+        if part == "step":
+            first, second = steps.KINDS
+            share = config.loss.unary_share
+            out[part]["piecewise_staged"] = (
+                share * seconds[first] + (1 - share) * seconds[second],
+                max(built[first][1], built[second][1]),
+            )
+            print("  stages of piecewise_staged: "
+                  + ", ".join(f"{kind} {1e3 * seconds[kind]:.1f} ms" for kind in steps.KINDS))  # fmt: skip
         for name, (value, size) in out[part].items():
             ratio = value / out[part]["piecewise"][0]
             print(f"  {part:5s} {name:20s} {1e3 * value:8.1f} ms  {ratio:5.2f} x   {size / 2**20:8.1f} MiB", flush=True)
@@ -125,35 +138,33 @@ def measure(which, args):
 
 
 def train(args, seconds):
-    """{objective: {seed: [[step, mean IoU of the unary, of all]]}} on the synthetic set."""
-    out = {}
-    for name in (*OBJECTIVES, "piecewise_staged"):
-        for seed in args.seeds:
-            config = demo.get_config()
-            config.seed, config.loss.objective = seed, name
-            config.data.data_dir = args.data_dir
-            config.train.eval_every = 50
-            if args.steps:
-                config.train.steps = args.steps
-            workdir = Path(args.runs) / f"{name}-{seed}"
-            loop.train_and_evaluate(config, str(workdir))
-            lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-            curve = {x["step"]: [x["val/miou_unary"], x["val/miou_all"]] for x in lines if "val/miou_all" in x}
-            out.setdefault(name, {})[seed] = [[step, *values] for step, values in sorted(curve.items())]
-    whole = next(iter(out["piecewise"].values()))[-1][0]
+    """{"steps" or "time": {objective: {seed: [steps, mean IoU of the unary, of all]}}} on the synthetic set."""
+    out = {"steps": {}, "time": {}}
+    for seed in args.seeds:
+        for name in OBJECTIVES:
+            whole = args.steps or demo.get_config().train.steps
+            fitting = max(1, int(whole * seconds["piecewise"] / seconds[name]))
+            for equal, count in {"steps": whole, "time": fitting}.items():
+                config = demo.get_config()
+                config.seed, config.loss.objective, config.train.steps = seed, name, count
+                config.data.data_dir = args.data_dir
+                config.train.eval_every = 0  # only after the last step
+                config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, count // 4)
+                workdir = Path(args.runs) / f"{name}-{count}-{seed}"
+                loop.train_and_evaluate(config, str(workdir))
+                lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+                last = [x for x in lines if "val/miou_all" in x][-1]
+                values = [count, last["val/miou_unary"], last["val/miou_all"]]
+                out[equal].setdefault(name, {})[str(seed)] = values
+                print(f"  seed {seed} {name:20s} {count} steps: {values[1]:6.2f} {values[2]:6.2f}", flush=True)
     budget = whole * seconds["piecewise"]
-    print(f"\nsynthetic set: mean IoU of unary, all relations; at {whole} steps, and at piecewise's {budget:.0f} s")
-    for name, curves in out.items():
-        cost = seconds.get(name, seconds["piecewise"])
-        at = lambda step, curves=curves: np.mean(
-            [[c for c in curve if c[0] <= step][-1][1:] for curve in curves.values()], 0
-        )
-        reached = budget / cost
-        early = at(reached) if reached >= next(iter(curves.values()))[0][0] else (float("nan"),) * 2
-        print(
-            f"  {name:20s} steps {at(whole)[0]:6.2f} {at(whole)[1]:6.2f}   time {early[0]:6.2f} {early[1]:6.2f}",
-            flush=True,
-        )
+    print(
+        f"\nsynthetic set, means over seeds: mean IoU of unary, all relations, after {whole} steps and {budget:.0f} s"
+    )
+    for name in OBJECTIVES:
+        (_, *at_steps), (count, *at_time) = (np.mean([*out[equal][name].values()], 0) for equal in ("steps", "time"))
+        print(f"  {name:20s} steps {at_steps[0]:6.2f} {at_steps[1]:6.2f}   "
+              f"time ({count:.0f} steps) {at_time[0]:6.2f} {at_time[1]:6.2f}", flush=True)  # fmt: skip
     return out
 
 
@@ -178,7 +189,7 @@ def main():
     found = {which: measure(which, args) for which in (("demo",) if args.quick else CONFIGS)}
     out = {}
     for part in ("step", "crf"):
-        for name in ("piecewise", "piecewise_sampled")[: 1 + args.full_box]:
+        for name in (x for x in ("piecewise", "piecewise_staged", "piecewise_sampled") if x in found["demo"][part]):
             ratio = lambda f, part=part, name=name: f[part]["unrolled_mean_field"][0] / f[part][name][0]
             key = f"{part}_ratio" + name.removeprefix("piecewise")
             out[key] = {which: round(ratio(f), 2) for which, f in found.items()}
@@ -189,9 +200,12 @@ def main():
         path.write_text(json.dumps(about | dict(seconds_and_bytes=found, **out), indent=1) + "\n")
     if args.train:
         seconds = {name: value for name, (value, _) in found["demo"]["step"].items()}
-        curves = train(args, seconds)
-        out["curves"] = {name: {str(seed): c[-1] for seed, c in runs.items()} for name, runs in curves.items()}
-        kept = about | dict(seconds_per_step=seconds, curves=curves)
+        reached = train(args, seconds)
+        out["reached"] = {
+            equal: {name: np.mean([v[2] for v in runs.values()]).round(2) for name, runs in by_name.items()}
+            for equal, by_name in reached.items()
+        }
+        kept = about | dict(seconds_per_step=seconds, reached=reached)
         (RESULTS / "objectives_synthetic.json").write_text(json.dumps(kept) + "\n")
     print(json.dumps(out))
 
