@@ -58,23 +58,27 @@ BESIDE = ("joint", "joint_features")
 
 
 class Setting(NamedTuple):
-    """How a set is trained here; held_out: percent of the training images that the pilot is tuned on."""
+    """How a set is trained here.
+
+    steps: of a unary. pair_steps: of relations on features that stand still. held_out: percent of the training images
+    that the pilot is tuned on.
+    """
 
     module: Any
     split: str
     steps: int
+    pair_steps: int
     batch_size: int
     crop_size: tuple[int, int]
     held_out: int
 
 
 SETS = {
-    "camvid": Setting(camvid_mobilenet_v2, "train", 450, 4, (240, 320), 20),
-    "animals": Setting(voc_mobilenet_v2, "train_aug", 350, 4, (320, 320), 8),
+    "camvid": Setting(camvid_mobilenet_v2, "train", 450, 225, 4, (240, 320), 20),
+    "animals": Setting(voc_mobilenet_v2, "train_aug", 350, 350, 4, (320, 320), 8),
 }
 # Boxes in cells: a share of the short side would be another distance in a crop than in the whole image.
 BOXES = {"surrounding": ((-4, 4), (-4, 4)), "above_below": ((-8, -1), (-4, 4))}
-PAIR_SHARE = 0.5  # of the unary's steps, that relations train on features that stand still
 CURVE = (("baseline", 1.0), ("multiscale", 0.125), ("multiscale", 0.25), ("multiscale", 0.5), ("multiscale", 1.0))
 EVAL_SPLIT = "val"
 CURVE_WEIGHTS = (0.5, 1.0, 2.0, 4.0)
@@ -120,8 +124,7 @@ def config_of(args, rung, seed, split, unary="multiscale", share=1.0):
 def sizes_of(args):
     """Steps of the unary and of the relations, batch and crop."""
     setting = SETS[args.set]
-    whole = args.steps or setting.steps
-    sizes = whole, args.pair_steps or max(1, round(whole * PAIR_SHARE)), args.batch or setting.batch_size
+    sizes = args.steps or setting.steps, args.pair_steps or setting.pair_steps, args.batch or setting.batch_size
     return dict(zip(SIZES, (*sizes, list(args.crop or setting.crop_size)), strict=True))
 
 
@@ -417,7 +420,7 @@ def main():
     parser.add_argument("--steps", type=int, default=0, help="of each training; 0: as in SETS")
     parser.add_argument("--crop", type=int, nargs=2, help="height and width of training crops")
     parser.add_argument("--batch", type=int, default=0, help="images of a training step")
-    parser.add_argument("--pair_steps", type=int, default=0, help="of the relations; 0: half of --steps")
+    parser.add_argument("--pair_steps", type=int, default=0, help="of the relations; 0: as in SETS")
     parser.add_argument("--trials", type=int, default=10, help="settings of the dense CRF that the pilot tries")
     args = parser.parse_args()
     if args.summary:

@@ -97,7 +97,7 @@ def test_ladders_of_other_sizes_are_not_mixed(ladder, tmp_path):
     path = tmp_path / "ladder_animals_baseline_0.json"
     assert ladder.kept(args, path)["seed"] == 0 and ladder.kept(args, tmp_path / "none") is None
     other = options(ladder, tmp_path, steps=7)
-    with pytest.raises(SystemExit, match="holds figures of {'steps': 350, 'pair_steps': 175}, this ladder has"):
+    with pytest.raises(SystemExit, match="holds figures of {'steps': 350}, this ladder has"):
         ladder.kept(other, path)
     keep(ladder, other, "baseline", 1, {"all": counts_of(confusions(rng, 0.5))})
     with pytest.raises(SystemExit, match="figures of animals with different steps"):
@@ -108,7 +108,7 @@ def test_ladders_of_other_sizes_are_not_mixed(ladder, tmp_path):
 def test_a_relation_is_the_same_in_crop_and_image(ladder, name):
     args = options(ladder, None, set=name, source_dir="", data_dir="", init_from="")
     config = ladder.config_of(args, "contextual", 0, "train")
-    assert config.loss.objective == "piecewise_staged" and config.train.steps == ladder.SETS[name].steps // 2
+    assert config.loss.objective == "piecewise_staged" and config.train.steps == ladder.SETS[name].pair_steps
     for relation in ("surrounding", "above_below"):
         assert config.relations[relation].unit == "cells"
     assert ladder.config_of(args, "baseline", 0, "train").model.relations == ()
