@@ -137,12 +137,18 @@ def kept(args, path):
     if not path.exists():
         return None
     result, sizes = json.loads(path.read_text()), sizes_of(args)
-    if found := {k: result.get(k) for k in SIZES if result.get(k) != sizes[k]}:
+    if found := {k: v for k, v in sizes_in(result).items() if v != sizes[k]}:
         raise SystemExit(
             f"{path} holds figures of {found}, this ladder has {sizes}: name another folder with --results, or leave "
             "--steps, --pair_steps, --crop and --batch as they were"
         )
     return result
+
+
+def sizes_in(result):
+    """The sizes that a result depends on."""
+    alone = result.get("rung") in (*RUNGS, *BESIDE) and RUN_OF.get(result["rung"], result["rung"]) != "contextual"
+    return {k: result.get(k) for k in SIZES if not (alone and k == "pair_steps")}
 
 
 def trained(args, rung, seed, split, name, unary="multiscale", share=1.0):
@@ -321,7 +327,8 @@ def summary(args):
                 found.setdefault(rung, {})[result["seed"]] = result
         if not found:
             continue
-        if len({json.dumps([r.get(k) for k in SIZES]) for runs in found.values() for r in runs.values()}) > 1:
+        sizes = [sizes_in(r) for runs in found.values() for r in runs.values()]
+        if any(len({json.dumps(s[k]) for s in sizes if k in s}) > 1 for k in SIZES):
             raise SystemExit(f"{args.results}: figures of {name} with different {', '.join(SIZES)}: not one ladder")
         classes = next(iter(next(iter(found.values())).values()))["class_indices"]
         counts = {rung: {seed: unpack(r["counts"]) for seed, r in runs.items()} for rung, runs in found.items()}

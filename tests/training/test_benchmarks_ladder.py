@@ -99,6 +99,13 @@ def test_ladders_of_other_sizes_are_not_mixed(ladder, tmp_path):
     other = options(ladder, tmp_path, steps=7)
     with pytest.raises(SystemExit, match="holds figures of {'steps': 350}, this ladder has"):
         ladder.kept(other, path)
+    # Of a unary it does not matter how long relations train.
+    longer = options(ladder, tmp_path, pair_steps=7)
+    assert ladder.kept(longer, path)["seed"] == 0
+    keep(ladder, args, "contextual", 0, {row: counts_of(confusions(rng, 0.5)) for row in ("unary", "all", "refined")})
+    with pytest.raises(SystemExit, match="holds figures of {'pair_steps': 350}, this ladder has"):
+        ladder.kept(longer, tmp_path / "ladder_animals_contextual_0.json")
+    ladder.summary(args)
     keep(ladder, other, "baseline", 1, {"all": counts_of(confusions(rng, 0.5))})
     with pytest.raises(SystemExit, match="figures of animals with different steps"):
         ladder.summary(args)
