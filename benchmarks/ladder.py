@@ -60,22 +60,23 @@ BESIDE = ("joint", "joint_features")
 class Setting(NamedTuple):
     """How a set is trained here.
 
-    steps: of a unary. pair_steps: of relations on features that stand still. held_out: percent of the training images
-    that the pilot is tuned on.
+    steps: of a unary. pair_steps: of relations on features that stand still. pair_balance: their loss.balance_power.
+    held_out: percent of the training images that the pilot is tuned on.
     """
 
     module: Any
     split: str
     steps: int
     pair_steps: int
+    pair_balance: float
     batch_size: int
     crop_size: tuple[int, int]
     held_out: int
 
 
 SETS = {
-    "camvid": Setting(camvid_mobilenet_v2, "train", 450, 225, 4, (240, 320), 20),
-    "animals": Setting(voc_mobilenet_v2, "train_aug", 350, 350, 4, (320, 320), 8),
+    "camvid": Setting(camvid_mobilenet_v2, "train", 450, 225, 0.6, 4, (240, 320), 20),
+    "animals": Setting(voc_mobilenet_v2, "train_aug", 350, 350, 0.0, 4, (320, 320), 8),
 }
 # Boxes in cells: a share of the short side would be another distance in a crop than in the whole image.
 BOXES = {"surrounding": ((-4, 4), (-4, 4)), "above_below": ((-8, -1), (-4, 4))}
@@ -115,6 +116,7 @@ def config_of(args, rung, seed, split, unary="multiscale", share=1.0):
         config.model.relations = ()
     if rung == "contextual":
         config.loss.objective, config.loss.unary_share = "piecewise_staged", 0.0
+        config.loss.balance_power = setting.pair_balance
         config.train.steps = sizes["pair_steps"]
         config.model.refinement_convs.layers = MIDDLE
     config.model.pairwise_trains_features = rung == "joint_features"
