@@ -76,7 +76,7 @@ class Setting(NamedTuple):
 
 SETS = {
     "camvid": Setting(camvid_mobilenet_v2, "train", 450, 225, 0.6, 4, (240, 320), 20),
-    "animals": Setting(voc_mobilenet_v2, "train_aug", 350, 350, 0.0, 4, (320, 320), 8),
+    "animals": Setting(voc_mobilenet_v2, "train_aug", 350, 175, 0.0, 4, (320, 320), 8),
 }
 # Boxes in cells: a share of the short side would be another distance in a crop than in the whole image.
 BOXES = {"surrounding": ((-4, 4), (-4, 4)), "above_below": ((-8, -1), (-4, 4))}

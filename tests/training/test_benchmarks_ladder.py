@@ -103,7 +103,7 @@ def test_ladders_of_other_sizes_are_not_mixed(ladder, tmp_path):
     longer = options(ladder, tmp_path, pair_steps=7)
     assert ladder.kept(longer, path)["seed"] == 0
     keep(ladder, args, "contextual", 0, {row: counts_of(confusions(rng, 0.5)) for row in ("unary", "all", "refined")})
-    with pytest.raises(SystemExit, match="holds figures of {'pair_steps': 350}, this ladder has"):
+    with pytest.raises(SystemExit, match="holds figures of {'pair_steps': 175}, this ladder has"):
         ladder.kept(longer, tmp_path / "ladder_animals_contextual_0.json")
     ladder.summary(args)
     keep(ladder, other, "baseline", 1, {"all": counts_of(confusions(rng, 0.5))})
