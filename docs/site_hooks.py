@@ -19,7 +19,11 @@ ELSEWHERE = {
     "benchmarks.md": "benchmarks/README.md",
     "examples.md": "examples/README.md",
     "changes.md": "CHANGELOG.md",
-    **{f"results/{p.name}": f"benchmarks/results/{p.name}" for p in (ROOT / "benchmarks/results").iterdir()},
+    **{
+        f"results/{p.name}": f"benchmarks/results/{p.name}"
+        for p in (ROOT / "benchmarks/results").iterdir()
+        if p.is_file()
+    },
 }
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LIST = re.compile(r"^((?![-*|>#]|\d+\. |\s)[^\n]+\n)(?=[-*] )", re.MULTILINE)  # without a blank line before it
