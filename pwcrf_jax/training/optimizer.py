@@ -1,7 +1,6 @@
 """The optimizer of a config."""
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from pwcrf_jax.nets import mobilenet_v2
@@ -57,23 +56,6 @@ def _decayed(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: "bias" not in path[-1].key, params)
 
 
-def clip_by_norm_of_kind(max_norm):
-    """Scales the gradient of the relations, and that of all else, to a norm of max_norm at most, each by its own norm.
-
-    A common norm would tie together what piecewise training keeps apart: beside relations, the unary's parameters
-    would take other steps than alone.
-    """
-
-    def update(updates, state, params=None):
-        del params
-        leaves, kinds = jax.tree.leaves(updates), jax.tree.leaves(_kinds(updates))
-        norms = {kind: optax.tree.norm([x for x, k in zip(leaves, kinds, strict=True) if k == kind]) for kind in kinds}
-        scale = {kind: jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-12)) for kind, norm in norms.items()}
-        return jax.tree.map(lambda x, kind: x * scale[kind].astype(x.dtype), updates, _kinds(updates)), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
 def make_optimizer(config, model_config, num_steps, unary_steps=None):
     """optax transformation for config.optimizer.
 
@@ -86,7 +68,11 @@ def make_optimizer(config, model_config, num_steps, unary_steps=None):
     decay = optax.add_decayed_weights(config.weight_decay, mask=_decayed)
     rule = [optax.scale_by_adam(), decay] if config.name == "adamw" else [decay, optax.trace(config.momentum)]
     rule_of = lambda steps: optax.chain(*rule, optax.scale_by_learning_rate(schedule(config, steps)))
-    clip = [clip_by_norm_of_kind(config.clip_norm)] if config.clip_norm else []
+    # A common norm would tie together what piecewise training keeps apart: beside relations, the unary's parameters
+    # would take other steps than alone. Stateless, so that states saved with one norm for all can be read.
+    of_kind = optax.partition({k: optax.clip_by_global_norm(config.clip_norm) for k in ("unary", "pairwise")}, _kinds)
+    by_kind = optax.stateless(lambda updates, _: of_kind.update(updates, of_kind.init(updates))[0])
+    clip = [by_kind] if config.clip_norm else []
     if unary_steps is None:
         learn = rule_of(num_steps)
     else:

@@ -8,7 +8,7 @@ import pytest
 from pwcrf_jax import objectives, piecewise
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate, loop, parallel, steps
-from pwcrf_jax.training.optimizer import clip_by_norm_of_kind, make_optimizer
+from pwcrf_jax.training.optimizer import make_optimizer
 
 OTHERS = [name for name in steps.OBJECTIVES if not name.startswith("piecewise")]
 
@@ -71,16 +71,6 @@ def test_relations_leave_the_steps_of_the_unary_as_they_are(small):
     for name, tree in out[-1][0].params.items():
         for a, b in zip(*map(jax.tree.leaves, (tree, beside[-1][0].params[name])), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
-
-
-def test_gradients_are_clipped_by_kind():
-    tree = {"featmap": {"a": jnp.array([3.0, 4.0])}, "pairwise_x": {"b": jnp.array([[0.0, 0.6], [0.8, 0.0]])}}
-    clipped, _ = clip_by_norm_of_kind(2.0).update(tree, None)
-    np.testing.assert_allclose(clipped["featmap"]["a"], [1.2, 1.6], rtol=1e-6)
-    np.testing.assert_array_equal(clipped["pairwise_x"]["b"], tree["pairwise_x"]["b"])
-    nothing = jax.tree.map(jnp.zeros_like, tree)
-    for x in jax.tree.leaves(clip_by_norm_of_kind(2.0).update(nothing, None)[0]):
-        np.testing.assert_array_equal(x, jnp.zeros_like(x))
 
 
 @pytest.mark.parametrize("name", ["piecewise_staged", "pseudo_likelihood", "unrolled_mean_field"])
