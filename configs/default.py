@@ -55,7 +55,9 @@ def get_config():
     config.model.hidden = 512
     config.model.relations = ("surrounding", "above_below")  # names in config.relations; (): unary only
     config.model.parameterisation = "residual"  # free (the paper's), residual
-    config.model.pairwise_trains_features = True
+    # shared: relations and unary stand on one FeatMap-Net; own: relations have one of theirs [choice]
+    config.model.pairwise_features = "shared"
+    config.model.pairwise_trains_features = True  # of shared ones
     config.model.input_scaling = "auto"  # tf, caffe, torch; auto: what the pretrained weights ask for
     config.model.dtype = "float32"  # computed in: float32, bfloat16
 

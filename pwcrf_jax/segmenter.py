@@ -14,6 +14,9 @@ from pwcrf_jax.relations import Relation, offsets
 PARAMETERISATIONS = ("free", "residual")
 """What the score of a pair of labels is made of; see `Segmenter`."""
 
+PAIRWISE_FEATURES = ("shared", "own")
+"""What Pairwise-Nets stand on; see `Segmenter`."""
+
 
 class Potentials(NamedTuple):
     """What the nets say of a batch.
@@ -33,7 +36,7 @@ class Segmenter(nn.Module):
     """FeatMap-Net, one Unary-Net and one Pairwise-Net a relation.
 
     Call: images [B, H, W, 3], RGB 0..255, uint8 or float -> `Potentials` on the grid of FeatMap-Net.
-    Parameters: `featmap`, `unary`, `pairwise_NAME` for each relation, `refinement_convs`.
+    Parameters: `featmap`, `unary`, `pairwise_NAME` for each relation, `featmap_pairwise`, `refinement_convs`.
 
     Attributes:
       num_classes: K.
@@ -43,13 +46,16 @@ class Segmenter(nn.Module):
         "residual" (log-unaries of both ends, gradient stopped, plus a net whose last layer starts at zero).
       hidden: units of the first layer of Unary-Net and Pairwise-Net.
       input_scaling: of `pwcrf_jax.nets.scale_input`; belongs to the pretrained weights.
-      pairwise_trains_features: false stops the gradient of the pairwise terms at the features, so that they can
-        neither help nor harm the unary.
+      pairwise_features: "shared", those of the unary, or "own": the Pairwise-Nets stand on a FeatMap-Net of their own,
+        `featmap_pairwise`, which the pairwise terms alone train.
+      pairwise_trains_features: of shared ones; false stops the gradient of the pairwise terms at the features, so that
+        they can neither help nor harm the unary.
       refinement_width: of `pwcrf_jax.nets.RefinementConvs`, which there are if featmap names `middle` layers.
       dtype: computed in, float32 or bfloat16. Parameters, scores and every log-sum-exp are float32.
 
     Raises:
-      ValueError: an unknown parameterisation, not one for each relation, or two relations of one name.
+      ValueError: an unknown parameterisation, not one for each relation, two relations of one name, or unknown
+        pairwise_features.
     """
 
     num_classes: int
@@ -58,6 +64,7 @@ class Segmenter(nn.Module):
     parameterisation: str | tuple[str, ...] = "residual"
     hidden: int = 512
     input_scaling: str = "tf"
+    pairwise_features: str = "shared"
     pairwise_trains_features: bool = True
     refinement_width: int = 32
     dtype: Any = jnp.float32
@@ -74,6 +81,8 @@ class Segmenter(nn.Module):
                 f"{len(self.relations)} relations; got {self.parameterisation!r}"
             )
         object.__setattr__(self, "parameterisation", kinds)
+        if self.pairwise_features not in PAIRWISE_FEATURES:
+            raise ValueError(f"pairwise_features must be one of {PAIRWISE_FEATURES}, got {self.pairwise_features!r}")
         names = [r.name for r in self.relations]
         if len(set(names)) != len(names):
             raise ValueError(f"relations must have different names, got {names}")
@@ -86,7 +95,10 @@ class Segmenter(nn.Module):
         features, middle = features if isinstance(features, tuple) else (features, None)
         unary = UnaryNet(self.num_classes, hidden=self.hidden, dtype=self.dtype, name="unary")(features)
         evidence = jax.lax.stop_gradient(jax.nn.log_softmax(unary, axis=-1))
-        if not self.pairwise_trains_features:
+        if self.pairwise_features == "own" and self.relations:
+            options = dict(self.featmap) | {"middle": ()}
+            features = FeatMapNet(**options, dtype=self.dtype, name="featmap_pairwise")(scaled)
+        elif not self.pairwise_trains_features:
             features = jax.lax.stop_gradient(features)
         potentials = {}
         for relation, kind in zip(self.relations, self.parameterisation, strict=True):

@@ -13,7 +13,7 @@ from pwcrf_jax.data import DATASETS
 from pwcrf_jax.nets import BACKBONES, INPUT_SCALINGS, FeatMapNet, grid_size
 from pwcrf_jax.pairwise import ROUTES
 from pwcrf_jax.relations import Relation, offsets
-from pwcrf_jax.segmenter import PARAMETERISATIONS, Segmenter
+from pwcrf_jax.segmenter import PAIRWISE_FEATURES, PARAMETERISATIONS, Segmenter
 from pwcrf_jax.training import schema, steps
 
 
@@ -46,6 +46,7 @@ _ADDED = {
     "refine.method": "auto",
     "loss.objective": "piecewise",
     "loss.unary_share": 0.5,
+    "model.pairwise_features": "shared",
     "model.refinement_convs.layers": (),
     "model.refinement_convs.width": 32,
     "train.max_skipped_steps": 0,
@@ -93,6 +94,7 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
         "data.name": DATASETS,
         "model.backbone": BACKBONES,
         "model.parameterisation": PARAMETERISATIONS,
+        "model.pairwise_features": PAIRWISE_FEATURES,
         "model.input_scaling": ("auto", *INPUT_SCALINGS),
         "model.dtype": ("float32", "bfloat16"),
         "loss.reduction": ("mean", "sum"),
@@ -244,6 +246,7 @@ def build_model(config: ConfigDict) -> Segmenter:
             parameterisation=tuple(config.relations[n].parameterisation or m.parameterisation for n in m.relations),
             hidden=m.hidden,
             input_scaling="tf" if m.input_scaling == "auto" else m.input_scaling,
+            pairwise_features=m.pairwise_features,
             pairwise_trains_features=m.pairwise_trains_features and config.loss.objective != "piecewise_staged",
             refinement_width=m.refinement_convs.width,
             dtype=m.dtype,
@@ -266,6 +269,8 @@ def identity(config: ConfigDict) -> dict:
     free += ("model.pairwise_trains_features",)
     if not config.model.refinement_convs.layers:
         free += ("model.refinement_convs.layers", "model.refinement_convs.width")
+    if config.model.pairwise_features == "shared":
+        free += ("model.pairwise_features",)
     other_backbones = tuple(f"model.{name}." for name in BACKBONES if name != config.model.backbone)
     used = tuple(f"relations.{name}." for name in config.model.relations)
     flat = {}

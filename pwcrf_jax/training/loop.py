@@ -170,11 +170,17 @@ def _fresh_params(config):
     given = config.model.input_scaling
     if given not in ("auto", report.scaling):
         log.info("config.model.input_scaling = %s, but these weights were trained with %s", given, report.scaling)
-    return {**params, "featmap": featmap}, report.scaling
+    params = {**params, "featmap": featmap}
+    if "featmap_pairwise" in params:
+        params["featmap_pairwise"], _ = load_pretrained(config.init_from, params["featmap_pairwise"])
+    return params, report.scaling
 
 
 def _from_run(folder, params):
-    """Parameters of the best checkpoint of another run where names and shapes agree, and its input scaling."""
+    """Parameters of the best checkpoint of another run where names and shapes agree, and its input scaling.
+
+    Features that relations have of their own start from that run's features, where it has none of the kind.
+    """
     source = configs.load(os.path.join(folder, "config.json"))
     _, trained, step = evaluate.restore_params(source, folder)
     known = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trained)}
@@ -182,8 +188,10 @@ def _from_run(folder, params):
 
     def take(path, leaf):
         name = jax.tree_util.keystr(path)
-        if name in known and known[name].shape == leaf.shape:
-            return known[name]
+        shared = name.replace("['featmap_pairwise']", "['featmap']", 1)
+        for source in (name, shared):
+            if source in known and known[source].shape == leaf.shape:
+                return jnp.array(known[source])  # a copy: the training step takes its buffers, each once
         new.append(jax.tree_util.keystr(path[:2], simple=True, separator="/"))
         return leaf
 

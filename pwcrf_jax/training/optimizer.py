@@ -37,7 +37,7 @@ def _groups(params, frozen):
 
     def group(path, _):
         names = [k.key for k in path]
-        if names[:2] != ["featmap", "backbone"]:
+        if names[0] not in ("featmap", "featmap_pairwise") or names[1] != "backbone":
             return "new"
         return "frozen" if names[2] in frozen else "backbone"
 
@@ -45,8 +45,8 @@ def _groups(params, frozen):
 
 
 def _kinds(params):
-    """ "pairwise" for every leaf of a Pairwise-Net and of the refinement convolutions, else "unary"."""
-    later = ("pairwise_", "refinement_convs")
+    """ "pairwise" for every leaf of Pairwise-Nets, of features of their own and of refinement convolutions, else "unary"."""
+    later = ("pairwise_", "featmap_pairwise", "refinement_convs")
     kind = lambda path, _: "pairwise" if path[0].key.startswith(later) else "unary"
     return jax.tree_util.tree_map_with_path(kind, params)
 

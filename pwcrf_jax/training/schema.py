@@ -128,6 +128,7 @@ SCHEMA = {
     "model.hidden": _WIDTH,
     "model.relations": _NAMES,
     "model.parameterisation": Text(),
+    "model.pairwise_features": Text(),
     "model.pairwise_trains_features": Flag(),
     "model.input_scaling": Text(),
     "model.dtype": Text(),

@@ -55,9 +55,11 @@ def small(config):
     return config
 
 
-def test_relations_leave_the_steps_of_the_unary_as_they_are(small):
-    """Beside relations that do not train the features, the unary takes the steps it takes alone, clipped or not."""
-    small.model.pairwise_trains_features, small.loss.pairwise_weight = False, 5.0
+@pytest.mark.parametrize("features", ["shared", "own"])
+def test_relations_leave_the_steps_of_the_unary_as_they_are(small, features):
+    """Beside relations that do not train its features, the unary takes the steps it takes alone, clipped or not."""
+    small.model.pairwise_features, small.loss.pairwise_weight = features, 5.0
+    small.model.pairwise_trains_features = features == "own"  # which is of shared ones
     small.optimizer.name, small.optimizer.clip_norm = "sgd", 0.05  # Adam would hide a gradient of another size
     batches = [batch_of(np.random.default_rng(i), 2) for i in range(3)]
     step, state = started(small)
@@ -65,12 +67,15 @@ def test_relations_leave_the_steps_of_the_unary_as_they_are(small):
     small.model.relations = ()
     alone = started(small)[0]
     tx = make_optimizer(small.optimizer, small.model, small.train.steps)
-    params = {k: v for k, v in state.params.items() if not k.startswith("pairwise_")}
+    params = {k: state.params[k] for k in ("featmap", "unary")}
     out = run(alone, steps.TrainState(jnp.int32(0), params, tx.init(params)), batches)
     assert all(m["grad_norm"] > 0.05 for _, m in out), "nothing was clipped"
     for name, tree in out[-1][0].params.items():
         for a, b in zip(*map(jax.tree.leaves, (tree, beside[-1][0].params[name])), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+    if features == "own":
+        start, end = (x.params["featmap_pairwise"]["backbone"] for x in (state, beside[-1][0]))
+        assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (start, end)), strict=True))
 
 
 @pytest.mark.parametrize("name", ["piecewise_staged", "pseudo_likelihood", "unrolled_mean_field"])
@@ -124,8 +129,10 @@ def test_exact_on_a_tiny_grid(small):
     assert losses[0] == pytest.approx(float(-total / count), rel=1e-4) and losses[-1] < losses[0]
 
 
-def test_stages(small):
+@pytest.mark.parametrize("features", ["shared", "own"])
+def test_stages(small, features):
     """The first stage trains nothing of the relations, the second nothing else."""
+    small.model.pairwise_features = features
     small.loss.objective, small.loss.unary_share = "piecewise_staged", 1 / 3
     small.model.pairwise_trains_features = True  # staged training does not let them
     small.optimizer.weight_decay = 0.1
@@ -138,7 +145,7 @@ def test_stages(small):
     for i, (before, after) in enumerate(zip(states[:-1], states[1:], strict=True)):
         for name in before:
             moved = any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (before[name], after[name])), strict=True))
-            assert moved == (name.startswith("pairwise_") == (i >= 4)), (i, name)
+            assert moved == (("pairwise" in name) == (i >= 4)), (i, name)
     for i, (_, metrics) in enumerate(out):
         assert np.isfinite([metrics["loss"], metrics["nll_unary"], metrics["grad_norm"]]).all()
         assert (metrics["nll_surrounding"] == -1) == (i < 4)
@@ -242,10 +249,15 @@ def test_refused(small):
         configs.validate(small, num_devices=1)
 
 
-def test_relations_on_the_unary_of_another_run(config, trained, tmp_path, capfd):
-    """init_from names a workdir; with unary_share 0 nothing but the relations is trained, from the first step."""
+@pytest.mark.parametrize("features", ["shared", "own"])
+def test_relations_on_the_unary_of_another_run(config, trained, tmp_path, features):
+    """init_from names a workdir; with unary_share 0 nothing but the relations is trained, from the first step.
+
+    Features of their own start as that run's, near which two small steps leave them.
+    """
     source = evaluate.restore_params(configs.load(trained / "config.json"), str(trained))[1]
     config.init_from, config.loss.objective, config.loss.unary_share = str(trained), "piecewise_staged", 0.0
+    config.model.pairwise_features = features
     config.relations.around = config.relations.surrounding
     config.model.relations = ("above_below", "around")
     config.train.steps, config.train.eval_every, config.optimizer.weight_decay = 2, 0, 0.1
@@ -256,6 +268,11 @@ def test_relations_on_the_unary_of_another_run(config, trained, tmp_path, capfd)
     )
     assert same("featmap") and same("unary") and not same("pairwise_above_below")
     assert "pairwise_around" in params
+    assert ("featmap_pairwise" in params) == (features == "own")
+    if features == "own":
+        own, start = params["featmap_pairwise"], source["featmap"]
+        apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), own, start)
+        assert 0 < max(jax.tree.leaves(apart)) < 5e-3
 
 
 def test_starting_from_a_run_is_refused_where_nothing_fits(config, trained, tmp_path):

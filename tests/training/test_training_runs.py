@@ -116,7 +116,11 @@ def test_pretrained_scaling_is_kept_for_evaluation(config, tmp_path, mobilenet_f
     config.model.backbone = "mobilenet_v2"
     config.model.mobilenet_v2.output = "block_6_project"
     config.init_from = mobilenet_file
+    config.model.pairwise_features = "own"
     config.train.steps = 1
+    _, start = loop.resolve(config, str(tmp_path))
+    first, second = (start()[name]["backbone"]["Conv1"]["kernel"] for name in ("featmap", "featmap_pairwise"))
+    assert np.array_equal(first, second) and np.any(first)
     loop.train_and_evaluate(config, str(tmp_path))
     assert configs.load(tmp_path / "config.json").model.input_scaling == "tf"
     # Evaluation needs the workdir alone, not the weights.

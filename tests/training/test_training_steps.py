@@ -147,16 +147,23 @@ def test_pairwise_terms_train_the_features_only_if_asked(config, trains):
     assert (size["featmap"] > 0) == trains
     assert size["unary"] == 0
     assert size["pairwise_surrounding"] > 0 and size["pairwise_above_below"] > 0
+    config.model.pairwise_features = "own"
+    model = configs.build_model(config)
+    grads = jax.grad(pair_terms)(evaluate.init_params(model, 0))
+    size = {k: float(optax.tree.norm(v)) for k, v in grads.items()}
+    assert size["featmap"] == 0 and size["featmap_pairwise"] > 0
 
 
-def test_frozen_layers_stay_and_the_backbone_learns_slower():
+@pytest.mark.parametrize("features", ["shared", "own"])
+def test_frozen_layers_stay_and_the_backbone_learns_slower(features):
     config = camvid_mobilenet_v2.get_config()
+    config.model.pairwise_features = features
     config.optimizer.name, config.optimizer.warmup_steps, config.optimizer.clip_norm = "sgd", 0, 0.0
     tx = make_optimizer(config.optimizer, config.model, 10)
     params = evaluate.abstract_params(configs.build_model(config))
     ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), params)
     updates, _ = tx.update(ones, tx.init(ones), ones)
-    backbone = updates["featmap"]["backbone"]
+    backbone = updates["featmap" if features == "shared" else "featmap_pairwise"]["backbone"]
     rate = config.optimizer.learning_rate
     assert float(jnp.abs(backbone["block_5_project"]["kernel"]).max()) == 0
     assert float(jnp.abs(backbone["Conv1"]["kernel"]).max()) == 0
