@@ -137,8 +137,11 @@ def measure(which, args):
     return out
 
 
-def train(args, seconds):
-    """{"steps" or "time": {objective: {seed: [steps, mean IoU of the unary, of all]}}} on the synthetic set."""
+def train(args, seconds, keep):
+    """{"steps" or "time": {objective: {seed: [steps, mean IoU of the unary, of all]}}} on the synthetic set.
+
+    keep: called with it after each seed.
+    """
     out = {"steps": {}, "time": {}}
     for seed in args.seeds:
         for name in OBJECTIVES:
@@ -157,6 +160,7 @@ def train(args, seconds):
                 values = [count, last["val/miou_unary"], last["val/miou_all"]]
                 out[equal].setdefault(name, {})[str(seed)] = values
                 print(f"  seed {seed} {name:20s} {count} steps: {values[1]:6.2f} {values[2]:6.2f}", flush=True)
+        keep(out)
     budget = whole * seconds["piecewise"]
     print(
         f"\nsynthetic set, means over seeds: mean IoU of unary, all relations, after {whole} steps and {budget:.0f} s"
@@ -206,13 +210,14 @@ def main():
         else:
             first.parent.mkdir(parents=True, exist_ok=True)
             first.write_text(json.dumps(seconds) + "\n")
-        reached = train(args, seconds)
+        keep = lambda reached: (RESULTS / "objectives_synthetic.json").write_text(
+            json.dumps(about | dict(seconds_per_step=seconds, reached=reached)) + "\n"
+        )
+        reached = train(args, seconds, keep)
         out["reached"] = {
             equal: {name: np.mean([v[2] for v in runs.values()]).round(2) for name, runs in by_name.items()}
             for equal, by_name in reached.items()
         }
-        kept = about | dict(seconds_per_step=seconds, reached=reached)
-        (RESULTS / "objectives_synthetic.json").write_text(json.dumps(kept) + "\n")
     print(json.dumps(out))
 
 
