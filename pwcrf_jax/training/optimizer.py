@@ -45,7 +45,7 @@ def _groups(params, frozen):
 
 
 def _kinds(params):
-    """ "pairwise" for every leaf of Pairwise-Nets, of their own features and of refinement convolutions, else "unary"."""
+    """ "pairwise" for every leaf of Pairwise-Nets, their own features and refinement convolutions, else "unary"."""
     later = ("pairwise_", "featmap_pairwise", "refinement_convs")
     kind = lambda path, _: "pairwise" if path[0].key.startswith(later) else "unary"
     return jax.tree_util.tree_map_with_path(kind, params)
