@@ -369,7 +369,7 @@ def summary(args):
         print_curve(args, name)
         out[name] = figures | {f"best_{name}_val_miou": round(best, 2)}
         if args.picture:
-            picture(Path(args.picture).with_stem(f"{Path(args.picture).stem}_{name}"), found)
+            picture(Path(args.picture).with_stem(f"{Path(args.picture).stem}_{name}"), name, found)
     print(json.dumps(out))
 
 
@@ -392,8 +392,11 @@ def print_curve(args, name):
         )
 
 
-def picture(path, found):
-    import matplotlib
+def picture(path, name, found):
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("--picture needs matplotlib: pip install -e '.[bench]'") from None
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -401,11 +404,12 @@ def picture(path, found):
     rungs = [r for r in RUNGS if r in found]
     values = [[r["rows"][ROW[rung]]["miou"] for r in found[rung].values()] for rung in rungs]
     figure, axes = pyplot.subplots(figsize=(7, 3.5))
-    axes.bar(rungs, [np.mean(v) for v in values], color="#9ecae1")
+    axes.plot(rungs, [np.mean(v) for v in values], "_-", color="#3182bd", markersize=30, linewidth=1, label="mean")
     for i, v in enumerate(values):
-        axes.plot([i] * len(v), v, "k.")
-    low = min(min(v) for v in values)
-    axes.set(ylabel="mean IoU, %", ylim=(max(0, low - 5), None))
+        axes.plot([i] * len(v), v, "k.", label="" if i else "a seed")
+    axes.set(title=f"{name}, {EVAL_SPLIT}", ylabel="mean IoU, %")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -168,6 +168,7 @@ def test_unknown_split(config, tmp_path, monkeypatch):
         ("data.name", "camvd", "camvid"),
         ("model.backbone", "vgg61", "vgg16"),
         ("model.parameterisation", "residul", "residual"),
+        ("model.pairwise_features", "owned", "own"),
         ("model.relations", ("surounding",), "surrounding"),
         ("model.scales", (), "scales"),
         ("model.scales", (1.0, -1.0), "scales.*at least 0.01"),
