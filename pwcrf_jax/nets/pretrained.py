@@ -91,8 +91,8 @@ def load_pretrained(path: str | Path, params: Mapping[str, Any]) -> tuple[dict[s
                 kernel, bias = read()
                 _check_shape(path, name, "kernel", kernel.shape, (7, 7, 512, 4096))
                 _check_shape(path, name, "bias", bias.shape, (4096,))
-                conv = {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}
-                for block in fitting:
+                for block in fitting:  # arrays of its own each: a training step gives its buffers away, each once
+                    conv = {"kernel": jnp.array(kernel, jnp.float32), "bias": jnp.array(bias, jnp.float32)}
                     new_net[block] = {**net[block], "conv1": conv}
                     loaded.add(f"{block}/conv1")
                 used.add(name)
