@@ -190,26 +190,31 @@ def main():
         args.repeats = 3
     device = jax.devices()[0]
     print(f"{device.platform}, {device.device_kind}, {os.cpu_count()} cores, JAX {jax.__version__}", flush=True)
-    found = {which: measure(which, args) for which in (("demo",) if args.quick else CONFIGS)}
+    about = dict(device=device.device_kind, cores=os.cpu_count(), jax=jax.__version__, full_box=args.full_box)
+    # A benchmark that goes on keeps the numbers of steps it began with, and so what it measured.
+    measured = Path(args.runs) / f"measured{'_quick' if args.quick else ''}.json"
+    if args.train and measured.exists():
+        about, found = json.loads(measured.read_text())
+        print(f"goes on with the seconds of {measured}; delete it and the runs beside it to measure anew")
+    else:
+        found = {which: measure(which, args) for which in (("demo",) if args.quick else CONFIGS)}
+    if args.train:
+        measured.parent.mkdir(parents=True, exist_ok=True)
+        partial = measured.with_suffix(".partial")
+        partial.write_text(json.dumps([about, found]) + "\n")
+        partial.replace(measured)
     out = {}
     for part in ("step", "crf"):
         for name in (x for x in ("piecewise", "piecewise_staged", "piecewise_sampled") if x in found["demo"][part]):
             ratio = lambda f, part=part, name=name: f[part]["unrolled_mean_field"][0] / f[part][name][0]
             key = f"{part}_ratio" + name.removeprefix("piecewise")
             out[key] = {which: round(ratio(f), 2) for which, f in found.items()}
-    about = dict(device=device.device_kind, cores=os.cpu_count(), jax=jax.__version__, full_box=args.full_box)
     if not args.quick:
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"objectives_steps{'_full_box' if args.full_box else ''}.json"
         path.write_text(json.dumps(about | dict(seconds_and_bytes=found, **out), indent=1) + "\n")
     if args.train:
         seconds = {name: value for name, (value, _) in found["demo"]["step"].items()}
-        first = Path(args.runs) / "seconds.json"  # a benchmark that goes on keeps the numbers of steps it began with
-        if first.exists():
-            seconds = json.loads(first.read_text())
-        else:
-            first.parent.mkdir(parents=True, exist_ok=True)
-            first.write_text(json.dumps(seconds) + "\n")
         keep = lambda reached: (RESULTS / "objectives_synthetic.json").write_text(
             json.dumps(about | dict(seconds_per_step=seconds, reached=reached)) + "\n"
         )

@@ -46,12 +46,12 @@ class Segmenter(nn.Module):
         "residual" (log-unaries of both ends, gradient stopped, plus a net whose last layer starts at zero).
       hidden: units of the first layer of Unary-Net and Pairwise-Net.
       input_scaling: of `pwcrf_jax.nets.scale_input`; belongs to the pretrained weights.
-      pairwise_features: "shared", those of the unary, or "own": the Pairwise-Nets stand on a FeatMap-Net of their own,
-        `featmap_pairwise`, which the pairwise terms alone train.
-      pairwise_trains_features: of shared ones; false stops the gradient of the pairwise terms at the features, so that
+      pairwise_trains_features: of shared features; false stops the gradient of the pairwise terms at them, so that
         they can neither help nor harm the unary.
       refinement_width: of `pwcrf_jax.nets.RefinementConvs`, which there are if featmap names `middle` layers.
       dtype: computed in, float32 or bfloat16. Parameters, scores and every log-sum-exp are float32.
+      pairwise_features: "shared", those of the unary, or "own": the Pairwise-Nets stand on a FeatMap-Net of their own,
+        `featmap_pairwise`, one for all relations; the unary's terms do not reach it.
 
     Raises:
       ValueError: an unknown parameterisation, not one for each relation, two relations of one name, or unknown
@@ -64,10 +64,10 @@ class Segmenter(nn.Module):
     parameterisation: str | tuple[str, ...] = "residual"
     hidden: int = 512
     input_scaling: str = "tf"
-    pairwise_features: str = "shared"
     pairwise_trains_features: bool = True
     refinement_width: int = 32
     dtype: Any = jnp.float32
+    pairwise_features: str = "shared"
 
     def __post_init__(self):
         options = self.featmap.items() if isinstance(self.featmap, Mapping) else self.featmap

@@ -269,7 +269,7 @@ def identity(config: ConfigDict) -> dict:
     free += ("model.pairwise_trains_features",)
     if not config.model.refinement_convs.layers:
         free += ("model.refinement_convs.layers", "model.refinement_convs.width")
-    if config.model.pairwise_features == "shared":
+    if config.model.pairwise_features == "shared" or not config.model.relations:
         free += ("model.pairwise_features",)
     other_backbones = tuple(f"model.{name}." for name in BACKBONES if name != config.model.backbone)
     used = tuple(f"relations.{name}." for name in config.model.relations)

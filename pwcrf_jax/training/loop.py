@@ -185,6 +185,12 @@ def _from_run(folder, params):
     _, trained, step = evaluate.restore_params(source, folder)
     known = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trained)}
     new = []
+    if "featmap_pairwise" in trained and "featmap_pairwise" not in params:
+        if any(name.startswith("pairwise_") and name in trained for name in params):
+            raise configs.ConfigError(
+                f"config.init_from = {folder!r}: the relations of that run stand on features of their own, which this "
+                "model does not have; set config.model.pairwise_features to 'own'"
+            )
 
     def take(path, leaf):
         name = jax.tree_util.keystr(path)

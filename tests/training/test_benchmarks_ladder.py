@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -58,6 +59,16 @@ def test_scores_are_those_of_the_confusion_matrix(ladder):
     whole = metrics.scores(matrix.sum(0)[0], CLASSES)
     assert found["mean_accuracy"] == pytest.approx(100 * float(whole.mean_accuracy), abs=1e-4)
     assert found["pixel_accuracy"] == pytest.approx(100 * float(whole.pixel_accuracy), abs=1e-4)
+
+
+def test_picture(ladder, tmp_path, monkeypatch):
+    runs = {"baseline": {0: {"rows": {"all": {"miou": 40.0}}}}, "refined": {0: {"rows": {"refined": {"miou": 42.0}}}}}
+    if importlib.util.find_spec("matplotlib"):
+        ladder.picture(tmp_path / "ladder.png", "animals", runs)
+        assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match=r"needs matplotlib: pip install -e '\.\[bench\]'"):
+        ladder.picture(tmp_path / "ladder.png", "animals", runs)
 
 
 def test_intervals_are_of_pairs(ladder):

@@ -273,6 +273,13 @@ def test_relations_on_the_unary_of_another_run(config, trained, tmp_path, featur
         own, start = params["featmap_pairwise"], source["featmap"]
         apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), own, start)
         assert 0 < max(jax.tree.leaves(apart)) < 5e-3
+        config.init_from, config.model.pairwise_features = str(tmp_path / "work"), "shared"
+        with pytest.raises(configs.ConfigError, match="on features of their own.*pairwise_features to 'own'"):
+            loop.train_and_evaluate(config, str(tmp_path / "other"))
+        config.model.relations = ()
+        own, shared = config, config.copy_and_resolve_references()
+        own.model.pairwise_features = "own"
+        assert configs.identity(own) == configs.identity(shared)
 
 
 def test_starting_from_a_run_is_refused_where_nothing_fits(config, trained, tmp_path):
