@@ -255,8 +255,10 @@ def build_model(config: ConfigDict) -> Segmenter:
         raise
     except (ValueError, TypeError) as error:
         own = f"{m.backbone}: "  # what the backbone says of its options begins so
-        text = str(error)
-        key = f"model.{m.backbone}.{text.removeprefix(own)}" if text.startswith(own) else f"model: {text}"
+        text, rest = str(error), str(error).removeprefix(own)
+        key = f"model.{m.backbone}.{rest}" if text != rest else f"model: {text}"
+        if text.startswith(f"{own}no layer"):  # of its middle ones
+            key = f"model.refinement_convs.layers: {rest}"
         raise ConfigError(f"config.{key}") from None
 
 

@@ -102,7 +102,7 @@ def test_refused_with_objectives_that_do_not_train_them(fine):
     with pytest.raises(configs.ConfigError, match="refinement_convs.*not trained by.*pseudo_likelihood"):
         configs.validate(fine, num_devices=1)
     fine.loss.objective, fine.model.refinement_convs.layers = "piecewise", ("conv7",)
-    with pytest.raises(configs.ConfigError, match="no layer 'conv7'"):
+    with pytest.raises(configs.ConfigError, match=r"config\.model\.refinement_convs\.layers: no layer 'conv7'"):
         configs.validate(fine, num_devices=1)
 
 
