@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SEED ?= 0
+# Processes that share the test files: JAX makes little of a second core with programs as small as theirs.
+JOBS ?= 2
 DEMO := runs/demo-seed$(SEED)
 
 .PHONY: demo test test-slow lint docs clean
@@ -20,7 +22,7 @@ demo: $(VENV)/installed
 	@$(BIN)/python eval.py --workdir $(DEMO)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile
 
 # The report is tried in Chromium, if there is one on the PATH.
 test-slow: $(VENV)/installed

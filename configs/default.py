@@ -67,9 +67,9 @@ def get_config():
 
     config.loss = ConfigDict()
     # piecewise; piecewise_staged: the unary first, then the relations on its features, frozen. With config.crf in
-    # training: pseudo_likelihood, unrolled_mean_field, exact (tiny grids)
+    # training: pseudo_likelihood, unrolled_mean_field, unrolled_mean_field_staged, exact (tiny grids)
     config.loss.objective = "piecewise"
-    config.loss.unary_share = 0.5  # of the steps, that piecewise_staged trains the unary; 0: it comes with init_from
+    config.loss.unary_share = 0.5  # of the steps, that those in stages train the unary; 0: it comes with init_from
     config.loss.reduction = "mean"  # mean: of each term's factors [choice]; sum: over all factors of an image
     config.loss.pairwise_weight = 1.0
     config.loss.balance_power = 0.0  # 1: per-image inverse class frequency; 0: off

@@ -91,13 +91,13 @@ class Segmenter(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> Potentials:
         scaled = scale_input(images, self.input_scaling, self.dtype)
-        features = FeatMapNet(**dict(self.featmap), dtype=self.dtype, name="featmap")(scaled)
+        features = FeatMapNet(**dict(self.featmap), dtype=self.dtype, joined=False, name="featmap")(scaled)
         features, middle = features if isinstance(features, tuple) else (features, None)
         unary = UnaryNet(self.num_classes, hidden=self.hidden, dtype=self.dtype, name="unary")(features)
         evidence = jax.lax.stop_gradient(jax.nn.log_softmax(unary, axis=-1))
         if self.pairwise_features == "own" and self.relations:
             options = dict(self.featmap) | {"middle": ()}
-            features = FeatMapNet(**options, dtype=self.dtype, name="featmap_pairwise")(scaled)
+            features = FeatMapNet(**options, dtype=self.dtype, joined=False, name="featmap_pairwise")(scaled)
         elif not self.pairwise_trains_features:
             features = jax.lax.stop_gradient(features)
         potentials = {}

@@ -40,7 +40,7 @@ def grid_size(image_size: tuple[int, int], scales: Sequence[float], stride: int 
     return -(-height // stride), -(-width // stride)
 
 
-def _resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+def resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Bilinear resize of [B, H, W, C] in float32; antialiased where it shrinks, an identity at equal size."""
     if x.shape[1:3] == size:
         return x
@@ -67,6 +67,8 @@ class FeatMapNet(nn.Module):
       pyramid_windows: odd windows of the sliding pyramid pooling; () for none.
       middle: layers of the backbone; the call then returns (features, [their activations at the largest scale]).
       dtype: float32 or bfloat16, the type computed in.
+      joined: false returns the maps as they are ahead of upsampling, a list in the order of `scales`, which `UnaryNet`
+        and `PairwiseNet` take as well.
 
     Raises:
       ValueError: at construction, for anything else.
@@ -79,6 +81,7 @@ class FeatMapNet(nn.Module):
     pyramid_windows: tuple[int, ...] = (5, 9)
     middle: tuple[str, ...] = ()
     dtype: Any = jnp.float32
+    joined: bool = True
 
     def __post_init__(self) -> None:
         # Plain tuples, so that a net is hashable and equal to one built from lists or a mapping.
@@ -134,15 +137,15 @@ class FeatMapNet(nn.Module):
         backbone = BACKBONES[self.backbone](**options, middle=self.middle, dtype=self.dtype, name="backbone")
         maps, middle = [], {}
         for index, scale in enumerate(self.scales):
-            x = backbone(_resize(images, _scaled_size(image_size, scale)))
+            x = backbone(resize(images, _scaled_size(image_size, scale)))
             if self.middle:
                 x, middle[scale] = x
             if self.block6:
                 x = _Block6(self.block6, dtype=self.dtype, name=f"block6_{index}")(x)
             if self.pyramid_windows:
                 x = sliding_pyramid(x, self.pyramid_windows)
-            maps.append(_resize(x, grid))
-        features = jnp.concatenate(maps, axis=-1)
+            maps.append(x)
+        features = jnp.concatenate([resize(x, grid) for x in maps], axis=-1) if self.joined else maps
         return (features, list(middle[max(self.scales)].values())) if self.middle else features
 
 

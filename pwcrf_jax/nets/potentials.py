@@ -1,17 +1,50 @@
-"""Heads that turn node features into the scores of the unary and pairwise potentials."""
+"""Heads that turn node features into the scores of the unary and pairwise potentials.
 
+Features are one map, or the maps of several scales (of `FeatMapNet` with joined=False). The first layer of a head is
+linear, and so is upsampling, so it is applied to each scale's map where that is small, and its outputs are upsampled:
+
+    W [up(x_1) ; ... ; up(x_S)] + b = sum_s up(W_s x_s) + b,
+
+of the same parameters, for a fraction of the multiply-adds and without the wide concatenated map.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pwcrf_jax.nets.featmap_net import resize
+
+
+class _First(nn.Module):
+    """A dense layer on the concatenation of maps, those of smaller grids upsampled to the largest."""
+
+    units: int
+    use_bias: bool = True
+    kernel_init: Callable = nn.initializers.lecun_normal()
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: jax.Array | Sequence[jax.Array]) -> jax.Array:
+        maps = features if isinstance(features, list | tuple) else [features]
+        channels = [x.shape[-1] for x in maps]
+        kernel = self.param("kernel", self.kernel_init, (sum(channels), self.units), jnp.float32).astype(self.dtype)
+        grid, first, out = max(x.shape[1:3] for x in maps), 0, 0
+        for x, count in zip(maps, channels, strict=True):
+            out += resize(x.astype(self.dtype) @ kernel[first : first + count], grid)
+            first += count
+        if self.use_bias:
+            out += self.param("bias", nn.initializers.zeros_init(), (self.units,), jnp.float32).astype(self.dtype)
+        return out
+
 
 class UnaryNet(nn.Module):
     """Dense `hidden` with ReLU, then dense `num_classes`.
 
-    Call: features [B, h, w, D] -> scores z [B, h, w, K] float32 (the potential is U = -z). Parameters are
-    float32: `first`, `last`.
+    Call: features [B, h, w, D], or maps of several grids, see the module -> scores z [B, h, w, K] float32 (the
+    potential is U = -z). Parameters are float32: `first`, `last`.
 
     Attributes:
       num_classes: K.
@@ -24,8 +57,8 @@ class UnaryNet(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, features: jax.Array) -> jax.Array:
-        x = nn.relu(nn.Dense(self.hidden, dtype=self.dtype, name="first")(features))
+    def __call__(self, features: jax.Array | Sequence[jax.Array]) -> jax.Array:
+        x = nn.relu(_First(self.hidden, dtype=self.dtype, name="first")(features))
         return nn.Dense(self.num_classes, dtype=jnp.float32, name="last")(x)
 
 
@@ -51,8 +84,9 @@ class PairwiseNet(nn.Module):
 
     The first layer is linear in [x_p ; x_q], so its two halves are applied once per node, not once per edge.
 
-    Call: features [B, h, w, D] -> `PairwiseParts` with M = `hidden`. Parameters are float32:
-    `first_p/kernel`, `first_p/bias`, `first_q/kernel`, `last_kernel` [M, K, K], `last_bias` [K, K].
+    Call: features [B, h, w, D], or maps of several grids, see the module -> `PairwiseParts` with M = `hidden`.
+    Parameters are float32: `first_p/kernel`, `first_p/bias`, `first_q/kernel`, `last_kernel` [M, K, K], `last_bias`
+    [K, K].
 
     Attributes:
       num_classes: K.
@@ -67,11 +101,11 @@ class PairwiseNet(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, features: jax.Array) -> PairwiseParts:
+    def __call__(self, features: jax.Array | Sequence[jax.Array]) -> PairwiseParts:
         # Half the variance of a layer over D inputs: that of one layer over the 2D inputs [x_p ; x_q].
         init = nn.initializers.variance_scaling(0.5, "fan_in", "truncated_normal")
-        a = nn.Dense(self.hidden, kernel_init=init, dtype=self.dtype, name="first_p")(features)
-        b = nn.Dense(self.hidden, use_bias=False, kernel_init=init, dtype=self.dtype, name="first_q")(features)
+        a = _First(self.hidden, kernel_init=init, dtype=self.dtype, name="first_p")(features)
+        b = _First(self.hidden, use_bias=False, kernel_init=init, dtype=self.dtype, name="first_q")(features)
         zeros = nn.initializers.zeros_init()
         last_init = zeros if self.zero_last else nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         pairs = (self.num_classes, self.num_classes)

@@ -165,7 +165,7 @@ def _validate_objective(config):
             f"config.model.refinement_convs.layers = {config.model.refinement_convs.layers} are not trained by "
             f"config.loss.objective = {name!r}; take piecewise or piecewise_staged, or set them to ()"
         )
-    if name == "piecewise_staged" and unary_steps(config) >= config.train.steps:
+    if name.endswith(steps.STAGED) and unary_steps(config) >= config.train.steps:
         raise ConfigError(
             f"config.loss.unary_share = {loss.unary_share} leaves none of the {config.train.steps} steps to the "
             "relations; lower it"
@@ -247,7 +247,7 @@ def build_model(config: ConfigDict) -> Segmenter:
             hidden=m.hidden,
             input_scaling="tf" if m.input_scaling == "auto" else m.input_scaling,
             pairwise_features=m.pairwise_features,
-            pairwise_trains_features=m.pairwise_trains_features and config.loss.objective != "piecewise_staged",
+            pairwise_trains_features=m.pairwise_trains_features and not config.loss.objective.endswith(steps.STAGED),
             refinement_width=m.refinement_convs.width,
             dtype=m.dtype,
         )
@@ -307,7 +307,8 @@ def crf_settings(config: ConfigDict) -> dict:
 
 def unary_steps(config: ConfigDict) -> int | None:
     """Steps that train the unary alone, None where there are no stages."""
-    return round(config.loss.unary_share * config.train.steps) if config.loss.objective == "piecewise_staged" else None
+    staged = config.loss.objective.endswith(steps.STAGED)
+    return round(config.loss.unary_share * config.train.steps) if staged else None
 
 
 def augments(config: ConfigDict) -> bool:

@@ -59,7 +59,7 @@ def _decayed(params):
 def make_optimizer(config, model_config, num_steps, unary_steps=None):
     """optax transformation for config.optimizer.
 
-    unary_steps: of the objective "piecewise_staged": the relations have a schedule of their own, from this step on, and
+    unary_steps: of an objective in stages: the relations have a schedule of their own, from this step on, and
     all else stands still from there; None: one schedule for all.
 
     Weight decay (the paper's lambda) acts on kernels, not on biases; in adamw decoupled, in sgd as an L2 term. The

@@ -10,7 +10,11 @@ import optax
 from pwcrf_jax import metrics, objectives, pairwise, piecewise, segmenter
 from pwcrf_jax.training.parallel import AXIS
 
-OBJECTIVES = ("piecewise", "piecewise_staged", "pseudo_likelihood", "unrolled_mean_field", "exact")
+OBJECTIVES = (
+    *("piecewise", "piecewise_staged", "pseudo_likelihood"),
+    *("unrolled_mean_field", "unrolled_mean_field_staged", "exact"),
+)
+STAGED = "_staged"  # how the names of objectives end that train the unary first, then what stands on it
 
 
 @flax.struct.dataclass
@@ -111,24 +115,26 @@ def make_train_step(model, tx, loss_config, seed=0, crf_config=None, kinds=KINDS
 
     seed: of the sampled offsets, which follow from it and from the number of the step alone.
     crf_config: of `make_eval_step`, for the objectives that contain inference.
-    kinds: of the piecewise terms that train: both, or one, which is a stage of "piecewise_staged".
+    kinds: of the factors that train: both, or one, which is a stage of an objective in stages.
 
     batch: image uint8 [B, H, W, 3], label uint8 [B, H, W] and, where it may hold padding, inside int32 [B, 4], see
     `joint_term`. metrics: loss, grad_norm, and nll_NAME of every term, -1 where a step has no factor of this kind;
     skipped: loss or gradient are not finite, the state, its step too, is what it was; finite: all of the new state is.
     """
-    name = loss_config["objective"]
+    name = loss_config["objective"].removesuffix(STAGED)
 
     def loss_fn(params, batch, step):
         potentials = model.apply({"params": params}, batch["image"])
         if "pairwise" not in kinds:
             potentials = potentials._replace(pairwise={}, correction=None)
+        if "unary" not in kinds:
+            potentials = potentials._replace(unary=jax.lax.stop_gradient(potentials.unary))
         balance, chunk_edges = loss_config["balance_power"], loss_config["chunk_edges"] or None
         key = jax.random.fold_in(jax.random.key(seed), step)
-        if name.startswith("piecewise"):
+        if name == "piecewise" or "pairwise" not in kinds:
             sampled = loss_config["sampled_offsets"]
             terms = piecewise_terms(potentials, batch["label"], balance, chunk_edges, sampled, key)
-            names = [r.name for r in model.relations]
+            names = [r.name for r in model.relations] if name == "piecewise" else [name]
             weights = {k: loss_config["pairwise_weight"] if k in names else 1.0 for k in terms}
             if "unary" not in kinds:
                 del weights["unary"]

@@ -179,6 +179,33 @@ def test_pairwise_zero_last_gives_zero_scores():
 
 
 @pytest.mark.parametrize("net", [nets.UnaryNet(3, 8), nets.PairwiseNet(3, 8)])
+def test_heads_on_maps_of_several_grids_are_those_on_their_concatenation(net):
+    maps = [normal(0, 2, 3, 4, 5), normal(1, 2, 6, 7, 5), normal(2, 2, 2, 2, 5)]
+    enlarge = lambda x: jax.image.resize(x, (2, 6, 7, 5), "bilinear")
+    join = lambda maps: jnp.concatenate([enlarge(x) for x in maps], axis=-1)
+    variables = net.init(jax.random.key(0), maps)
+    alike = net.init(jax.random.key(0), join(maps))
+    jax.tree.map(np.testing.assert_array_equal, variables, alike)  # the same start of the same parameters
+
+    def both(of):
+        total = lambda *args: sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(net.apply(args[0], of(args[1]))))
+        return net.apply(variables, of(maps)), jax.grad(total, (0, 1))(variables, maps)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), both(lambda maps: maps), both(join))
+
+
+def test_featmap_net_gives_its_maps_apart():
+    settings = dict(backbone="tiny", scales=(0.5, 1.0), block6=((3, 4),), pyramid_windows=(5,))
+    joined, apart = nets.FeatMapNet(**settings), nets.FeatMapNet(**settings, joined=False)
+    x = normal(0, 1, 64, 96, 3)
+    variables = joined.init(jax.random.key(0), x)
+    small, large = apart.apply(variables, x)
+    assert small.shape == (1, 2, 3, 8) and large.shape == (1, 4, 6, 8)
+    whole = jnp.concatenate([jax.image.resize(small, large.shape, "bilinear"), large], axis=-1)
+    np.testing.assert_allclose(joined.apply(variables, x), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("net", [nets.UnaryNet(3, 8), nets.PairwiseNet(3, 8)])
 def test_heads_eager_equals_jit_and_bfloat16_keeps_float32_parameters(net):
     x = normal(0, 1, 3, 4, 6)
     low = net.copy(dtype=jnp.bfloat16)

@@ -130,10 +130,11 @@ def test_exact_on_a_tiny_grid(small):
 
 
 @pytest.mark.parametrize("features", ["shared", "own"])
-def test_stages(small, features):
+@pytest.mark.parametrize("name", ["piecewise_staged", "unrolled_mean_field_staged"])
+def test_stages(small, name, features):
     """The first stage trains nothing of the relations, the second nothing else."""
     small.model.pairwise_features = features
-    small.loss.objective, small.loss.unary_share = "piecewise_staged", 1 / 3
+    small.loss.objective, small.loss.unary_share = name, 1 / 3
     small.model.pairwise_trains_features = True  # staged training does not let them
     small.optimizer.weight_decay = 0.1
     assert configs.unary_steps(small) == 4
@@ -143,13 +144,14 @@ def test_stages(small, features):
     out += run(second, out[-1][0], batches[4:])
     states = [jax.device_get(state.params), *(s.params for s, _ in out)]
     for i, (before, after) in enumerate(zip(states[:-1], states[1:], strict=True)):
-        for name in before:
-            moved = any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (before[name], after[name])), strict=True))
-            assert moved == (("pairwise" in name) == (i >= 4)), (i, name)
+        for part in before:
+            moved = any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (before[part], after[part])), strict=True))
+            assert moved == (("pairwise" in part) == (i >= 4)), (i, part)
+    second_terms = ("surrounding", "above_below") if name == "piecewise_staged" else ("unrolled_mean_field",)
     for i, (_, metrics) in enumerate(out):
         assert np.isfinite([metrics["loss"], metrics["nll_unary"], metrics["grad_norm"]]).all()
-        assert (metrics["nll_surrounding"] == -1) == (i < 4)
-        expected = metrics["nll_unary"] if i < 4 else metrics["nll_surrounding"] + metrics["nll_above_below"]
+        assert (metrics[f"nll_{second_terms[0]}"] == -1) == (i < 4)
+        expected = metrics["nll_unary"] if i < 4 else sum(metrics[f"nll_{k}"] for k in second_terms)
         assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -210,7 +212,9 @@ def test_a_staged_run_keeps_its_stages(config, tmp_path):
     loop.train_and_evaluate(config, str(tmp_path / "work"))
 
 
-@pytest.mark.parametrize("name", ["piecewise_staged", "pseudo_likelihood", "unrolled_mean_field"])
+@pytest.mark.parametrize(
+    "name", ["piecewise_staged", "pseudo_likelihood", "unrolled_mean_field", "unrolled_mean_field_staged"]
+)
 def test_a_run_from_start_to_table(config, tmp_path, name):
     config.loss.objective = name
     config.train.steps, config.train.eval_every, config.train.log_every = 4, 4, 1
