@@ -49,7 +49,7 @@ from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate, logs, loop, parallel, refinement, steps, tuning
 
 RESULTS = Path(__file__).parent / "results"
-SIZES = ("steps", "pair_steps", "batch_size", "crop_size")  # figures with others are of another ladder
+SIZES = ("steps", "batch_size", "crop_size", "pair_steps", "pair_balance")  # figures with others are of another ladder
 RUNGS = ("baseline", "pyramid", "multiscale", "refined", "contextual", "convs")
 RUN_OF = {"refined": "multiscale", "convs": "contextual"}  # rungs that differ in what is done to another's marginals
 MIDDLE = ("block_3_expand", "block_6_expand")
@@ -124,10 +124,10 @@ def config_of(args, rung, seed, split, unary="multiscale", share=1.0):
 
 
 def sizes_of(args):
-    """Steps of the unary and of the relations, batch and crop."""
+    """`SIZES` of this ladder."""
     setting = SETS[args.set]
-    sizes = args.steps or setting.steps, args.pair_steps or setting.pair_steps, args.batch or setting.batch_size
-    return dict(zip(SIZES, (*sizes, list(args.crop or setting.crop_size)), strict=True))
+    unary = args.steps or setting.steps, args.batch or setting.batch_size, list(args.crop or setting.crop_size)
+    return dict(zip(SIZES, (*unary, args.pair_steps or setting.pair_steps, setting.pair_balance), strict=True))
 
 
 def kept(args, path):
@@ -150,7 +150,7 @@ def kept(args, path):
 def sizes_in(result):
     """The sizes that a result depends on."""
     alone = result.get("rung") in (*RUNGS, *BESIDE) and RUN_OF.get(result["rung"], result["rung"]) != "contextual"
-    return {k: result.get(k) for k in SIZES if not (alone and k == "pair_steps")}
+    return {k: result.get(k) for k in SIZES if not (alone and k.startswith("pair_"))}
 
 
 def trained(args, rung, seed, split, name, unary="multiscale", share=1.0):

@@ -129,8 +129,10 @@ def test_exact_on_a_tiny_grid(small):
     assert losses[0] == pytest.approx(float(-total / count), rel=1e-4) and losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("features", ["shared", "own"])
-@pytest.mark.parametrize("name", ["piecewise_staged", "unrolled_mean_field_staged"])
+@pytest.mark.parametrize(
+    "name, features",
+    [("piecewise_staged", "shared"), ("piecewise_staged", "own"), ("unrolled_mean_field_staged", "shared")],
+)
 def test_stages(small, name, features):
     """The first stage trains nothing of the relations, the second nothing else."""
     small.model.pairwise_features = features
