@@ -3,7 +3,7 @@
     python benchmarks/heads.py
     python benchmarks/heads.py --quick
 
-Loss and gradient, with respect to parameters and maps, of one Unary-Net and two Pairwise-Nets on maps of the sizes that
+Gradient, with respect to parameters and maps, of one Unary-Net and two Pairwise-Nets on maps of the sizes that
 CamVid's configuration and the paper's VOC configuration give them. Both are the same function (the largest difference
 of a gradient is printed, relative to its largest entry). Medians of interleaved calls. Memory is what XLA plans for
 temporaries. Ends with one line of JSON: `ratio` is concatenated over apart.

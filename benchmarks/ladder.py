@@ -141,8 +141,8 @@ def kept(args, path):
     result, sizes = json.loads(path.read_text()), sizes_of(args)
     if found := {k: v for k, v in sizes_in(result).items() if v != sizes[k]}:
         raise SystemExit(
-            f"{path} holds figures of {found}, this ladder has {sizes}: name another folder with --results, or leave "
-            "--steps, --pair_steps, --crop and --batch as they were"
+            f"{path} holds figures of {found}, this ladder has {sizes}: name another folder with --results, or make "
+            "them the same"
         )
     return result
 
@@ -162,6 +162,14 @@ def trained(args, rung, seed, split, name, unary="multiscale", share=1.0):
         rung += f"-on-{unary}" if (unary, share) != ("multiscale", 1.0) else ""
     workdir = Path(args.runs) / args.set / f"{name}-{rung}{shorter}-{seed}"
     loop.train_and_evaluate(config, str(workdir))
+    found = configs.load(workdir / "config.json")  # a finished run is taken as it is
+    for key in ("train.steps", "train.batch_size", "data.crop_size", "loss.balance_power", "data.train_split"):
+        section, name = key.split(".")
+        if found[section][name] != config[section][name]:
+            raise SystemExit(
+                f"{workdir} was trained with config.{key} = {found[section][name]}, this ladder has "
+                f"{config[section][name]}: name another folder with --runs"
+            )
     return workdir
 
 

@@ -36,6 +36,7 @@ import numpy as np
 from jax.extend import core
 
 from pwcrf_jax import costs, pairwise
+from pwcrf_jax.nets import FeatMapNet, grid_size
 
 _VIEWS = {"reshape", "squeeze", "expand_dims", "transpose", "slice", "copy", "stop_gradient"}
 _ORDER = {"max", "min", "clamp", "select_n"}
@@ -175,8 +176,10 @@ def plan(
     state = [Row("parameters", bytes=_bytes(params)), Row("gradients", bytes=_bytes(params))]
     if optimizer is not None:
         state.append(Row("optimizer state", bytes=_bytes(jax.eval_shape(optimizer.init, params))))
-    heads = [Row("unary head", _head(params["unary"], batch_size, grid))]
-    heads += [Row(f"first layers {name}", _head(params[f"pairwise_{name}"], batch_size, grid)) for name in potentials]
+    scales = dict(model.featmap).get("scales", FeatMapNet.scales)
+    grids = [grid_size((height, width), (scale,)) for scale in scales]
+    heads = [Row("unary head", _head(params["unary"], batch_size, grids))]
+    heads += [Row(f"first layers {name}", _head(params[f"pairwise_{name}"], batch_size, grids)) for name in potentials]
     features = Row("features", nets.forward - sum(row.multiply_adds for row in heads), nets.widest)
     parts = [(p.a, p.b) for p in potentials.values()]
     evidence = [p.evidence for p in potentials.values() if p.evidence is not None][:1]  # one for all relations
@@ -292,10 +295,15 @@ def _short(number: float, unit: str = "") -> str:
     return f"{digits} {prefixes[0]}{unit}".rstrip()
 
 
-def _head(params, batch_size: int, grid: tuple[int, int]) -> int:
-    """Multiply-adds of a head's dense layers, each once a cell; a last layer on edges is no `kernel`."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return batch_size * math.prod(grid) * sum(x.size for path, x in leaves if path[-1].key == "kernel")
+def _head(params, batch_size: int, grids: Sequence[tuple[int, int]]) -> int:
+    """Multiply-adds of a head's dense layers; a last layer on edges is no `kernel`.
+
+    First layers have the cells of all scales, each a part of the rows of theirs; last layers those of the largest.
+    """
+    cells = [math.prod(grid) for grid in grids]
+    times = {"first": sum(cells) / len(cells), "last": max(cells)}
+    leaves = [(path, x) for path, x in jax.tree_util.tree_leaves_with_path(params) if path[-1].key == "kernel"]
+    return round(batch_size * sum(times[path[0].key.split("_")[0]] * x.size for path, x in leaves))
 
 
 class _Nets(NamedTuple):

@@ -16,6 +16,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import image, scalar
 from tqdm import tqdm
 
+from pwcrf_jax.training import steps
+
 log = logging.getLogger("pwcrf_jax")
 METRICS = "metrics.jsonl"  # in a workdir
 
@@ -172,7 +174,8 @@ class Progress:
         others = ", ".join(f"{k[4:]} {v:.3f}" for k, v in metrics.items() if k.startswith("nll_") and k != "nll_unary")
         loss, terms = f"loss {metrics.get('loss', math.nan):.4f}", f"nll unary {unary:.3f}"
         if others:
-            terms += f"  {others} (2 x unary {2 * unary:.3f})"
+            edges = {k[4:] for k in metrics if k.startswith("nll_")} - {"unary", "refinement_convs", *steps.OBJECTIVES}
+            terms += f"  {others}" + f" (2 x unary {2 * unary:.3f})" * bool(edges)
         if self._bar is not None:
             self._bar.set_postfix_str("  ".join(filter(None, (loss, speed, terms))), refresh=False)
             self._bar.n = step

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from pwcrf_jax import planning
+from pwcrf_jax.nets import FeatMapNet
 from pwcrf_jax.planning import multiply_adds, plan
 from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING, offsets
 from pwcrf_jax.segmenter import Segmenter
@@ -176,6 +177,18 @@ def test_heads_by_hand():
     assert planned["first layers surrounding"].multiply_adds == 48 * 2 * 64 * 64
     # Unary and evidence; a and b of both relations.
     assert planned["potentials"].bytes == 4 * 48 * (2 * 11 + 4 * 64)
+
+
+def test_heads_of_several_scales_by_hand():
+    model = segmenter({"backbone": "tiny", **PLAIN, "scales": (0.5, 1.0)})
+    planned = plan(model, (96, 128))  # 3 x 4 and 6 x 8 cells of 64 features each
+    assert planned["unary head"].multiply_adds == (12 + 48) * 64 * 64 + 48 * 64 * 11
+    assert planned["first layers surrounding"].multiply_adds == (12 + 48) * 2 * 64 * 64
+    net = FeatMapNet(**dict(model.featmap), joined=False)
+    images = jax.ShapeDtypeStruct((1, 96, 128, 3), jnp.float32)
+    params = jax.eval_shape(net.init, jax.random.key(0), images)
+    counted = multiply_adds(jax.make_jaxpr(net.apply)(params, images))
+    assert planned["features"].multiply_adds == pytest.approx(counted, rel=0.01)
 
 
 def test_what_is_not_trained_needs_no_backward_pass():
