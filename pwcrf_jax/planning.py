@@ -16,11 +16,12 @@ What memory means here, and how near it is (tests/nets/test_nets_plan.py, agains
   before it, makes the most.
 
 Against XLA's arguments and temporaries, the training step of every shipped config, with 1 to 16 images in float32,
-was 0.94 to 1.03 of them when it was measured (tests hold tiny ones). Activations, potentials and the largest layer,
-against the temporaries of the nets' gradient, lie within 20 % for tiny, MobileNetV2 and VGG-16 at 240 x 320 pixels
-and more. Known to be farther off: few images of small maps under large kernels, whose copies XLA places as it likes
-(MobileNetV2 of one scale 1.2 to 1.4 up to 192 x 256, VGG-16 of three scales 0.75 at 96 x 128), and tiny of several
-scales with sliding pyramids (0.78), as the pyramid's backward pass is not counted. Inference, 0.8 to 1.02, is the
+was 0.94 to 1.03 of them when it was measured (tests hold tiny ones), with heads on the concatenated features; on each
+scale's own map, as they are now, that is not yet measured. Activations, potentials and the largest layer, against the
+temporaries of the nets' gradient, lie within 20 % for tiny of one scale, MobileNetV2 (three scales: 0.97) and VGG-16 at
+240 x 320 pixels and more. Known to be farther off: few images of small maps under large kernels, whose copies XLA
+places as it likes (MobileNetV2 of one scale 1.2 to 1.4 up to 192 x 256, VGG-16 of three scales 0.75 at 96 x 128), and
+tiny of several scales (0.57). The backward pass of sliding pyramids is not counted. Inference, 0.8 to 1.02, is the
 rougher figure. Other backends fuse differently, and convolution libraries add workspace of their own. In bfloat16 a
 CPU needs half as much again: it computes convolutions in float32.
 """
