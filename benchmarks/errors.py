@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from pwcrf_jax import metrics, piecewise, segmenter
+from pwcrf_jax import metrics, nets, piecewise, segmenter
 from pwcrf_jax.data import eval_batches
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate
@@ -29,10 +29,7 @@ from pwcrf_jax.training import evaluate
 
 def misplaced(found, labels, width, num_classes):
     """bool [B, H, W]: wrong pixels whose class is there in the labels within width pixels."""
-    there = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)  # of void: nothing
-    for axis in (1, 2):
-        window = tuple(2 * width + 1 if a == axis else 1 for a in range(4))
-        there = jax.lax.reduce_window(there, 0.0, jax.lax.max, window, (1, 1, 1, 1), "SAME")
+    there = nets.max_pool_same(jax.nn.one_hot(labels, num_classes), 2 * width + 1)  # void is no class
     near = jnp.take_along_axis(there, found[..., None], axis=-1)[..., 0] > 0
     return near & (found != labels) & (labels != piecewise.VOID)
 

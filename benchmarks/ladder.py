@@ -9,7 +9,9 @@ Rungs: baseline (one scale) -> pyramid (+ sliding pyramid pooling) -> multiscale
 dense CRF on that model's unary) -> contextual (+ relations, trained on the multiscale model's features while they
 stand still, with the dense CRF on top) -> convs (+ refinement convolutions on middle layers, trained beside those
 relations, ahead of the dense CRF). Beside the ladder: joint (unary and relations together from the start, as the
-config has it: the relations do not train the features) and joint_features (they do).
+config has it: the relations do not train the features), joint_features (they do), and unrolled (the contextual rung's
+relations, trained through mean field in place of piecewise, with the message weights 1 and the class balance of the
+unary: nothing is chosen).
 
 Nothing is chosen on the images that are scored. Message weights and the dense CRF's parameters come from a pilot: the
 multiscale and the contextual model trained on a part of the training images, tuned on the rest (eval.py
@@ -27,13 +29,11 @@ makes its table: means over seeds, 95 % intervals from a paired bootstrap over i
 """
 
 import argparse
-import base64
 import datetime
 import json
 import os
 import platform
 import sys
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,18 +43,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
+from ladder_table import BESIDE, EVAL_SPLIT, RESULTS, RUN_OF, RUNGS, SIZES, pack, scores, sizes_in, summary
+
 from configs import camvid_mobilenet_v2, voc_mobilenet_v2
 from pwcrf_jax.data import eval_batches
 from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, logs, loop, parallel, refinement, steps, tuning
+from pwcrf_jax.training import evaluate, logs, loop, parallel, refinement, tuning
 
-RESULTS = Path(__file__).parent / "results"
-SIZES = ("steps", "batch_size", "crop_size", "pair_steps", "pair_balance")  # figures with others are of another ladder
-RUNGS = ("baseline", "pyramid", "multiscale", "refined", "contextual", "convs")
-RUN_OF = {"refined": "multiscale", "convs": "contextual"}  # rungs that differ in what is done to another's marginals
+ON_UNARY = {"contextual": "piecewise_staged", "unrolled": "unrolled_mean_field_staged"}  # objectives of these rungs
 MIDDLE = ("block_3_expand", "block_6_expand")
 ANIMALS = ("background", "cat", "cow", "dog", "horse", "sheep", "person")
-BESIDE = ("joint", "joint_features")
 
 
 class Setting(NamedTuple):
@@ -81,9 +79,7 @@ SETS = {
 # Boxes in cells: a share of the short side would be another distance in a crop than in the whole image.
 BOXES = {"surrounding": ((-4, 4), (-4, 4)), "above_below": ((-8, -1), (-4, 4))}
 CURVE = (("baseline", 1.0), ("multiscale", 0.125), ("multiscale", 0.25), ("multiscale", 0.5), ("multiscale", 1.0))
-EVAL_SPLIT = "val"
 CURVE_WEIGHTS = (0.5, 1.0, 2.0, 4.0)
-BOOTSTRAP = 2000
 
 
 def config_of(args, rung, seed, split, unary="multiscale", share=1.0):
@@ -107,17 +103,18 @@ def config_of(args, rung, seed, split, unary="multiscale", share=1.0):
         config.relations[name].unit = "cells"
         config.relations[name].rows, config.relations[name].cols = rows, cols
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, config.train.steps // 4)
-    features = unary if rung == "contextual" else rung
+    features = unary if rung in ON_UNARY else rung
     if features in ("baseline", "pyramid"):
         config.model.scales = config.model.scales[:1]
     if features == "baseline":
         config.model.pyramid_windows = ()
     if rung in ("baseline", "pyramid", "multiscale"):
         config.model.relations = ()
-    if rung == "contextual":
-        config.loss.objective, config.loss.unary_share = "piecewise_staged", 0.0
-        config.loss.balance_power = setting.pair_balance
+    if rung in ON_UNARY:
+        config.loss.objective, config.loss.unary_share = ON_UNARY[rung], 0.0
         config.train.steps = sizes["pair_steps"]
+    if rung == "contextual":
+        config.loss.balance_power = setting.pair_balance
         config.model.refinement_convs.layers = MIDDLE
     config.model.pairwise_trains_features = rung == "joint_features"
     return config
@@ -147,17 +144,11 @@ def kept(args, path):
     return result
 
 
-def sizes_in(result):
-    """The sizes that a result depends on."""
-    alone = result.get("rung") in (*RUNGS, *BESIDE) and RUN_OF.get(result["rung"], result["rung"]) != "contextual"
-    return {k: result.get(k) for k in SIZES if not (alone and k.startswith("pair_"))}
-
-
 def trained(args, rung, seed, split, name, unary="multiscale", share=1.0):
     """The workdir of a finished run; arguments as in `config_of`."""
     config = config_of(args, rung, seed, split, unary, share)
     shorter = f"{share:g}x" if share != 1 else ""
-    if rung == "contextual":
+    if rung in ON_UNARY:
         config.init_from = str(trained(args, unary, seed, split, name, share=share))
         rung += f"-on-{unary}" if (unary, share) != ("multiscale", 1.0) else ""
     workdir = Path(args.runs) / args.set / f"{name}-{rung}{shorter}-{seed}"
@@ -225,31 +216,6 @@ def counts_of_images(config, workdir, refined=""):
     return {row: np.stack(values) for row, values in counts.items()}, ids, dataset.class_names
 
 
-def pack(counts):
-    return {row: [list(x.shape), base64.b64encode(zlib.compress(x.astype("<i4").tobytes(), 9)).decode()]
-            for row, x in counts.items()}  # fmt: skip
-
-
-def unpack(packed):
-    read = lambda shape, text: np.frombuffer(zlib.decompress(base64.b64decode(text)), "<i4").reshape(shape)
-    return {row: read(*value).astype(np.int64) for row, value in packed.items()}
-
-
-def scores(counts, classes):
-    """Mean IoU of the whole images and of each band, pixel and mean accuracy; counts [..., 1 + bands, 3, K], in %."""
-    hit, true, predicted = np.moveaxis(counts.astype(np.float64), -2, 0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        iou = (hit / (true + predicted - hit))[..., classes]
-        accuracy = (hit / true)[..., 0, classes]
-        pixel = hit[..., 0, :].sum(-1) / true[..., 0, :].sum(-1)
-    mean = np.nanmean(iou, axis=-1)
-    names = ("miou", *(f"boundary_iou_{w}px" for w in steps.BAND_WIDTHS))
-    figures = {name: mean[..., i] for i, name in enumerate(names)}
-    return {
-        k: 100 * v for k, v in (figures | dict(pixel_accuracy=pixel, mean_accuracy=np.nanmean(accuracy, -1))).items()
-    }
-
-
 def run(args):
     split = SETS[args.set].split
     chosen = pilot(args)
@@ -306,121 +272,6 @@ def run_curve(args):
                 counts |= {"unary": found["unary"], f"weight {weight:g}": found["all"]}
             write(path, result_of(args, config, names, ids, counts, seed=seed, rung=f"contextual on {unary}",
                                   unary=unary, share=share))  # fmt: skip
-
-
-# --- the table -------------------------------------------------------------------------------------
-
-# What a rung's own figure is, and the row that each comparison takes.
-ROW = {"baseline": "all", "pyramid": "all", "multiscale": "all", "refined": "refined"}
-ROW |= {"contextual": "refined", "convs": "refined"}
-
-
-def bootstrap(first, second, classes, rng):
-    """Difference second - first of mean IoU, averaged over seeds, and its 95 % interval over images.
-
-    first, second: lists of counts [images, 1 + bands, 3, K], one a seed, of the same images.
-    """
-    means = lambda runs, pick: np.mean([scores(x[pick].sum(0), classes)["miou"] for x in runs])
-    every = np.arange(len(first[0]))
-    picks = [rng.choice(every, len(every)) for _ in range(BOOTSTRAP)]
-    drawn = [means(second, pick) - means(first, pick) for pick in picks]
-    return means(second, every) - means(first, every), *np.percentile(drawn, (2.5, 97.5))
-
-
-def summary(args):
-    out = {}
-    for name in SETS:
-        found = {}
-        for rung in (*RUNGS, *BESIDE):
-            for path in sorted(args.results.glob(f"ladder_{name}_{rung}_[0-9]*.json")):
-                result = json.loads(path.read_text())
-                found.setdefault(rung, {})[result["seed"]] = result
-        if not found:
-            continue
-        sizes = [sizes_in(r) for runs in found.values() for r in runs.values()]
-        if any(len({json.dumps(s[k]) for s in sizes if k in s}) > 1 for k in SIZES):
-            raise SystemExit(f"{args.results}: figures of {name} with different {', '.join(SIZES)}: not one ladder")
-        classes = next(iter(next(iter(found.values())).values()))["class_indices"]
-        counts = {rung: {seed: unpack(r["counts"]) for seed, r in runs.items()} for rung, runs in found.items()}
-        rng = np.random.default_rng(0)
-
-        def compare(a, b, counts=counts, classes=classes, rng=rng):
-            """(rung, row) against (rung, row), over the seeds that both have."""
-            seeds = sorted(set(counts.get(a[0], {})) & set(counts.get(b[0], {})))
-            if not seeds:
-                return None
-            pick = lambda which: [counts[which[0]][seed][which[1]] for seed in seeds]
-            return [round(float(x), 2) for x in bootstrap(pick(a), pick(b), classes, rng)] + [len(seeds)]
-
-        print(f"\n{name}: mean over seeds (range), % ; gain over the rung before with its 95 % interval over images")
-        before = None
-        for rung in (r for r in RUNGS if r in found):
-            runs = [r["rows"][ROW[rung]] for r in found[rung].values()]
-            value = lambda key, runs=runs: np.array([r[key] for r in runs])
-            miou, gain = value("miou"), compare((before, ROW[before]), (rung, ROW[rung])) if before else None
-            said = f"{gain[0]:+.2f} [{gain[1]:+.2f}, {gain[2]:+.2f}]" if gain else ""
-            spread = f"{miou.mean():6.2f} ({miou.min():.2f}-{miou.max():.2f}), {len(runs)} seeds"
-            print(f"  {rung:12s} {spread}   {said:24s} "
-                  + "  ".join(f"{k} {value(k).mean():.2f}" for k in runs[0] if k != "miou"))  # fmt: skip
-            before = rung
-        figures = {}
-        if crf := compare(("contextual", "unary"), ("contextual", "all")):
-            print(f"  contextual pairwise over the same model's unary: {crf[0]:+.2f} [{crf[1]:+.2f}, {crf[2]:+.2f}]")
-            figures |= dict(crf_gain=crf[0], crf_gain_low=crf[1], crf_gain_high=crf[2], seeds=crf[3])
-        for rung, key in (("joint", "joint_unary_minus_alone"), ("joint_features", "joint_features_unary_minus_alone")):
-            if joint := compare(("multiscale", "unary"), (rung, "unary")):
-                gain = compare((rung, "unary"), (rung, "all"))
-                print(f"  {rung}: unary minus the unary alone {joint[0]:+.2f} [{joint[1]:+.2f}, {joint[2]:+.2f}], "
-                      f"its relations {gain[0]:+.2f} [{gain[1]:+.2f}, {gain[2]:+.2f}], {gain[3]} seeds")  # fmt: skip
-                figures |= {key: joint[0]}
-        best = max(f["miou"] for runs in found.values() for r in runs.values() for f in r["rows"].values())
-        print_curve(args, name)
-        out[name] = figures | {f"best_{name}_val_miou": round(best, 2)}
-        if args.picture:
-            picture(Path(args.picture).with_stem(f"{Path(args.picture).stem}_{name}"), name, found)
-    print(json.dumps(out))
-
-
-def print_curve(args, name):
-    paths = sorted(args.results.glob(f"curve_{name}_*.json"))
-    results = sorted(
-        (json.loads(path.read_text()) for path in paths), key=lambda r: (r["unary"], r["share"], r["seed"])
-    )
-    if results:
-        print("  relations on unaries of several strengths: mean IoU of the unary, then gain at each message weight")
-    for r in results:
-        counts, rng = unpack(r["counts"]), np.random.default_rng(0)
-        gains = [
-            bootstrap([counts["unary"]], [counts[row]], r["class_indices"], rng) for row in counts if row != "unary"
-        ]
-        said = "  ".join(f"{row[7:]}: {g:+.2f} [{low:+.2f}, {high:+.2f}]" for row, (g, low, high) in
-                         zip([row for row in counts if row != "unary"], gains, strict=True))  # fmt: skip
-        print(
-            f"    {r['unary']:10s} {r['share']:5g} x steps, seed {r['seed']}: {r['rows']['unary']['miou']:.2f}   {said}"
-        )
-
-
-def picture(path, name, found):
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit("--picture needs matplotlib: pip install -e '.[bench]'") from None
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rungs = [r for r in RUNGS if r in found]
-    values = [[r["rows"][ROW[rung]]["miou"] for r in found[rung].values()] for rung in rungs]
-    figure, axes = pyplot.subplots(figsize=(7, 3.5))
-    axes.plot(rungs, [np.mean(v) for v in values], "_-", color="#3182bd", markersize=30, linewidth=1, label="mean")
-    for i, v in enumerate(values):
-        axes.plot([i] * len(v), v, "k.", label="" if i else "a seed")
-    axes.set(title=f"{name}, {EVAL_SPLIT}", ylabel="mean IoU, %")
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def main():

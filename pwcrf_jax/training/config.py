@@ -228,7 +228,7 @@ def relations(config: ConfigDict) -> tuple[Relation, ...]:
 def build_model(config: ConfigDict) -> Segmenter:
     """The model of a config. input_scaling "auto" stands for "tf" until weights say otherwise."""
     m = config.model
-    options = m[m.backbone].to_dict() if m.backbone in m else {}
+    options, boxes = m[m.backbone].to_dict() if m.backbone in m else {}, relations(config)
     featmap = dict(
         backbone=m.backbone,
         backbone_options=tuple(sorted(options.items())),
@@ -242,7 +242,7 @@ def build_model(config: ConfigDict) -> Segmenter:
         return Segmenter(
             num_classes=config.data.num_classes,
             featmap=featmap,
-            relations=relations(config),
+            relations=boxes,
             parameterisation=tuple(config.relations[n].parameterisation or m.parameterisation for n in m.relations),
             hidden=m.hidden,
             input_scaling="tf" if m.input_scaling == "auto" else m.input_scaling,
@@ -251,15 +251,13 @@ def build_model(config: ConfigDict) -> Segmenter:
             refinement_width=m.refinement_convs.width,
             dtype=m.dtype,
         )
-    except ConfigError:
-        raise
     except (ValueError, TypeError) as error:
         own = f"{m.backbone}: "  # what the backbone says of its options begins so
         text, rest = str(error), str(error).removeprefix(own)
-        key = f"model.{m.backbone}.{rest}" if text != rest else f"model: {text}"
+        place = f"model.{m.backbone}." if text != rest else "model: "
         if text.startswith(f"{own}no layer"):  # of its middle ones
-            key = f"model.refinement_convs.layers: {rest}"
-        raise ConfigError(f"config.{key}") from None
+            place = "model.refinement_convs.layers: "
+        raise ConfigError(f"config.{place}{rest}") from None
 
 
 def identity(config: ConfigDict) -> dict:
@@ -342,9 +340,12 @@ def dataset_options(config: ConfigDict) -> dict:
 
 def save(config: ConfigDict, path) -> None:
     """Writes a config as JSON, whole or not at all."""
-    path = pathlib.Path(path)
+    _write(config.to_dict(), pathlib.Path(path))
+
+
+def _write(content, path):
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
     partial.replace(path)
 
 
@@ -378,11 +379,8 @@ def load(path) -> ConfigDict:
 
 def save_classes(class_names, palette, folder: str) -> None:
     """Writes FOLDER/classes.json, whole or not at all."""
-    path = pathlib.Path(folder, CLASSES)
-    partial = path.with_suffix(".partial")
     named = [{"name": name, "colour": list(colour)} for name, colour in zip(class_names, palette, strict=True)]
-    partial.write_text(json.dumps(named, indent=2) + "\n")
-    partial.replace(path)
+    _write(named, pathlib.Path(folder, CLASSES))
 
 
 def load_classes(workdir: str):
@@ -423,10 +421,7 @@ def check_tuned(config: ConfigDict, tuned: dict, workdir: str) -> None:
 
 def write_tuned(result: dict, workdir: str) -> None:
     """Writes the result of `tuning.tune`, whole or not at all."""
-    path = pathlib.Path(workdir, TUNED)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    partial.replace(path)
+    _write(result, pathlib.Path(workdir, TUNED))
 
 
 def apply_tuned(config: ConfigDict, workdir: str) -> dict | None:

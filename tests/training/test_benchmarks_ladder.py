@@ -1,6 +1,7 @@
-"""The ladder's figures: counts of images give the usual scores, intervals are paired, ladders are not mixed."""
+"""Figures of ladder.py and its neighbours: usual scores, paired intervals, nothing mixed that is not of one kind."""
 
 import argparse
+import importlib
 import importlib.util
 import json
 import pathlib
@@ -10,17 +11,28 @@ import numpy as np
 import pytest
 
 from pwcrf_jax import metrics
+from pwcrf_jax.training import config as configs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CLASSES, IMAGES, K = [0, 2, 3], 30, 4
 
 
 @pytest.fixture(scope="module")
-def ladder():
-    spec = importlib.util.spec_from_file_location("ladder", ROOT / "benchmarks/ladder.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def scripts():
+    """Imports a script of benchmarks/ as one runs it, with its folder first on the path."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        yield importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def ladder(scripts):
+    return scripts("ladder")
+
+
+@pytest.fixture(scope="module")
+def table(scripts):
+    return scripts("ladder_table")
 
 
 def confusions(rng, right):
@@ -49,10 +61,10 @@ def keep(ladder, args, rung, seed, rows):
     ladder.write(args.results / f"ladder_{args.set}_{rung}_{seed}.json", result)
 
 
-def test_scores_are_those_of_the_confusion_matrix(ladder):
+def test_scores_are_those_of_the_confusion_matrix(table):
     matrix = confusions(np.random.default_rng(0), 0.6)
-    counts = ladder.unpack(json.loads(json.dumps(ladder.pack({"all": counts_of(matrix)}))))["all"]
-    found = ladder.scores(counts.sum(0), CLASSES)
+    counts = table.unpack(json.loads(json.dumps(table.pack({"all": counts_of(matrix)}))))["all"]
+    found = table.scores(counts.sum(0), CLASSES)
     for band, name in enumerate(("miou", "boundary_iou_3px", "boundary_iou_5px")):
         expected = metrics.scores(matrix.sum(0)[band], CLASSES)
         assert found[name] == pytest.approx(100 * float(expected.mean_iou), abs=1e-4)
@@ -61,27 +73,27 @@ def test_scores_are_those_of_the_confusion_matrix(ladder):
     assert found["pixel_accuracy"] == pytest.approx(100 * float(whole.pixel_accuracy), abs=1e-4)
 
 
-def test_picture(ladder, tmp_path, monkeypatch):
+def test_picture(table, tmp_path, monkeypatch):
     runs = {"baseline": {0: {"rows": {"all": {"miou": 40.0}}}}, "refined": {0: {"rows": {"refined": {"miou": 42.0}}}}}
     if importlib.util.find_spec("matplotlib"):
-        ladder.picture(tmp_path / "ladder.png", "animals", runs)
+        table.picture(tmp_path / "ladder.png", "animals", runs)
         assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit, match=r"needs matplotlib: pip install -e '\.\[bench\]'"):
-        ladder.picture(tmp_path / "ladder.png", "animals", runs)
+        table.picture(tmp_path / "ladder.png", "animals", runs)
 
 
-def test_intervals_are_of_pairs(ladder):
+def test_intervals_are_of_pairs(table):
     """The same image in both: the interval of a constant difference is narrow, however much images differ."""
     rng = np.random.default_rng(1)
     first = [counts_of(confusions(rng, 0.5)) for _ in range(2)]
-    gain, low, high = ladder.bootstrap(first, first, CLASSES, np.random.default_rng(0))
+    gain, low, high = table.bootstrap(first, first, CLASSES, np.random.default_rng(0))
     assert gain == low == high == 0
     better = [counts_of(confusions(rng, 0.7)) for _ in range(2)]
-    gain, low, high = ladder.bootstrap(first, better, CLASSES, np.random.default_rng(0))
+    gain, low, high = table.bootstrap(first, better, CLASSES, np.random.default_rng(0))
     assert 0 < low < gain < high
-    expected = np.mean([ladder.scores(b.sum(0), CLASSES)["miou"] for b in better])
-    expected -= np.mean([ladder.scores(f.sum(0), CLASSES)["miou"] for f in first])
+    expected = np.mean([table.scores(b.sum(0), CLASSES)["miou"] for b in better])
+    expected -= np.mean([table.scores(f.sum(0), CLASSES)["miou"] for f in first])
     assert gain == pytest.approx(expected)
 
 
@@ -117,8 +129,16 @@ def test_ladders_of_other_sizes_are_not_mixed(ladder, tmp_path):
     with pytest.raises(SystemExit, match="holds figures of {'pair_steps': 175}, this ladder has"):
         ladder.kept(longer, tmp_path / "ladder_animals_contextual_0.json")
     ladder.summary(args)
+    for rung in ("unrolled", "contextual"):
+        result = dict(rung=rung, **ladder.sizes_of(args)) | dict(pair_balance=0.5)
+        ladder.write(tmp_path / "one.json", result)
+        if rung == "unrolled":  # it has the balance of the unary
+            assert ladder.kept(args, tmp_path / "one.json") == result
+            continue
+        with pytest.raises(SystemExit, match="holds figures of {'pair_balance': 0.5}, this ladder has"):
+            ladder.kept(args, tmp_path / "one.json")
     keep(ladder, other, "baseline", 1, {"all": counts_of(confusions(rng, 0.5))})
-    with pytest.raises(SystemExit, match="figures of animals with different steps"):
+    with pytest.raises(SystemExit, match="figures of animals with different steps: not one ladder"):
         ladder.summary(args)
 
 
@@ -130,3 +150,47 @@ def test_a_relation_is_the_same_in_crop_and_image(ladder, name):
     for relation in ("surrounding", "above_below"):
         assert config.relations[relation].unit == "cells"
     assert ladder.config_of(args, "baseline", 0, "train").model.relations == ()
+    unrolled = ladder.config_of(args, "unrolled", 0, "train")
+    assert unrolled.loss.objective == "unrolled_mean_field_staged" and unrolled.loss.unary_share == 0
+    assert unrolled.loss.balance_power == ladder.config_of(args, "multiscale", 0, "train").loss.balance_power
+    assert unrolled.model.refinement_convs.layers == () and unrolled.train.steps == ladder.SETS[name].pair_steps
+
+
+def test_a_run_of_other_settings_is_refused(ladder, tmp_path, monkeypatch):
+    """A finished run is taken as it is, so it must be the one that the ladder asks for."""
+    settings = dict(set="camvid", source_dir="", data_dir="", init_from="", runs=str(tmp_path))
+    args, workdir = options(ladder, None, **settings), tmp_path / "camvid/run-multiscale-0"
+    monkeypatch.setattr(ladder.loop, "train_and_evaluate", lambda config, workdir: None)  # as of a finished run
+    config = ladder.config_of(args, "multiscale", 0, "train")
+    workdir.mkdir(parents=True)
+    configs.save(config, workdir / "config.json")
+    assert ladder.trained(args, "multiscale", 0, "train", "run") == workdir
+    config.loss.balance_power = 0.9
+    configs.save(config, workdir / "config.json")
+    with pytest.raises(SystemExit, match=r"trained with config\.loss\.balance_power = 0\.9, this ladder has .*--runs"):
+        ladder.trained(args, "multiscale", 0, "train", "run")
+
+
+def test_objectives_refuse_runs_on_other_scenes(scripts, tmp_path, monkeypatch):
+    objectives = scripts("objectives")
+    config = objectives.demo.get_config()
+    (tmp_path / "piecewise-4-0").mkdir()
+    configs.save(config, tmp_path / "piecewise-4-0/config.json")
+    monkeypatch.setattr(objectives.loop, "train_and_evaluate", lambda config, workdir: None)
+    args = argparse.Namespace(seeds=[0], steps=4, runs=str(tmp_path), data_dir=str(tmp_path))
+    with pytest.raises(SystemExit, match=r"piecewise-4-0 was trained on other scenes: name another folder with --runs"):
+        objectives.train(args, {name: 1.0 for name in objectives.OBJECTIVES}, None)
+
+
+def test_misplaced_pixels_have_their_class_near(scripts):
+    errors, rng = scripts("errors"), np.random.default_rng(4)
+    labels = np.where(rng.random((2, 9, 11)) < 0.7, 0, rng.integers(0, 4, (2, 9, 11)))
+    labels[rng.random(labels.shape) < 0.1] = 255
+    found = rng.integers(0, 4, labels.shape)
+    for width in (0, 1, 3):
+        expected = np.zeros(labels.shape, bool)
+        for n, i, j in np.ndindex(labels.shape):
+            near = labels[n, max(0, i - width) : i + width + 1, max(0, j - width) : j + width + 1]
+            expected[n, i, j] = labels[n, i, j] not in (255, found[n, i, j]) and found[n, i, j] in near
+        np.testing.assert_array_equal(errors.misplaced(found, labels, width, 4), expected)
+        assert expected.any() == (width > 0)

@@ -142,6 +142,13 @@ def test_the_bar_tells_loss_speed_and_time_left_on_any_terminal(monkeypatch, col
     assert len(line) < columns and ("(2 x unary 3.790)" in line) == (columns == 200)
 
 
+@pytest.mark.parametrize("name", ["unrolled_mean_field", "refinement_convs"])
+def test_what_is_of_nodes_is_not_held_against_twice_the_unary(caplog, name):
+    with caplog.at_level("INFO", logger="pwcrf_jax"):
+        logs.Progress(0, 9, 1).report(1, {"loss": 1.0, "nll_unary": 1.5, f"nll_{name}": 1.25})
+    assert f"{name} 1.250" in caplog.text and "2 x unary" not in caplog.text
+
+
 def test_lines_stand_above_the_bar():
     stream = io.StringIO()
     handler = logs._AboveBars(stream)

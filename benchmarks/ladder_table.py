@@ -1,0 +1,168 @@
+"""The table, the intervals and the picture of `ladder.py`'s figures."""
+
+import base64
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from pwcrf_jax.training import steps
+
+RESULTS = Path(__file__).parent / "results"
+RUNGS = ("baseline", "pyramid", "multiscale", "refined", "contextual", "convs")
+RUN_OF = {"refined": "multiscale", "convs": "contextual"}  # rungs that differ in what is done to another's marginals
+BESIDE = ("joint", "joint_features", "unrolled")
+SIZES = ("steps", "batch_size", "crop_size", "pair_steps", "pair_balance")  # figures with others are of another ladder
+EVAL_SPLIT = "val"
+BOOTSTRAP = 2000  # draws of an interval
+# What a rung's own figure is, and the row that each comparison takes.
+ROW = {"baseline": "all", "pyramid": "all", "multiscale": "all", "refined": "refined"}
+ROW |= {"contextual": "refined", "convs": "refined"}
+
+
+def pack(counts):
+    return {row: [list(x.shape), base64.b64encode(zlib.compress(x.astype("<i4").tobytes(), 9)).decode()]
+            for row, x in counts.items()}  # fmt: skip
+
+
+def unpack(packed):
+    read = lambda shape, text: np.frombuffer(zlib.decompress(base64.b64decode(text)), "<i4").reshape(shape)
+    return {row: read(*value).astype(np.int64) for row, value in packed.items()}
+
+
+def scores(counts, classes):
+    """Mean IoU of the whole images and of each band, pixel and mean accuracy; counts [..., 1 + bands, 3, K], in %."""
+    hit, true, predicted = np.moveaxis(counts.astype(np.float64), -2, 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        iou = (hit / (true + predicted - hit))[..., classes]
+        accuracy = (hit / true)[..., 0, classes]
+        pixel = hit[..., 0, :].sum(-1) / true[..., 0, :].sum(-1)
+    mean = np.nanmean(iou, axis=-1)
+    names = ("miou", *(f"boundary_iou_{w}px" for w in steps.BAND_WIDTHS))
+    figures = {name: mean[..., i] for i, name in enumerate(names)}
+    return {
+        k: 100 * v for k, v in (figures | dict(pixel_accuracy=pixel, mean_accuracy=np.nanmean(accuracy, -1))).items()
+    }
+
+
+def sizes_in(result):
+    """The sizes that a result depends on."""
+    rung = RUN_OF.get(result.get("rung"), result.get("rung"))
+    without = ("pair_steps", "pair_balance") if rung in (*RUNGS, *BESIDE) else ()
+    without = {"contextual": (), "unrolled": ("pair_balance",)}.get(rung, without)
+    return {k: result.get(k) for k in SIZES if k not in without}
+
+
+def bootstrap(first, second, classes, rng):
+    """Difference second - first of mean IoU, averaged over seeds, and its 95 % interval over images.
+
+    first, second: lists of counts [images, 1 + bands, 3, K], one a seed, of the same images.
+    """
+    means = lambda runs, pick: np.mean([scores(x[pick].sum(0), classes)["miou"] for x in runs])
+    every = np.arange(len(first[0]))
+    picks = [rng.choice(every, len(every)) for _ in range(BOOTSTRAP)]
+    drawn = [means(second, pick) - means(first, pick) for pick in picks]
+    return means(second, every) - means(first, every), *np.percentile(drawn, (2.5, 97.5))
+
+
+def summary(args):
+    """Prints the table of the figures in args.results, and one line of JSON; args.picture: file of a picture, or None.
+
+    Raises:
+      SystemExit: figures of different sizes.
+    """
+    out = {}
+    for name in sorted({path.name.split("_")[1] for path in args.results.glob("ladder_*_[0-9]*.json")}):
+        found = {}
+        for rung in (*RUNGS, *BESIDE):
+            for path in sorted(args.results.glob(f"ladder_{name}_{rung}_[0-9]*.json")):
+                result = json.loads(path.read_text())
+                found.setdefault(rung, {})[result["seed"]] = result
+        sizes = [sizes_in(r) for runs in found.values() for r in runs.values()]
+        if mixed := [k for k in SIZES if len({json.dumps(s[k]) for s in sizes if k in s}) > 1]:
+            raise SystemExit(f"{args.results}: figures of {name} with different {', '.join(mixed)}: not one ladder")
+        classes = next(iter(next(iter(found.values())).values()))["class_indices"]
+        counts = {rung: {seed: unpack(r["counts"]) for seed, r in runs.items()} for rung, runs in found.items()}
+        rng = np.random.default_rng(0)
+
+        def compare(a, b, counts=counts, classes=classes, rng=rng):
+            """(rung, row) against (rung, row), over the seeds that both have."""
+            seeds = sorted(set(counts.get(a[0], {})) & set(counts.get(b[0], {})))
+            if not seeds:
+                return None
+            pick = lambda which: [counts[which[0]][seed][which[1]] for seed in seeds]
+            return [round(float(x), 2) for x in bootstrap(pick(a), pick(b), classes, rng)] + [len(seeds)]
+
+        print(f"\n{name}: mean over seeds (range), % ; gain over the rung before with its 95 % interval over images")
+        before = None
+        for rung in (r for r in RUNGS if r in found):
+            runs = [r["rows"][ROW[rung]] for r in found[rung].values()]
+            value = lambda key, runs=runs: np.array([r[key] for r in runs])
+            miou, gain = value("miou"), compare((before, ROW[before]), (rung, ROW[rung])) if before else None
+            said = f"{gain[0]:+.2f} [{gain[1]:+.2f}, {gain[2]:+.2f}]" if gain else ""
+            spread = f"{miou.mean():6.2f} ({miou.min():.2f}-{miou.max():.2f}), {len(runs)} seeds"
+            print(f"  {rung:12s} {spread}   {said:24s} "
+                  + "  ".join(f"{k} {value(k).mean():.2f}" for k in runs[0] if k != "miou"))  # fmt: skip
+            before = rung
+        figures = {}
+        if crf := compare(("contextual", "unary"), ("contextual", "all")):
+            print(f"  contextual pairwise over the same model's unary: {crf[0]:+.2f} [{crf[1]:+.2f}, {crf[2]:+.2f}]")
+            figures |= dict(crf_gain=crf[0], crf_gain_low=crf[1], crf_gain_high=crf[2], seeds=crf[3])
+        for rung, key in (("joint", "joint_unary_minus_alone"), ("joint_features", "joint_features_unary_minus_alone")):
+            if joint := compare(("multiscale", "unary"), (rung, "unary")):
+                gain = compare((rung, "unary"), (rung, "all"))
+                print(f"  {rung}: unary minus the unary alone {joint[0]:+.2f} [{joint[1]:+.2f}, {joint[2]:+.2f}], "
+                      f"its relations {gain[0]:+.2f} [{gain[1]:+.2f}, {gain[2]:+.2f}], {gain[3]} seeds")  # fmt: skip
+                figures |= {key: joint[0]}
+        if gain := compare(("unrolled", "unary"), ("unrolled", "all")):
+            print(f"  unrolled: its relations {gain[0]:+.2f} [{gain[1]:+.2f}, {gain[2]:+.2f}], {gain[3]} seeds")
+            figures |= dict(unrolled_gain=gain[0], unrolled_gain_low=gain[1])
+        best = max(f["miou"] for runs in found.values() for r in runs.values() for f in r["rows"].values())
+        print_curve(args, name)
+        out[name] = figures | {f"best_{name}_val_miou": round(best, 2)}
+        if args.picture:
+            picture(Path(args.picture).with_stem(f"{Path(args.picture).stem}_{name}"), name, found)
+    print(json.dumps(out))
+
+
+def print_curve(args, name):
+    paths = sorted(args.results.glob(f"curve_{name}_*.json"))
+    results = sorted(
+        (json.loads(path.read_text()) for path in paths), key=lambda r: (r["unary"], r["share"], r["seed"])
+    )
+    if results:
+        print("  relations on unaries of several strengths: mean IoU of the unary, then gain at each message weight")
+    for r in results:
+        counts, rng = unpack(r["counts"]), np.random.default_rng(0)
+        gains = [
+            bootstrap([counts["unary"]], [counts[row]], r["class_indices"], rng) for row in counts if row != "unary"
+        ]
+        said = "  ".join(f"{row[7:]}: {g:+.2f} [{low:+.2f}, {high:+.2f}]" for row, (g, low, high) in
+                         zip([row for row in counts if row != "unary"], gains, strict=True))  # fmt: skip
+        print(
+            f"    {r['unary']:10s} {r['share']:5g} x steps, seed {r['seed']}: {r['rows']['unary']['miou']:.2f}   {said}"
+        )
+
+
+def picture(path, name, found):
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("--picture needs matplotlib: pip install -e '.[bench]'") from None
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rungs = [r for r in RUNGS if r in found]
+    values = [[r["rows"][ROW[rung]]["miou"] for r in found[rung].values()] for rung in rungs]
+    figure, axes = pyplot.subplots(figsize=(7, 3.5))
+    axes.plot(rungs, [np.mean(v) for v in values], "_-", color="#3182bd", markersize=30, linewidth=1, label="mean")
+    for i, v in enumerate(values):
+        axes.plot([i] * len(v), v, "k.", label="" if i else "a seed")
+    axes.set(title=f"{name}, {EVAL_SPLIT}", ylabel="mean IoU, %")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
