@@ -37,7 +37,6 @@ import numpy as np
 from jax.extend import core
 
 from pwcrf_jax import costs, pairwise
-from pwcrf_jax.nets import FeatMapNet, grid_size
 
 _VIEWS = {"reshape", "squeeze", "expand_dims", "transpose", "slice", "copy", "stop_gradient"}
 _ORDER = {"max", "min", "clamp", "select_n"}
@@ -118,7 +117,8 @@ def plan(
     """Multiply-adds and bytes of a model's training step and of its inference, on one device.
 
     Args:
-      model: a `pwcrf_jax.segmenter.Segmenter`, or what has its `init`, `apply`, `num_classes` and parameter names.
+      model: a `pwcrf_jax.segmenter.Segmenter`, or what has its `init`, `apply`, `grids`, `num_classes`,
+        `relations` and parameter names.
       image_size: (H, W) in pixels.
       batch_size: images a device.
       num_iterations: of mean field.
@@ -177,8 +177,7 @@ def plan(
     state = [Row("parameters", bytes=_bytes(params)), Row("gradients", bytes=_bytes(params))]
     if optimizer is not None:
         state.append(Row("optimizer state", bytes=_bytes(jax.eval_shape(optimizer.init, params))))
-    scales = dict(model.featmap).get("scales", FeatMapNet.scales)
-    grids = [grid_size((height, width), (scale,)) for scale in scales]
+    grids = model.grids((height, width))
     heads = [Row("unary head", _head(params["unary"], batch_size, grids))]
     heads += [Row(f"first layers {name}", _head(params[f"pairwise_{name}"], batch_size, grids)) for name in potentials]
     features = Row("features", nets.forward - sum(row.multiply_adds for row in heads), nets.widest)

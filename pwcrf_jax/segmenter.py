@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pwcrf_jax import mean_field, pairwise
-from pwcrf_jax.nets import FeatMapNet, PairwiseNet, RefinementConvs, UnaryNet, scale_input
+from pwcrf_jax.nets import FeatMapNet, PairwiseNet, RefinementConvs, UnaryNet, grid_size, scale_input
 from pwcrf_jax.relations import Relation, offsets
 
 PARAMETERISATIONS = ("free", "residual")
@@ -120,6 +120,11 @@ class Segmenter(nn.Module):
             convs = RefinementConvs(self.num_classes, self.refinement_width, self.dtype, name="refinement_convs")
             correction = convs(unary, middle)
         return Potentials(unary, potentials, correction)
+
+    def grids(self, image_size: tuple[int, int]) -> list[tuple[int, int]]:
+        """(h, w) in cells of each scale's map of an image of (H, W) pixels, in the order of the scales."""
+        scales = dict(self.featmap).get("scales", FeatMapNet.scales)
+        return [grid_size(image_size, (scale,)) for scale in scales]
 
 
 def infer(
