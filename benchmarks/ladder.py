@@ -59,7 +59,8 @@ class Setting(NamedTuple):
     """How a set is trained here.
 
     steps: of a unary. pair_steps: of relations on features that stand still. pair_balance: their loss.balance_power.
-    held_out: percent of the training images that the pilot is tuned on.
+    boxes: of the relations, in cells: a share of the short side would be another distance in a crop than in the whole
+      image.
     """
 
     module: Any
@@ -69,15 +70,16 @@ class Setting(NamedTuple):
     pair_balance: float
     batch_size: int
     crop_size: tuple[int, int]
-    held_out: int
+    boxes: dict[str, Any]
 
 
+NEAR = {"surrounding": [[-4, 4], [-4, 4]], "above_below": [[-8, -1], [-4, 4]]}
+FAR = {"surrounding": [[-8, 8], [-8, 8]], "above_below": [[-12, -1], [-6, 6]]}  # as large as an animal
 SETS = {
-    "camvid": Setting(camvid_mobilenet_v2, "train", 450, 225, 0.6, 4, (240, 320), 20),
-    "animals": Setting(voc_mobilenet_v2, "train_aug", 350, 175, 0.0, 4, (320, 320), 8),
+    "camvid": Setting(camvid_mobilenet_v2, "train", 450, 225, 0.6, 4, (240, 320), NEAR),
+    "animals": Setting(voc_mobilenet_v2, "train_aug", 350, 175, 0.3, 4, (320, 320), FAR),
 }
-# Boxes in cells: a share of the short side would be another distance in a crop than in the whole image.
-BOXES = {"surrounding": ((-4, 4), (-4, 4)), "above_below": ((-8, -1), (-4, 4))}
+HELD_OUT = 20  # percent of the training images that the pilot is tuned on
 CURVE = (("baseline", 1.0), ("multiscale", 0.125), ("multiscale", 0.25), ("multiscale", 0.5), ("multiscale", 1.0))
 CURVE_WEIGHTS = (0.5, 1.0, 2.0, 4.0)
 
@@ -99,9 +101,9 @@ def config_of(args, rung, seed, split, unary="multiscale", share=1.0):
     sizes = sizes_of(args)
     config.train.steps = max(1, round(sizes["steps"] * share))
     config.train.batch_size, config.data.crop_size = sizes["batch_size"], tuple(sizes["crop_size"])
-    for name, (rows, cols) in BOXES.items():
+    for name, (rows, cols) in sizes["boxes"].items():
         config.relations[name].unit = "cells"
-        config.relations[name].rows, config.relations[name].cols = rows, cols
+        config.relations[name].rows, config.relations[name].cols = tuple(rows), tuple(cols)
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, config.train.steps // 4)
     features = unary if rung in ON_UNARY else rung
     if features in ("baseline", "pyramid"):
@@ -124,7 +126,8 @@ def sizes_of(args):
     """`SIZES` of this ladder."""
     setting = SETS[args.set]
     unary = args.steps or setting.steps, args.batch or setting.batch_size, list(args.crop or setting.crop_size)
-    return dict(zip(SIZES, (*unary, args.pair_steps or setting.pair_steps, setting.pair_balance), strict=True))
+    pairs = args.pair_steps or setting.pair_steps, setting.pair_balance, setting.boxes
+    return dict(zip(SIZES, (*unary, *pairs), strict=True))
 
 
 def kept(args, path):
@@ -169,9 +172,8 @@ def pilot(args):
 
     Those of the contextual model are of its sharpened marginals.
     """
-    setting = SETS[args.set]
-    border = f"{100 - setting.held_out}%"
-    trains, tunes = f"{setting.split}[:{border}]", f"{setting.split}[{border}:]"
+    split, border = SETS[args.set].split, f"{100 - HELD_OUT}%"
+    trains, tunes = f"{split}[:{border}]", f"{split}[{border}:]"
     path = args.results / f"ladder_{args.set}_pilot.json"
     found = kept(args, path) or sizes_of(args)
     for rung in ("multiscale", "contextual"):

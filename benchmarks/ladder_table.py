@@ -13,7 +13,8 @@ RESULTS = Path(__file__).parent / "results"
 RUNGS = ("baseline", "pyramid", "multiscale", "refined", "contextual", "convs")
 RUN_OF = {"refined": "multiscale", "convs": "contextual"}  # rungs that differ in what is done to another's marginals
 BESIDE = ("joint", "joint_features", "unrolled")
-SIZES = ("steps", "batch_size", "crop_size", "pair_steps", "pair_balance")  # figures with others are of another ladder
+# Figures with other ones are of another ladder.
+SIZES = ("steps", "batch_size", "crop_size", "pair_steps", "pair_balance", "boxes")
 EVAL_SPLIT = "val"
 BOOTSTRAP = 2000  # draws of an interval
 # What a rung's own figure is, and the row that each comparison takes.
@@ -49,8 +50,9 @@ def scores(counts, classes):
 def sizes_in(result):
     """The sizes that a result depends on."""
     rung = RUN_OF.get(result.get("rung"), result.get("rung"))
-    without = ("pair_steps", "pair_balance") if rung in (*RUNGS, *BESIDE) else ()
-    without = {"contextual": (), "unrolled": ("pair_balance",)}.get(rung, without)
+    without = {"contextual": (), "unrolled": ("pair_balance",), "joint": ("pair_steps", "pair_balance")}
+    without["joint_features"] = without["joint"]
+    without = without.get(rung, ("pair_steps", "pair_balance", "boxes") if rung in RUNGS else ())
     return {k: result.get(k) for k in SIZES if k not in without}
 
 
