@@ -122,7 +122,7 @@ class Segmenter(nn.Module):
         return Potentials(unary, potentials, correction)
 
     def grids(self, image_size: tuple[int, int]) -> list[tuple[int, int]]:
-        """(h, w) in cells of each scale's map of an image of (H, W) pixels, in the order of the scales."""
+        """(h, w) in cells of each scale's map, in the order of the scales; image_size: (H, W) in pixels."""
         scales = dict(self.featmap).get("scales", FeatMapNet.scales)
         return [grid_size(image_size, (scale,)) for scale in scales]
 

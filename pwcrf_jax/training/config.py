@@ -189,6 +189,21 @@ def _validate_objective(config):
             )
 
 
+def check_reached(config: ConfigDict) -> None:
+    """Refuses to train relations through an inference that leaves them out; a finished model may be decoded so."""
+    name = config.loss.objective
+    if not name.startswith("piecewise") and 0 in config.crf.weights:
+        raise ConfigError(
+            f"config.crf.weights = {config.crf.weights}: with config.loss.objective = {name!r} a relation of weight 0 "
+            "learns nothing; give it another weight, or leave it out of config.model.relations"
+        )
+    if name.startswith("unrolled") and not config.crf.num_iterations:
+        raise ConfigError(
+            f"config.crf.num_iterations = 0: config.loss.objective = {name!r} trains relations through the iterations; "
+            "set it to 1 or more"
+        )
+
+
 def check_classes(config: ConfigDict, class_names) -> None:
     """The config's number of classes and names of classes against the data set's."""
     if config.data.num_classes != len(class_names):

@@ -75,6 +75,7 @@ def _run(config, workdir, dataset):
 def checked_dataset(config):
     """The data set of a config; what is wrong with the config or the set is refused here."""
     configs.validate(config)
+    configs.check_reached(config)
     if names := getattr(builder_class(config.data.name), "class_names", ()):
         configs.check_classes(config, names)  # before the set is prepared, which may take hours
     dataset = load_dataset(**configs.dataset_options(config))

@@ -255,6 +255,21 @@ def test_refused(small):
         configs.validate(small, num_devices=1)
 
 
+@pytest.mark.parametrize(
+    "name, key, value",
+    [("pseudo_likelihood", "weights", (0.0,)), ("unrolled_mean_field", "weights", (1.0, 0.0))]
+    + [(name, "num_iterations", 0) for name in ("unrolled_mean_field", "unrolled_mean_field_staged")],
+)
+def test_relations_out_of_reach_are_refused_in_training_alone(small, tmp_path, name, key, value):
+    small.loss.objective, small.crf[key] = name, value
+    with pytest.raises(configs.ConfigError, match=rf"config\.crf\.{key} = .*config\.loss\.objective = '{name}'"):
+        loop.train_and_evaluate(small, str(tmp_path))
+    assert not list(tmp_path.iterdir())
+    configs.validate(small, num_devices=1)  # as evaluation does: decoding so is no mistake
+    small.loss.objective = "piecewise"
+    configs.check_reached(small)
+
+
 @pytest.mark.parametrize("features", ["shared", "own"])
 def test_relations_on_the_unary_of_another_run(config, trained, tmp_path, features):
     """init_from names a workdir; with unary_share 0 nothing but the relations is trained, from the first step.
