@@ -5,29 +5,8 @@ import jax
 import numpy as np
 import pytest
 import small
-from jax.experimental.compilation_cache import compilation_cache
 
 from pwcrf_jax.nets import MobileNetV2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _shared_programs(request, tmp_path_factory):
-    """What takes long to compile is compiled once, for all files but that of the cache itself, and their processes."""
-    if request.module.__name__.endswith("test_training_startup"):
-        yield
-        return
-    folder = str(tmp_path_factory.getbasetemp() / "compiled")
-    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-        compilation_cache.set_cache_dir(folder)
-        compilation_cache.reset_cache()  # else a folder that was in use before would stay
-        yield
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
-    compilation_cache.set_cache_dir(None)
-    compilation_cache.reset_cache()
 
 
 def _config(tmp_path_factory):

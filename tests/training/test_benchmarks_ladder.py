@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.util
+import itertools
 import json
 import pathlib
 import sys
@@ -129,13 +130,16 @@ def test_ladders_of_other_sizes_are_not_mixed(ladder, tmp_path):
     with pytest.raises(SystemExit, match="holds figures of {'pair_steps': 175}, this ladder has"):
         ladder.kept(longer, tmp_path / "ladder_animals_contextual_0.json")
     ladder.summary(args)
-    for rung in ("unrolled", "contextual"):
-        result = dict(rung=rung, **ladder.sizes_of(args)) | dict(pair_balance=0.5)
+    others = dict(pair_balance=0.5, boxes=ladder.NEAR)
+    depends = {"contextual": {"pair_balance", "boxes"}, "convs": {"pair_balance", "boxes"}, "pyramid": set()}
+    depends |= {"joint": {"boxes"}, "unrolled": {"boxes"}}  # these have the balance of the unary
+    for rung, (key, value) in itertools.product(depends, others.items()):
+        result = dict(rung=rung, **ladder.sizes_of(args)) | {key: value}
         ladder.write(tmp_path / "one.json", result)
-        if rung == "unrolled":  # it has the balance of the unary
+        if key not in depends[rung]:
             assert ladder.kept(args, tmp_path / "one.json") == result
             continue
-        with pytest.raises(SystemExit, match="holds figures of {'pair_balance': 0.5}, this ladder has"):
+        with pytest.raises(SystemExit, match=f"holds figures of {{'{key}': .*}}, this ladder has"):
             ladder.kept(args, tmp_path / "one.json")
     keep(ladder, other, "baseline", 1, {"all": counts_of(confusions(rng, 0.5))})
     with pytest.raises(SystemExit, match="figures of animals with different steps: not one ladder"):
@@ -147,8 +151,9 @@ def test_a_relation_is_the_same_in_crop_and_image(ladder, name):
     args = options(ladder, None, set=name, source_dir="", data_dir="", init_from="")
     config = ladder.config_of(args, "contextual", 0, "train")
     assert config.loss.objective == "piecewise_staged" and config.train.steps == ladder.SETS[name].pair_steps
-    for relation in ("surrounding", "above_below"):
-        assert config.relations[relation].unit == "cells"
+    for relation, box in ladder.SETS[name].boxes.items():
+        found = config.relations[relation]
+        assert found.unit == "cells" and [list(found.rows), list(found.cols)] == box
     assert ladder.config_of(args, "baseline", 0, "train").model.relations == ()
     unrolled = ladder.config_of(args, "unrolled", 0, "train")
     assert unrolled.loss.objective == "unrolled_mean_field_staged" and unrolled.loss.unary_share == 0
