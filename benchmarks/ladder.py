@@ -11,7 +11,7 @@ stand still, with the dense CRF on top) -> convs (+ refinement convolutions on m
 relations, ahead of the dense CRF). Beside the ladder: joint (unary and relations together from the start, as the
 config has it: the relations do not train the features), joint_features (they do), and unrolled (the contextual rung's
 relations, trained through mean field in place of piecewise, with the message weights 1 and the class balance of the
-unary: nothing is chosen).
+unary: no weight is chosen).
 
 Nothing is chosen on the images that are scored. Message weights and the dense CRF's parameters come from a pilot: the
 multiscale and the contextual model trained on a part of the training images, tuned on the rest (eval.py
@@ -74,7 +74,7 @@ class Setting(NamedTuple):
 
 
 NEAR = {"surrounding": [[-4, 4], [-4, 4]], "above_below": [[-8, -1], [-4, 4]]}
-FAR = {"surrounding": [[-8, 8], [-8, 8]], "above_below": [[-12, -1], [-6, 6]]}  # as large as an animal
+FAR = {"surrounding": [[-8, 8], [-8, 8]], "above_below": [[-12, -1], [-6, 6]]}
 SETS = {
     "camvid": Setting(camvid_mobilenet_v2, "train", 450, 225, 0.6, 4, (240, 320), NEAR),
     "animals": Setting(voc_mobilenet_v2, "train_aug", 350, 175, 0.3, 4, (320, 320), FAR),
@@ -181,7 +181,7 @@ def pilot(args):
             workdir = trained(args, rung, 0, trains, "pilot")
             config = configs.load(workdir / "config.json")
             chosen = tuning.tune(config, str(workdir), "latest", tunes, "full", args.trials)
-            found[rung] = {key: chosen[key] for key in ("config", "miou_before", "miou_messages", "miou_after")}
+            found[rung] = {key: chosen[key] for key in ("split", "config", "miou_before", "miou_messages", "miou_after")}
             write(path, found)
     return {rung: found[rung]["config"] for rung in ("multiscale", "contextual")}
 

@@ -9,6 +9,19 @@ import small
 from pwcrf_jax.nets import MobileNetV2
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _shared_programs(request, tmp_path_factory):
+    """Compiled once for all runs here and the processes that they start; only the cache's own tests do without."""
+    if request.path.stem == "test_training_startup":
+        yield
+        return
+    folder = tmp_path_factory.getbasetemp() / "compiled"
+    with small.compiled_once(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+        yield
+
+
 def _config(tmp_path_factory):
     return small.config(tmp_path_factory.getbasetemp() / "prepared", **{"train.log_every": 2})
 

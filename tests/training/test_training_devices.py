@@ -19,12 +19,6 @@ STEPS = 50
 VOID_SHARES = (0.0, 0.98, 0.5, 0.9, 0.0, 0.3, 0.95, 1.0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory):
-    with small.compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     # Plain SGD at a modest rate keeps what rounding changes as small as it is. Adam divides tiny gradients by their own

@@ -258,6 +258,7 @@ def test_refused(small):
 @pytest.mark.parametrize(
     "name, key, value",
     [("pseudo_likelihood", "weights", (0.0,)), ("unrolled_mean_field", "weights", (1.0, 0.0))]
+    + [("unrolled_mean_field", "relations", ("surrounding",))]
     + [(name, "num_iterations", 0) for name in ("unrolled_mean_field", "unrolled_mean_field_staged")],
 )
 def test_relations_out_of_reach_are_refused_in_training_alone(small, tmp_path, name, key, value):
