@@ -181,7 +181,8 @@ def pilot(args):
             workdir = trained(args, rung, 0, trains, "pilot")
             config = configs.load(workdir / "config.json")
             chosen = tuning.tune(config, str(workdir), "latest", tunes, "full", args.trials)
-            found[rung] = {key: chosen[key] for key in ("split", "config", "miou_before", "miou_messages", "miou_after")}
+            keys = "split", "config", "miou_before", "miou_messages", "miou_after"
+            found[rung] = {key: chosen[key] for key in keys}
             write(path, found)
     return {rung: found[rung]["config"] for rung in ("multiscale", "contextual")}
 
