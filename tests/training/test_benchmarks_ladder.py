@@ -176,6 +176,30 @@ def test_a_run_of_other_settings_is_refused(ladder, tmp_path, monkeypatch):
         ladder.trained(args, "multiscale", 0, "train", "run")
 
 
+def test_the_pilot_is_tuned_on_images_that_it_was_not_trained_on_once(ladder, tmp_path, monkeypatch):
+    args, done = options(ladder, tmp_path, trials=3), []
+
+    def trained(args, rung, seed, split, name):
+        done.append((rung, seed, split, name))
+        configs.save(ladder.config_of(args, rung, seed, split), tmp_path / "config.json")
+        return tmp_path
+
+    def tune(config, workdir, which, split, mode, trials):
+        assert (workdir, which, mode, trials) == (str(tmp_path), "latest", "full", 3)
+        found = {"config": {"crf.weights": (0.5, 1.0)}, "split": split, "step": 175}
+        return found | {key: 0.5 for key in ("miou_before", "miou_messages", "miou_after")}
+
+    args.source_dir = args.data_dir = args.init_from = ""
+    monkeypatch.setattr(ladder, "trained", trained)
+    monkeypatch.setattr(ladder.tuning, "tune", tune)
+    chosen = ladder.pilot(args)
+    assert done == [(rung, 0, "train_aug[:80%]", "pilot") for rung in ("multiscale", "contextual")]
+    assert chosen == {rung: {"crf.weights": (0.5, 1.0)} for rung in ("multiscale", "contextual")}
+    kept = json.loads((tmp_path / "ladder_animals_pilot.json").read_text())
+    assert kept["contextual"]["split"] == "train_aug[80%:]" and kept["boxes"] == ladder.FAR
+    assert ladder.pilot(args)["multiscale"] == {"crf.weights": [0.5, 1.0]} and len(done) == 2
+
+
 def test_objectives_refuse_runs_on_other_scenes(scripts, tmp_path, monkeypatch):
     objectives = scripts("objectives")
     config = objectives.demo.get_config()
