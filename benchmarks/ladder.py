@@ -17,8 +17,9 @@ Nothing is chosen on the images that are scored. Message weights and the dense C
 multiscale and the contextual model trained on a part of the training images, tuned on the rest (eval.py
 --tune-refinement), once a set; every run then takes its last checkpoint.
 
-Steps, crops and batches are sized for two CPU cores (`SETS`): three seeds take some hours a set. --steps, --crop and
---batch make it another ladder, and --results names a folder for it: figures of different sizes are never mixed.
+Steps, crops and batches are sized for two CPU cores (`SETS`): three seeds take some hours a set. --steps, --crop,
+--batch, --pair_steps, --pair_balance and --boxes make it another ladder, and --results names a folder for it: figures
+of different ladders are never mixed.
 
 --curve: relations on the features of unaries that trained for an eighth, a quarter, a half and the whole of the steps,
 and on those of the baseline, with fixed message weights: nothing is chosen, every weight is reported.
@@ -59,8 +60,7 @@ class Setting(NamedTuple):
     """How a set is trained here.
 
     steps: of a unary. pair_steps: of relations on features that stand still. pair_balance: their loss.balance_power.
-    boxes: of the relations, in cells: a share of the short side would be another distance in a crop than in the whole
-      image.
+    boxes: of `BOXES`, in cells: a share of the short side would be another distance in a crop than in the whole image.
     """
 
     module: Any
@@ -70,14 +70,16 @@ class Setting(NamedTuple):
     pair_balance: float
     batch_size: int
     crop_size: tuple[int, int]
-    boxes: dict[str, Any]
+    boxes: str
 
 
-NEAR = {"surrounding": [[-4, 4], [-4, 4]], "above_below": [[-8, -1], [-4, 4]]}
-FAR = {"surrounding": [[-8, 8], [-8, 8]], "above_below": [[-12, -1], [-6, 6]]}
+BOXES = {
+    "near": {"surrounding": [[-4, 4], [-4, 4]], "above_below": [[-8, -1], [-4, 4]]},
+    "far": {"surrounding": [[-8, 8], [-8, 8]], "above_below": [[-12, -1], [-6, 6]]},
+}
 SETS = {
-    "camvid": Setting(camvid_mobilenet_v2, "train", 450, 225, 0.6, 4, (240, 320), NEAR),
-    "animals": Setting(voc_mobilenet_v2, "train_aug", 350, 175, 0.3, 4, (320, 320), FAR),
+    "camvid": Setting(camvid_mobilenet_v2, "train", 450, 225, 0.6, 4, (240, 320), "near"),
+    "animals": Setting(voc_mobilenet_v2, "train_aug", 350, 175, 0.3, 4, (320, 320), "far"),
 }
 HELD_OUT = 20  # percent of the training images that the pilot is tuned on
 CURVE = (("baseline", 1.0), ("multiscale", 0.125), ("multiscale", 0.25), ("multiscale", 0.5), ("multiscale", 1.0))
@@ -116,7 +118,7 @@ def config_of(args, rung, seed, split, unary="multiscale", share=1.0):
         config.loss.objective, config.loss.unary_share = ON_UNARY[rung], 0.0
         config.train.steps = sizes["pair_steps"]
     if rung == "contextual":
-        config.loss.balance_power = setting.pair_balance
+        config.loss.balance_power = sizes["pair_balance"]
         config.model.refinement_convs.layers = MIDDLE
     config.model.pairwise_trains_features = rung == "joint_features"
     return config
@@ -126,7 +128,8 @@ def sizes_of(args):
     """`SIZES` of this ladder."""
     setting = SETS[args.set]
     unary = args.steps or setting.steps, args.batch or setting.batch_size, list(args.crop or setting.crop_size)
-    pairs = args.pair_steps or setting.pair_steps, setting.pair_balance, setting.boxes
+    balance = setting.pair_balance if args.pair_balance is None else args.pair_balance
+    pairs = args.pair_steps or setting.pair_steps, balance, BOXES[args.boxes or setting.boxes]
     return dict(zip(SIZES, (*unary, *pairs), strict=True))
 
 
@@ -296,6 +299,8 @@ def main():
     parser.add_argument("--crop", type=int, nargs=2, help="height and width of training crops")
     parser.add_argument("--batch", type=int, default=0, help="images of a training step")
     parser.add_argument("--pair_steps", type=int, default=0, help="of the relations; 0: as in SETS")
+    parser.add_argument("--pair_balance", type=float, help="class balance of the relations; as in SETS if left out")
+    parser.add_argument("--boxes", choices=list(BOXES), help="of the relations; as in SETS if left out")
     parser.add_argument("--trials", type=int, default=10, help="settings of the dense CRF that the pilot tries")
     args = parser.parse_args()
     if args.summary:

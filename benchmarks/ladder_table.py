@@ -120,6 +120,8 @@ def summary(args):
         if gain := compare(("unrolled", "unary"), ("unrolled", "all")):
             print(f"  unrolled: its relations {gain[0]:+.2f} [{gain[1]:+.2f}, {gain[2]:+.2f}], {gain[3]} seeds")
             figures |= dict(unrolled_gain=gain[0], unrolled_gain_low=gain[1])
+        if more := compare(("contextual", "all"), ("unrolled", "all")):
+            print(f"  unrolled over contextual: {more[0]:+.2f} [{more[1]:+.2f}, {more[2]:+.2f}], {more[3]} seeds")
         best = max(f["miou"] for runs in found.values() for r in runs.values() for f in r["rows"].values())
         print_curve(args, name)
         out[name] = figures | {f"best_{name}_val_miou": round(best, 2)}

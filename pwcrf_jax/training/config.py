@@ -189,28 +189,6 @@ def _validate_objective(config):
             )
 
 
-def check_reached(config: ConfigDict) -> None:
-    """Refuses to train relations through an inference that leaves them out; a finished model may be decoded so."""
-    name = config.loss.objective
-    if name.startswith("piecewise"):
-        return
-    if unused := [r for r in config.model.relations if r not in crf_relations(config)]:
-        raise ConfigError(
-            f"config.crf.relations = {config.crf.relations} leaves out {', '.join(unused)}, which "
-            f"config.loss.objective = {name!r} then does not train; add it, or take it out of config.model.relations"
-        )
-    if 0 in config.crf.weights:
-        raise ConfigError(
-            f"config.crf.weights = {config.crf.weights}: with config.loss.objective = {name!r} a relation of weight 0 "
-            "learns nothing; give it another weight, or take it out of config.model.relations"
-        )
-    if name.startswith("unrolled") and not config.crf.num_iterations:
-        raise ConfigError(
-            f"config.crf.num_iterations = 0: config.loss.objective = {name!r} trains relations through the iterations; "
-            "set it to 1 or more"
-        )
-
-
 def check_classes(config: ConfigDict, class_names) -> None:
     """The config's number of classes and names of classes against the data set's."""
     if config.data.num_classes != len(class_names):

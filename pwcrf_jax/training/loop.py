@@ -75,7 +75,7 @@ def _run(config, workdir, dataset):
 def checked_dataset(config):
     """The data set of a config; what is wrong with the config or the set is refused here."""
     configs.validate(config)
-    configs.check_reached(config)
+    _check_reached(config)
     if names := getattr(builder_class(config.data.name), "class_names", ()):
         configs.check_classes(config, names)  # before the set is prepared, which may take hours
     dataset = load_dataset(**configs.dataset_options(config))
@@ -85,6 +85,22 @@ def checked_dataset(config):
     dataset.source(config.data.train_split)  # unknown and empty splits are refused here
     check_sizes(dataset, config.data.eval_split, config.data.eval_size)
     return dataset
+
+
+def _check_reached(config):
+    """All objectives but piecewise ones train what inference uses. A finished model may be decoded with less."""
+    name, crf = config.loss.objective, config.crf
+    left_out = {
+        "relations": set(config.model.relations) - set(configs.crf_relations(config)),
+        "weights": 0 in crf.weights,
+        "num_iterations": name.startswith("unrolled") and not crf.num_iterations,
+    }
+    if not name.startswith("piecewise") and any(left_out.values()):
+        key = next(key for key, found in left_out.items() if found)
+        raise configs.ConfigError(
+            f"config.crf.{key} = {crf[key]!r} leaves relations out, which config.loss.objective = {name!r} then does "
+            "not train; change it, or take them out of config.model.relations"
+        )
 
 
 def _check_new(workdir, latest, best):

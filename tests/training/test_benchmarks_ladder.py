@@ -52,6 +52,7 @@ def counts_of(n):
 
 def options(ladder, results, **more):
     defaults = dict(set="animals", results=results, picture=None, steps=0, pair_steps=0, batch=0, crop=None)
+    defaults |= dict(pair_balance=None, boxes=None)
     return argparse.Namespace(**(defaults | more))
 
 
@@ -107,11 +108,13 @@ def test_summary_ends_with_the_figures(ladder, tmp_path, capsys):
         keep(ladder, args, "multiscale", seed, rows(0.5, 0.5))
         keep(ladder, args, "contextual", seed, rows(0.5, 0.7, 0.8))
     keep(ladder, args, "joint", 1, rows(0.4, 0.6))
+    keep(ladder, args, "unrolled", 1, rows(0.5, 0.9))
     ladder.summary(args)
     *lines, last = capsys.readouterr().out.splitlines()
     out = json.loads(last)["animals"]
     assert 0 < out["crf_gain_low"] < out["crf_gain"] and out["seeds"] == 2
     assert out["joint_unary_minus_alone"] < 0 and 60 < out["best_animals_val_miou"] < 90
+    assert sum(line.startswith("  unrolled over contextual: +") and line.endswith("1 seeds") for line in lines) == 1
     assert any(line.split()[0] == "contextual" and "2 seeds" in line for line in lines if line.strip())
 
 
@@ -130,11 +133,13 @@ def test_ladders_of_other_sizes_are_not_mixed(ladder, tmp_path):
     with pytest.raises(SystemExit, match="holds figures of {'pair_steps': 175}, this ladder has"):
         ladder.kept(longer, tmp_path / "ladder_animals_contextual_0.json")
     ladder.summary(args)
-    others = dict(pair_balance=0.5, boxes=ladder.NEAR)
+    others = dict(pair_balance=0.5, boxes=ladder.BOXES["near"])
     depends = {"contextual": {"pair_balance", "boxes"}, "convs": {"pair_balance", "boxes"}, "pyramid": set()}
     depends |= {"joint": {"boxes"}, "unrolled": {"boxes"}}  # these have the balance of the unary
     for rung, (key, value) in itertools.product(depends, others.items()):
+        asked = options(ladder, tmp_path, **{key: 0.5 if key == "pair_balance" else "near"})
         result = dict(rung=rung, **ladder.sizes_of(args)) | {key: value}
+        assert ladder.sizes_of(asked) == ladder.sizes_of(args) | {key: value}  # the option by which it is had
         ladder.write(tmp_path / "one.json", result)
         if key not in depends[rung]:
             assert ladder.kept(args, tmp_path / "one.json") == result
@@ -151,7 +156,7 @@ def test_a_relation_is_the_same_in_crop_and_image(ladder, name):
     args = options(ladder, None, set=name, source_dir="", data_dir="", init_from="")
     config = ladder.config_of(args, "contextual", 0, "train")
     assert config.loss.objective == "piecewise_staged" and config.train.steps == ladder.SETS[name].pair_steps
-    for relation, box in ladder.SETS[name].boxes.items():
+    for relation, box in ladder.BOXES[ladder.SETS[name].boxes].items():
         found = config.relations[relation]
         assert found.unit == "cells" and [list(found.rows), list(found.cols)] == box
     assert ladder.config_of(args, "baseline", 0, "train").model.relations == ()
@@ -196,7 +201,7 @@ def test_the_pilot_is_tuned_on_images_that_it_was_not_trained_on_once(ladder, tm
     assert done == [(rung, 0, "train_aug[:80%]", "pilot") for rung in ("multiscale", "contextual")]
     assert chosen == {rung: {"crf.weights": (0.5, 1.0)} for rung in ("multiscale", "contextual")}
     kept = json.loads((tmp_path / "ladder_animals_pilot.json").read_text())
-    assert kept["contextual"]["split"] == "train_aug[80%:]" and kept["boxes"] == ladder.FAR
+    assert kept["contextual"]["split"] == "train_aug[80%:]" and kept["boxes"] == ladder.BOXES["far"]
     assert ladder.pilot(args)["multiscale"] == {"crf.weights": [0.5, 1.0]} and len(done) == 2
 
 
