@@ -9,9 +9,9 @@ Rungs: baseline (one scale) -> pyramid (+ sliding pyramid pooling) -> multiscale
 dense CRF on that model's unary) -> contextual (+ relations, trained on the multiscale model's features while they
 stand still, with the dense CRF on top) -> convs (+ refinement convolutions on middle layers, trained beside those
 relations, ahead of the dense CRF). Beside the ladder: joint (unary and relations together from the start, as the
-config has it: the relations do not train the features), joint_features (they do), and unrolled (the contextual rung's
-relations, trained through mean field in place of piecewise, with the message weights 1 and the class balance of the
-unary: no weight is chosen).
+config has it: the relations do not train the features), joint_features (they do), and two that are trained through
+mean field, with the message weights 1 and the class balance of the unary, so that no weight is chosen: unrolled in
+place of the contextual rung's relations, unrolled_joint in place of joint.
 
 Nothing is chosen on the images that are scored. Message weights and the dense CRF's parameters come from a pilot: the
 multiscale and the contextual model trained on a part of the training images, tuned on the rest (eval.py
@@ -121,6 +121,8 @@ def config_of(args, rung, seed, split, unary="multiscale", share=1.0):
         config.loss.balance_power = sizes["pair_balance"]
         config.model.refinement_convs.layers = MIDDLE
     config.model.pairwise_trains_features = rung == "joint_features"
+    if rung == "unrolled_joint":
+        config.loss.objective = "unrolled_mean_field"
     return config
 
 
@@ -283,6 +285,9 @@ def run_curve(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--summary", action="store_true", help="print the table of what was run")
+    parser.add_argument(
+        "--against", type=Path, help="with --summary: folder of another ladder, which objectives are compared with"
+    )
     parser.add_argument("--picture", help="with --summary: file of a picture, one for each set (.png, .svg)")
     parser.add_argument("--set", choices=list(SETS))
     parser.add_argument("--source_dir", default="")

@@ -12,7 +12,9 @@ from pwcrf_jax.training import steps
 RESULTS = Path(__file__).parent / "results"
 RUNGS = ("baseline", "pyramid", "multiscale", "refined", "contextual", "convs")
 RUN_OF = {"refined": "multiscale", "convs": "contextual"}  # rungs that differ in what is done to another's marginals
-BESIDE = ("joint", "joint_features", "unrolled")
+BESIDE = ("joint", "joint_features", "unrolled", "unrolled_joint")
+OBJECTIVES = (("contextual", "unrolled"), ("joint", "unrolled_joint"))  # piecewise, through mean field
+OTHER = "the other ladder's "
 # Figures with other ones are of another ladder.
 SIZES = ("steps", "batch_size", "crop_size", "pair_steps", "pair_balance", "boxes")
 EVAL_SPLIT = "val"
@@ -51,7 +53,7 @@ def sizes_in(result):
     """The sizes that a result depends on."""
     rung = RUN_OF.get(result.get("rung"), result.get("rung"))
     without = {"contextual": (), "unrolled": ("pair_balance",), "joint": ("pair_steps", "pair_balance")}
-    without["joint_features"] = without["joint"]
+    without |= dict.fromkeys(("joint_features", "unrolled_joint"), without["joint"])
     without = without.get(rung, ("pair_steps", "pair_balance", "boxes") if rung in RUNGS else ())
     return {k: result.get(k) for k in SIZES if k not in without}
 
@@ -68,24 +70,37 @@ def bootstrap(first, second, classes, rng):
     return means(second, every) - means(first, every), *np.percentile(drawn, (2.5, 97.5))
 
 
-def summary(args):
-    """Prints the table of the figures in args.results, and one line of JSON; args.picture: file of a picture, or None.
+def figures_in(folder, name):
+    """{rung: {seed: result}} of a set.
 
     Raises:
-      SystemExit: figures of different sizes.
+      SystemExit: they are of different sizes.
+    """
+    found = {}
+    for rung in (*RUNGS, *BESIDE):
+        for path in sorted(folder.glob(f"ladder_{name}_{rung}_[0-9]*.json")):
+            result = json.loads(path.read_text())
+            found.setdefault(rung, {})[result["seed"]] = result
+    sizes = [sizes_in(r) for runs in found.values() for r in runs.values()]
+    if mixed := [k for k in SIZES if len({json.dumps(s[k]) for s in sizes if k in s}) > 1]:
+        raise SystemExit(f"{folder}: figures of {name} with different {', '.join(mixed)}: not one ladder")
+    return found
+
+
+def summary(args):
+    """Prints the table of the figures in args.results, and one line of JSON.
+
+    args.against: folder of another ladder whose objectives are compared with, or None. args.picture: file of a picture,
+    or None.
     """
     out = {}
     for name in sorted({path.name.split("_")[1] for path in args.results.glob("ladder_*_[0-9]*.json")}):
-        found = {}
-        for rung in (*RUNGS, *BESIDE):
-            for path in sorted(args.results.glob(f"ladder_{name}_{rung}_[0-9]*.json")):
-                result = json.loads(path.read_text())
-                found.setdefault(rung, {})[result["seed"]] = result
-        sizes = [sizes_in(r) for runs in found.values() for r in runs.values()]
-        if mixed := [k for k in SIZES if len({json.dumps(s[k]) for s in sizes if k in s}) > 1]:
-            raise SystemExit(f"{args.results}: figures of {name} with different {', '.join(mixed)}: not one ladder")
+        found = figures_in(args.results, name)
         classes = next(iter(next(iter(found.values())).values()))["class_indices"]
-        counts = {rung: {seed: unpack(r["counts"]) for seed, r in runs.items()} for rung, runs in found.items()}
+        others = {OTHER + rung: runs for rung, runs in figures_in(args.against, name).items()} if args.against else {}
+        counts = {
+            rung: {seed: unpack(r["counts"]) for seed, r in runs.items()} for rung, runs in (found | others).items()
+        }
         rng = np.random.default_rng(0)
 
         def compare(a, b, counts=counts, classes=classes, rng=rng):
@@ -120,8 +135,12 @@ def summary(args):
         if gain := compare(("unrolled", "unary"), ("unrolled", "all")):
             print(f"  unrolled: its relations {gain[0]:+.2f} [{gain[1]:+.2f}, {gain[2]:+.2f}], {gain[3]} seeds")
             figures |= dict(unrolled_gain=gain[0], unrolled_gain_low=gain[1])
-        if more := compare(("contextual", "all"), ("unrolled", "all")):
-            print(f"  unrolled over contextual: {more[0]:+.2f} [{more[1]:+.2f}, {more[2]:+.2f}], {more[3]} seeds")
+        pairs = [
+            (a + first, b + second) for first, second in OBJECTIVES for a, b in (("", ""), (OTHER, ""), ("", OTHER))
+        ]
+        for first, second in pairs:
+            if more := compare((first, "all"), (second, "all")):
+                print(f"  {second} over {first}: {more[0]:+.2f} [{more[1]:+.2f}, {more[2]:+.2f}], {more[3]} seeds")
         best = max(f["miou"] for runs in found.values() for r in runs.values() for f in r["rows"].values())
         print_curve(args, name)
         out[name] = figures | {f"best_{name}_val_miou": round(best, 2)}

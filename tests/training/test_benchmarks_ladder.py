@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import pathlib
+import re
 import sys
 
 import numpy as np
@@ -51,7 +52,9 @@ def counts_of(n):
 
 
 def options(ladder, results, **more):
-    defaults = dict(set="animals", results=results, picture=None, steps=0, pair_steps=0, batch=0, crop=None)
+    defaults = dict(
+        set="animals", results=results, against=None, picture=None, steps=0, pair_steps=0, batch=0, crop=None
+    )
     defaults |= dict(pair_balance=None, boxes=None)
     return argparse.Namespace(**(defaults | more))
 
@@ -116,6 +119,18 @@ def test_summary_ends_with_the_figures(ladder, tmp_path, capsys):
     assert out["joint_unary_minus_alone"] < 0 and 60 < out["best_animals_val_miou"] < 90
     assert sum(line.startswith("  unrolled over contextual: +") and line.endswith("1 seeds") for line in lines) == 1
     assert any(line.split()[0] == "contextual" and "2 seeds" in line for line in lines if line.strip())
+    # A ladder of other sizes, which takes as much time.
+    args.against, longer = tmp_path, options(ladder, tmp_path / "longer", steps=9)
+    keep(ladder, longer, "contextual", 1, rows(0.5, 0.95, 0.95))
+    keep(ladder, longer, "unrolled_joint", 1, rows(0.5, 0.2))
+    args.results = longer.results
+    ladder.summary(args)
+    *lines, last = capsys.readouterr().out.splitlines()
+    said = [re.match(r"  (.*): ([+-])[\d.]+ \[.*\], 1 seeds$", x).groups() for x in lines if "unrolled over" in x]
+    assert said == [("the other ladder's unrolled over contextual", "-")]
+    said = [re.match(r"  (.*): ([+-])[\d.]+ \[.*\], 1 seeds$", x).groups() for x in lines if "_joint over" in x]
+    assert said == [("unrolled_joint over the other ladder's joint", "-")]
+    assert json.loads(last)["animals"]["seeds"] == 1  # its own figures alone
 
 
 def test_ladders_of_other_sizes_are_not_mixed(ladder, tmp_path):
@@ -135,7 +150,7 @@ def test_ladders_of_other_sizes_are_not_mixed(ladder, tmp_path):
     ladder.summary(args)
     others = dict(pair_balance=0.5, boxes=ladder.BOXES["near"])
     depends = {"contextual": {"pair_balance", "boxes"}, "convs": {"pair_balance", "boxes"}, "pyramid": set()}
-    depends |= {"joint": {"boxes"}, "unrolled": {"boxes"}}  # these have the balance of the unary
+    depends |= dict.fromkeys(("joint", "unrolled", "unrolled_joint"), {"boxes"})  # these have the balance of the unary
     for rung, (key, value) in itertools.product(depends, others.items()):
         asked = options(ladder, tmp_path, **{key: 0.5 if key == "pair_balance" else "near"})
         result = dict(rung=rung, **ladder.sizes_of(args)) | {key: value}
@@ -163,6 +178,9 @@ def test_a_relation_is_the_same_in_crop_and_image(ladder, name):
     unrolled = ladder.config_of(args, "unrolled", 0, "train")
     assert unrolled.loss.objective == "unrolled_mean_field_staged" and unrolled.loss.unary_share == 0
     assert unrolled.loss.balance_power == ladder.config_of(args, "multiscale", 0, "train").loss.balance_power
+    joint, through = (ladder.config_of(args, rung, 0, "train").to_dict() for rung in ("joint", "unrolled_joint"))
+    assert (joint["loss"].pop("objective"), through["loss"].pop("objective")) == ("piecewise", "unrolled_mean_field")
+    assert joint == through
     assert unrolled.model.refinement_convs.layers == () and unrolled.train.steps == ladder.SETS[name].pair_steps
 
 
