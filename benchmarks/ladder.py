@@ -172,13 +172,18 @@ def trained(args, rung, seed, split, name, unary="multiscale", share=1.0):
     return workdir
 
 
+def held_out(which):
+    """Splits of a set: of the training images, those that a pilot trains on and those that it is tuned on."""
+    split, border = SETS[which].split, f"{100 - HELD_OUT}%"
+    return f"{split}[:{border}]", f"{split}[{border}:]"
+
+
 def pilot(args):
     """{rung: tuned values of crf.weights and refine}, from held-out training images.
 
     Those of the contextual model are of its sharpened marginals.
     """
-    split, border = SETS[args.set].split, f"{100 - HELD_OUT}%"
-    trains, tunes = f"{split}[:{border}]", f"{split}[{border}:]"
+    trains, tunes = held_out(args.set)
     path = args.results / f"ladder_{args.set}_pilot.json"
     found = kept(args, path) or sizes_of(args)
     for rung in ("multiscale", "contextual"):
@@ -256,7 +261,7 @@ def result_of(args, config, names, ids, counts, **about):
     said = ", ".join(f"{row} {f['miou']:.2f}" for row, f in figures.items())
     print(f"{args.set} {about['rung']} seed {about['seed']}: {said}", flush=True)
     return dict(
-        set=args.set, **about, split=EVAL_SPLIT, images=len(ids), **sizes_of(args),
+        set=args.set, **(dict(split=EVAL_SPLIT) | about), images=len(ids), **sizes_of(args),
         date=datetime.date.today().isoformat(), jax=jax.__version__,
         python=platform.python_version(), device=jax.devices()[0].device_kind, cores=os.cpu_count(),
         classes=[names[i] for i in index], class_indices=index,
@@ -282,23 +287,14 @@ def run_curve(args):
                                   unary=unary, share=share))  # fmt: skip
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--summary", action="store_true", help="print the table of what was run")
-    parser.add_argument(
-        "--against", type=Path, help="with --summary: folder of another ladder, which objectives are compared with"
-    )
-    parser.add_argument("--picture", help="with --summary: file of a picture, one for each set (.png, .svg)")
+def add_arguments(parser):
+    """Those that say which models there are and where they lie."""
     parser.add_argument("--set", choices=list(SETS))
     parser.add_argument("--source_dir", default="")
     parser.add_argument("--data_dir", default="")
     parser.add_argument("--init_from", default="", help="ImageNet weights of MobileNetV2")
     parser.add_argument("--runs", default="runs/ladder", help="folder for the workdirs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rungs", nargs="+", choices=RUNGS + BESIDE, default=list(RUNGS))
-    parser.add_argument(
-        "--curve", action="store_true", help="instead of the rungs: gain over unaries of several strengths"
-    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the figures")
     parser.add_argument("--steps", type=int, default=0, help="of each training; 0: as in SETS")
     parser.add_argument("--crop", type=int, nargs=2, help="height and width of training crops")
@@ -306,16 +302,34 @@ def main():
     parser.add_argument("--pair_steps", type=int, default=0, help="of the relations; 0: as in SETS")
     parser.add_argument("--pair_balance", type=float, help="class balance of the relations; as in SETS if left out")
     parser.add_argument("--boxes", choices=list(BOXES), help="of the relations; as in SETS if left out")
-    parser.add_argument("--trials", type=int, default=10, help="settings of the dense CRF that the pilot tries")
-    args = parser.parse_args()
-    if args.summary:
-        summary(args)
-        return
+
+
+def check_arguments(parser, args):
     if not args.set:
         parser.error("--set is needed, or --summary")
     for name in ("source_dir", "init_from"):
         if not os.path.exists(getattr(args, name) or "-"):
             parser.error(f"--{name} {getattr(args, name)!r} does not exist")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--summary", action="store_true", help="print the table of what was run")
+    parser.add_argument(
+        "--against", type=Path, help="with --summary: folder of another ladder, which objectives are compared with"
+    )
+    parser.add_argument("--picture", help="with --summary: file of a picture, one for each set (.png, .svg)")
+    add_arguments(parser)
+    parser.add_argument("--rungs", nargs="+", choices=RUNGS + BESIDE, default=list(RUNGS))
+    parser.add_argument(
+        "--curve", action="store_true", help="instead of the rungs: gain over unaries of several strengths"
+    )
+    parser.add_argument("--trials", type=int, default=10, help="settings of the dense CRF that the pilot tries")
+    args = parser.parse_args()
+    if args.summary:
+        summary(args)
+        return
+    check_arguments(parser, args)
     logs.setup()
     (run_curve if args.curve else run)(args)
     summary(args)

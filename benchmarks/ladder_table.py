@@ -35,7 +35,7 @@ def unpack(packed):
 
 
 def scores(counts, classes):
-    """Mean IoU of the whole images and of each band, pixel and mean accuracy; counts [..., 1 + bands, 3, K], in %."""
+    """Mean IoU of whole images and of each band, pixel and mean accuracy, in %; counts [..., 1 + bands, 3, K]."""
     hit, true, predicted = np.moveaxis(counts.astype(np.float64), -2, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         iou = (hit / (true + predicted - hit))[..., classes]
@@ -43,7 +43,7 @@ def scores(counts, classes):
         pixel = hit[..., 0, :].sum(-1) / true[..., 0, :].sum(-1)
     mean = np.nanmean(iou, axis=-1)
     names = ("miou", *(f"boundary_iou_{w}px" for w in steps.BAND_WIDTHS))
-    figures = {name: mean[..., i] for i, name in enumerate(names)}
+    figures = dict(zip(names, np.moveaxis(mean, -1, 0), strict=False))
     return {
         k: 100 * v for k, v in (figures | dict(pixel_accuracy=pixel, mean_accuracy=np.nanmean(accuracy, -1))).items()
     }

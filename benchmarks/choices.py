@@ -1,0 +1,215 @@
+"""What makes relations work on real images: every choice by itself, on training images that were held out.
+
+    python benchmarks/choices.py --set animals --source_dir PATH/voc2012_animals --init_from FILE --runs runs/ladder
+    python benchmarks/choices.py --summary
+
+One model of ladder.py's pilot, trained on a part of the training images: a unary, and relations on its features while
+they stand still, with the ladder's settings ("as in the ladder"). Then one thing at a time is another: what relations
+learn (`TRAINED`: parameterisation, class balance, boxes, all neighbours in place of 24, features of their own, an
+objective, twice the steps), how the whole is trained (`FROM_THE_START`: unary and relations together, with and without
+the features learning from relations), and how the ladder's model is decoded (`DECODED`: iterations, damping,
+temperature, sums in place of means). Each model is scored at several message weights, of both relations alike.
+Nothing here sees the images that the ladder is scored on.
+
+Workdirs and figures are kept as ladder.py keeps them, in files named choices_SET_NAME_SEED.json, and what is finished
+is not done again. Gains are over the same model's unary, with 95 % intervals from a paired bootstrap over images; the
+last column compares with the ladder's relations at the same weight. Ends with one line of JSON.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+
+import ladder
+import ladder_table
+
+from pwcrf_jax import metrics, segmenter
+from pwcrf_jax.data import eval_batches
+from pwcrf_jax.training import config as configs
+from pwcrf_jax.training import evaluate, logs, loop, parallel
+
+
+class Decoding(NamedTuple):
+    """temperature: that all scores are divided by, those of unary and relations; others as in config.crf."""
+
+    weight: float = 1.0
+    num_iterations: int = 3
+    damping: float = 0.0
+    temperature: float = 1.0
+    normalize: bool = True
+
+    def __str__(self):
+        said = [f"{k} {v:g}" for k, v in self._asdict().items() if k != "normalize" and v != self._field_defaults[k]]
+        return ", ".join(said + ["sums"] * (not self.normalize)) or "weight 1"
+
+
+LADDER = "as in the ladder"
+WEIGHTS = (0.1, 0.5, 1.0, 2.0, 4.0)
+DECODED = (
+    Decoding(num_iterations=1), Decoding(num_iterations=2), Decoding(num_iterations=10),
+    Decoding(damping=0.5), Decoding(num_iterations=10, damping=0.5), Decoding(2.0, 10, 0.5),
+    Decoding(temperature=0.5), Decoding(temperature=2.0), Decoding(2.0, temperature=2.0),
+    Decoding(0.02, normalize=False), Decoding(0.05, normalize=False), Decoding(0.1, normalize=False),
+)  # fmt: skip
+TRAINED = {
+    LADDER: {},
+    "free": {"model.parameterisation": "free"},
+    "balance 0": {"loss.balance_power": 0.0},
+    "balance 0.6": {"loss.balance_power": 0.6},
+    "other boxes": "boxes",
+    "all neighbours": {"grid": 0, "loss.sampled_offsets": 24},  # of them as many in a step as the grid has
+    "own features": {"model.pairwise_features": "own"},
+    "through mean field": {"loss.objective": "unrolled_mean_field_staged"},
+    "twice the steps": 2,
+}
+FROM_THE_START = {
+    "joint": {},
+    "joint, relations train features": {"model.pairwise_trains_features": True},
+    "the same, a tenth as much": {"model.pairwise_trains_features": True, "loss.pairwise_weight": 0.1},
+}
+NAMES = (*TRAINED, *FROM_THE_START)
+
+
+def config_of(args, name, seed, split):
+    if name in FROM_THE_START:
+        config, changes = ladder.config_of(args, "joint", seed, split), FROM_THE_START[name]
+    else:
+        config, changes = ladder.config_of(args, "contextual", seed, split), TRAINED[name]
+        config.model.refinement_convs.layers = ()
+    if changes == "boxes":
+        now = args.boxes or ladder.SETS[args.set].boxes
+        (other,) = (boxes for key, boxes in ladder.BOXES.items() if key != now)
+        changes = {f"relations.{r}.{axis}": tuple(x) for r, box in other.items()
+                   for axis, x in zip(("rows", "cols"), box, strict=True)}  # fmt: skip
+    elif isinstance(changes, int):
+        changes = {"train.steps": changes * config.train.steps}
+    if "grid" in changes:
+        changes = dict(changes)
+        changes |= dict.fromkeys((f"relations.{r}.grid" for r in config.model.relations), changes.pop("grid"))
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    return config
+
+
+def counts_of_images(config, workdir, split, decodings):
+    """As ladder.counts_of_images, of the unary and each decoding, without bands: ({row: counts}, names of classes)."""
+    model, params, _, dataset = evaluate.load(config, str(workdir), "latest", split)
+    crf = configs.crf_settings(config)
+    names = list(crf["relation_weights"])
+
+    def step(params, batch):
+        potentials = model.apply({"params": params}, batch["image"])
+        size = batch["label"].shape[1:3]
+        mask = segmenter.grid_mask(batch["valid_size"], potentials.unary.shape[1:3], size)
+
+        def confusion(log_marginals):
+            labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask), axis=-1)
+            return metrics.confusion_matrix(labels, batch["label"], model.num_classes)
+
+        out = {"unary": confusion(jax.nn.log_softmax(potentials.unary))}
+        for d in decodings:
+            scaled = potentials._replace(unary=potentials.unary / d.temperature)
+            weights = [d.weight / d.temperature] * len(names)
+            settings = d.num_iterations, d.damping, d.normalize, mask, crf["route"], crf["chunk_edges"]
+            out[str(d)] = confusion(segmenter.infer(scaled, names, weights, *settings)[0])
+        return jax.lax.psum(out, parallel.AXIS)
+
+    fn, counts = parallel.pmap_eval(step, devices=jax.devices()[:1]), {}
+    batches = eval_batches(dataset, split, batch_size=1, size=config.data.eval_size)
+    for batch in tqdm(batches, desc=str(workdir), disable=None, leave=False):
+        matrices = fn(params, parallel.split({k: batch[k] for k in ("image", "label", "valid_size")}, 1))
+        for row, matrix in matrices.items():
+            n = np.asarray(matrix, np.int64)[None]
+            counts.setdefault(row, []).append(np.stack([np.diagonal(n, axis1=1, axis2=2), n.sum(2), n.sum(1)], axis=1))
+    return {row: np.stack(values) for row, values in counts.items()}, dataset.class_names
+
+
+def run(args):
+    trains, tunes = ladder.held_out(args.set)
+    for seed in args.seeds:
+        for name in args.choices:
+            path = args.results / f"choices_{args.set}_{slug(name)}_{seed}.json"
+            if ladder.kept(args, path):
+                continue
+            config = config_of(args, name, seed, trains)
+            if name in TRAINED:
+                config.init_from = str(ladder.trained(args, "multiscale", seed, trains, "pilot"))
+            workdir = Path(args.runs) / args.set / f"choices-{slug(name)}-{seed}"
+            loop.train_and_evaluate(config, str(workdir))
+            found = configs.load(workdir / "config.json")  # a finished run is taken as it is
+            config.model.input_scaling = found.model.input_scaling  # that of the start weights
+            if different := [k for k in ("train", "loss", "model", "relations") if found[k] != config[k]]:
+                raise SystemExit(f"{workdir} has another config.{different[0]} than asked for: name another --runs")
+            decodings = [Decoding(weight) for weight in WEIGHTS] + list(DECODED) * (name == LADDER)
+            counts, names = counts_of_images(found, workdir, tunes, decodings)
+            about = dict(rung=name, seed=seed, split=tunes)
+            ladder.write(path, ladder.result_of(args, found, names, counts["unary"], counts, **about))
+
+
+def slug(name):
+    return name.replace(",", "").replace(".", "").replace(" ", "-")
+
+
+def summary(args):
+    out = {}
+    for which in ladder.SETS:
+        found = {}
+        for name in NAMES:
+            for path in sorted(args.results.glob(f"choices_{which}_{slug(name)}_[0-9]*.json")):
+                result = json.loads(path.read_text())
+                found.setdefault(name, {})[result["seed"]] = result
+        if not found:
+            continue
+        counts = {name: {s: ladder_table.unpack(r["counts"]) for s, r in runs.items()} for name, runs in found.items()}
+        classes = next(iter(next(iter(found.values())).values()))["class_indices"]
+
+        def compare(first, other, second, row, counts=counts, classes=classes):
+            """second's row over first's other one, over the seeds that both have: text and mean."""
+            seeds = sorted(set(counts.get(first, {})) & set(counts[second]))
+            if not seeds or other not in counts[first][seeds[0]]:
+                return "", None
+            one, two = ([counts[which][s][key] for s in seeds] for which, key in ((first, other), (second, row)))
+            gain, low, high = ladder_table.bootstrap(one, two, classes, np.random.default_rng(0))
+            return f"{gain:+.2f} [{low:+.2f}, {high:+.2f}]", round(float(gain), 2)
+
+        print(f"\n{which}, held-out training images: mean IoU of the unary, gain over it, gain over the ladder's")
+        for name, runs in found.items():
+            unary = np.mean([r["rows"]["unary"]["miou"] for r in runs.values()])
+            print(f"  {name}: unary {unary:.2f}, {len(runs)} seeds")
+            for row in next(iter(runs.values()))["rows"]:
+                if row == "unary":
+                    continue
+                said, gain = compare(name, "unary", name, row)
+                beside = compare(LADDER, row if name != LADDER else "weight 1", name, row)[0]
+                print(f"    {row:42s} {said:24s} {beside}")
+                out.setdefault(which, {}).setdefault(name, {})[row] = gain
+    print(json.dumps(out))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--summary", action="store_true", help="print the table of what was run")
+    ladder.add_arguments(parser)
+    parser.add_argument("--choices", nargs="+", choices=NAMES, default=list(NAMES))
+    args = parser.parse_args()
+    if args.summary:
+        summary(args)
+        return
+    ladder.check_arguments(parser, args)
+    logs.setup()
+    run(args)
+    summary(args)
+
+
+if __name__ == "__main__":
+    main()
