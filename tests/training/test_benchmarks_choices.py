@@ -1,0 +1,113 @@
+"""choices.py: each choice changes what its name says and nothing else, decodings are inference's own."""
+
+import argparse
+import importlib
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from pwcrf_jax.training import config as configs
+from pwcrf_jax.training import evaluate
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def choices():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        yield importlib.import_module("choices")
+
+
+def options(**more):
+    sizes = dict.fromkeys(("steps", "pair_steps", "batch"), 0) | dict.fromkeys(("crop", "pair_balance", "boxes"))
+    return argparse.Namespace(**(dict(set="animals", source_dir="", data_dir="", init_from="", **sizes) | more))
+
+
+def flat(config):
+    out = {}
+    for key, value in config.items():
+        out |= {f"{key}.{k}": v for k, v in flat(value).items()} if hasattr(value, "items") else {key: value}
+    return out
+
+
+def test_one_thing_at_a_time(choices):
+    args, ladder = options(), choices.ladder
+    base = {name: flat(choices.config_of(args, name, 0, "train")) for name in (choices.LADDER, "joint")}
+    contextual = flat(ladder.config_of(args, "contextual", 0, "train"))
+    contextual["model.refinement_convs.layers"] = ()
+    assert base[choices.LADDER] == contextual and base["joint"] == flat(ladder.config_of(args, "joint", 0, "train"))
+    boxes = [f"relations.{r}.{axis}" for r in ("surrounding", "above_below") for axis in ("rows", "cols")]
+    expected = {
+        choices.LADDER: set(),
+        "joint": set(),
+        "free": {"model.parameterisation"},
+        "balance 0": {"loss.balance_power"},
+        "balance 0.6": {"loss.balance_power"},
+        "other boxes": set(boxes),
+        "all neighbours": {"relations.surrounding.grid", "relations.above_below.grid", "loss.sampled_offsets"},
+        "own features": {"model.pairwise_features"},
+        "through mean field": {"loss.objective"},
+        "twice the steps": {"train.steps"},
+        "joint, relations train features": {"model.pairwise_trains_features"},
+        "the same, a tenth as much": {"model.pairwise_trains_features", "loss.pairwise_weight"},
+    }
+    assert set(expected) == set(choices.NAMES)
+    for name, keys in expected.items():
+        found = flat(choices.config_of(args, name, 0, "train"))
+        before = base["joint" if name in choices.FROM_THE_START else choices.LADDER]
+        assert {k for k in found if found[k] != before[k]} == keys and set(found) == set(before)
+    near = flat(choices.config_of(args, "other boxes", 0, "train"))
+    again = flat(choices.config_of(options(boxes="near"), choices.LADDER, 0, "train"))
+    assert {k: near[k] for k in boxes} == {k: again[k] for k in boxes}
+
+
+def test_decodings_are_those_of_inference(choices, trained):
+    config = configs.load(trained / "config.json")
+    asked = (
+        choices.Decoding(2.0, 2, 0.25), choices.Decoding(num_iterations=0, temperature=3.0),
+        choices.Decoding(0.1, normalize=False), choices.Decoding(50.0, 1, temperature=4.0),
+    )  # fmt: skip
+    assert [str(d) for d in asked] == [
+        "weight 2, num_iterations 2, damping 0.25", "num_iterations 0, temperature 3", "weight 0.1, sums",
+        "weight 50, num_iterations 1, temperature 4",
+    ]  # fmt: skip
+    counts, names = choices.counts_of_images(config, trained, "val", asked)
+    score = lambda row: choices.ladder_table.scores(counts[row].sum(0), list(range(len(names))))["miou"]
+    unary = evaluate.evaluate(config, str(trained), "latest", "val")["rows"]["unary"]["miou"]
+    assert score("unary") == pytest.approx(100 * unary, abs=1e-3) == score("num_iterations 0, temperature 3")
+    for decoding in (asked[0], asked[2]):
+        config.crf.weights, config.crf.num_iterations = (decoding.weight,), decoding.num_iterations
+        config.crf.damping, config.crf.normalize = decoding.damping, decoding.normalize
+        wanted = evaluate.evaluate(config, str(trained), "latest", "val")["rows"]["all"]["miou"]
+        assert score(str(decoding)) == pytest.approx(100 * wanted, abs=1e-3) and wanted != unary
+    # Softer beliefs send other messages.
+    config.crf.weights, config.crf.num_iterations, config.crf.damping, config.crf.normalize = (50.0,), 1, 0.0, True
+    as_they_are = evaluate.evaluate(config, str(trained), "latest", "val")["rows"]["all"]["miou"]
+    assert score(str(asked[3])) != pytest.approx(100 * as_they_are, abs=1e-5)
+
+
+def test_the_summary_compares_with_the_unary_and_the_ladder(choices, tmp_path, capsys):
+    rng, truth = np.random.default_rng(0), np.full((20, 1, 4), 100)
+
+    def keep(name, seed, **hits):
+        counts = {row: np.stack([rng.binomial(100, p, truth.shape), truth, truth], 2) for row, p in hits.items()}
+        rows = {row: choices.ladder_table.scores(x.sum(0), [0, 1, 2, 3]) for row, x in counts.items()}
+        result = dict(set="animals", rung=name, seed=seed, class_indices=[0, 1, 2, 3], rows=rows)
+        path = tmp_path / f"choices_animals_{choices.slug(name)}_{seed}.json"
+        choices.ladder.write(path, result | dict(counts=choices.ladder.pack(counts)))
+
+    for seed in (0, 1):
+        keep(choices.LADDER, seed, **{"unary": 0.5, "weight 1": 0.7, "weight 2": 0.6})
+    keep("free", 1, **{"unary": 0.5, "weight 1": 0.4, "weight 2": 0.8})
+    choices.summary(argparse.Namespace(results=tmp_path))
+    *lines, last = capsys.readouterr().out.splitlines()
+    out = json.loads(last)["animals"]
+    assert out["as in the ladder"]["weight 1"] > out["as in the ladder"]["weight 2"] > 0 > out["free"]["weight 1"]
+    gains = [
+        [x.split()[0] for x in line.split("weight ")[1][1:].split("]")[:2] if x] for line in lines if "weight" in line
+    ]
+    assert [g[1][0] for g in gains] == ["+", "-", "-", "+"]  # over the ladder's: at weight 1, and of "free" at its own
+    assert "as in the ladder: unary" in lines[2] and lines[2].endswith("2 seeds")
