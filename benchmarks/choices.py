@@ -6,14 +6,16 @@
 One model of ladder.py's pilot, trained on a part of the training images: a unary, and relations on its features while
 they stand still, with the ladder's settings ("as in the ladder"). Then one thing at a time is another: what relations
 learn (`TRAINED`: parameterisation, class balance, boxes, all neighbours in place of 24, features of their own, an
-objective, twice the steps), how the whole is trained (`FROM_THE_START`: unary and relations together, with and without
-the features learning from relations), and how the ladder's model is decoded (`DECODED`: iterations, damping,
-temperature, sums in place of means). Each model is scored at several message weights, of both relations alike.
+objective, twice the steps; refinement convolutions beside them), how the whole is trained (`FROM_THE_START`: unary and
+relations together, with and without the features learning from relations), and how the ladder's model is decoded
+(`DECODED`: iterations, damping, temperature, sums in place of means). Each model is scored at several message weights,
+of both relations alike.
 Nothing here sees the images that the ladder is scored on.
 
 Workdirs and figures are kept as ladder.py keeps them, in files named choices_SET_NAME_SEED.json, and what is finished
 is not done again. Gains are over the same model's unary, with 95 % intervals from a paired bootstrap over images; the
-last column compares with the ladder's relations at the same weight. Ends with one line of JSON.
+last column compares with the ladder's relations at the same weight, and what is sharpened with what is not. Ends with
+one line of JSON.
 """
 
 import argparse
@@ -70,7 +72,9 @@ TRAINED = {
     "all neighbours": {"grid": 0, "loss.sampled_offsets": 24},  # of them as many in a step as the grid has
     "own features": {"model.pairwise_features": "own"},
     "through mean field": {"loss.objective": "unrolled_mean_field_staged"},
-    "twice the steps": 2,
+    "twice the steps": {"train.steps": 2},  # times as many
+    "refinement convolutions": {"model.refinement_convs.layers": ladder.MIDDLE},
+    "refinement convolutions, four times the steps": {"model.refinement_convs.layers": ladder.MIDDLE, "train.steps": 4},
 }
 FROM_THE_START = {
     "joint": {},
@@ -91,10 +95,10 @@ def config_of(args, name, seed, split):
         (other,) = (boxes for key, boxes in ladder.BOXES.items() if key != now)
         changes = {f"relations.{r}.{axis}": tuple(x) for r, box in other.items()
                    for axis, x in zip(("rows", "cols"), box, strict=True)}  # fmt: skip
-    elif isinstance(changes, int):
-        changes = {"train.steps": changes * config.train.steps}
+    changes = dict(changes)
+    if "train.steps" in changes:
+        changes["train.steps"] *= config.train.steps
     if "grid" in changes:
-        changes = dict(changes)
         changes |= dict.fromkeys((f"relations.{r}.grid" for r in config.model.relations), changes.pop("grid"))
     with config.unlocked():
         config.update_from_flattened_dict(changes)
@@ -112,16 +116,21 @@ def counts_of_images(config, workdir, split, decodings):
         size = batch["label"].shape[1:3]
         mask = segmenter.grid_mask(batch["valid_size"], potentials.unary.shape[1:3], size)
 
-        def confusion(log_marginals):
+        def confusion(log_marginals, mask):
             labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask), axis=-1)
             return metrics.confusion_matrix(labels, batch["label"], model.num_classes)
 
-        out = {"unary": confusion(jax.nn.log_softmax(potentials.unary))}
+        out = {"unary": confusion(jax.nn.log_softmax(potentials.unary), mask)}
         for d in decodings:
             scaled = potentials._replace(unary=potentials.unary / d.temperature)
             weights = [d.weight / d.temperature] * len(names)
             settings = d.num_iterations, d.damping, d.normalize, mask, crf["route"], crf["chunk_edges"]
-            out[str(d)] = confusion(segmenter.infer(scaled, names, weights, *settings)[0])
+            log_marginals, _ = segmenter.infer(scaled, names, weights, *settings)
+            out[str(d)] = confusion(log_marginals, mask)
+            if potentials.correction is not None:
+                sharp = segmenter.sharpen(log_marginals, potentials.correction, mask)
+                fine = segmenter.grid_mask(batch["valid_size"], sharp.shape[1:3], size)
+                out[f"{d}, sharpened"] = confusion(sharp, fine)
         return jax.lax.psum(out, parallel.AXIS)
 
     fn, counts = parallel.pmap_eval(step, devices=jax.devices()[:1]), {}
@@ -190,7 +199,10 @@ def summary(args):
                 if row == "unary":
                     continue
                 said, gain = compare(name, "unary", name, row)
-                beside = compare(LADDER, row if name != LADDER else "weight 1", name, row)[0]
+                plain = row.removesuffix(", sharpened")
+                beside = compare(name if plain != row else LADDER, plain if name != LADDER else "weight 1", name, row)[
+                    0
+                ]
                 print(f"    {row:42s} {said:24s} {beside}")
                 out.setdefault(which, {}).setdefault(name, {})[row] = gain
     print(json.dumps(out))

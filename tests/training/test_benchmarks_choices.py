@@ -51,6 +51,8 @@ def test_one_thing_at_a_time(choices):
         "own features": {"model.pairwise_features"},
         "through mean field": {"loss.objective"},
         "twice the steps": {"train.steps"},
+        "refinement convolutions": {"model.refinement_convs.layers"},
+        "refinement convolutions, four times the steps": {"model.refinement_convs.layers", "train.steps"},
         "joint, relations train features": {"model.pairwise_trains_features"},
         "the same, a tenth as much": {"model.pairwise_trains_features", "loss.pairwise_weight"},
     }
@@ -59,6 +61,7 @@ def test_one_thing_at_a_time(choices):
         found = flat(choices.config_of(args, name, 0, "train"))
         before = base["joint" if name in choices.FROM_THE_START else choices.LADDER]
         assert {k for k in found if found[k] != before[k]} == keys and set(found) == set(before)
+    assert choices.config_of(args, "twice the steps", 0, "train").train.steps == 2 * contextual["train.steps"]
     near = flat(choices.config_of(args, "other boxes", 0, "train"))
     again = flat(choices.config_of(options(boxes="near"), choices.LADDER, 0, "train"))
     assert {k: near[k] for k in boxes} == {k: again[k] for k in boxes}
@@ -87,6 +90,18 @@ def test_decodings_are_those_of_inference(choices, trained):
     config.crf.weights, config.crf.num_iterations, config.crf.damping, config.crf.normalize = (50.0,), 1, 0.0, True
     as_they_are = evaluate.evaluate(config, str(trained), "latest", "val")["rows"]["all"]["miou"]
     assert score(str(asked[3])) != pytest.approx(100 * as_they_are, abs=1e-5)
+
+
+def test_what_is_sharpened_is_a_row_of_its_own(choices, config, tmp_path):
+    config.train.steps, config.model.refinement_convs.layers = 2, ("conv2", "conv3")
+    choices.loop.train_and_evaluate(config, str(tmp_path / "work"))
+    found = configs.load(tmp_path / "work/config.json")
+    counts, names = choices.counts_of_images(found, tmp_path / "work", "val", [choices.Decoding()])
+    assert list(counts) == ["unary", "weight 1", "weight 1, sharpened"]
+    rows = evaluate.evaluate(found, str(tmp_path / "work"), "latest", "val")["rows"]
+    for row, ours in {"all": "weight 1", "convs": "weight 1, sharpened"}.items():
+        miou = choices.ladder_table.scores(counts[ours].sum(0), list(range(len(names))))["miou"]
+        assert miou == pytest.approx(100 * rows[row]["miou"], abs=1e-3)
 
 
 def test_the_summary_compares_with_the_unary_and_the_ladder(choices, tmp_path, capsys):
