@@ -58,10 +58,11 @@ class Decoding(NamedTuple):
 LADDER = "as in the ladder"
 WEIGHTS = (0.1, 0.5, 1.0, 2.0, 4.0)
 DECODED = (
-    Decoding(num_iterations=1), Decoding(num_iterations=2), Decoding(num_iterations=10),
-    Decoding(damping=0.5), Decoding(num_iterations=10, damping=0.5), Decoding(2.0, 10, 0.5),
-    Decoding(temperature=0.5), Decoding(temperature=2.0), Decoding(2.0, temperature=2.0),
-    Decoding(0.02, normalize=False), Decoding(0.05, normalize=False), Decoding(0.1, normalize=False),
+    *(Decoding(num_iterations=n) for n in (1, 2, 5, 10, 20)),
+    Decoding(0.5, 10), Decoding(2.0, 10), Decoding(0.5, 20),
+    *(Decoding(num_iterations=n, damping=0.5) for n in (3, 10, 20)),
+    Decoding(temperature=0.5), Decoding(temperature=2.0),
+    Decoding(0.02, normalize=False), Decoding(0.1, normalize=False),
 )  # fmt: skip
 TRAINED = {
     LADDER: {},
@@ -140,7 +141,8 @@ def counts_of_images(config, workdir, split, decodings):
         for row, matrix in matrices.items():
             n = np.asarray(matrix, np.int64)[None]
             counts.setdefault(row, []).append(np.stack([np.diagonal(n, axis1=1, axis2=2), n.sum(2), n.sum(1)], axis=1))
-    return {row: np.stack(values) for row, values in counts.items()}, dataset.class_names
+    rows = sorted(counts, key=["unary", *(f"{d}{end}" for d in decodings for end in ("", ", sharpened"))].index)
+    return {row: np.stack(counts[row]) for row in rows}, dataset.class_names
 
 
 def run(args):
