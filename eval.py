@@ -13,7 +13,7 @@ also writes WORKDIR/report_SPLIT.html, a page that shows what the CRF does (docs
 
     python eval.py --workdir runs/demo --tune-refinement
 
-chooses message weights and the parameters of the dense CRF on a validation split and writes them to WORKDIR/tuned.json,
+chooses message weights, iterations and the parameters of the dense CRF on a validation split, into WORKDIR/tuned.json,
 from where later evaluations take them.
 
     python eval.py --workdir runs/demo --images PATH --output out    (your own images: a file, a folder, "a/*.jpg")
@@ -58,7 +58,7 @@ flags.DEFINE_enum(
 flags.DEFINE_bool(
     "tune-refinement",
     False,
-    "Choose message weights and config.refine on a validation split instead of evaluating. "
+    "Choose message weights, iterations and config.refine on a validation split instead of evaluating. "
     'Example: --tune-refinement --split "val[:50%]"',
 )
 flags.DEFINE_integer(

@@ -13,9 +13,9 @@ config has it: the relations do not train the features), joint_features (they do
 mean field, with the message weights 1 and the class balance of the unary, so that no weight is chosen: unrolled in
 place of the contextual rung's relations, unrolled_joint in place of joint.
 
-Nothing is chosen on the images that are scored. Message weights and the dense CRF's parameters come from a pilot: the
-multiscale and the contextual model trained on a part of the training images, tuned on the rest (eval.py
---tune-refinement), once a set; every run then takes its last checkpoint.
+Nothing is chosen on the images that are scored. Message weights, the number of iterations and the dense CRF's
+parameters come from a pilot: the multiscale and the contextual model trained on a part of the training images, tuned on
+the rest (eval.py --tune-refinement), once a set; every run then takes its last checkpoint.
 
 Steps, crops and batches are sized for two CPU cores (`SETS`): three seeds take some hours a set. --steps, --crop,
 --batch, --pair_steps, --pair_balance and --boxes make it another ladder, and --results names a folder for it: figures
@@ -244,7 +244,7 @@ def run(args):
                 refined = "all"  # one pass for both rungs, which have the same marginals
             tuned = dict(chosen["contextual" if rung == "convs" else "multiscale"]) if refined else {}
             if rung == "contextual":
-                tuned["crf.weights"] = chosen["contextual"]["crf.weights"]
+                tuned |= {k: v for k, v in chosen["contextual"].items() if k.startswith("crf.")}
             for key, value in tuned.items():
                 section, name = key.split(".")
                 config[section][name] = tuple(value) if isinstance(value, list) else value

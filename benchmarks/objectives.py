@@ -14,8 +14,8 @@
 * train: each objective from the same start, for the same number of steps, and for as many as fit into the time that
   `piecewise` takes for these ("equal time", by the seconds of a step measured above; a run of its own, with its own
   learning rate schedule). Mean IoU of the unary and of all relations, on 200 scenes of another seed, after the last
-  step: with message weights of 1, as unrolled mean field was trained, and with those that
-  `eval.py --tune-refinement` finds best for each run on training scenes that were held out, as the method has it.
+  step: with three iterations and message weights of 1, as unrolled mean field was trained, and with the number and the
+  weights that `eval.py --tune-refinement` finds best for each run on training scenes that were held out.
 
 Messages are means (the demo's setting). Ends with one line of JSON; `step_ratio` and `crf_ratio` are unrolled mean
 field over piecewise, and over the other kinds of it that were measured.
@@ -145,7 +145,8 @@ def measure(which, args):
 def train(args, seconds, keep):
     """{"steps" or "time": {objective: {seed: figures}}} on the synthetic set.
 
-    figures: {"steps", "unary", "all" (mean IoU with message weights of 1), "weights" (chosen), "tuned" (with them)}.
+    figures: {"steps", "unary", "all" (mean IoU with message weights of 1), "weights" and "iterations" (chosen), "tuned"
+      (with them)}.
     keep: called with it after each seed.
     """
     out = {"steps": {}, "time": {}}
@@ -168,13 +169,15 @@ def train(args, seconds, keep):
                 ours, config = config.data, configs.load(workdir + "/config.json")  # a finished run is taken as it is
                 if any(config.data[k] != ours[k] for k in ("train_split", "synthetic")):
                     raise SystemExit(f"{workdir} was trained on other scenes: name another folder with --runs")
-                chosen = tuning.tune(config, workdir, "latest", HELD_OUT, "spatial", 1)["config"]["crf.weights"]
+                chosen = tuning.tune(config, workdir, "latest", HELD_OUT, "spatial", 1)["config"]
                 config.data.synthetic.seed = SCORED_SEED
                 rows = evaluate.evaluate(config, workdir, "latest")["rows"]
-                config.crf.weights = tuple(chosen)
+                weights, iterations = chosen["crf.weights"], chosen["crf.num_iterations"]
+                config.crf.weights, config.crf.num_iterations = tuple(weights), iterations
                 tuned = evaluate.evaluate(config, workdir, "latest")["rows"]["all"]["miou"]
                 found = dict(steps=count, unary=rows["unary"]["miou"], all=rows["all"]["miou"], tuned=tuned)
-                found = {k: v if k == "steps" else round(100 * v, 2) for k, v in found.items()} | dict(weights=chosen)
+                found = {k: v if k == "steps" else round(100 * v, 2) for k, v in found.items()}
+                found |= dict(weights=weights, iterations=iterations)
                 out[equal].setdefault(name, {})[str(seed)] = found
                 print(f"  seed {seed} {name}: {found}", flush=True)
         keep(out)

@@ -430,7 +430,7 @@ def apply_tuned(config: ConfigDict, workdir: str) -> dict | None:
     try:
         result = json.loads(path.read_text())
         for key, value in result["config"].items():
-            if not key.startswith(("crf.weights", "refine.")) or key not in dict(_flat(config)):
+            if not key.startswith(("crf.weights", "crf.num_iterations", "refine.")) or key not in dict(_flat(config)):
                 raise KeyError(key)
             section, name = key.split(".")
             config[section][name] = _tuples(value)

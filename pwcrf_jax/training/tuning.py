@@ -1,11 +1,12 @@
 """Search of message weights and refinement parameters on validation images: `eval.py --tune-refinement`.
 
 Two stages, each a coordinate search by mean IoU. First the weights of the mean-field messages, relation by relation,
-all candidates of a pass over the split decoded from the same potentials. Then, on the log marginals kept from the first
-stage, the two kernels of the dense CRF. Every trial is written down at once under WORKDIR/tuning, so that a search that
-was stopped goes on where it was.
+and the number of iterations, all candidates of a pass over the split decoded from the same potentials. Then, on the log
+marginals kept from the first stage, the two kernels of the dense CRF. Every trial is written down at once under
+WORKDIR/tuning, so that a search that was stopped goes on where it was.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from pwcrf_jax.training import evaluate, parallel, refinement, steps
 from pwcrf_jax.training.logs import log
 
 WEIGHT_FACTORS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
+ITERATIONS = (1, 2, 3, 5, 10, 20)
 WORTH = 2e-4  # of mean IoU, that a step of the second stage must gain: below it is noise
 KERNELS = ("smoothness_compat", "appearance_compat", "appearance_srgb", "appearance_sxy", "smoothness_sxy")
 
@@ -32,12 +34,13 @@ def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: in
 
     split: of the data set, "" for config.data.eval_split; a test split is refused.
     mode: "full", or "spatial" to search the smoothness kernel alone.
-    max_trials: of the second stage; the first makes one pass over the split and one more for each relation.
+    max_trials: of the second stage; the first makes one pass over the split, one more for each relation, one for the
+      number of iterations and, where another one is better, a last one for the weights.
 
     Returns:
       What was written: {"config": {dotted key: value}, "conditions": {dotted key: value} under which they were chosen,
-      "split", "classes" (scored), "step", "mode", "miou_before", "miou_messages", "miou_after"}, the last three with
-      the config's weights, with the best weights, and refined with the best parameters.
+      "split", "classes" (scored), "step", "mode", "miou_before", "miou_messages", "miou_after"}, the last three as the
+      config has it, with the best weights and number of iterations, and refined with the best parameters.
     """
     split = split or config.data.eval_split
     for part in split.split("+"):
@@ -54,14 +57,14 @@ def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: in
     os.makedirs(folder, exist_ok=True)
     log.info("tuning on %s (%d images), checkpoint of step %d, notes in %s", split, len(dataset.source(split)), step,
              folder)  # fmt: skip
-    weights, before, messages = _tune_weights(config, model, params, dataset, split, folder)
-    marginals = _marginals(config, model, params, dataset, split, folder, weights)
+    (*weights, iterations), before, messages = _tune_messages(config, model, params, dataset, split, folder)
+    marginals = _marginals(config, model, params, dataset, split, folder, weights, iterations)
     settings, after = _tune_kernels(config, dataset, split, folder, marginals, mode, max_trials)
-    chosen = {"crf.weights": list(weights)} if weights else {}
+    chosen = {"crf.weights": weights, "crf.num_iterations": iterations} if weights else {}
     chosen |= {f"refine.{name}": settings[name] for name in _searched(mode)}
     result = dict(
         config=chosen,
-        conditions=configs.tuning_conditions(config),
+        conditions=configs.tuning_conditions(config) | {"crf.num_iterations": iterations},
         split=split,
         classes=list(config.eval.classes),
         step=step,
@@ -71,7 +74,7 @@ def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: in
         miou_after=after,
     )
     configs.write_tuned(result, workdir)
-    log.info("mean IoU on %s: %.2f as configured, %.2f with the best message weights, %.2f refined; wrote %s", split,
+    log.info("mean IoU on %s: %.2f as configured, %.2f with the best messages, %.2f refined; wrote %s", split,
              100 * before, 100 * messages, 100 * after, os.path.join(workdir, configs.TUNED))  # fmt: skip
     return result
 
@@ -130,31 +133,37 @@ def _batches(config, dataset, split):
     )
 
 
-def _tune_weights(config, model, params, dataset, split, folder):
-    """(best weights, mean IoU as configured, mean IoU of the best)."""
+def _tune_messages(config, model, params, dataset, split, folder):
+    """(best weights and number of iterations, mean IoU as configured, mean IoU of the best)."""
     crf = configs.crf_settings(config)
-    names = tuple(crf["relation_weights"])
-    best = tuple(crf["relation_weights"].values())
-    trials = _Trials(os.path.join(folder, "weights.jsonl"), names)
+    relations = tuple(crf["relation_weights"])
+    names = (*relations, "num_iterations")
+    configured = best = (*crf["relation_weights"].values(), crf["num_iterations"])
+    trials = _Trials(os.path.join(folder, "messages.jsonl"), names)
 
     def score(candidates, what):
         missing = [c for c in candidates if c not in trials.scores]
         if missing:
             for values, miou in zip(
-                missing, _score_weights(config, model, params, dataset, split, names, missing, what), strict=True
+                missing, _score_messages(config, model, params, dataset, split, relations, missing, what), strict=True
             ):
                 trials.add(values, miou)
         return max(candidates, key=lambda c: trials.scores[c])  # the first of equals, so that ties change nothing
 
-    configured = best
-    together = [tuple(f * w for w in configured) for f in WEIGHT_FACTORS] if names else [()]
-    best = score([configured, *together], "all weights")
-    for i, name in enumerate(names if len(names) > 1 else ()):
+    def together():
+        return score([best, *((*(f * w for w in best[:-1]), best[-1]) for f in WEIGHT_FACTORS)], "all weights")
+
+    best = together() if relations else score([best], "all weights")
+    for i, name in enumerate(relations if len(relations) > 1 else ()):
         scale = best[i] or configured[i]
         best = score([best, *(best[:i] + (f * scale,) + best[i + 1 :] for f in WEIGHT_FACTORS)], f"weight of {name}")
-    if names:
-        log.info("message weights %s: mean IoU %.2f (as configured, %s: %.2f)", _named(names, best),
-                 100 * trials.scores[best], _named(names, configured), 100 * trials.scores[configured])  # fmt: skip
+    if relations and configured[-1]:
+        before, best = best, score([best, *(best[:-1] + (n,) for n in ITERATIONS)], "number of iterations")
+        best = best if best == before else together()
+    if relations:
+        log.info("messages with weights and number of iterations %s: mean IoU %.2f (as configured, %s: %.2f)",
+                 _named(names, best), 100 * trials.scores[best], _named(names, configured),
+                 100 * trials.scores[configured])  # fmt: skip
     return best, trials.scores[configured], trials.scores[best]
 
 
@@ -162,23 +171,27 @@ def _named(names, values):
     return ", ".join(f"{name} {value:g}" for name, value in zip(names, values, strict=True))
 
 
-def _score_weights(config, model, params, dataset, split, names, candidates, what):
-    """Mean IoU of each candidate, in one pass over the split."""
+def _score_messages(config, model, params, dataset, split, relations, candidates, what):
+    """Mean IoU of each candidate, weights and number of iterations, in one pass over the split."""
     crf = configs.crf_settings(config)
+    groups = {n: [c[:-1] for c in candidates if c[-1] == n] for *_, n in candidates}
 
     def step(params, batch):
         potentials = model.apply({"params": params}, batch["image"])
         size = batch["label"].shape[1:3]
         mask = segmenter.grid_mask(batch["valid_size"], potentials.unary.shape[1:3], size)
 
-        def count(weights):
-            settings = crf["num_iterations"], crf["damping"], crf["normalize"], mask, crf["route"], crf["chunk_edges"]
-            log_marginals, _ = segmenter.infer(potentials, names, list(weights), *settings)
+        def count(weights, num_iterations):
+            settings = num_iterations, crf["damping"], crf["normalize"], mask, crf["route"], crf["chunk_edges"]
+            log_marginals, _ = segmenter.infer(potentials, relations, list(weights), *settings)
             labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask), axis=-1)
             return metrics.confusion_matrix(labels, batch["label"], model.num_classes)
 
-        weights = jnp.asarray(candidates, jnp.float32).reshape(len(candidates), len(names))
-        return jax.lax.psum(jax.lax.map(count, weights), parallel.AXIS)
+        counts = []
+        for num_iterations, group in groups.items():
+            weights = jnp.asarray(group, jnp.float32).reshape(len(group), len(relations))
+            counts.append(jax.lax.map(functools.partial(count, num_iterations=num_iterations), weights))
+        return jax.lax.psum(jnp.concatenate(counts), parallel.AXIS)
 
     fn, total = parallel.pmap_eval(step), 0
     batches = tqdm(_batches(config, dataset, split), unit="batch", desc=what, disable=None, leave=False)
@@ -186,14 +199,17 @@ def _score_weights(config, model, params, dataset, split, names, candidates, wha
         inputs = parallel.split({k: batch[k] for k in ("image", "label", "valid_size")})
         total = total + np.asarray(fn(params, inputs), np.int64)
     scored = configs.scored_classes(config, dataset.class_names)
-    return [float(metrics.scores(confusion, scored).mean_iou) for confusion in total]
+    order = [(*weights, n) for n, group in groups.items() for weights in group]
+    found = dict(zip(order, (float(metrics.scores(x, scored).mean_iou) for x in total), strict=True))
+    return [found[c] for c in candidates]
 
 
-def _marginals(config, model, params, dataset, split, folder, weights):
-    """Log marginals of every image with these weights, from the folder or computed into it: a list of file names."""
+def _marginals(config, model, params, dataset, split, folder, weights, iterations):
+    """Log marginals of every image with these messages, from the folder or computed into it: a list of file names."""
     names = configs.crf_relations(config)
     crf = configs.crf_settings(config) | {"relation_weights": dict(zip(names, weights, strict=True))}
-    digest = hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:8]
+    crf["num_iterations"] = iterations
+    digest = hashlib.sha256(json.dumps([*weights, iterations]).encode()).hexdigest()[:8]
     home = os.path.join(folder, f"marginals-{digest}")
     os.makedirs(home, exist_ok=True)
     files = [os.path.join(home, f"{i:06d}.npy") for i in range(len(dataset.source(split)))]

@@ -158,8 +158,12 @@ def test_a_search_that_is_stopped_goes_on(searched, monkeypatch):
     assert json.loads((workdir / "tuned.json").read_text()) == json.loads(json.dumps(whole))
     best = max(json.loads(line)["miou"] for line in (notes / "refine-full.jsonl").read_text().splitlines())
     assert whole["miou_after"] == best
-    weights = [json.loads(line)["miou"] for line in (notes / "weights.jsonl").read_text().splitlines()]
-    assert whole["miou_messages"] == max(weights) >= whole["miou_before"]
+    trials = [json.loads(line) for line in (notes / "messages.jsonl").read_text().splitlines()]
+    best = max(trials, key=lambda trial: trial["miou"])
+    assert whole["miou_messages"] == best["miou"] >= whole["miou_before"]
+    assert {trial["num_iterations"] for trial in trials} == {1, 2, 3, 5, 10, 20}
+    assert whole["config"]["crf.weights"] == [best["surrounding"], best["above_below"]]
+    assert whole["config"]["crf.num_iterations"] == best["num_iterations"] == whole["conditions"]["crf.num_iterations"]
 
     # Stopped in the third trial, while its line was being written.
     shutil.rmtree(workdir / "tuning")
@@ -181,10 +185,23 @@ def test_a_search_that_is_stopped_goes_on(searched, monkeypatch):
         f.write('{"smoothness_compat": 1.')
     calls.clear()
     monkeypatch.setattr(tuning, "_score_kernels", lambda *args: (calls.append(args), score(*args))[1])
-    monkeypatch.setattr(tuning, "_score_weights", lambda *_: pytest.fail("weights were scored again"))
+    monkeypatch.setattr(tuning, "_score_messages", lambda *_: pytest.fail("messages were scored again"))
     monkeypatch.setattr(steps, "make_eval_step", lambda *_, **__: pytest.fail("marginals were computed again"))
     assert tuning.tune(config, str(workdir), "best", "val[:8]", "full", 4) == whole
     assert len(calls) == 2
+
+
+def test_each_candidate_is_scored_with_its_own_weights_and_iterations(searched):
+    config, workdir = searched
+    model, params, _, dataset = evaluate.load(config, str(workdir), "best", "val[:8]")
+    names = configs.crf_relations(config)
+    candidates = [(0.0, 3.0, 2), (50.0, 50.0, 1), (50.0, 50.0, 5), (0.0, 0.0, 2), (7.0, 90.0, 2)]
+    found = tuning._score_messages(config, model, params, dataset, "val[:8]", names, candidates, "")
+    for candidate, miou in zip(candidates, found, strict=True):
+        config.crf.weights, config.crf.num_iterations = candidate[:-1], candidate[-1]
+        rows = evaluate.evaluate(config, str(workdir), split="val[:8]")["rows"]
+        assert miou == pytest.approx(rows["all"]["miou"])
+    assert len(set(found)) > 2
 
 
 def test_other_settings_start_another_search(searched):
@@ -213,8 +230,8 @@ def test_the_kept_marginals_are_those_of_the_chosen_weights(searched):
     weights = (0.0, 3.0)
     model, params, _, dataset = evaluate.load(config, str(workdir), "best", "val[:8]")
     (workdir / "kept").mkdir()
-    files = tuning._marginals(config, model, params, dataset, "val[:8]", str(workdir / "kept"), weights)
-    config.crf.weights = weights
+    files = tuning._marginals(config, model, params, dataset, "val[:8]", str(workdir / "kept"), weights, 2)
+    config.crf.weights, config.crf.num_iterations = weights, 2
     config.refine.num_iterations = 0
     plain = evaluate.evaluate(config, str(workdir), split="val[:8]")
     score = tuning._score_kernels(config, dataset, "val[:8]", files, config.refine, "full", "")
