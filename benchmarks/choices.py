@@ -9,7 +9,7 @@ learn (`TRAINED`: parameterisation, class balance, boxes, all neighbours in plac
 objective, twice the steps; refinement convolutions beside them), how the whole is trained (`FROM_THE_START`: unary and
 relations together, with and without the features learning from relations), and how the ladder's model is decoded
 (`DECODED`: iterations, damping, temperature, sums in place of means). Each model is scored at several message weights,
-of both relations alike.
+of both relations alike, and with more iterations.
 Nothing here sees the images that the ladder is scored on.
 
 Workdirs and figures are kept as ladder.py keeps them, in files named choices_SET_NAME_SEED.json, and what is finished
@@ -56,9 +56,9 @@ class Decoding(NamedTuple):
 
 
 LADDER = "as in the ladder"
-WEIGHTS = (0.1, 0.5, 1.0, 2.0, 4.0)
+EACH = (*map(Decoding, (0.1, 0.5, 1.0, 2.0, 4.0)), Decoding(num_iterations=10))
 DECODED = (
-    *(Decoding(num_iterations=n) for n in (1, 2, 5, 10, 20)),
+    *(Decoding(num_iterations=n) for n in (1, 2, 5, 20)),
     Decoding(0.5, 10), Decoding(2.0, 10), Decoding(0.5, 20),
     *(Decoding(num_iterations=n, damping=0.5) for n in (3, 10, 20)),
     Decoding(temperature=0.5), Decoding(temperature=2.0),
@@ -161,7 +161,7 @@ def run(args):
             config.model.input_scaling = found.model.input_scaling  # that of the start weights
             if different := [k for k in ("train", "loss", "model", "relations") if found[k] != config[k]]:
                 raise SystemExit(f"{workdir} has another config.{different[0]} than asked for: name another --runs")
-            decodings = [Decoding(weight) for weight in WEIGHTS] + list(DECODED) * (name == LADDER)
+            decodings = EACH + DECODED * (name == LADDER)
             counts, names = counts_of_images(found, workdir, tunes, decodings)
             about = dict(rung=name, seed=seed, split=tunes)
             ladder.write(path, ladder.result_of(args, found, names, counts["unary"], counts, **about))
