@@ -142,7 +142,7 @@ def _tune_messages(config, model, params, dataset, split, folder):
     trials = _Trials(os.path.join(folder, "messages.jsonl"), names)
 
     def score(candidates, what):
-        missing = [c for c in candidates if c not in trials.scores]
+        missing = [c for c in dict.fromkeys(candidates) if c not in trials.scores]
         if missing:
             for values, miou in zip(
                 missing, _score_messages(config, model, params, dataset, split, relations, missing, what), strict=True
@@ -150,16 +150,16 @@ def _tune_messages(config, model, params, dataset, split, folder):
                 trials.add(values, miou)
         return max(candidates, key=lambda c: trials.scores[c])  # the first of equals, so that ties change nothing
 
-    def together():
-        return score([best, *((*(f * w for w in best[:-1]), best[-1]) for f in WEIGHT_FACTORS)], "all weights")
+    def together(factors):
+        return score([best, *((*(f * w for w in best[:-1]), best[-1]) for f in factors)], "all weights")
 
-    best = together() if relations else score([best], "all weights")
+    best = together(WEIGHT_FACTORS if relations else ())
     for i, name in enumerate(relations if len(relations) > 1 else ()):
         scale = best[i] or configured[i]
         best = score([best, *(best[:i] + (f * scale,) + best[i + 1 :] for f in WEIGHT_FACTORS)], f"weight of {name}")
     if relations and configured[-1]:
         before, best = best, score([best, *(best[:-1] + (n,) for n in ITERATIONS)], "number of iterations")
-        best = best if best == before else together()
+        best = best if best == before else together((0.5, 2.0))  # many iterations take their time
     if relations:
         log.info("messages with weights and number of iterations %s: mean IoU %.2f (as configured, %s: %.2f)",
                  _named(names, best), 100 * trials.scores[best], _named(names, configured),
