@@ -121,6 +121,7 @@ def config_of(args, rung, seed, split, unary="multiscale", share=1.0):
         config.loss.balance_power = sizes["pair_balance"]
         config.model.refinement_convs.layers = MIDDLE
     config.model.pairwise_trains_features = rung == "joint_features"
+    config.crf.num_iterations = 3  # the paper's; the pilot chooses for the contextual rung
     if rung == "unrolled_joint":
         config.loss.objective = "unrolled_mean_field"
     return config

@@ -42,6 +42,7 @@ from pwcrf_jax.training.optimizer import make_optimizer
 
 RESULTS = Path(__file__).parent / "results"
 OBJECTIVES = ("piecewise", "piecewise_staged", "pseudo_likelihood", "unrolled_mean_field")
+ITERATIONS = 3  # of mean field, that unrolled training goes through
 SAMPLED = 24  # neighbours of each box, as many as a 5 x 5 grid has
 SCENES = 500, 300  # of training and of validation; slices are of a fixed shuffle
 TRAIN, HELD_OUT, SCORED = "train[:400]", "train[400:]", "val[100:]"
@@ -117,6 +118,7 @@ def measure(which, args):
     print(f"\n{which}: seconds and temporaries of a step, medians of {args.repeats} interleaved calls")
     for part, build in (("step", compiled_step), ("crf", compiled_crf)):
         config = CONFIGS[which]()
+        config.crf.num_iterations = ITERATIONS
         if args.full_box:
             for relation in config.relations.values():
                 relation.grid = 0
@@ -160,6 +162,7 @@ def train(args, seconds, keep):
                     continue
                 config = demo.get_config()
                 config.seed, config.loss.objective, config.train.steps = seed, name, count
+                config.crf.num_iterations = ITERATIONS
                 config.data.data_dir, config.data.train_split, config.data.eval_split = args.data_dir, TRAIN, SCORED
                 config.data.synthetic.num_train, config.data.synthetic.num_val = SCENES
                 config.train.eval_every = 0  # only after the last step

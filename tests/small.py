@@ -16,6 +16,7 @@ KEYS = {
     "train.eval_every": 3,
     "train.checkpoint_every": 3,
     "eval.batch_size": 8,
+    "crf.num_iterations": 3,
 }
 """What differs from configs/demo.py."""
 
