@@ -8,8 +8,8 @@ they stand still, with the ladder's settings ("as in the ladder"). Then one thin
 learn (`TRAINED`: parameterisation, class balance, boxes, all neighbours in place of 24, features of their own, an
 objective, twice the steps; refinement convolutions beside them), how the whole is trained (`FROM_THE_START`: unary and
 relations together, with and without the features learning from relations), and how the ladder's model is decoded
-(`DECODED`: iterations, damping, temperature, sums in place of means). Each model is scored at several message weights,
-of both relations alike, and with more iterations.
+(`DECODED`: iterations, damping, temperature, sums in place of means; seed 0 alone). Each model is scored at several
+message weights, of both relations alike, and with more iterations.
 Nothing here sees the images that the ladder is scored on.
 
 Workdirs and figures are kept as ladder.py keeps them, in files named choices_SET_NAME_SEED.json, and what is finished
@@ -161,7 +161,7 @@ def run(args):
             config.model.input_scaling = found.model.input_scaling  # that of the start weights
             if different := [k for k in ("train", "loss", "model", "relations") if found[k] != config[k]]:
                 raise SystemExit(f"{workdir} has another config.{different[0]} than asked for: name another --runs")
-            decodings = EACH + DECODED * (name == LADDER)
+            decodings = EACH + DECODED * (name == LADDER and seed == 0)
             counts, names = counts_of_images(found, workdir, tunes, decodings)
             about = dict(rung=name, seed=seed, split=tunes)
             ladder.write(path, ladder.result_of(args, found, names, counts["unary"], counts, **about))
@@ -185,18 +185,21 @@ def summary(args):
         classes = next(iter(next(iter(found.values())).values()))["class_indices"]
 
         def compare(first, other, second, row, counts=counts, classes=classes):
-            """second's row over first's other one, over the seeds that both have: text and mean."""
-            seeds = sorted(set(counts.get(first, {})) & set(counts[second]))
-            if not seeds or other not in counts[first][seeds[0]]:
+            """second's row over first's other one, over the seeds that have both: text and mean."""
+            have = lambda which, key: {seed for seed, rows in counts.get(which, {}).items() if key in rows}
+            seeds = sorted(have(first, other) & have(second, row))
+            if not seeds:
                 return "", None
             one, two = ([counts[which][s][key] for s in seeds] for which, key in ((first, other), (second, row)))
             gain, low, high = ladder_table.bootstrap(one, two, classes, np.random.default_rng(0))
             return f"{gain:+.2f} [{low:+.2f}, {high:+.2f}]", round(float(gain), 2)
 
-        print(f"\n{which}, held-out training images: mean IoU of the unary, gain over it, gain over the ladder's")
+        print(
+            f"\n{which}, held-out training images: mean IoU of the unary, gain over it, gain over the ladder's, seeds"
+        )
         for name, runs in found.items():
             unary = np.mean([r["rows"]["unary"]["miou"] for r in runs.values()])
-            print(f"  {name}: unary {unary:.2f}, {len(runs)} seeds")
+            print(f"  {name}: unary {unary:.2f} ({len(runs)} seeds)")
             for row in next(iter(runs.values()))["rows"]:
                 if row == "unary":
                     continue
@@ -205,7 +208,7 @@ def summary(args):
                 beside = compare(name if plain != row else LADDER, plain if name != LADDER else "weight 1", name, row)[
                     0
                 ]
-                print(f"    {row:42s} {said:24s} {beside}")
+                print(f"    {row:42s} {said:24s} {beside:24s} {sum(row in r['rows'] for r in runs.values())}")
                 out.setdefault(which, {}).setdefault(name, {})[row] = gain
     print(json.dumps(out))
 

@@ -114,8 +114,8 @@ def test_the_summary_compares_with_the_unary_and_the_ladder(choices, tmp_path, c
         path = tmp_path / f"choices_animals_{choices.slug(name)}_{seed}.json"
         choices.ladder.write(path, result | dict(counts=choices.ladder.pack(counts)))
 
-    for seed in (0, 1):
-        keep(choices.LADDER, seed, **{"unary": 0.5, "weight 1": 0.7, "weight 2": 0.6})
+    keep(choices.LADDER, 0, **{"unary": 0.5, "weight 1": 0.7, "weight 2": 0.6, "damping 0.5": 0.9})
+    keep(choices.LADDER, 1, **{"unary": 0.5, "weight 1": 0.7, "weight 2": 0.6})
     keep("free", 1, **{"unary": 0.5, "weight 1": 0.4, "weight 2": 0.8})
     choices.summary(argparse.Namespace(results=tmp_path))
     *lines, last = capsys.readouterr().out.splitlines()
@@ -125,4 +125,5 @@ def test_the_summary_compares_with_the_unary_and_the_ladder(choices, tmp_path, c
         [x.split()[0] for x in line.split("weight ")[1][1:].split("]")[:2] if x] for line in lines if "weight" in line
     ]
     assert [g[1][0] for g in gains] == ["+", "-", "-", "+"]  # over the ladder's: at weight 1, and of "free" at its own
-    assert "as in the ladder: unary" in lines[2] and lines[2].endswith("2 seeds")
+    assert "as in the ladder: unary" in lines[2] and lines[2].endswith("(2 seeds)")
+    assert sum(line.endswith(" 1") and "damping 0.5" in line for line in lines) == 1
