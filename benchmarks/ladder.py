@@ -327,6 +327,8 @@ def main():
     )
     parser.add_argument("--trials", type=int, default=10, help="settings of the dense CRF that the pilot tries")
     args = parser.parse_args()
+    if args.against and not args.against.is_dir():
+        parser.error(f"--against {args.against} does not exist")
     if args.summary:
         summary(args)
         return

@@ -84,6 +84,9 @@ def figures_in(folder, name):
     sizes = [sizes_in(r) for runs in found.values() for r in runs.values()]
     if mixed := [k for k in SIZES if len({json.dumps(s[k]) for s in sizes if k in s}) > 1]:
         raise SystemExit(f"{folder}: figures of {name} with different {', '.join(mixed)}: not one ladder")
+    tuned = [r.get("tuned") or {} for rung in ("contextual", "convs") for r in found.get(rung, {}).values()]
+    if len({json.dumps([t.get("crf.weights"), t.get("crf.num_iterations", 3)]) for t in tuned}) > 1:
+        raise SystemExit(f"{folder}: figures of {name} with different weights or iterations: not of one pilot")
     return found
 
 

@@ -59,8 +59,9 @@ def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: in
              folder)  # fmt: skip
     (*weights, iterations), before, messages = _tune_messages(config, model, params, dataset, split, folder)
     marginals = _marginals(config, model, params, dataset, split, folder, weights, iterations)
-    settings, after = _tune_kernels(config, dataset, split, folder, marginals, mode, max_trials)
-    chosen = {"crf.weights": weights, "crf.num_iterations": iterations} if weights else {}
+    notes = os.path.dirname(marginals[0])  # trials of these marginals, not of others
+    settings, after = _tune_kernels(config, dataset, split, notes, marginals, mode, max_trials)
+    chosen = {"crf.weights": weights, "crf.num_iterations": iterations} if weights and iterations else {}
     chosen |= {f"refine.{name}": settings[name] for name in _searched(mode)}
     result = dict(
         config=chosen,
@@ -153,14 +154,15 @@ def _tune_messages(config, model, params, dataset, split, folder):
     def together(factors):
         return score([best, *((*(f * w for w in best[:-1]), best[-1]) for f in factors)], "all weights")
 
-    best = together(WEIGHT_FACTORS if relations else ())
-    for i, name in enumerate(relations if len(relations) > 1 else ()):
+    searched = relations if configured[-1] else ()  # without iterations no message is sent
+    best = together(WEIGHT_FACTORS if searched else ())
+    for i, name in enumerate(searched if len(searched) > 1 else ()):
         scale = best[i] or configured[i]
         best = score([best, *(best[:i] + (f * scale,) + best[i + 1 :] for f in WEIGHT_FACTORS)], f"weight of {name}")
-    if relations and configured[-1]:
+    if searched:
         before, best = best, score([best, *(best[:-1] + (n,) for n in ITERATIONS)], "number of iterations")
         best = best if best == before else together((0.5, 2.0))  # many iterations take their time
-    if relations:
+    if searched:
         log.info("messages with weights and number of iterations %s: mean IoU %.2f (as configured, %s: %.2f)",
                  _named(names, best), 100 * trials.scores[best], _named(names, configured),
                  100 * trials.scores[configured])  # fmt: skip

@@ -119,6 +119,12 @@ def test_summary_ends_with_the_figures(ladder, tmp_path, capsys):
     assert out["joint_unary_minus_alone"] < 0 and 60 < out["best_animals_val_miou"] < 90
     assert sum(line.startswith("  unrolled over contextual: +") and line.endswith("1 seeds") for line in lines) == 1
     assert any(line.split()[0] == "contextual" and "2 seeds" in line for line in lines if line.strip())
+    path = tmp_path / "ladder_animals_contextual_1.json"
+    other = json.loads(path.read_text())
+    ladder.write(path, other | {"tuned": {"crf.num_iterations": 20}})
+    with pytest.raises(SystemExit, match="different weights or iterations: not of one pilot"):
+        ladder.summary(args)
+    ladder.write(path, other)
     # A ladder of other sizes, which takes as much time.
     args.against, longer = tmp_path, options(ladder, tmp_path / "longer", steps=9)
     keep(ladder, longer, "contextual", 1, rows(0.5, 0.95, 0.95))

@@ -154,9 +154,10 @@ def test_a_search_that_is_stopped_goes_on(searched, monkeypatch):
     config, workdir = searched
     whole = tuning.tune(config, str(workdir), "best", "val[:8]", "full", 4)
     notes = next((workdir / "tuning").iterdir())
-    assert len((notes / "refine-full.jsonl").read_text().splitlines()) == 4
+    kernels = next(notes.glob("marginals-*/refine-full.jsonl"))  # beside the marginals that they are trials of
+    assert len(kernels.read_text().splitlines()) == 4
     assert json.loads((workdir / "tuned.json").read_text()) == json.loads(json.dumps(whole))
-    best = max(json.loads(line)["miou"] for line in (notes / "refine-full.jsonl").read_text().splitlines())
+    best = max(json.loads(line)["miou"] for line in kernels.read_text().splitlines())
     assert whole["miou_after"] == best
     trials = [json.loads(line) for line in (notes / "messages.jsonl").read_text().splitlines()]
     best = max(trials, key=lambda trial: trial["miou"])
@@ -181,7 +182,7 @@ def test_a_search_that_is_stopped_goes_on(searched, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             tuning.tune(config, str(workdir), "best", "val[:8]", "full", 4)
     assert not (workdir / "tuned.json").exists()
-    with open(notes / "refine-full.jsonl", "a") as f:
+    with open(kernels, "a") as f:
         f.write('{"smoothness_compat": 1.')
     calls.clear()
     monkeypatch.setattr(tuning, "_score_kernels", lambda *args: (calls.append(args), score(*args))[1])
@@ -202,6 +203,37 @@ def test_each_candidate_is_scored_with_its_own_weights_and_iterations(searched):
         rows = evaluate.evaluate(config, str(workdir), split="val[:8]")["rows"]
         assert miou == pytest.approx(rows["all"]["miou"])
     assert len(set(found)) > 2
+
+
+def test_the_number_of_iterations_is_taken_and_a_condition(config, tmp_path):
+    write = lambda **values: (tmp_path / "tuned.json").write_text(json.dumps(values))
+    conditions = configs.tuning_conditions(config)
+    assert config.crf.num_iterations == conditions["crf.num_iterations"] == 3
+    chosen = {"crf.weights": [0.5, 2.0], "crf.num_iterations": 20}
+    write(config=chosen, conditions=conditions | {"crf.num_iterations": 20}, split="val")
+    tuned = configs.apply_tuned(config, str(tmp_path))
+    assert config.crf.num_iterations == 20 and config.crf.weights == (0.5, 2.0)
+    configs.check_tuned(config, tuned, str(tmp_path))
+    config.crf.num_iterations = 5  # by a flag: the weights were not chosen with it
+    with pytest.raises(
+        configs.ConfigError, match=r"config\.crf\.num_iterations = 5, .* was chosen with 20; tune again"
+    ):
+        configs.check_tuned(config, tuned, str(tmp_path))
+    # A file of before, when weights alone were chosen.
+    config.crf.num_iterations = 3
+    write(config={"crf.weights": [0.5, 2.0]}, conditions=conditions, split="val")
+    configs.check_tuned(config, configs.apply_tuned(config, str(tmp_path)), str(tmp_path))
+    assert config.crf.num_iterations == 3
+
+
+def test_without_iterations_there_is_nothing_to_search(searched):
+    config, workdir = searched
+    config.crf.num_iterations = 0
+    found = tuning.tune(config, str(workdir), "best", "val[:8]", "spatial", 1)
+    assert set(found["config"]) == {"refine.smoothness_compat", "refine.smoothness_sxy"}
+    assert found["miou_before"] == found["miou_messages"]
+    notes = next((workdir / "tuning").iterdir())
+    assert len((notes / "messages.jsonl").read_text().splitlines()) == 1
 
 
 def test_other_settings_start_another_search(searched):
