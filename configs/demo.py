@@ -14,7 +14,7 @@ def get_config():
     config.data.scale_range = (1.0, 1.0)  # scaling would put two surfaces into one cell
     config.relations.surrounding.grid = 0
     config.relations.above_below.grid = 0
-    config.crf.num_iterations = 10  # averaged messages have not converged after the paper's 3
+    config.crf.num_iterations = 10  # with averaged messages mean IoU still rises after the paper's 3
     config.optimizer.learning_rate = 3e-3
     config.optimizer.backbone_factor = 1.0
     config.train.batch_size = 16
