@@ -1,14 +1,14 @@
-"""What makes relations work on real images: every choice by itself, on training images that were held out.
+"""What makes relations work on real images: choices one by one, on training images that were held out.
 
     python benchmarks/choices.py --set animals --source_dir PATH/voc2012_animals --init_from FILE --runs runs/ladder
     python benchmarks/choices.py --summary
 
 One model of ladder.py's pilot, trained on a part of the training images: a unary, and relations on its features while
-they stand still, with the ladder's settings ("as in the ladder"). Then one thing at a time is another: what relations
-learn (`TRAINED`: parameterisation, class balance, boxes, all neighbours in place of 24, features of their own, an
-objective, twice the steps; refinement convolutions beside them), how the whole is trained (`FROM_THE_START`: unary and
-relations together, with and without the features learning from relations), and how the ladder's model is decoded
-(`DECODED`: iterations, damping, temperature, sums in place of means; seed 0 alone). Each model is scored at several
+they stand still, with the ladder's settings ("as in the ladder"). Then one thing at a time is another: how relations
+are trained (`TRAINED`: parameterisation, class balance, boxes, all neighbours in place of 24, features of their own, an
+objective, twice the steps; refinement convolutions beside them), or how the ladder's model is decoded (`DECODED`:
+iterations, damping, temperature, sums in place of means; seed 0 alone). `FROM_THE_START` trains unary and relations
+together for the unary's steps, with and without the features learning from relations. Each model is scored at several
 message weights, of both relations alike, and with more iterations.
 Nothing here sees the images that the ladder is scored on.
 
@@ -139,8 +139,7 @@ def counts_of_images(config, workdir, split, decodings):
     for batch in tqdm(batches, desc=str(workdir), disable=None, leave=False):
         matrices = fn(params, parallel.split({k: batch[k] for k in ("image", "label", "valid_size")}, 1))
         for row, matrix in matrices.items():
-            n = np.asarray(matrix, np.int64)[None]
-            counts.setdefault(row, []).append(np.stack([np.diagonal(n, axis1=1, axis2=2), n.sum(2), n.sum(1)], axis=1))
+            counts.setdefault(row, []).append(ladder.of_classes(np.asarray(matrix, np.int64)[None]))
     rows = sorted(counts, key=["unary", *(f"{d}{end}" for d in decodings for end in ("", ", sharpened"))].index)
     return {row: np.stack(counts[row]) for row in rows}, dataset.class_names
 
@@ -205,9 +204,10 @@ def summary(args):
                     continue
                 said, gain = compare(name, "unary", name, row)
                 plain = row.removesuffix(", sharpened")
-                beside = compare(name if plain != row else LADDER, plain if name != LADDER else "weight 1", name, row)[
-                    0
-                ]
+                if plain != row:
+                    beside, _ = compare(name, plain, name, row)
+                else:
+                    beside, _ = compare(LADDER, row if name != LADDER else "weight 1", name, row)
                 print(f"    {row:42s} {said:24s} {beside:24s} {sum(row in r['rows'] for r in runs.values())}")
                 out.setdefault(which, {}).setdefault(name, {})[row] = gain
     print(json.dumps(out))

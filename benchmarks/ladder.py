@@ -205,6 +205,11 @@ def write(path, content):
     partial.replace(path)
 
 
+def of_classes(matrices):
+    """Hits, pixels of the truth and pixels predicted of each class, [..., 3, K], of confusion matrices [..., K, K]."""
+    return np.stack([np.diagonal(matrices, axis1=-2, axis2=-1), matrices.sum(-1), matrices.sum(-2)], axis=-2)
+
+
 def counts_of_images(config, workdir, refined=""):
     """{row: int64 [images, 1 + bands, 3, K]}: hits, pixels of the truth, pixels predicted; and the images' ids.
 
@@ -224,8 +229,7 @@ def counts_of_images(config, workdir, refined=""):
             marginals = np.asarray(marginals)[0]
             matrices["refined"] = refinement.refine_batch(marginals, batch, config.refine, "full")[0]
         for row, n in matrices.items():
-            figures = np.stack([np.diagonal(n, axis1=1, axis2=2), n.sum(2), n.sum(1)], axis=1)
-            counts.setdefault(row, []).append(figures)
+            counts.setdefault(row, []).append(of_classes(n))
         ids += batch["id"]
     return {row: np.stack(values) for row, values in counts.items()}, ids, dataset.class_names
 

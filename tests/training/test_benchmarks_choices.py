@@ -67,6 +67,19 @@ def test_one_thing_at_a_time(choices):
     assert {k: near[k] for k in boxes} == {k: again[k] for k in boxes}
 
 
+def test_a_run_of_other_settings_is_refused(choices, tmp_path, monkeypatch):
+    args = options(runs=str(tmp_path), results=tmp_path, seeds=[0], choices=["joint"])
+    monkeypatch.setattr(choices.loop, "train_and_evaluate", lambda config, workdir: None)  # as of a finished run
+    config, workdir = choices.config_of(args, "joint", 0, "train"), tmp_path / "animals/choices-joint-0"
+    config.loss.pairwise_weight = 0.3
+    workdir.mkdir(parents=True)
+    configs.save(config, workdir / "config.json")
+    with pytest.raises(
+        SystemExit, match=r"choices-joint-0 has another config\.loss than asked for: name another --runs"
+    ):
+        choices.run(args)
+
+
 def test_decodings_are_those_of_inference(choices, trained):
     config = configs.load(trained / "config.json")
     asked = (

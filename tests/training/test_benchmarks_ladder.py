@@ -190,6 +190,21 @@ def test_a_relation_is_the_same_in_crop_and_image(ladder, name):
     assert unrolled.model.refinement_convs.layers == () and unrolled.train.steps == ladder.SETS[name].pair_steps
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--summary", "--against", "nowhere"], "--against nowhere does not exist"),
+        ([], "--set is needed, or --summary"),
+        (["--set", "camvid", "--source_dir", "nowhere"], "--source_dir 'nowhere' does not exist"),
+    ],
+)
+def test_what_is_missing_is_named(ladder, flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ladder.py", *flags])
+    with pytest.raises(SystemExit):
+        ladder.main()
+    assert message in capsys.readouterr().err
+
+
 def test_a_run_of_other_settings_is_refused(ladder, tmp_path, monkeypatch):
     """A finished run is taken as it is, so it must be the one that the ladder asks for."""
     settings = dict(set="camvid", source_dir="", data_dir="", init_from="", runs=str(tmp_path))
