@@ -74,7 +74,7 @@ def figures_in(folder, name):
     """{rung: {seed: result}} of a set.
 
     Raises:
-      SystemExit: they are of different sizes.
+      SystemExit: they are of different sizes, or of different pilots.
     """
     found = {}
     for rung in (*RUNGS, *BESIDE):
