@@ -10,8 +10,9 @@ dense CRF on that model's unary) -> contextual (+ relations, trained on the mult
 stand still, with the dense CRF on top) -> convs (+ refinement convolutions on middle layers, trained beside those
 relations, ahead of the dense CRF). Beside the ladder: joint (unary and relations together from the start, as the
 config has it: the relations do not train the features), joint_features (they do), and two that are trained through
-mean field, with the message weights 1 and the class balance of the unary, so that no weight is chosen: unrolled in
-place of the contextual rung's relations, unrolled_joint in place of joint.
+mean field, with message weights of 1 and the class balance of the unary, so that no weight is chosen: unrolled in
+place of the contextual rung's relations, unrolled_joint in place of joint. unrolled_tuned is unrolled, decoded with
+weights and a number of iterations that are chosen as those of the contextual rung are.
 
 Nothing is chosen on the images that are scored. Message weights, the number of iterations and the dense CRF's
 parameters come from a pilot: the multiscale and the contextual model trained on a part of the training images, tuned on
@@ -180,22 +181,24 @@ def held_out(which):
 
 
 def pilot(args):
-    """{rung: tuned values of crf.weights and refine}, from held-out training images.
+    """{run: tuned values of crf and refine}, from held-out training images.
 
-    Those of the contextual model are of its sharpened marginals.
+    The dense CRF of the contextual model is that of its sharpened marginals, that of the unrolled one is not searched.
     """
     trains, tunes = held_out(args.set)
     path = args.results / f"ladder_{args.set}_pilot.json"
     found = kept(args, path) or sizes_of(args)
-    for rung in ("multiscale", "contextual"):
+    runs = ("multiscale", "contextual", *(["unrolled"] if "unrolled_tuned" in args.rungs else []))
+    for rung in runs:
         if rung not in found:
             workdir = trained(args, rung, 0, trains, "pilot")
             config = configs.load(workdir / "config.json")
-            chosen = tuning.tune(config, str(workdir), "latest", tunes, "full", args.trials)
+            trials = args.trials if rung != "unrolled" else 1
+            chosen = tuning.tune(config, str(workdir), "latest", tunes, "full", trials)
             keys = "split", "config", "miou_before", "miou_messages", "miou_after"
             found[rung] = {key: chosen[key] for key in keys}
             write(path, found)
-    return {rung: found[rung]["config"] for rung in ("multiscale", "contextual")}
+    return {rung: found[rung]["config"] for rung in runs}
 
 
 def write(path, content):
@@ -248,8 +251,8 @@ def run(args):
             if rung == "multiscale" and "refined" in args.rungs:
                 refined = "all"  # one pass for both rungs, which have the same marginals
             tuned = dict(chosen["contextual" if rung == "convs" else "multiscale"]) if refined else {}
-            if rung == "contextual":
-                tuned |= {k: v for k, v in chosen["contextual"].items() if k.startswith("crf.")}
+            if rung in ("contextual", "unrolled_tuned"):
+                tuned |= {k: v for k, v in chosen[RUN_OF.get(rung, rung)].items() if k.startswith("crf.")}
             for key, value in tuned.items():
                 section, name = key.split(".")
                 config[section][name] = tuple(value) if isinstance(value, list) else value

@@ -11,9 +11,11 @@ from pwcrf_jax.training import steps
 
 RESULTS = Path(__file__).parent / "results"
 RUNGS = ("baseline", "pyramid", "multiscale", "refined", "contextual", "convs")
-RUN_OF = {"refined": "multiscale", "convs": "contextual"}  # rungs that differ in what is done to another's marginals
-BESIDE = ("joint", "joint_features", "unrolled", "unrolled_joint")
-OBJECTIVES = (("contextual", "unrolled"), ("joint", "unrolled_joint"))  # piecewise, through mean field
+# Rungs that are another's run, decoded or refined in another way.
+RUN_OF = {"refined": "multiscale", "convs": "contextual", "unrolled_tuned": "unrolled"}
+BESIDE = ("joint", "joint_features", "unrolled", "unrolled_tuned", "unrolled_joint")
+# Piecewise, through mean field.
+OBJECTIVES = (("contextual", "unrolled"), ("contextual", "unrolled_tuned"), ("joint", "unrolled_joint"))
 OTHER = "the other ladder's "
 # Figures with other ones are of another ladder.
 SIZES = ("steps", "batch_size", "crop_size", "pair_steps", "pair_balance", "boxes")
@@ -84,9 +86,10 @@ def figures_in(folder, name):
     sizes = [sizes_in(r) for runs in found.values() for r in runs.values()]
     if mixed := [k for k in SIZES if len({json.dumps(s[k]) for s in sizes if k in s}) > 1]:
         raise SystemExit(f"{folder}: figures of {name} with different {', '.join(mixed)}: not one ladder")
-    tuned = [r.get("tuned") or {} for rung in ("contextual", "convs") for r in found.get(rung, {}).values()]
-    if len({json.dumps([t.get("crf.weights"), t.get("crf.num_iterations", 3)]) for t in tuned}) > 1:
-        raise SystemExit(f"{folder}: figures of {name} with different weights or iterations: not of one pilot")
+    for rungs in (("contextual", "convs"), ("unrolled_tuned",)):
+        tuned = [r.get("tuned") or {} for rung in rungs for r in found.get(rung, {}).values()]
+        if len({json.dumps([t.get("crf.weights"), t.get("crf.num_iterations", 3)]) for t in tuned}) > 1:
+            raise SystemExit(f"{folder}: figures of {name} with different weights or iterations: not of one pilot")
     return found
 
 
@@ -135,9 +138,10 @@ def summary(args):
                 print(f"  {rung}: unary minus the unary alone {joint[0]:+.2f} [{joint[1]:+.2f}, {joint[2]:+.2f}], "
                       f"its relations {gain[0]:+.2f} [{gain[1]:+.2f}, {gain[2]:+.2f}], {gain[3]} seeds")  # fmt: skip
                 figures |= {key: joint[0]}
-        if gain := compare(("unrolled", "unary"), ("unrolled", "all")):
-            print(f"  unrolled: its relations {gain[0]:+.2f} [{gain[1]:+.2f}, {gain[2]:+.2f}], {gain[3]} seeds")
-            figures |= dict(unrolled_gain=gain[0], unrolled_gain_low=gain[1])
+        for rung in ("unrolled", "unrolled_tuned"):
+            if gain := compare((rung, "unary"), (rung, "all")):
+                print(f"  {rung}: its relations {gain[0]:+.2f} [{gain[1]:+.2f}, {gain[2]:+.2f}], {gain[3]} seeds")
+                figures |= {f"{rung}_gain": gain[0], f"{rung}_gain_low": gain[1]}
         pairs = [
             (a + first, b + second) for first, second in OBJECTIVES for a, b in (("", ""), (OTHER, ""), ("", OTHER))
         ]

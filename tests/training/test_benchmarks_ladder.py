@@ -112,12 +112,14 @@ def test_summary_ends_with_the_figures(ladder, tmp_path, capsys):
         keep(ladder, args, "contextual", seed, rows(0.5, 0.7, 0.8))
     keep(ladder, args, "joint", 1, rows(0.4, 0.6))
     keep(ladder, args, "unrolled", 1, rows(0.5, 0.9))
+    keep(ladder, args, "unrolled_tuned", 0, rows(0.5, 0.6))
     ladder.summary(args)
     *lines, last = capsys.readouterr().out.splitlines()
     out = json.loads(last)["animals"]
     assert 0 < out["crf_gain_low"] < out["crf_gain"] and out["seeds"] == 2
     assert out["joint_unary_minus_alone"] < 0 and 60 < out["best_animals_val_miou"] < 90
     assert sum(line.startswith("  unrolled over contextual: +") and line.endswith("1 seeds") for line in lines) == 1
+    assert any(line.startswith("  unrolled_tuned over contextual: -") for line in lines)
     assert any(line.split()[0] == "contextual" and "2 seeds" in line for line in lines if line.strip())
     path = tmp_path / "ladder_animals_contextual_1.json"
     other = json.loads(path.read_text())
@@ -221,7 +223,7 @@ def test_a_run_of_other_settings_is_refused(ladder, tmp_path, monkeypatch):
 
 
 def test_the_pilot_is_tuned_on_images_that_it_was_not_trained_on_once(ladder, tmp_path, monkeypatch):
-    args, done = options(ladder, tmp_path, trials=3), []
+    args, done = options(ladder, tmp_path, trials=3, rungs=ladder.RUNGS), []
 
     def trained(args, rung, seed, split, name):
         done.append((rung, seed, split, name))
@@ -229,7 +231,8 @@ def test_the_pilot_is_tuned_on_images_that_it_was_not_trained_on_once(ladder, tm
         return tmp_path
 
     def tune(config, workdir, which, split, mode, trials):
-        assert (workdir, which, mode, trials) == (str(tmp_path), "latest", "full", 3)
+        assert (workdir, which, mode) == (str(tmp_path), "latest", "full")
+        assert trials == (1 if done[-1][0] == "unrolled" else 3)
         found = {"config": {"crf.weights": (0.5, 1.0)}, "split": split, "step": 175}
         return found | {key: 0.5 for key in ("miou_before", "miou_messages", "miou_after")}
 
@@ -242,6 +245,45 @@ def test_the_pilot_is_tuned_on_images_that_it_was_not_trained_on_once(ladder, tm
     kept = json.loads((tmp_path / "ladder_animals_pilot.json").read_text())
     assert kept["contextual"]["split"] == "train_aug[80%:]" and kept["boxes"] == ladder.BOXES["far"]
     assert ladder.pilot(args)["multiscale"] == {"crf.weights": [0.5, 1.0]} and len(done) == 2
+    args.rungs = ("unrolled_tuned",)  # the one that needs a pilot of its own
+    assert ladder.pilot(args)["unrolled"] == {"crf.weights": (0.5, 1.0)} and done[2:] == [("unrolled", *done[0][1:])]
+
+
+def test_rungs_are_decoded_with_what_their_pilot_chose(ladder, tmp_path, monkeypatch):
+    args, seen = options(ladder, tmp_path, seeds=[0], rungs=(*ladder.RUNGS[2:], "unrolled", "unrolled_tuned")), {}
+    args.source_dir = args.data_dir = args.init_from = ""
+    messages = lambda weight, n: {"crf.weights": [weight, weight], "crf.num_iterations": n}
+    chosen = {"multiscale": {"refine.smoothness_compat": 5.0}, "unrolled": messages(2.0, 7)}
+    chosen["contextual"] = {"refine.smoothness_compat": 6.0} | messages(0.5, 20)
+
+    def trained(args, rung, seed, split, name):
+        configs.save(ladder.config_of(args, rung, seed, split), tmp_path / "config.json")
+        (tmp_path / "rung").write_text(rung)
+        return tmp_path
+
+    def counts_of_images(config, workdir, refined):
+        found = config.crf.weights, config.crf.num_iterations, config.refine.smoothness_compat, refined
+        seen.setdefault((workdir / "rung").read_text(), []).append(found)
+        rows = ("unary", "all", *(["refined"] if refined else []))
+        return {row: counts_of(confusions(np.random.default_rng(0), 0.5)) for row in rows}, list("ab"), list("wxyz")
+
+    monkeypatch.setattr(ladder, "pilot", lambda args: chosen)
+    monkeypatch.setattr(ladder, "trained", trained)
+    monkeypatch.setattr(ladder, "counts_of_images", counts_of_images)
+    monkeypatch.setattr(ladder.configs, "scored_classes", lambda config, names: CLASSES)
+    ladder.run(args)
+    config = ladder.config_of(args, "unrolled", 0, "train")
+    weights, n, compat = config.crf.weights, config.crf.num_iterations, config.refine.smoothness_compat
+    assert n == 3
+    assert seen == {
+        "multiscale": [(weights, n, 5.0, "all")],  # and the refined rung with it; the dense CRF is the same without convolutions
+        "contextual": [((0.5, 0.5), 20, 5.0, "all"), ((0.5, 0.5), 20, 6.0, "convs")],
+        "unrolled": [(weights, n, compat, ""), ((2.0, 2.0), 7, compat, "")],
+    }
+    kept = {path.stem for path in tmp_path.glob("ladder_*.json")}
+    assert kept == {f"ladder_animals_{rung}_0" for rung in args.rungs}
+    tuned = json.loads((tmp_path / "ladder_animals_unrolled_tuned_0.json").read_text())["tuned"]
+    assert tuned == messages(2.0, 7)
 
 
 def test_objectives_refuse_runs_on_other_scenes(scripts, tmp_path, monkeypatch):
