@@ -276,7 +276,7 @@ def test_rungs_are_decoded_with_what_their_pilot_chose(ladder, tmp_path, monkeyp
     weights, n, compat = config.crf.weights, config.crf.num_iterations, config.refine.smoothness_compat
     assert n == 3
     assert seen == {
-        "multiscale": [(weights, n, 5.0, "all")],  # and the refined rung with it; the dense CRF is the same without convolutions
+        "multiscale": [(weights, n, 5.0, "all")],  # and the refined rung with it
         "contextual": [((0.5, 0.5), 20, 5.0, "all"), ((0.5, 0.5), 20, 6.0, "convs")],
         "unrolled": [(weights, n, compat, ""), ((2.0, 2.0), 7, compat, "")],
     }
