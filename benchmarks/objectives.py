@@ -1,16 +1,17 @@
 """Piecewise training against its alternatives: seconds and memory of a step, and what it reaches.
 
     python benchmarks/objectives.py                                    (steps of the demo's and of CamVid's model)
-    python benchmarks/objectives.py --full_box                         (with every neighbour of each box)
+    python benchmarks/objectives.py --full_box [--models camvid]       (with every neighbour of each box)
     python benchmarks/objectives.py --train --runs runs/objectives     (and mean IoU on the synthetic set)
     python benchmarks/objectives.py --quick
 
 * step: one training step (forward, backward, update) of each objective on the same model, batch and graph, compiled
-  ahead; medians of interleaved calls. piecewise_staged: the mean of its two stages, as config.loss.unary_share weighs
-  them. crf: the same from the nets' outputs on, loss and gradient with respect to scores and potentials: what the
-  objectives differ in. Memory is what XLA plans for temporaries. With --full_box also piecewise_sampled: piecewise on
-  24 neighbours of each box drawn anew in every step, an unbiased estimate of the same likelihood
-  (config.loss.sampled_offsets); inference has no such choice, it needs the whole graph in every iteration.
+  ahead; medians of interleaved calls. Objectives that end in "_staged": the mean of their two stages, the unary's and
+  the relations' on its features, as config.loss.unary_share weighs them. crf: the same from the nets' outputs on, loss
+  and gradient with respect to scores and potentials: what the objectives differ in. Memory is what XLA plans for
+  temporaries. With --full_box also those that end in "_sampled": piecewise on 24 neighbours of each box drawn anew in
+  every step, an unbiased estimate of the same likelihood (config.loss.sampled_offsets); inference has no such choice,
+  it needs the whole graph in every iteration.
 * train: each objective from the same start, for the same number of steps, and for as many as fit into the time that
   `piecewise` takes for these ("equal time", by the seconds of a step measured above; a run of its own, with its own
   learning rate schedule). Mean IoU of the unary and of all relations, on 200 scenes of another seed, after the last
@@ -43,6 +44,7 @@ from pwcrf_jax.training.optimizer import make_optimizer
 RESULTS = Path(__file__).parent / "results"
 OBJECTIVES = ("piecewise", "piecewise_staged", "pseudo_likelihood", "unrolled_mean_field")
 ITERATIONS = 3  # of mean field, that unrolled training goes through
+STEPS = (*OBJECTIVES, "unrolled_mean_field_staged")  # those whose steps are measured
 SAMPLED = 24  # neighbours of each box, as many as a 5 x 5 grid has
 SCENES = 500, 300  # of training and of validation; slices are of a fixed shuffle
 TRAIN, HELD_OUT, SCORED = "train[:400]", "train[400:]", "val[100:]"
@@ -72,8 +74,8 @@ def compiled_step(config, name, batch, kinds=steps.KINDS):
 
 
 def _choose(config, name):
-    config.loss.objective = "piecewise" if name == "piecewise_sampled" else name
-    config.loss.sampled_offsets = SAMPLED if name == "piecewise_sampled" else 0
+    config.loss.objective = name.removesuffix("_sampled")
+    config.loss.sampled_offsets = SAMPLED if name.endswith("_sampled") else 0
 
 
 def _fresh(config, model, tx):
@@ -122,25 +124,26 @@ def measure(which, args):
         if args.full_box:
             for relation in config.relations.values():
                 relation.grid = 0
-        names = OBJECTIVES + ("piecewise_sampled",) * args.full_box
-        built = {name: build(config, name, batch_of(config)) for name in names if name != "piecewise_staged"}
+        names = STEPS + ("piecewise_sampled", "piecewise_staged_sampled") * args.full_box
+        staged = [name for name in names if "_staged" in name]
+        built = {name: build(config, name, batch_of(config)) for name in names if name not in staged}
         if part == "step":
-            for kind in steps.KINDS:
-                built[kind] = build(config, "piecewise_staged", batch_of(config), (kind,))
+            built["unary"] = build(config, staged[0], batch_of(config), ("unary",))  # the same in all
+            for name in staged:
+                built[f"pairwise {name}"] = build(config, name, batch_of(config), ("pairwise",))
         seconds = interleaved({name: call for name, (call, _) in built.items()}, args.repeats)
-        out[part] = {name: (seconds[name], size) for name, (_, size) in built.items() if name not in steps.KINDS}
+        out[part] = {name: (seconds[name], built[name][1]) for name in names if name in built}
         if part == "step":
-            first, second = steps.KINDS
-            share = config.loss.unary_share
-            out[part]["piecewise_staged"] = (
-                share * seconds[first] + (1 - share) * seconds[second],
-                max(built[first][1], built[second][1]),
-            )
-            print("  stages of piecewise_staged: "
-                  + ", ".join(f"{kind} {1e3 * seconds[kind]:.1f} ms" for kind in steps.KINDS))  # fmt: skip
+            share, unary = config.loss.unary_share, seconds["unary"]
+            print(f"  stage of the unary {1e3 * unary:.1f} ms, of the relations "
+                  + ", ".join(f"{1e3 * seconds[f'pairwise {name}']:.1f} ms ({name})" for name in staged))  # fmt: skip
+            for name in staged:
+                pair = f"pairwise {name}"
+                mean = share * unary + (1 - share) * seconds[pair]
+                out[part][name] = mean, max(built["unary"][1], built[pair][1])
         for name, (value, size) in out[part].items():
             ratio = value / out[part]["piecewise"][0]
-            print(f"  {part:5s} {name:20s} {1e3 * value:8.1f} ms  {ratio:5.2f} x   {size / 2**20:8.1f} MiB", flush=True)
+            print(f"  {part:5s} {name:26s} {1e3 * value:8.1f} ms  {ratio:5.2f} x   {size / 2**20:8.1f} MiB", flush=True)
     return out
 
 
@@ -198,6 +201,7 @@ def train(args, seconds, keep):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--models", nargs="+", choices=list(CONFIGS), default=list(CONFIGS), help="whose steps")
     parser.add_argument("--full_box", action="store_true", help="all offsets of each box instead of a 5 x 5 grid")
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--runs", default="runs/objectives")
@@ -208,9 +212,11 @@ def main():
     args = parser.parse_args()
     if args.train and args.full_box:
         parser.error("--train takes the demo's own grid of neighbours: leave --full_box out")
-    logs.setup()
     if args.quick:
-        args.repeats = 3
+        args.models, args.repeats = ["demo"], 3
+    if args.train and "demo" not in args.models:
+        parser.error("--train trains the demo for the time that its steps take: --models has to name it")
+    logs.setup()
     device = jax.devices()[0]
     print(f"{device.platform}, {device.device_kind}, {os.cpu_count()} cores, JAX {jax.__version__}", flush=True)
     about = dict(device=device.device_kind, cores=os.cpu_count(), jax=jax.__version__, full_box=args.full_box)
@@ -220,7 +226,7 @@ def main():
         about, found = json.loads(measured.read_text())
         print(f"goes on with the seconds of {measured}; delete it and the runs beside it to measure anew")
     else:
-        found = {which: measure(which, args) for which in (("demo",) if args.quick else CONFIGS)}
+        found = {which: measure(which, args) for which in args.models}
     if args.train:
         measured.parent.mkdir(parents=True, exist_ok=True)
         partial = measured.with_suffix(".partial")
@@ -228,16 +234,17 @@ def main():
         partial.replace(measured)
     out = {}
     for part in ("step", "crf"):
-        for name in (x for x in ("piecewise", "piecewise_staged", "piecewise_sampled") if x in found["demo"][part]):
+        for name in (x for x in next(iter(found.values()))[part] if x.startswith("piecewise")):
             ratio = lambda f, part=part, name=name: f[part]["unrolled_mean_field"][0] / f[part][name][0]
             key = f"{part}_ratio" + name.removeprefix("piecewise")
             out[key] = {which: round(ratio(f), 2) for which, f in found.items()}
     if not args.quick:
         RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"objectives_steps{'_full_box' if args.full_box else ''}.json"
+        some = "_".join(["", *args.models]) if len(args.models) < len(CONFIGS) else ""
+        path = RESULTS / f"objectives_steps{'_full_box' if args.full_box else ''}{some}.json"
         path.write_text(json.dumps(about | dict(seconds_and_bytes=found, **out), indent=1) + "\n")
     if args.train:
-        seconds = {name: value for name, (value, _) in found["demo"]["step"].items()}
+        seconds = {name: found["demo"]["step"][name][0] for name in OBJECTIVES}
         keep = lambda reached: (RESULTS / "objectives_synthetic.json").write_text(
             json.dumps(about | dict(seconds_per_step=seconds, reached=reached)) + "\n"
         )
