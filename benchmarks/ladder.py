@@ -16,7 +16,8 @@ weights and a number of iterations that are chosen as those of the contextual ru
 
 Nothing is chosen on the images that are scored. Message weights, the number of iterations and the dense CRF's
 parameters come from a pilot: the multiscale and the contextual model trained on a part of the training images, tuned on
-the rest (eval.py --tune-refinement), once a set; every run then takes its last checkpoint.
+the rest (eval.py --tune-refinement), each rung's dense CRF on the marginals that it refines, once a set; every run then
+takes its last checkpoint.
 
 Steps, crops and batches are sized for two CPU cores (`SETS`): three seeds take some hours a set. --steps, --crop,
 --batch, --pair_steps, --pair_balance and --boxes make it another ladder, and --results names a folder for it: figures
@@ -54,6 +55,8 @@ from pwcrf_jax.training import evaluate, logs, loop, parallel, refinement, tunin
 
 ON_UNARY = {"contextual": "piecewise_staged", "unrolled": "unrolled_mean_field_staged"}  # objectives of these rungs
 MIDDLE = ("block_3_expand", "block_6_expand")
+# Whose held-out images chose what a rung is decoded and refined with.
+PILOT_OF = {"refined": "multiscale", "contextual": "contextual", "convs": "convs", "unrolled_tuned": "unrolled"}
 ANIMALS = ("background", "cat", "cow", "dog", "horse", "sheep", "person")
 
 
@@ -181,24 +184,24 @@ def held_out(which):
 
 
 def pilot(args):
-    """{run: tuned values of crf and refine}, from held-out training images.
+    """{pilot: tuned values of crf and refine}, from held-out training images, of those that the rungs need.
 
-    The dense CRF of the contextual model is that of its sharpened marginals, that of the unrolled one is not searched.
+    The dense CRF is tuned on the marginals that it refines; that of the unrolled model is not searched.
     """
     trains, tunes = held_out(args.set)
     path = args.results / f"ladder_{args.set}_pilot.json"
     found = kept(args, path) or sizes_of(args)
-    runs = ("multiscale", "contextual", *(["unrolled"] if "unrolled_tuned" in args.rungs else []))
-    for rung in runs:
-        if rung not in found:
-            workdir = trained(args, rung, 0, trains, "pilot")
+    needed = list(dict.fromkeys(PILOT_OF[rung] for rung in args.rungs if rung in PILOT_OF))
+    for name in needed:
+        if name not in found:
+            workdir = trained(args, RUN_OF.get(name, name), 0, trains, "pilot")
             config = configs.load(workdir / "config.json")
-            trials = args.trials if rung != "unrolled" else 1
-            chosen = tuning.tune(config, str(workdir), "latest", tunes, "full", trials)
+            trials, row = args.trials if name != "unrolled" else 1, "convs" if name == "convs" else "all"
+            chosen = tuning.tune(config, str(workdir), "latest", tunes, "full", trials, row)
             keys = "split", "config", "miou_before", "miou_messages", "miou_after"
-            found[rung] = {key: chosen[key] for key in keys}
+            found[name] = {key: chosen[key] for key in keys}
             write(path, found)
-    return {rung: found[rung]["config"] for rung in runs}
+    return {name: found[name]["config"] for name in needed}
 
 
 def write(path, content):
@@ -250,9 +253,9 @@ def run(args):
             refined = {"refined": "all", "contextual": "all", "convs": "convs"}.get(rung, "")
             if rung == "multiscale" and "refined" in args.rungs:
                 refined = "all"  # one pass for both rungs, which have the same marginals
-            tuned = dict(chosen["contextual" if rung == "convs" else "multiscale"]) if refined else {}
-            if rung in ("contextual", "unrolled_tuned"):
-                tuned |= {k: v for k, v in chosen[RUN_OF.get(rung, rung)].items() if k.startswith("crf.")}
+            named = "refined" if refined and rung == "multiscale" else rung
+            tuned = chosen[PILOT_OF[named]] if named in PILOT_OF else {}
+            tuned = {k: v for k, v in tuned.items() if refined or k.startswith("crf.")}
             for key, value in tuned.items():
                 section, name = key.split(".")
                 config[section][name] = tuple(value) if isinstance(value, list) else value
@@ -332,7 +335,7 @@ def main():
     parser.add_argument(
         "--curve", action="store_true", help="instead of the rungs: gain over unaries of several strengths"
     )
-    parser.add_argument("--trials", type=int, default=10, help="settings of the dense CRF that the pilot tries")
+    parser.add_argument("--trials", type=int, default=16, help="settings of the dense CRF that the pilot tries at most")
     args = parser.parse_args()
     if args.against and not args.against.is_dir():
         parser.error(f"--against {args.against} does not exist")

@@ -60,16 +60,20 @@ def sizes_in(result):
     return {k: result.get(k) for k in SIZES if k not in without}
 
 
-def bootstrap(first, second, classes, rng):
+def bootstrap(first, second, classes, rng, over_seeds=False):
     """Difference second - first of mean IoU, averaged over seeds, and its 95 % interval over images.
 
     first, second: lists of counts [images, 1 + bands, 3, K], one a seed, of the same images.
+    over_seeds: the interval is over seeds as well, which are drawn as the images are.
     """
-    means = lambda runs, pick: np.mean([scores(x[pick].sum(0), classes)["miou"] for x in runs])
-    every = np.arange(len(first[0]))
-    picks = [rng.choice(every, len(every)) for _ in range(BOOTSTRAP)]
-    drawn = [means(second, pick) - means(first, pick) for pick in picks]
-    return means(second, every) - means(first, every), *np.percentile(drawn, (2.5, 97.5))
+    gain = lambda a, b, pick: scores(b[pick].sum(0), classes)["miou"] - scores(a[pick].sum(0), classes)["miou"]
+    pairs, every = list(zip(first, second, strict=True)), np.arange(len(first[0]))
+    mean = lambda pick, pairs: np.mean([gain(*pair, pick) for pair in pairs])
+    drawn = []
+    for _ in range(BOOTSTRAP):
+        chosen = rng.choice(len(pairs), len(pairs)) if over_seeds else range(len(pairs))
+        drawn.append(mean(rng.choice(every, len(every)), [pairs[i] for i in chosen]))
+    return mean(every, pairs), *np.percentile(drawn, (2.5, 97.5))
 
 
 def figures_in(folder, name):
@@ -86,10 +90,14 @@ def figures_in(folder, name):
     sizes = [sizes_in(r) for runs in found.values() for r in runs.values()]
     if mixed := [k for k in SIZES if len({json.dumps(s[k]) for s in sizes if k in s}) > 1]:
         raise SystemExit(f"{folder}: figures of {name} with different {', '.join(mixed)}: not one ladder")
-    for rungs in (("contextual", "convs"), ("unrolled_tuned",)):
-        tuned = [r.get("tuned") or {} for rung in rungs for r in found.get(rung, {}).values()]
-        if len({json.dumps([t.get("crf.weights"), t.get("crf.num_iterations", 3)]) for t in tuned}) > 1:
-            raise SystemExit(f"{folder}: figures of {name} with different weights or iterations: not of one pilot")
+    said = lambda tuned, start: json.dumps({k: v for k, v in sorted((tuned or {}).items()) if k.startswith(start)})
+    for rungs, start, what in (
+        (("contextual", "convs"), "crf.", "weights or iterations"),  # the same messages
+        (("unrolled_tuned",), "crf.", "weights or iterations"),
+        *(((rung,), "refine.", f"dense CRFs of rung {rung}") for rung in ("refined", "contextual", "convs")),
+    ):
+        if len({said(r.get("tuned"), start) for rung in rungs for r in found.get(rung, {}).values()}) > 1:
+            raise SystemExit(f"{folder}: figures of {name} with different {what}: not of one pilot")
     return found
 
 
@@ -107,15 +115,15 @@ def summary(args):
         counts = {
             rung: {seed: unpack(r["counts"]) for seed, r in runs.items()} for rung, runs in (found | others).items()
         }
-        rng = np.random.default_rng(0)
 
-        def compare(a, b, counts=counts, classes=classes, rng=rng):
+        def compare(a, b, counts=counts, classes=classes, over_seeds=False):
             """(rung, row) against (rung, row), over the seeds that both have."""
             seeds = sorted(set(counts.get(a[0], {})) & set(counts.get(b[0], {})))
             if not seeds:
                 return None
             pick = lambda which: [counts[which[0]][seed][which[1]] for seed in seeds]
-            return [round(float(x), 2) for x in bootstrap(pick(a), pick(b), classes, rng)] + [len(seeds)]
+            rng = np.random.default_rng(0)  # of its own, so that an interval does not depend on what else there is
+            return [round(float(x), 2) for x in bootstrap(pick(a), pick(b), classes, rng, over_seeds)] + [len(seeds)]
 
         print(f"\n{name}: mean over seeds (range), % ; gain over the rung before with its 95 % interval over images")
         before = None
@@ -130,8 +138,16 @@ def summary(args):
             before = rung
         figures = {}
         if crf := compare(("contextual", "unary"), ("contextual", "all")):
-            print(f"  contextual pairwise over the same model's unary: {crf[0]:+.2f} [{crf[1]:+.2f}, {crf[2]:+.2f}]")
+            _, low, high, _ = compare(("contextual", "unary"), ("contextual", "all"), over_seeds=True)
+            print(f"  contextual pairwise over the same model's unary: {crf[0]:+.2f} [{crf[1]:+.2f}, {crf[2]:+.2f}]; "
+                  f"over seeds too [{low:+.2f}, {high:+.2f}]")  # fmt: skip
             figures |= dict(crf_gain=crf[0], crf_gain_low=crf[1], crf_gain_high=crf[2], seeds=crf[3])
+            figures |= dict(crf_gain_low_over_seeds=low, crf_gain_high_over_seeds=high)
+        if convs := compare(("contextual", "all"), ("contextual", "convs")):
+            print(
+                f"  refinement convolutions, without any dense CRF: {convs[0]:+.2f} [{convs[1]:+.2f}, {convs[2]:+.2f}]"
+            )
+            figures |= dict(convs_gain_without_dense_crf=convs[0])
         for rung, key in (("joint", "joint_unary_minus_alone"), ("joint_features", "joint_features_unary_minus_alone")):
             if joint := compare(("multiscale", "unary"), (rung, "unary")):
                 gain = compare((rung, "unary"), (rung, "all"))
@@ -148,7 +164,14 @@ def summary(args):
         for first, second in pairs:
             if more := compare((first, "all"), (second, "all")):
                 print(f"  {second} over {first}: {more[0]:+.2f} [{more[1]:+.2f}, {more[2]:+.2f}], {more[3]} seeds")
-        best = max(f["miou"] for runs in found.values() for r in runs.values() for f in r["rows"].values())
+        refines = ("refined", "contextual", "convs")  # multiscale's files may hold a dense CRF of an earlier pilot
+        best = max(
+            f["miou"]
+            for rung, runs in found.items()
+            for r in runs.values()
+            for row, f in r["rows"].items()
+            if row != "refined" or rung in refines
+        )
         print_curve(args, name)
         out[name] = figures | {f"best_{name}_val_miou": round(best, 2)}
         if args.picture:

@@ -29,13 +29,16 @@ WORTH = 2e-4  # of mean IoU, that a step of the second stage must gain: below it
 KERNELS = ("smoothness_compat", "appearance_compat", "appearance_srgb", "appearance_sxy", "smoothness_sxy")
 
 
-def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: int) -> dict:
+def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: int, row: str = "") -> dict:
     """Searches, and writes the best values to WORKDIR/tuned.json, which eval.py reads.
 
     split: of the data set, "" for config.data.eval_split; a test split is refused.
     mode: "full", or "spatial" to search the smoothness kernel alone.
-    max_trials: of the second stage; the first makes one pass over the split, one more for each relation, one for the
-      number of iterations and, where another one is better, a last one for the weights.
+    max_trials: of the second stage, kernels tried more than once counted once; the first makes one pass over the split,
+      one more for each relation, one for the number of iterations and, where another one is better, a last one for the
+      weights.
+    row: of the table, whose marginals the second stage refines, "all" or "convs"; "" for the model's last one, which is
+      what eval.py refines: for another one nothing is written.
 
     Returns:
       What was written: {"config": {dotted key: value}, "conditions": {dotted key: value} under which they were chosen,
@@ -58,7 +61,8 @@ def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: in
     log.info("tuning on %s (%d images), checkpoint of step %d, notes in %s", split, len(dataset.source(split)), step,
              folder)  # fmt: skip
     (*weights, iterations), before, messages = _tune_messages(config, model, params, dataset, split, folder)
-    marginals = _marginals(config, model, params, dataset, split, folder, weights, iterations)
+    row = row or configs.final_row(config)
+    marginals = _marginals(config, model, params, dataset, split, folder, weights, iterations, row)
     notes = os.path.dirname(marginals[0])  # trials of these marginals, not of others
     settings, after = _tune_kernels(config, dataset, split, notes, marginals, mode, max_trials)
     chosen = {"crf.weights": weights, "crf.num_iterations": iterations} if weights and iterations else {}
@@ -74,9 +78,11 @@ def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: in
         miou_messages=messages,
         miou_after=after,
     )
-    configs.write_tuned(result, workdir)
-    log.info("mean IoU on %s: %.2f as configured, %.2f with the best messages, %.2f refined; wrote %s", split,
-             100 * before, 100 * messages, 100 * after, os.path.join(workdir, configs.TUNED))  # fmt: skip
+    log.info("mean IoU on %s: %.2f as configured, %.2f with the best messages, %.2f refined", split, 100 * before,
+             100 * messages, 100 * after)  # fmt: skip
+    if row == configs.final_row(config):
+        configs.write_tuned(result, workdir)
+        log.info("wrote %s", os.path.join(workdir, configs.TUNED))
     return result
 
 
@@ -206,18 +212,18 @@ def _score_messages(config, model, params, dataset, split, relations, candidates
     return [found[c] for c in candidates]
 
 
-def _marginals(config, model, params, dataset, split, folder, weights, iterations):
-    """Log marginals of every image with these messages, from the folder or computed into it: a list of file names."""
+def _marginals(config, model, params, dataset, split, folder, weights, iterations, row):
+    """Log marginals of a row with these messages, of every image, from the folder or computed into it: file names."""
     names = configs.crf_relations(config)
     crf = configs.crf_settings(config) | {"relation_weights": dict(zip(names, weights, strict=True))}
     crf["num_iterations"] = iterations
-    digest = hashlib.sha256(json.dumps([*weights, iterations]).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps([*weights, iterations, row]).encode()).hexdigest()[:8]
     home = os.path.join(folder, f"marginals-{digest}")
     os.makedirs(home, exist_ok=True)
     files = [os.path.join(home, f"{i:06d}.npy") for i in range(len(dataset.source(split)))]
     if all(map(os.path.exists, files)):
         return files
-    step = steps.make_eval_step(model, {"all": names}, crf, marginals_of=configs.final_row(config))
+    step = steps.make_eval_step(model, {"all": names}, crf, marginals_of=row)
     fn = parallel.pmap_eval(step, per_image=True)
     batches = tqdm(_batches(config, dataset, split), unit="batch", desc="marginals", disable=None, leave=False)
     for number, batch in enumerate(batches):
@@ -238,16 +244,15 @@ def _tune_kernels(config, dataset, split, folder, marginals, mode, max_trials):
     names = _searched(mode)
     trials = _Trials(os.path.join(folder, f"refine-{mode}.jsonl"), names)
     base = config.refine.to_dict()
-    done = 0
+    tried = set()  # in this search: those of an earlier one count as well, so that a stopped search ends where it would
 
     def score(values):
-        nonlocal done
-        if values not in trials.scores and done < max_trials:
-            settings = base | dict(zip(names, values, strict=True))
-            trials.add(values, _score_kernels(config, dataset, split, marginals, settings, mode, f"trial {done + 1}"))
-        if values not in trials.scores:
+        if values not in tried and len(tried) == max_trials:
             return -1.0
-        done += 1
+        tried.add(values)
+        if values not in trials.scores:
+            settings, what = base | dict(zip(names, values, strict=True)), f"trial {len(tried)}"
+            trials.add(values, _score_kernels(config, dataset, split, marginals, settings, mode, what))
         return trials.scores[values]
 
     best = tuple(float(base[n]) for n in names)
@@ -258,7 +263,7 @@ def _tune_kernels(config, dataset, split, folder, marginals, mode, max_trials):
     moves += [((i,), factor) for factor in (2.0, 2.0, 2**0.5) for i in range(len(names))]
     for which, factor in moves:
         for direction in (1 / factor, factor):
-            while done < max_trials:
+            while True:
                 candidate = tuple(round(v * direction, 6) if i in which else v for i, v in enumerate(best))
                 if candidate == best:  # a compatibility of zero
                     break
@@ -266,7 +271,7 @@ def _tune_kernels(config, dataset, split, folder, marginals, mode, max_trials):
                 if got < best_score + WORTH:
                     break
                 best, best_score = candidate, got
-                log.info("trial %d of at most %d: %s, mean IoU %.2f", done, max_trials, _named(names, best),
+                log.info("trial %d of at most %d: %s, mean IoU %.2f", len(tried), max_trials, _named(names, best),
                          100 * best_score)  # fmt: skip
     return base | dict(zip(names, best, strict=True)), best_score
 

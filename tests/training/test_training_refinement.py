@@ -192,6 +192,29 @@ def test_a_search_that_is_stopped_goes_on(searched, monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("max_trials", [0, 1, 7, 12, 100])
+def test_kernels_tried_again_are_no_trials(config, tmp_path, monkeypatch, max_trials):
+    """The best of a smooth function within factors of two, each kernel scored once and no more of them than allowed."""
+    target = dict(smoothness_compat=1.5, appearance_compat=2.5, appearance_srgb=3.25, appearance_sxy=160.0)
+    target |= dict(smoothness_sxy=3.0)
+    calls = []
+
+    def score(config, dataset, split, marginals, settings, mode, what):
+        calls.append(tuple(settings[name] for name in tuning.KERNELS))
+        assert what == f"trial {len(calls)}"
+        return 0.9 - 0.05 * sum(abs(np.log(settings[name] / target[name])) for name in tuning.KERNELS)
+
+    monkeypatch.setattr(tuning, "_score_kernels", score)
+    found, miou = tuning._tune_kernels(config, None, "val", str(tmp_path), [], "full", max_trials)
+    assert len(calls) == len(set(calls)) <= max_trials and (max_trials == 100 or len(calls) == max_trials)
+    if max_trials == 100:
+        assert {name: found[name] for name in target} == target and miou == pytest.approx(0.9)
+        assert len(calls) < 40
+    again = len(calls)
+    assert tuning._tune_kernels(config, None, "val", str(tmp_path), [], "full", max_trials) == (found, miou)
+    assert len(calls) == again
+
+
 def test_each_candidate_is_scored_with_its_own_weights_and_iterations(searched):
     config, workdir = searched
     model, params, _, dataset = evaluate.load(config, str(workdir), "best", "val[:8]")
@@ -262,7 +285,7 @@ def test_the_kept_marginals_are_those_of_the_chosen_weights(searched):
     weights = (0.0, 3.0)
     model, params, _, dataset = evaluate.load(config, str(workdir), "best", "val[:8]")
     (workdir / "kept").mkdir()
-    files = tuning._marginals(config, model, params, dataset, "val[:8]", str(workdir / "kept"), weights, 2)
+    files = tuning._marginals(config, model, params, dataset, "val[:8]", str(workdir / "kept"), weights, 2, "all")
     config.crf.weights, config.crf.num_iterations = weights, 2
     config.refine.num_iterations = 0
     plain = evaluate.evaluate(config, str(workdir), split="val[:8]")

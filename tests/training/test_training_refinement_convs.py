@@ -203,3 +203,9 @@ def test_tuning_goes_through(ran, tmp_path):
     shutil.copytree(workdir, tmp_path / "work")
     found = tuning.tune(config, str(tmp_path / "work"), "latest", "val[:4]", "spatial", 2)
     assert 0 <= found["miou_after"] <= 1
+    written = (tmp_path / "work/tuned.json").read_text()
+    plain = tuning.tune(config, str(tmp_path / "work"), "latest", "val[:4]", "spatial", 2, row="all")
+    assert plain["miou_messages"] == found["miou_messages"]  # the same messages, other marginals
+    assert (tmp_path / "work/tuned.json").read_text() == written  # of what eval.py refines
+    marginals = [np.load(path) for path in sorted((tmp_path / "work/tuning").glob("*/marginals-*/000000.npy"))]
+    assert len(marginals) == 2 and marginals[0].shape != marginals[1].shape
