@@ -118,7 +118,8 @@ def summary(args):
 
         def compare(a, b, counts=counts, classes=classes, over_seeds=False):
             """(rung, row) against (rung, row), over the seeds that both have."""
-            seeds = sorted(set(counts.get(a[0], {})) & set(counts.get(b[0], {})))
+            have = lambda which: {seed for seed, rows in counts.get(which[0], {}).items() if which[1] in rows}
+            seeds = sorted(have(a) & have(b))
             if not seeds:
                 return None
             pick = lambda which: [counts[which[0]][seed][which[1]] for seed in seeds]

@@ -1,9 +1,9 @@
 """Search of message weights and refinement parameters on validation images: `eval.py --tune-refinement`.
 
-Two stages, each a coordinate search by mean IoU. First the weights of the mean-field messages, relation by relation,
-and the number of iterations, all candidates of a pass over the split decoded from the same potentials. Then, on the log
-marginals kept from the first stage, the two kernels of the dense CRF. Every trial is written down at once under
-WORKDIR/tuning, so that a search that was stopped goes on where it was.
+Two stages, by mean IoU. First the weights of the mean-field messages, relation by relation, and the number of
+iterations, all candidates of a pass over the split decoded from the same potentials. Then, on the log marginals kept
+from the first stage, the two kernels of the dense CRF: a coarse grid, then number by number. Every trial is written
+down at once under WORKDIR/tuning, so that a search that was stopped goes on where it was.
 """
 
 import functools
@@ -26,6 +26,8 @@ from pwcrf_jax.training.logs import log
 WEIGHT_FACTORS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 ITERATIONS = (1, 2, 3, 5, 10, 20)
 WORTH = 2e-4  # of mean IoU, that a step of the second stage must gain: below it is noise
+# Factors of the compatibilities, of the colours' width.
+COARSE = ((0.25, 1.0), (0.25, 0.25), (1.0, 0.25), (1 / 16, 1.0), (0.25, 0.5), (1 / 16, 0.25), (1.0, 0.5), (1 / 16, 0.5))
 KERNELS = ("smoothness_compat", "appearance_compat", "appearance_srgb", "appearance_sxy", "smoothness_sxy")
 
 
@@ -258,21 +260,29 @@ def _tune_kernels(config, dataset, split, folder, marginals, mode, max_trials):
     best = tuple(float(base[n]) for n in names)
     best_score = score(best)
     log.info("refined with %s: mean IoU %.2f", _named(names, best), 100 * best_score)
-    # How strong both kernels are decides most, so it comes first and in larger steps; then each number by itself.
-    moves = [((0, 1), 4.0)] if mode == "full" else []
-    moves += [((i,), factor) for factor in (2.0, 2.0, 2**0.5) for i in range(len(names))]
-    for which, factor in moves:
-        for direction in (1 / factor, factor):
-            while True:
-                candidate = tuple(round(v * direction, 6) if i in which else v for i, v in enumerate(best))
-                if candidate == best:  # a compatibility of zero
-                    break
-                got = score(candidate)
-                if got < best_score + WORTH:
-                    break
-                best, best_score = candidate, got
-                log.info("trial %d of at most %d: %s, mean IoU %.2f", len(tried), max_trials, _named(names, best),
-                         100 * best_score)  # fmt: skip
+
+    def better(candidate):
+        nonlocal best, best_score
+        got = score(candidate)
+        if got < best_score + WORTH:
+            return False
+        best, best_score = candidate, got
+        log.info("trial %d of at most %d: %s, mean IoU %.2f", len(tried), max_trials, _named(names, best),
+                 100 * best_score)  # fmt: skip
+        return True
+
+    # How strong the kernels are and how near colours have to be decide most, and together: a kernel that smooths over
+    # weak edges helps only when it is weak. So these come first, in large steps; then each number by itself.
+    first = best
+    for strength, colours in COARSE if mode == "full" else [(strength, 1.0) for strength, c in COARSE if c == 1.0]:
+        factors = {"smoothness_compat": strength, "appearance_compat": strength, "appearance_srgb": colours}
+        better(tuple(round(v * factors.get(name, 1.0), 6) for name, v in zip(names, first, strict=True)))
+    for factor in (2.0, 2.0, 2**0.5):
+        for i in range(len(names)):
+            for direction in (1 / factor, factor):
+                going = True
+                while going and best[i]:  # a compatibility of zero stays zero
+                    going = better((*best[:i], round(best[i] * direction, 6), *best[i + 1 :]))
     return base | dict(zip(names, best, strict=True)), best_score
 
 

@@ -94,12 +94,18 @@ def test_intervals_are_of_pairs(table):
     first = [counts_of(confusions(rng, 0.5)) for _ in range(2)]
     gain, low, high = table.bootstrap(first, first, CLASSES, np.random.default_rng(0))
     assert gain == low == high == 0
-    better = [counts_of(confusions(rng, 0.7)) for _ in range(2)]
+    better = [counts_of(confusions(rng, share)) for share in (0.7, 0.9)]
     gain, low, high = table.bootstrap(first, better, CLASSES, np.random.default_rng(0))
     assert 0 < low < gain < high
     expected = np.mean([table.scores(b.sum(0), CLASSES)["miou"] for b in better])
     expected -= np.mean([table.scores(f.sum(0), CLASSES)["miou"] for f in first])
     assert gain == pytest.approx(expected)
+    # Over seeds too: wider, as far as the seeds differ.
+    same, least, most = table.bootstrap(first, better, CLASSES, np.random.default_rng(0), over_seeds=True)
+    assert same == gain and least < low - 2 and most > high + 2
+    alone = table.bootstrap(first[:1], better[:1], CLASSES, np.random.default_rng(0))
+    again = table.bootstrap(first[:1], better[:1], CLASSES, np.random.default_rng(0), over_seeds=True)
+    assert alone[0] == again[0] and abs(alone[1] - again[1]) < 0.5
 
 
 def test_summary_ends_with_the_figures(ladder, tmp_path, capsys):
@@ -125,6 +131,9 @@ def test_summary_ends_with_the_figures(ladder, tmp_path, capsys):
     other = json.loads(path.read_text())
     ladder.write(path, other | {"tuned": {"crf.num_iterations": 20}})
     with pytest.raises(SystemExit, match="different weights or iterations: not of one pilot"):
+        ladder.summary(args)
+    ladder.write(path, other | {"tuned": {"refine.smoothness_compat": 2.0}})
+    with pytest.raises(SystemExit, match="different dense CRFs of rung contextual: not of one pilot"):
         ladder.summary(args)
     ladder.write(path, other)
     # A ladder of other sizes, which takes as much time.
@@ -223,16 +232,17 @@ def test_a_run_of_other_settings_is_refused(ladder, tmp_path, monkeypatch):
 
 
 def test_the_pilot_is_tuned_on_images_that_it_was_not_trained_on_once(ladder, tmp_path, monkeypatch):
-    args, done = options(ladder, tmp_path, trials=3, rungs=ladder.RUNGS), []
+    args, done, rows = options(ladder, tmp_path, trials=3, rungs=ladder.RUNGS), [], []
 
     def trained(args, rung, seed, split, name):
         done.append((rung, seed, split, name))
         configs.save(ladder.config_of(args, rung, seed, split), tmp_path / "config.json")
         return tmp_path
 
-    def tune(config, workdir, which, split, mode, trials):
+    def tune(config, workdir, which, split, mode, trials, row):
         assert (workdir, which, mode) == (str(tmp_path), "latest", "full")
         assert trials == (1 if done[-1][0] == "unrolled" else 3)
+        rows.append(row)
         found = {"config": {"crf.weights": (0.5, 1.0)}, "split": split, "step": 175}
         return found | {key: 0.5 for key in ("miou_before", "miou_messages", "miou_after")}
 
@@ -240,21 +250,25 @@ def test_the_pilot_is_tuned_on_images_that_it_was_not_trained_on_once(ladder, tm
     monkeypatch.setattr(ladder, "trained", trained)
     monkeypatch.setattr(ladder.tuning, "tune", tune)
     chosen = ladder.pilot(args)
-    assert done == [(rung, 0, "train_aug[:80%]", "pilot") for rung in ("multiscale", "contextual")]
-    assert chosen == {rung: {"crf.weights": (0.5, 1.0)} for rung in ("multiscale", "contextual")}
+    assert done == [(run, 0, "train_aug[:80%]", "pilot") for run in ("multiscale", "contextual", "contextual")]
+    assert rows == ["all", "all", "convs"]  # marginals that the rungs' dense CRF refines
+    assert chosen == {name: {"crf.weights": (0.5, 1.0)} for name in ("multiscale", "contextual", "convs")}
     kept = json.loads((tmp_path / "ladder_animals_pilot.json").read_text())
     assert kept["contextual"]["split"] == "train_aug[80%:]" and kept["boxes"] == ladder.BOXES["far"]
-    assert ladder.pilot(args)["multiscale"] == {"crf.weights": [0.5, 1.0]} and len(done) == 2
+    assert ladder.pilot(args)["multiscale"] == {"crf.weights": [0.5, 1.0]} and len(done) == 3
     args.rungs = ("unrolled_tuned",)  # the one that needs a pilot of its own
-    assert ladder.pilot(args)["unrolled"] == {"crf.weights": (0.5, 1.0)} and done[2:] == [("unrolled", *done[0][1:])]
+    assert ladder.pilot(args)["unrolled"] == {"crf.weights": (0.5, 1.0)} and done[3:] == [("unrolled", *done[0][1:])]
+    args.rungs = ("baseline", "joint", "unrolled")  # nothing of these is tuned
+    assert ladder.pilot(args) == {} and len(done) == 4
 
 
 def test_rungs_are_decoded_with_what_their_pilot_chose(ladder, tmp_path, monkeypatch):
     args, seen = options(ladder, tmp_path, seeds=[0], rungs=(*ladder.RUNGS[2:], "unrolled", "unrolled_tuned")), {}
     args.source_dir = args.data_dir = args.init_from = ""
     messages = lambda weight, n: {"crf.weights": [weight, weight], "crf.num_iterations": n}
-    chosen = {"multiscale": {"refine.smoothness_compat": 5.0}, "unrolled": messages(2.0, 7)}
-    chosen["contextual"] = {"refine.smoothness_compat": 6.0} | messages(0.5, 20)
+    refine = lambda value: {"refine.smoothness_compat": value}
+    chosen = {"multiscale": refine(5.0), "unrolled": refine(9.0) | messages(2.0, 7)}
+    chosen |= {"contextual": refine(6.0) | messages(0.5, 20), "convs": refine(8.0) | messages(0.5, 20)}
 
     def trained(args, rung, seed, split, name):
         configs.save(ladder.config_of(args, rung, seed, split), tmp_path / "config.json")
@@ -277,7 +291,7 @@ def test_rungs_are_decoded_with_what_their_pilot_chose(ladder, tmp_path, monkeyp
     assert n == 3
     assert seen == {
         "multiscale": [(weights, n, 5.0, "all")],  # and the refined rung with it
-        "contextual": [((0.5, 0.5), 20, 5.0, "all"), ((0.5, 0.5), 20, 6.0, "convs")],
+        "contextual": [((0.5, 0.5), 20, 6.0, "all"), ((0.5, 0.5), 20, 8.0, "convs")],
         "unrolled": [(weights, n, compat, ""), ((2.0, 2.0), 7, compat, "")],
     }
     kept = {path.stem for path in tmp_path.glob("ladder_*.json")}
