@@ -18,8 +18,9 @@
   step: with three iterations and message weights of 1, as unrolled mean field was trained, and with the number and the
   weights that `eval.py --tune-refinement` finds best for each run on training scenes that were held out.
 
-Messages are means (the demo's setting). Ends with one line of JSON; `step_ratio` and `crf_ratio` are unrolled mean
-field over piecewise, and over the other kinds of it that were measured.
+Messages are means (the demo's setting). Figures go to benchmarks/results (--results), those of --quick nowhere. Ends
+with one line of JSON: `step_ratio` and `crf_ratio` are unrolled mean field over piecewise, and over the other kinds of
+it that were measured; `step_ratio_of_staged` is in stages over in stages.
 """
 
 import argparse
@@ -208,6 +209,7 @@ def main():
     parser.add_argument("--data_dir", default="runs/tfds")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=0, help="of --train; 0: the demo's")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the figures")
     parser.add_argument("--quick", action="store_true", help="the demo's model alone, 3 calls")
     args = parser.parse_args()
     if args.train and args.full_box:
@@ -216,6 +218,13 @@ def main():
         args.models, args.repeats = ["demo"], 3
     if args.train and "demo" not in args.models:
         parser.error("--train trains the demo for the time that its steps take: --models has to name it")
+    synthetic = args.results / "objectives_synthetic.json"
+    if args.train and not args.quick and synthetic.exists():
+        runs = json.loads(synthetic.read_text())["reached"]["steps"]["piecewise"]
+        found = [{run["steps"] for run in runs.values()}, {int(seed) for seed in runs} - set(args.seeds)]
+        if found != [{args.steps or demo.get_config().train.steps}, set()]:
+            parser.error(f"{synthetic} holds seeds {', '.join(runs)} of {found[0].pop()} steps, which this run would "
+                         "not make again: name another folder with --results")  # fmt: skip
     logs.setup()
     device = jax.devices()[0]
     print(f"{device.platform}, {device.device_kind}, {os.cpu_count()} cores, JAX {jax.__version__}", flush=True)
@@ -238,16 +247,21 @@ def main():
             ratio = lambda f, part=part, name=name: f[part]["unrolled_mean_field"][0] / f[part][name][0]
             key = f"{part}_ratio" + name.removeprefix("piecewise")
             out[key] = {which: round(ratio(f), 2) for which, f in found.items()}
+    staged = lambda f: f["step"]["unrolled_mean_field_staged"][0] / f["step"]["piecewise_staged"][0]
+    if all("unrolled_mean_field_staged" in f["step"] for f in found.values()):  # not so where earlier runs go on
+        out["step_ratio_of_staged"] = {which: round(staged(f), 2) for which, f in found.items()}
     if not args.quick:
-        RESULTS.mkdir(exist_ok=True)
+        args.results.mkdir(parents=True, exist_ok=True)
         some = "_".join(["", *args.models]) if len(args.models) < len(CONFIGS) else ""
-        path = RESULTS / f"objectives_steps{'_full_box' if args.full_box else ''}{some}.json"
+        path = args.results / f"objectives_steps{'_full_box' if args.full_box else ''}{some}.json"
         path.write_text(json.dumps(about | dict(seconds_and_bytes=found, **out), indent=1) + "\n")
     if args.train:
         seconds = {name: found["demo"]["step"][name][0] for name in OBJECTIVES}
-        keep = lambda reached: (RESULTS / "objectives_synthetic.json").write_text(
-            json.dumps(about | dict(seconds_per_step=seconds, reached=reached)) + "\n"
-        )
+
+        def keep(reached):
+            if not args.quick:
+                synthetic.write_text(json.dumps(about | dict(seconds_per_step=seconds, reached=reached)) + "\n")
+
         reached = train(args, seconds, keep)
         out["reached"] = {
             equal: {

@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+import small
 
 from pwcrf_jax import metrics
 from pwcrf_jax.training import config as configs
@@ -309,6 +310,59 @@ def test_objectives_refuse_runs_on_other_scenes(scripts, tmp_path, monkeypatch):
     args = argparse.Namespace(seeds=[0], steps=4, runs=str(tmp_path), data_dir=str(tmp_path))
     with pytest.raises(SystemExit, match=r"piecewise-4-0 was trained on other scenes: name another folder with --runs"):
         objectives.train(args, {name: 1.0 for name in objectives.OBJECTIVES}, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--train", "--seeds", "0"],
+            "holds seeds 0, 1, 2 of 600 steps, which this run would not make again: name another",
+        ),
+        (
+            ["--train", "--steps", "4"],
+            "holds seeds 0, 1, 2 of 600 steps, which this run would not make again: name another",
+        ),
+        (["--train", "--full_box"], "--train takes the demo's own grid of neighbours: leave --full_box out"),
+        (["--train", "--models", "camvid"], "--models has to name it"),
+    ],
+)
+def test_objectives_keep_what_they_have(scripts, flags, message, monkeypatch, capsys):
+    objectives = scripts("objectives")
+    monkeypatch.setattr(objectives, "measure", lambda *_: pytest.fail("measured before it was refused"))
+    monkeypatch.setattr(sys, "argv", ["objectives.py", *flags])
+    with pytest.raises(SystemExit):
+        objectives.main()
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_steps_of_every_objective_are_measured(scripts, tmp_path, monkeypatch, capsys):
+    """And nothing is written by --quick; a staged step is the mean of its stages, as the config weighs them."""
+    objectives = scripts("objectives")
+    monkeypatch.setitem(objectives.CONFIGS, "demo", lambda: small.config(tmp_path, **{"loss.unary_share": 0.25}))
+    medians = []
+
+    def interleaved(calls, repeats):
+        for call in calls.values():
+            call()
+        medians.append({name: 1.0 + i for i, name in enumerate(calls)})
+        return medians[-1]
+
+    monkeypatch.setattr(objectives, "interleaved", interleaved)
+    monkeypatch.setattr(sys, "argv", ["objectives.py", "--quick", "--full_box", "--results", str(tmp_path / "results")])
+    objectives.main()
+    out, (step, crf) = json.loads(capsys.readouterr().out.splitlines()[-1]), medians
+    stages = {f"pairwise {name}" for name in (*objectives.STEPS, "piecewise_staged_sampled") if "_staged" in name}
+    assert {"unary", "piecewise", "pseudo_likelihood", "unrolled_mean_field", "piecewise_sampled"} | stages == set(step)
+    assert set(crf) == {"piecewise", "pseudo_likelihood", "unrolled_mean_field", "piecewise_sampled"}
+    staged = lambda name: 0.25 * step["unary"] + 0.75 * step[f"pairwise {name}"]
+    assert out["step_ratio"] == {"demo": round(step["unrolled_mean_field"] / step["piecewise"], 2)}
+    assert out["step_ratio_staged"] == {"demo": round(step["unrolled_mean_field"] / staged("piecewise_staged"), 2)}
+    both = staged("unrolled_mean_field_staged") / staged("piecewise_staged")
+    assert out["step_ratio_of_staged"] == {"demo": round(both, 2)}
+    assert out["crf_ratio_sampled"] == {"demo": round(crf["unrolled_mean_field"] / crf["piecewise_sampled"], 2)}
+    assert not (tmp_path / "results").exists()
 
 
 def test_misplaced_pixels_have_their_class_near(scripts):
