@@ -7,9 +7,10 @@ One model of ladder.py's pilot, trained on a part of the training images: a unar
 they stand still, with the ladder's settings ("as in the ladder"). Then one thing at a time is another: how relations
 are trained (`TRAINED`: parameterisation, class balance, boxes, all neighbours in place of 24, features of their own, an
 objective, twice the steps; refinement convolutions beside them), or how the ladder's model is decoded (`DECODED`:
-iterations, damping, temperature, sums in place of means; seed 0 alone). `FROM_THE_START` trains unary and relations
-together for the unary's steps, with and without the features learning from relations. Each model is scored at several
-message weights, of both relations alike, and with more iterations.
+iterations, damping, temperature, sums in place of means, also of the free parameterisation; and Potts scores in place
+of those that were learned, the same neighbours and nothing but smoothing; seed 0 alone). `FROM_THE_START` trains unary
+and relations together for the unary's steps, with and without the features learning from relations. Each model is
+scored at several message weights, of both relations alike, and with more iterations.
 Nothing here sees the images that the ladder is scored on.
 
 Workdirs and figures are kept as ladder.py keeps them, in files named choices_SET_NAME_SEED.json, and what is finished
@@ -19,6 +20,7 @@ one line of JSON.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -42,27 +44,33 @@ from pwcrf_jax.training import evaluate, logs, loop, parallel
 
 
 class Decoding(NamedTuple):
-    """temperature: that all scores are divided by, those of unary and relations; others as in config.crf."""
+    """temperature: that all scores are divided by, those of unary and relations. potts: scores of relations are 1 where
+    both labels are the same and 0 elsewhere, in place of the learned ones. Others as in config.crf."""
 
     weight: float = 1.0
     num_iterations: int = 3
     damping: float = 0.0
     temperature: float = 1.0
     normalize: bool = True
+    potts: bool = False
 
     def __str__(self):
-        said = [f"{k} {v:g}" for k, v in self._asdict().items() if k != "normalize" and v != self._field_defaults[k]]
-        return ", ".join(said + ["sums"] * (not self.normalize)) or "weight 1"
+        numbers = ("weight", "num_iterations", "damping", "temperature")
+        said = [f"{k} {getattr(self, k):g}" for k in numbers if getattr(self, k) != self._field_defaults[k]]
+        said += ["sums"] * (not self.normalize) + ["Potts"] * self.potts
+        return ", ".join(said) or "weight 1"
 
 
 LADDER = "as in the ladder"
 EACH = (*map(Decoding, (0.1, 0.5, 1.0, 2.0, 4.0)), Decoding(num_iterations=10))
+SUMS = tuple(Decoding(weight, n, normalize=False) for weight in (0.02, 0.1) for n in (3, 10))
 DECODED = (
     *(Decoding(num_iterations=n) for n in (1, 2, 5, 20)),
     Decoding(0.5, 10), Decoding(2.0, 10), Decoding(0.5, 20),
     *(Decoding(num_iterations=n, damping=0.5) for n in (3, 10, 20)),
     Decoding(temperature=0.5), Decoding(temperature=2.0),
-    Decoding(0.02, normalize=False), Decoding(0.1, normalize=False),
+    *SUMS,
+    *(Decoding(weight, 10, potts=True) for weight in (1.0, 2.0, 4.0, 8.0)),
 )  # fmt: skip
 TRAINED = {
     LADDER: {},
@@ -123,7 +131,11 @@ def counts_of_images(config, workdir, split, decodings):
 
         out = {"unary": confusion(jax.nn.log_softmax(potentials.unary), mask)}
         for d in decodings:
-            scaled = potentials._replace(unary=potentials.unary / d.temperature)
+            pairwise = potentials.pairwise
+            if d.potts:
+                same = dict(b2=jnp.eye(model.num_classes), evidence=None)
+                pairwise = {k: dataclasses.replace(p, w2=0 * p.w2, **same) for k, p in pairwise.items()}
+            scaled = potentials._replace(unary=potentials.unary / d.temperature, pairwise=pairwise)
             weights = [d.weight / d.temperature] * len(names)
             settings = d.num_iterations, d.damping, d.normalize, mask, crf["route"], crf["chunk_edges"]
             log_marginals, _ = segmenter.infer(scaled, names, weights, *settings)
@@ -160,8 +172,8 @@ def run(args):
             config.model.input_scaling = found.model.input_scaling  # that of the start weights
             if different := [k for k in ("train", "loss", "model", "relations") if found[k] != config[k]]:
                 raise SystemExit(f"{workdir} has another config.{different[0]} than asked for: name another --runs")
-            decodings = EACH + DECODED * (name == LADDER and seed == 0)
-            counts, names = counts_of_images(found, workdir, tunes, decodings)
+            more = {LADDER: DECODED, "free": SUMS}.get(name, ()) if seed == 0 else ()
+            counts, names = counts_of_images(found, workdir, tunes, EACH + more)
             about = dict(rung=name, seed=seed, split=tunes)
             ladder.write(path, ladder.result_of(args, found, names, counts["unary"], counts, **about))
 
@@ -180,6 +192,10 @@ def summary(args):
                 found.setdefault(name, {})[result["seed"]] = result
         if not found:
             continue
+        results = [r for runs in found.values() for r in runs.values()]
+        kinds = (*ladder_table.SIZES, "split")
+        if mixed := [k for k in kinds if len({json.dumps(r.get(k)) for r in results}) > 1]:
+            raise SystemExit(f"{args.results}: choices of {which} with different {', '.join(mixed)}: not one ladder")
         counts = {name: {s: ladder_table.unpack(r["counts"]) for s, r in runs.items()} for name, runs in found.items()}
         classes = next(iter(next(iter(found.values())).values()))["class_indices"]
 

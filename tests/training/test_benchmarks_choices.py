@@ -8,6 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from pwcrf_jax import metrics, relations, segmenter
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate
 
@@ -103,6 +104,44 @@ def test_decodings_are_those_of_inference(choices, trained):
     config.crf.weights, config.crf.num_iterations, config.crf.damping, config.crf.normalize = (50.0,), 1, 0.0, True
     as_they_are = evaluate.evaluate(config, str(trained), "latest", "val")["rows"]["all"]["miou"]
     assert score(str(asked[3])) != pytest.approx(100 * as_they_are, abs=1e-5)
+
+
+def softmax(x):
+    exp = np.exp(x - x.max(-1, keepdims=True))
+    return exp / exp.sum(-1, keepdims=True)
+
+
+def test_potts_scores_are_means_of_the_neighbours(choices, trained):
+    """Mean field written out in NumPy: what a node hears is the mean of its neighbours' marginals."""
+    config = configs.load(trained / "config.json")
+    counts, _ = choices.counts_of_images(config, trained, "val", [choices.Decoding(3.0, 2, potts=True)])
+    model, params, _, dataset = evaluate.load(config, str(trained), "latest", "val")
+    boxes = {r.name: r for r in model.relations}
+    batches = choices.eval_batches(dataset, "val", batch_size=1, size=config.data.eval_size)
+    changed = 0
+    for ours, unaries, batch in zip(counts["weight 3, num_iterations 2, Potts"], counts["unary"], batches, strict=True):
+        unary = np.asarray(model.apply({"params": params}, batch["image"]).unary, np.float64)[0]
+        height, width, k = unary.shape
+        q = softmax(unary)
+        for _ in range(2):
+            heard = unary.copy()
+            for box in boxes.values():
+                total, number = np.zeros_like(q), np.zeros((height, width, 1))
+                for row, col in relations.offsets(box, height, width):
+                    for i, j in np.ndindex(height, width):
+                        if 0 <= i + row < height and 0 <= j + col < width:
+                            # Each edge is heard at both of its ends.
+                            total[i, j] += q[i + row, j + col]
+                            total[i + row, j + col] += q[i, j]
+                            number[i, j] += 1
+                            number[i + row, j + col] += 1
+                heard += 3.0 * total / np.maximum(number, 1)
+            q = softmax(heard)
+        labels = segmenter.upsample(np.log(q)[None].astype(np.float32), *batch["label"].shape[1:3]).argmax(-1)
+        expected = np.asarray(metrics.confusion_matrix(labels, batch["label"], k))
+        assert np.abs(ours[0] - choices.ladder.of_classes(expected)).max() <= 4  # pixels that are undecided
+        changed += np.abs(ours - unaries).sum()
+    assert changed > 100
 
 
 def test_what_is_sharpened_is_a_row_of_its_own(choices, config, tmp_path):
