@@ -75,12 +75,12 @@ DECODED = (
 TRAINED = {
     LADDER: {},
     "free": {"model.parameterisation": "free"},
-    "balance 0": {"loss.balance_power": 0.0},
-    "balance 0.6": {"loss.balance_power": 0.6},
+    "balance 0": {"loss.pairwise_balance_power": 0.0},
+    "balance 0.6": {"loss.pairwise_balance_power": 0.6},
     "other boxes": "boxes",
     "all neighbours": {"grid": 0, "loss.sampled_offsets": 24},  # of them as many in a step as the grid has
     "own features": {"model.pairwise_features": "own"},
-    "through mean field": {"loss.objective": "unrolled_mean_field_staged"},
+    "through mean field": {"loss.objective": "unrolled_mean_field_staged", "loss.pairwise_balance_power": -1.0},
     "twice the steps": {"train.steps": 2},  # times as many
     "refinement convolutions": {"model.refinement_convs.layers": ladder.MIDDLE},
     "refinement convolutions, four times the steps": {"model.refinement_convs.layers": ladder.MIDDLE, "train.steps": 4},

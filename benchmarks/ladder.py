@@ -63,7 +63,8 @@ ANIMALS = ("background", "cat", "cow", "dog", "horse", "sheep", "person")
 class Setting(NamedTuple):
     """How a set is trained here.
 
-    steps: of a unary. pair_steps: of relations on features that stand still. pair_balance: their loss.balance_power.
+    steps: of a unary. pair_steps: of relations on features that stand still. pair_balance: their
+      loss.pairwise_balance_power.
     boxes: of `BOXES`, in cells: a share of the short side would be another distance in a crop than in the whole image.
     """
 
@@ -122,7 +123,8 @@ def config_of(args, rung, seed, split, unary="multiscale", share=1.0):
         config.loss.objective, config.loss.unary_share = ON_UNARY[rung], 0.0
         config.train.steps = sizes["pair_steps"]
     if rung == "contextual":
-        config.loss.balance_power = sizes["pair_balance"]
+        if sizes["pair_balance"] != config.loss.balance_power:
+            config.loss.pairwise_balance_power = sizes["pair_balance"]
         config.model.refinement_convs.layers = MIDDLE
     config.model.pairwise_trains_features = rung == "joint_features"
     config.crf.num_iterations = 3  # the paper's; the pilot chooses for the contextual rung
@@ -167,7 +169,8 @@ def trained(args, rung, seed, split, name, unary="multiscale", share=1.0):
     workdir = Path(args.runs) / args.set / f"{name}-{rung}{shorter}-{seed}"
     loop.train_and_evaluate(config, str(workdir))
     found = configs.load(workdir / "config.json")  # a finished run is taken as it is
-    for key in ("train.steps", "train.batch_size", "data.crop_size", "loss.balance_power", "data.train_split"):
+    balances = "loss.balance_power", "loss.pairwise_balance_power"
+    for key in ("train.steps", "train.batch_size", "data.crop_size", *balances, "data.train_split"):
         section, name = key.split(".")
         if found[section][name] != config[section][name]:
             raise SystemExit(

@@ -73,6 +73,7 @@ def get_config():
     config.loss.reduction = "mean"  # mean: of each term's factors [choice]; sum: over all factors of an image
     config.loss.pairwise_weight = 1.0
     config.loss.balance_power = 0.0  # 1: per-image inverse class frequency; 0: off
+    config.loss.pairwise_balance_power = -1.0  # that of the relations; -1: the same
     config.loss.sampled_offsets = 0  # of each relation, drawn anew every step, at most; 0: all
     config.loss.chunk_edges = 0  # edges whose scores are held at a time; 0: chosen from the shapes
 

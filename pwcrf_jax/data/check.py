@@ -280,7 +280,7 @@ def format_report(report: dict[str, Any]) -> str:
     largest = [max(about["largest"][axis] for about in report["splits"].values()) for axis in (0, 1)]
     height, width = (-(-side // EVEN_SIZE) * EVEN_SIZE for side in largest)
     lines.append(
-        f"to train: --config.data.num_classes={len(report['classes'])} --config.data.eval_size=\"({height},{width})\""
+        f'to train: --config.data.num_classes={len(report["classes"])} --config.data.eval_size="({height},{width})"'
     )
     return "\n".join(lines)
 

@@ -46,6 +46,7 @@ _ADDED = {
     "refine.method": "auto",
     "loss.objective": "piecewise",
     "loss.unary_share": 0.5,
+    "loss.pairwise_balance_power": -1.0,
     "model.pairwise_features": "shared",
     "model.refinement_convs.layers": (),
     "model.refinement_convs.width": 32,
@@ -170,7 +171,13 @@ def _validate_objective(config):
             f"config.loss.unary_share = {loss.unary_share} leaves none of the {config.train.steps} steps to the "
             "relations; lower it"
         )
-    unused = [] if name.startswith("piecewise") else [("loss.sampled_offsets", 0), ("loss.pairwise_weight", 1)]
+    if -1 < loss.pairwise_balance_power < 0:
+        raise ConfigError(
+            f"config.loss.pairwise_balance_power = {loss.pairwise_balance_power}; set it to 0 or more, or to -1 for "
+            "that of config.loss.balance_power"
+        )
+    unused = [("loss.sampled_offsets", 0), ("loss.pairwise_weight", 1), ("loss.pairwise_balance_power", -1)]
+    unused = [] if name.startswith("piecewise") else unused
     if name == "exact":  # what it has no meaning for: it is the likelihood of one model, with sums of messages
         unused += [("crf.normalize", False), ("loss.balance_power", 0)]
     for key, value in unused:

@@ -137,6 +137,7 @@ SCHEMA = {
     "loss.reduction": Text(),
     "loss.pairwise_weight": _NOT_NEGATIVE,
     "loss.balance_power": _NOT_NEGATIVE,
+    "loss.pairwise_balance_power": Number(float, low=-1),
     "loss.sampled_offsets": _COUNT,
     "loss.chunk_edges": _COUNT,
     "optimizer.name": Text(),

@@ -22,20 +22,26 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def piecewise_terms(potentials, labels, balance_power=0.0, chunk_edges=None, sampled_offsets=0, key=None):
+def piecewise_terms(
+    potentials, labels, balance_power=0.0, chunk_edges=None, sampled_offsets=0, key=None, pairwise_balance_power=None
+):
     """(sum, count) of the log-likelihood of every kind of factor: {"unary": ..., relation name: ...}.
 
     And of "refinement_convs", of models that have them: of the unary's own marginals, sharpened, at the cells of the
     finer grid. No inference runs for them either.
 
     labels: int [B, H, W] of the image; read at the centres of the grid's cells.
+    balance_power: of `pwcrf_jax.piecewise.balance_weights`, 0 for none; pairwise_balance_power: that of the relations,
+      None: the same.
     sampled_offsets: of each relation, drawn with `key`; 0, or as many as there are: all.
     """
     grid = piecewise.grid_labels(labels, *potentials.unary.shape[1:3])
-    weights = None
-    if balance_power:
-        weights = piecewise.balance_weights(grid, potentials.unary.shape[-1], power=balance_power)
+    balance = lambda grid, power: piecewise.balance_weights(grid, num_classes, power=power) if power else None
+    num_classes = potentials.unary.shape[-1]
+    weights = balance(grid, balance_power)
     terms = {"unary": piecewise.unary_log_likelihood(potentials.unary, grid, node_weights=weights)}
+    if pairwise_balance_power is not None:
+        weights = balance(grid, pairwise_balance_power)
     for i, (name, potential) in enumerate(potentials.pairwise.items()):
         sample = None
         if 0 < sampled_offsets < len(potential.offsets):
@@ -47,8 +53,7 @@ def piecewise_terms(potentials, labels, balance_power=0.0, chunk_edges=None, sam
         log_marginals = jax.lax.stop_gradient(jax.nn.log_softmax(potentials.unary, axis=-1))
         scores = segmenter.sharpen(log_marginals, potentials.correction)
         fine = piecewise.grid_labels(labels, *scores.shape[1:3])
-        if balance_power:
-            weights = piecewise.balance_weights(fine, scores.shape[-1], power=balance_power)
+        weights = balance(fine, balance_power)
         terms["refinement_convs"] = piecewise.unary_log_likelihood(scores, fine, node_weights=weights)
     return terms
 
@@ -128,10 +133,11 @@ def make_train_step(model, tx, loss_config, seed=0, crf_config=None, kinds=KINDS
         if "unary" not in kinds:
             potentials = potentials._replace(unary=jax.lax.stop_gradient(potentials.unary))
         balance, chunk_edges = loss_config["balance_power"], loss_config["chunk_edges"] or None
+        of_pairs = balance if loss_config["pairwise_balance_power"] < 0 else loss_config["pairwise_balance_power"]
         key = jax.random.fold_in(jax.random.key(seed), step)
         if name == "piecewise" or "pairwise" not in kinds:
             sampled = loss_config["sampled_offsets"]
-            terms = piecewise_terms(potentials, batch["label"], balance, chunk_edges, sampled, key)
+            terms = piecewise_terms(potentials, batch["label"], balance, chunk_edges, sampled, key, of_pairs)
             names = [r.name for r in model.relations] if name == "piecewise" else [name]
             weights = {k: loss_config["pairwise_weight"] if k in names else 1.0 for k in terms}
             if "unary" not in kinds:
@@ -191,7 +197,16 @@ def confusions(predictions, labels, valid, num_classes):
     return jnp.stack([metrics.confusion_matrix(predictions, x, num_classes) for x in (labels, *bands)])
 
 
-def make_eval_step(model, rows, crf_config, balance_power=0.0, loss_chunk_edges=None, marginals_of=None, labels_of=()):
+def make_eval_step(
+    model,
+    rows,
+    crf_config,
+    balance_power=0.0,
+    loss_chunk_edges=None,
+    marginals_of=None,
+    labels_of=(),
+    pairwise_balance_power=None,
+):
     """Builds step(params, batch) -> sums over all devices.
 
     rows: {row of the table: names of the relations whose messages count}; weights of all relations come with crf_config
@@ -235,7 +250,13 @@ def make_eval_step(model, rows, crf_config, balance_power=0.0, loss_chunk_edges=
                 confusion["convs"] = confusions(labels, batch["label"], valid, model.num_classes)
                 shown["convs"] = labels
                 kept = sharp if marginals_of == "convs" else kept
-        terms = piecewise_terms(potentials, batch["label"], balance_power, loss_chunk_edges)
+        terms = piecewise_terms(
+            potentials,
+            batch["label"],
+            balance_power,
+            loss_chunk_edges,
+            pairwise_balance_power=pairwise_balance_power,
+        )
         confusion, terms = jax.lax.psum((confusion, terms), AXIS)
         sums = {"confusion": confusion, "terms": terms, "change": change}
         if labels_of:

@@ -78,6 +78,7 @@ def test_training_step_and_inference_are_as_xla_has_them():
     planned = plan(model, size, batch, optimizer=optimizer)
     state = steps.TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
     loss = {"reduction": "mean", "pairwise_weight": 1.0, "balance_power": 0.0, "sampled_offsets": 0, "chunk_edges": 0}
+    loss["pairwise_balance_power"] = -1.0
     loss["objective"] = "piecewise"
     step = parallel.pmap_train(steps.make_train_step(model, optimizer, loss), jax.devices()[:1])
     data = {"image": (1, *images.shape), "label": (1, *images.shape[:-1])}

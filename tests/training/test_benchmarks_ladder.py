@@ -192,6 +192,10 @@ def test_a_relation_is_the_same_in_crop_and_image(ladder, name):
     for relation, box in ladder.BOXES[ladder.SETS[name].boxes].items():
         found = config.relations[relation]
         assert found.unit == "cells" and [list(found.rows), list(found.cols)] == box
+    # Of the relations alone: unary and convolutions keep the unary's.
+    unary = ladder.config_of(args, "multiscale", 0, "train").loss.balance_power
+    of_pairs = config.loss.pairwise_balance_power if config.loss.pairwise_balance_power >= 0 else unary
+    assert config.loss.balance_power == unary and of_pairs == ladder.SETS[name].pair_balance
     assert ladder.config_of(args, "baseline", 0, "train").model.relations == ()
     unrolled = ladder.config_of(args, "unrolled", 0, "train")
     assert unrolled.loss.objective == "unrolled_mean_field_staged" and unrolled.loss.unary_share == 0
@@ -226,10 +230,12 @@ def test_a_run_of_other_settings_is_refused(ladder, tmp_path, monkeypatch):
     workdir.mkdir(parents=True)
     configs.save(config, workdir / "config.json")
     assert ladder.trained(args, "multiscale", 0, "train", "run") == workdir
-    config.loss.balance_power = 0.9
-    configs.save(config, workdir / "config.json")
-    with pytest.raises(SystemExit, match=r"trained with config\.loss\.balance_power = 0\.9, this ladder has .*--runs"):
-        ladder.trained(args, "multiscale", 0, "train", "run")
+    for key in ("balance_power", "pairwise_balance_power"):
+        before, config.loss[key] = config.loss[key], 0.9
+        configs.save(config, workdir / "config.json")
+        with pytest.raises(SystemExit, match=rf"trained with config\.loss\.{key} = 0\.9, this ladder has .*--runs"):
+            ladder.trained(args, "multiscale", 0, "train", "run")
+        config.loss[key] = before
 
 
 def test_the_pilot_is_tuned_on_images_that_it_was_not_trained_on_once(ladder, tmp_path, monkeypatch):

@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from pwcrf_jax import nets, piecewise, segmenter
 from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, inference, loop, steps, tuning
+from pwcrf_jax.training import evaluate, inference, loop, parallel, steps, tuning
 
 LAYERS = ("conv1", "conv3")
 
@@ -131,6 +132,45 @@ def test_their_loss_moves_nothing_else(fine):
     truth = np.asarray(piecewise.grid_labels(jnp.asarray(labels), 32, 48))
     np.testing.assert_allclose(total, np.take_along_axis(log_p, truth[..., None], -1).sum(), rtol=1e-5)
     assert count == truth.size
+
+
+def test_relations_have_a_class_balance_of_their_own(fine):
+    """In training and in what evaluation says of the likelihood; unary and convolutions keep theirs."""
+    rng = np.random.default_rng(5)
+    labels = rng.choice(6, (2, 64, 96), p=[0.5, 0.3, 0.1, 0.05, 0.03, 0.02]).astype(np.uint8)
+    batch = {"image": rng.integers(0, 256, (2, 64, 96, 3), np.uint8), "label": labels}
+    batch["valid_size"] = np.array([[64, 96]] * 2, np.int32)
+    fine.crf.num_iterations = 1
+    model = configs.build_model(fine)
+    params = evaluate.init_params(model, 0)
+    params = jax.tree.map(lambda x: x + rng.normal(0, 0.3, x.shape).astype(x.dtype), params)
+    tx = optax.sgd(0.0)
+
+    def terms(balance, of_pairs):
+        fine.loss.balance_power, fine.loss.pairwise_balance_power = balance, of_pairs
+        configs.validate(fine, num_devices=1)
+        step = parallel.pmap_train(steps.make_train_step(model, tx, fine.loss.to_dict()), devices=jax.devices()[:1])
+        copy = jax.tree.map(jnp.copy, params)
+        _, seen = step(steps.TrainState(jnp.int32(0), copy, tx.init(copy)), parallel.split(batch, 1))
+        fn = parallel.pmap_eval(evaluate.eval_step(fine, model), devices=jax.devices()[:1])
+        sums = fn(params, parallel.split(batch, 1))["terms"]
+        found = {k: -float(total) / float(count) for k, (total, count) in sums.items()}
+        assert {k: float(seen[f"nll_{k}"]) for k in found} == pytest.approx(found, rel=1e-4)
+        return found
+
+    same, higher, apart = terms(0.5, -1.0), terms(1.0, -1.0), terms(0.5, 1.0)
+    relations = set(fine.model.relations)
+    assert set(same) == relations | {"unary", "refinement_convs"}
+    for name in same:
+        assert apart[name] == pytest.approx((higher if name in relations else same)[name], rel=1e-5)
+        assert same[name] != pytest.approx(higher[name], rel=1e-3)
+    fine.loss.pairwise_balance_power = -0.5
+    with pytest.raises(configs.ConfigError, match=r"pairwise_balance_power = -0\.5; set it to 0 or more, or to -1"):
+        configs.validate(fine, num_devices=1)
+    fine.model.refinement_convs.layers = ()
+    fine.loss.objective, fine.loss.pairwise_balance_power = "unrolled_mean_field", 0.3
+    with pytest.raises(configs.ConfigError, match=r"pairwise_balance_power = 0\.3 does nothing with .*; set it to -1"):
+        configs.validate(fine, num_devices=1)
 
 
 def test_staged_they_train_with_the_relations(fine, trained, tmp_path):
