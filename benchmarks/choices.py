@@ -166,6 +166,7 @@ def run(args):
             config = config_of(args, name, seed, trains)
             if name in TRAINED:
                 config.init_from = str(ladder.trained(args, "multiscale", seed, trains, "pilot"))
+                config.data.train_split = ladder.parts(trains, args.unseen)[1]
             workdir = Path(args.runs) / args.set / f"choices-{slug(name)}-{seed}"
             loop.train_and_evaluate(config, str(workdir))
             found = configs.load(workdir / "config.json")  # a finished run is taken as it is
@@ -194,7 +195,7 @@ def summary(args):
             continue
         results = [r for runs in found.values() for r in runs.values()]
         kinds = (*ladder_table.SIZES, "split")
-        if mixed := [k for k in kinds if len({json.dumps(r.get(k)) for r in results}) > 1]:
+        if mixed := [k for k in kinds if len({json.dumps(r.get(k) or 0) for r in results}) > 1]:
             raise SystemExit(f"{args.results}: choices of {which} with different {', '.join(mixed)}: not one ladder")
         counts = {name: {s: ladder_table.unpack(r["counts"]) for s, r in runs.items()} for name, runs in found.items()}
         classes = next(iter(next(iter(found.values())).values()))["class_indices"]
@@ -238,6 +239,8 @@ def main():
     if args.summary:
         summary(args)
         return
+    if args.unseen and (together := [name for name in args.choices if name in FROM_THE_START]):
+        parser.error(f"--unseen {args.unseen}: {', '.join(together)} train unary and relations on the same images")
     ladder.check_arguments(parser, args)
     logs.setup()
     run(args)

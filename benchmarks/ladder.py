@@ -20,8 +20,10 @@ the rest (eval.py --tune-refinement), each rung's dense CRF on the marginals tha
 takes its last checkpoint.
 
 Steps, crops and batches are sized for two CPU cores (`SETS`): three seeds take some hours a set. --steps, --crop,
---batch, --pair_steps, --pair_balance and --boxes make it another ladder, and --results names a folder for it: figures
-of different ladders are never mixed.
+--batch, --pair_steps, --pair_balance, --boxes and --unseen make it another ladder, and --results names a folder for it:
+figures of different ladders are never mixed. With --unseen relations are trained on images that their unary has not
+seen: on those it was trained on, its features and its log-probabilities, which relations start from, are better than
+they will ever be again.
 
 --curve: relations on the features of unaries that trained for an eighth, a quarter, a half and the whole of the steps,
 and on those of the baseline, with fixed message weights: nothing is chosen, every weight is reported.
@@ -138,7 +140,7 @@ def sizes_of(args):
     setting = SETS[args.set]
     unary = args.steps or setting.steps, args.batch or setting.batch_size, list(args.crop or setting.crop_size)
     balance = setting.pair_balance if args.pair_balance is None else args.pair_balance
-    pairs = args.pair_steps or setting.pair_steps, balance, BOXES[args.boxes or setting.boxes]
+    pairs = args.pair_steps or setting.pair_steps, balance, BOXES[args.boxes or setting.boxes], args.unseen
     return dict(zip(SIZES, (*unary, *pairs), strict=True))
 
 
@@ -159,9 +161,18 @@ def kept(args, path):
     return result
 
 
+def parts(split, unseen):
+    """Of training images: those that the unary is trained on, and those of relations on its features."""
+    if not unseen:
+        return split, split
+    name, _, end = split.removesuffix("%]").partition("[:")
+    border = int(end or 100) - unseen
+    return f"{name}[:{border}%]", f"{name}[{border}%:{end and end + '%'}]"
+
+
 def trained(args, rung, seed, split, name, unary="multiscale", share=1.0):
     """The workdir of a finished run; arguments as in `config_of`."""
-    config = config_of(args, rung, seed, split, unary, share)
+    config = config_of(args, rung, seed, parts(split, args.unseen)[rung in ON_UNARY], unary, share)
     shorter = f"{share:g}x" if share != 1 else ""
     if rung in ON_UNARY:
         config.init_from = str(trained(args, unary, seed, split, name, share=share))
@@ -316,11 +327,16 @@ def add_arguments(parser):
     parser.add_argument("--pair_steps", type=int, default=0, help="of the relations; 0: as in SETS")
     parser.add_argument("--pair_balance", type=float, help="class balance of the relations; as in SETS if left out")
     parser.add_argument("--boxes", choices=list(BOXES), help="of the relations; as in SETS if left out")
+    parser.add_argument(
+        "--unseen", type=int, default=0, help="percent of the training images that only relations on a unary see"
+    )
 
 
 def check_arguments(parser, args):
     if not args.set:
         parser.error("--set is needed, or --summary")
+    if not 0 <= args.unseen < 100 - HELD_OUT:
+        parser.error(f"--unseen {args.unseen}: 0 to {99 - HELD_OUT}, the pilot holds {HELD_OUT} % out for itself")
     for name in ("source_dir", "init_from"):
         if not os.path.exists(getattr(args, name) or "-"):
             parser.error(f"--{name} {getattr(args, name)!r} does not exist")
@@ -340,6 +356,8 @@ def main():
     )
     parser.add_argument("--trials", type=int, default=16, help="settings of the dense CRF that the pilot tries at most")
     args = parser.parse_args()
+    if args.unseen and (together := [rung for rung in args.rungs if rung.startswith(("joint", "unrolled_joint"))]):
+        parser.error(f"--unseen {args.unseen}: {', '.join(together)} train unary and relations on the same images")
     if args.against and not args.against.is_dir():
         parser.error(f"--against {args.against} does not exist")
     if args.summary:

@@ -18,7 +18,7 @@ BESIDE = ("joint", "joint_features", "unrolled", "unrolled_tuned", "unrolled_joi
 OBJECTIVES = (("contextual", "unrolled"), ("contextual", "unrolled_tuned"), ("joint", "unrolled_joint"))
 OTHER = "the other ladder's "
 # Figures with other ones are of another ladder.
-SIZES = ("steps", "batch_size", "crop_size", "pair_steps", "pair_balance", "boxes")
+SIZES = ("steps", "batch_size", "crop_size", "pair_steps", "pair_balance", "boxes", "unseen")
 EVAL_SPLIT = "val"
 BOOTSTRAP = 2000  # draws of an interval
 # What a rung's own figure is, and the row that each comparison takes.
@@ -57,7 +57,7 @@ def sizes_in(result):
     without = {"contextual": (), "unrolled": ("pair_balance",), "joint": ("pair_steps", "pair_balance")}
     without |= dict.fromkeys(("joint_features", "unrolled_joint"), without["joint"])
     without = without.get(rung, ("pair_steps", "pair_balance", "boxes") if rung in RUNGS else ())
-    return {k: result.get(k) for k in SIZES if k not in without}
+    return {k: result.get(k, 0 if k == "unseen" else None) for k in SIZES if k not in without}
 
 
 def bootstrap(first, second, classes, rng, over_seeds=False):

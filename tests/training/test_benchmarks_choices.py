@@ -23,7 +23,9 @@ def choices():
 
 
 def options(**more):
-    sizes = dict.fromkeys(("steps", "pair_steps", "batch"), 0) | dict.fromkeys(("crop", "pair_balance", "boxes"))
+    sizes = dict.fromkeys(("steps", "pair_steps", "batch", "unseen"), 0) | dict.fromkeys(
+        ("crop", "pair_balance", "boxes")
+    )
     return argparse.Namespace(**(dict(set="animals", source_dir="", data_dir="", init_from="", **sizes) | more))
 
 

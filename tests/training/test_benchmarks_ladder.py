@@ -56,7 +56,7 @@ def options(ladder, results, **more):
     defaults = dict(
         set="animals", results=results, against=None, picture=None, steps=0, pair_steps=0, batch=0, crop=None
     )
-    defaults |= dict(pair_balance=None, boxes=None)
+    defaults |= dict(pair_balance=None, boxes=None, unseen=0)
     return argparse.Namespace(**(defaults | more))
 
 
@@ -206,9 +206,37 @@ def test_a_relation_is_the_same_in_crop_and_image(ladder, name):
     assert unrolled.model.refinement_convs.layers == () and unrolled.train.steps == ladder.SETS[name].pair_steps
 
 
+def test_relations_on_images_that_their_unary_has_not_seen(ladder, tmp_path, monkeypatch):
+    assert ladder.parts("train", 0) == ("train", "train")
+    assert ladder.parts("train", 20) == ("train[:80%]", "train[80%:]")
+    assert ladder.parts("train_aug[:80%]", 30) == ("train_aug[:50%]", "train_aug[50%:80%]")
+    args = options(ladder, tmp_path, unseen=20, source_dir="", data_dir="", init_from="", runs=str(tmp_path))
+    seen = {}
+
+    def train_and_evaluate(config, workdir):
+        pathlib.Path(workdir).mkdir(parents=True)
+        configs.save(config, pathlib.Path(workdir, "config.json"))
+        seen[pathlib.Path(workdir).name] = config.data.train_split
+
+    monkeypatch.setattr(ladder.loop, "train_and_evaluate", train_and_evaluate)
+    trains, tunes = ladder.held_out("animals")
+    ladder.trained(args, "contextual", 0, trains, "pilot")
+    ladder.trained(args, "contextual", 1, "train_aug", "run")
+    assert tunes == "train_aug[80%:]"  # which neither of the pilot's has seen
+    assert seen == {
+        "pilot-multiscale-0": "train_aug[:60%]", "pilot-contextual-0": "train_aug[60%:80%]",
+        "run-multiscale-1": "train_aug[:80%]", "run-contextual-1": "train_aug[80%:]",
+    }  # fmt: skip
+    ladder.write(tmp_path / "one.json", dict(rung="contextual", **ladder.sizes_of(options(ladder, tmp_path))))
+    with pytest.raises(SystemExit, match="holds figures of {'unseen': 0}, this ladder has"):
+        ladder.kept(args, tmp_path / "one.json")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--set", "camvid", "--unseen", "80"], "--unseen 80: 0 to 79, the pilot holds 20 % out for itself"),
+        (["--unseen", "9", "--rungs", "unrolled", "joint"], "--unseen 9: joint train unary and relations on the same"),
         (["--summary", "--against", "nowhere"], "--against nowhere does not exist"),
         ([], "--set is needed, or --summary"),
         (["--set", "camvid", "--source_dir", "nowhere"], "--source_dir 'nowhere' does not exist"),
