@@ -14,9 +14,9 @@ scored at several message weights, of both relations alike, and with more iterat
 Nothing here sees the images that the ladder is scored on.
 
 Workdirs and figures are kept as ladder.py keeps them, in files named choices_SET_NAME_SEED.json, and what is finished
-is not done again. Gains are over the same model's unary, with 95 % intervals from a paired bootstrap over images; the
-last column compares with the ladder's relations at the same weight, and what is sharpened with what is not. Ends with
-one line of JSON.
+is not done again: of a decoding that came later, that one alone. Gains are over the same model's unary, with 95 %
+intervals from a paired bootstrap over images; the last column compares with the ladder's relations at the same weight,
+and what is sharpened with what is not. Ends with one line of JSON.
 """
 
 import argparse
@@ -161,7 +161,10 @@ def run(args):
     for seed in args.seeds:
         for name in args.choices:
             path = args.results / f"choices_{args.set}_{slug(name)}_{seed}.json"
-            if ladder.kept(args, path):
+            more = {LADDER: DECODED, "free": SUMS}.get(name, ()) if seed == 0 else ()
+            kept = ladder_table.unpack((ladder.kept(args, path) or {"counts": {}})["counts"])
+            missing = tuple(d for d in EACH + more if str(d) not in kept)
+            if not missing:
                 continue
             config = config_of(args, name, seed, trains)
             if name in TRAINED:
@@ -173,8 +176,10 @@ def run(args):
             config.model.input_scaling = found.model.input_scaling  # that of the start weights
             if different := [k for k in ("train", "loss", "model", "relations") if found[k] != config[k]]:
                 raise SystemExit(f"{workdir} has another config.{different[0]} than asked for: name another --runs")
-            more = {LADDER: DECODED, "free": SUMS}.get(name, ()) if seed == 0 else ()
-            counts, names = counts_of_images(found, workdir, tunes, EACH + more)
+            counts, names = counts_of_images(found, workdir, tunes, missing)
+            if kept and not np.array_equal(kept["unary"], counts["unary"]):
+                raise SystemExit(f"{path} holds figures of another model than {workdir}: name another --results")
+            counts = kept | counts
             about = dict(rung=name, seed=seed, split=tunes)
             ladder.write(path, ladder.result_of(args, found, names, counts["unary"], counts, **about))
 

@@ -83,6 +83,38 @@ def test_a_run_of_other_settings_is_refused(choices, tmp_path, monkeypatch):
         choices.run(args)
 
 
+def test_a_decoding_that_came_later_is_added(choices, trained, tmp_path, monkeypatch):
+    """To the figures that are there, if they are of the same model; nothing else is counted again."""
+    args = options(runs=str(tmp_path), results=tmp_path, seeds=[1], choices=["joint"])
+    path, workdir = tmp_path / "choices_animals_joint_1.json", tmp_path / "animals/choices-joint-1"
+    workdir.mkdir(parents=True)
+    configs.save(choices.config_of(args, "joint", 1, "train_aug[:80%]"), workdir / "config.json")
+    monkeypatch.setattr(choices.loop, "train_and_evaluate", lambda config, workdir: None)
+    monkeypatch.setattr(choices, "EACH", (choices.Decoding(), choices.Decoding(2.0)))
+    names, unary, asked = list(choices.ladder.ANIMALS), np.ones((2, 1, 3, 7), np.int64), []
+
+    def counts_of_images(config, workdir, split, decodings):
+        asked.append([str(d) for d in decodings])
+        return {row: unary * (1 + len(row)) for row in ("unary", *asked[-1])}, names
+
+    monkeypatch.setattr(choices, "counts_of_images", counts_of_images)
+    choices.run(args)
+    before = path.read_text()
+    choices.run(args)
+    assert path.read_text() == before and asked == [["weight 1", "weight 2"]]
+    monkeypatch.setattr(choices, "EACH", (*choices.EACH, choices.Decoding(2.0, 10)))
+    choices.run(args)
+    assert asked[1:] == [["weight 2, num_iterations 10"]]
+    first, result = json.loads(before), json.loads(path.read_text())
+    assert set(result["counts"]) - set(first["counts"]) == set(asked[1])
+    assert all(result["rows"][row] == first["rows"][row] for row in first["rows"])
+    unary = unary + 1
+    monkeypatch.setattr(choices, "EACH", (*choices.EACH, choices.Decoding(4.0)))
+    with pytest.raises(SystemExit, match=r"choices_animals_joint_1\.json holds figures of another model than .*-1:"):
+        choices.run(args)
+    assert json.loads(path.read_text()) == result
+
+
 def test_decodings_are_those_of_inference(choices, trained):
     config = configs.load(trained / "config.json")
     asked = (
