@@ -28,9 +28,11 @@ they will ever be again.
 --curve: relations on the features of unaries that trained for an eighth, a quarter, a half and the whole of the steps,
 and on those of the baseline, with fixed message weights: nothing is chosen, every weight is reported.
 
-Each run lies in its own workdir below --runs and goes on where it was stopped; what is finished is not done again.
-Figures go to benchmarks/results, one JSON a set, rung and seed, with the counts of each image, from which --summary
-makes its table: means over seeds, 95 % intervals from a paired bootstrap over images. Ends with one line of JSON.
+Each run lies in its own workdir below --runs and goes on where it was stopped; what is finished is not done again. What
+was chosen for its last rung lies in its tuned.json: `eval.py --workdir RUN --checkpoint latest --refine full` scores
+it, with --split test as well. Figures go to benchmarks/results, one JSON a set, rung and seed, with the counts of each
+image, from which --summary makes its table: means over seeds, 95 % intervals from a paired bootstrap over images. Ends
+with one line of JSON.
 """
 
 import argparse
@@ -124,12 +126,14 @@ def config_of(args, rung, seed, split, unary="multiscale", share=1.0):
     if rung in ON_UNARY:
         config.loss.objective, config.loss.unary_share = ON_UNARY[rung], 0.0
         config.train.steps = sizes["pair_steps"]
+    config.loss.pairwise_balance_power = -1.0
     if rung == "contextual":
         if sizes["pair_balance"] != config.loss.balance_power:
             config.loss.pairwise_balance_power = sizes["pair_balance"]
         config.model.refinement_convs.layers = MIDDLE
     config.model.pairwise_trains_features = rung == "joint_features"
-    config.crf.num_iterations = 3  # the paper's; the pilot chooses for the contextual rung
+    # The paper's number, and weights of 1: the pilot chooses for the contextual rungs.
+    config.crf.num_iterations, config.crf.weights = 3, (1.0,)
     if rung == "unrolled_joint":
         config.loss.objective = "unrolled_mean_field"
     return config
@@ -274,6 +278,9 @@ def run(args):
                 section, name = key.split(".")
                 config[section][name] = tuple(value) if isinstance(value, list) else value
             counts, ids, names = counts_of_images(config, workdir, refined)
+            if refined == configs.final_row(config):  # so that eval.py --refine full has this rung's figures
+                conditions = configs.tuning_conditions(config)
+                configs.write_tuned(dict(config=tuned, conditions=conditions, split=held_out(args.set)[1]), workdir)
             about = dict(seed=seed, tuned=tuned or None)
             for same in (rung, "refined") if rung == "multiscale" and refined else (rung,):
                 write(path_of(same, seed), result_of(args, config, names, ids, counts, rung=same, **about))

@@ -199,7 +199,8 @@ def test_a_relation_is_the_same_in_crop_and_image(ladder, name):
     assert ladder.config_of(args, "baseline", 0, "train").model.relations == ()
     unrolled = ladder.config_of(args, "unrolled", 0, "train")
     assert unrolled.loss.objective == "unrolled_mean_field_staged" and unrolled.loss.unary_share == 0
-    assert unrolled.loss.balance_power == ladder.config_of(args, "multiscale", 0, "train").loss.balance_power
+    assert unrolled.loss.balance_power == unary and unrolled.loss.pairwise_balance_power == -1
+    assert unrolled.crf.weights == config.crf.weights == (1.0,)
     joint, through = (ladder.config_of(args, rung, 0, "train").to_dict() for rung in ("joint", "unrolled_joint"))
     assert (joint["loss"].pop("objective"), through["loss"].pop("objective")) == ("piecewise", "unrolled_mean_field")
     assert joint == through
@@ -333,6 +334,10 @@ def test_rungs_are_decoded_with_what_their_pilot_chose(ladder, tmp_path, monkeyp
     assert kept == {f"ladder_animals_{rung}_0" for rung in args.rungs}
     tuned = json.loads((tmp_path / "ladder_animals_unrolled_tuned_0.json").read_text())["tuned"]
     assert tuned == messages(2.0, 7)
+    # Left for eval.py beside the model that was refined last, the one with convolutions.
+    config = ladder.config_of(args, "contextual", 0, "train")
+    ladder.configs.check_tuned(config, ladder.configs.apply_tuned(config, tmp_path), tmp_path)
+    assert (config.crf.weights, config.crf.num_iterations, config.refine.smoothness_compat) == ((0.5, 0.5), 20, 8.0)
 
 
 def test_objectives_refuse_runs_on_other_scenes(scripts, tmp_path, monkeypatch):
