@@ -173,8 +173,8 @@ def _validate_objective(config):
         )
     if -1 < loss.pairwise_balance_power < 0:
         raise ConfigError(
-            f"config.loss.pairwise_balance_power = {loss.pairwise_balance_power}; set it to 0 or more, or to -1 for "
-            "that of config.loss.balance_power"
+            f"config.loss.pairwise_balance_power = {loss.pairwise_balance_power} must be 0 or more, or -1 for that of "
+            "config.loss.balance_power"
         )
     unused = [("loss.sampled_offsets", 0), ("loss.pairwise_weight", 1), ("loss.pairwise_balance_power", -1)]
     unused = [] if name.startswith("piecewise") else unused
