@@ -201,7 +201,7 @@ def held_out(which):
     return f"{split}[:{border}]", f"{split}[{border}:]"
 
 
-def pilot(args):
+def pilot(args, rungs):
     """{pilot: tuned values of crf and refine}, from held-out training images, of those that the rungs need.
 
     The dense CRF is tuned on the marginals that it refines; that of the unrolled model is not searched.
@@ -209,7 +209,7 @@ def pilot(args):
     trains, tunes = held_out(args.set)
     path = args.results / f"ladder_{args.set}_pilot.json"
     found = kept(args, path) or sizes_of(args)
-    needed = list(dict.fromkeys(PILOT_OF[rung] for rung in args.rungs if rung in PILOT_OF))
+    needed = list(dict.fromkeys(PILOT_OF[rung] for rung in rungs if rung in PILOT_OF))
     for name in needed:
         if name not in found:
             workdir = trained(args, RUN_OF.get(name, name), 0, trains, "pilot")
@@ -260,8 +260,9 @@ def counts_of_images(config, workdir, refined=""):
 
 def run(args):
     split = SETS[args.set].split
-    chosen = pilot(args)
     path_of = lambda rung, seed: args.results / f"ladder_{args.set}_{rung}_{seed}.json"
+    missing = [rung for rung in args.rungs if not all(kept(args, path_of(rung, seed)) for seed in args.seeds)]
+    chosen = pilot(args, missing)
     for seed in args.seeds:
         for rung in args.rungs:
             if kept(args, path_of(rung, seed)):

@@ -171,13 +171,8 @@ def _validate_objective(config):
             f"config.loss.unary_share = {loss.unary_share} leaves none of the {config.train.steps} steps to the "
             "relations; lower it"
         )
-    if -1 < loss.pairwise_balance_power < 0:
-        raise ConfigError(
-            f"config.loss.pairwise_balance_power = {loss.pairwise_balance_power} must be 0 or more, or -1 for that of "
-            "config.loss.balance_power"
-        )
-    unused = [("loss.sampled_offsets", 0), ("loss.pairwise_weight", 1), ("loss.pairwise_balance_power", -1)]
-    unused = [] if name.startswith("piecewise") else unused
+    of_pairs = [("loss.sampled_offsets", 0), ("loss.pairwise_weight", 1), ("loss.pairwise_balance_power", -1)]
+    unused = [] if name.startswith("piecewise") else of_pairs
     if name == "exact":  # what it has no meaning for: it is the likelihood of one model, with sums of messages
         unused += [("crf.normalize", False), ("loss.balance_power", 0)]
     for key, value in unused:

@@ -22,10 +22,8 @@ BEST = "miou_all"  # in the meta of a checkpoint of best/: mean IoU of the final
 def eval_step(config, model, marginals_of=None, labels_of=()):
     """The evaluation step of a config, see `steps.make_eval_step`."""
     rows, crf, loss = configs.table_rows(config), configs.crf_settings(config), config.loss
-    of_pairs = None if loss.pairwise_balance_power < 0 else loss.pairwise_balance_power
-    return steps.make_eval_step(
-        model, rows, crf, loss.balance_power, loss.chunk_edges or None, marginals_of, labels_of, of_pairs
-    )
+    more = marginals_of, labels_of, loss.pairwise_balance_power
+    return steps.make_eval_step(model, rows, crf, loss.balance_power, loss.chunk_edges or None, *more)
 
 
 def make_eval_fn(config, model, refine="off"):

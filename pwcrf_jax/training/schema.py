@@ -6,11 +6,14 @@ _LARGEST = {int: 2**31 - 1, float: 3.4e38}  # what int32 and float32 hold
 
 
 class Number:
-    """An int, or a float (ints pass for floats), low <= x <= high; `above` and `below` are exclusive; odd: of ints."""
+    """An int, or a float (ints pass for floats), low <= x <= high; `above` and `below` are exclusive; odd: of ints.
 
-    def __init__(self, kind, low=None, high=None, above=None, below=None, odd=False):
+    besides: of floats, a number outside of it that has a meaning of its own.
+    """
+
+    def __init__(self, kind, low=None, high=None, above=None, below=None, odd=False, besides=None):
         largest = _LARGEST[kind]
-        self.kind, self.above, self.below, self.odd = kind, above, below, odd
+        self.kind, self.above, self.below, self.odd, self.besides = kind, above, below, odd, besides
         self.low, self.high = -largest if low is None else low, largest if high is None else high
         if kind is int:
             self.wanted = f"an {'odd ' if odd else ''}integer from {self.low} to {self.high}"
@@ -18,10 +21,13 @@ class Number:
         bounds = {"above": above, "at least": low, "below": below, "at most": high}
         bounds = [f"{name} {bound}" for name, bound in bounds.items() if bound is not None]
         self.wanted = " ".join(["a finite number", " and ".join(bounds)]).strip()
+        self.wanted += f", or {besides}" if besides is not None else ""
 
     def accepts(self, x):
-        if isinstance(x, bool) or not isinstance(x, (int, self.kind)) or not self.low <= x <= self.high:  # nor NaN
+        if isinstance(x, bool) or not isinstance(x, (int, self.kind)):
             return False
+        if not self.low <= x <= self.high:  # nor NaN
+            return self.besides is not None and x == self.besides
         inside = (self.above is None or x > self.above) and (self.below is None or x < self.below)
         return inside and not (self.odd and x % 2 == 0)
 
@@ -137,7 +143,7 @@ SCHEMA = {
     "loss.reduction": Text(),
     "loss.pairwise_weight": _NOT_NEGATIVE,
     "loss.balance_power": _NOT_NEGATIVE,
-    "loss.pairwise_balance_power": Number(float, low=-1),
+    "loss.pairwise_balance_power": Number(float, low=0, besides=-1),
     "loss.sampled_offsets": _COUNT,
     "loss.chunk_edges": _COUNT,
     "optimizer.name": Text(),

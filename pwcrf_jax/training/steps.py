@@ -23,7 +23,7 @@ class TrainState:
 
 
 def piecewise_terms(
-    potentials, labels, balance_power=0.0, chunk_edges=None, sampled_offsets=0, key=None, pairwise_balance_power=None
+    potentials, labels, balance_power=0.0, chunk_edges=None, sampled_offsets=0, key=None, pairwise_balance_power=-1.0
 ):
     """(sum, count) of the log-likelihood of every kind of factor: {"unary": ..., relation name: ...}.
 
@@ -32,7 +32,7 @@ def piecewise_terms(
 
     labels: int [B, H, W] of the image; read at the centres of the grid's cells.
     balance_power: of `pwcrf_jax.piecewise.balance_weights`, 0 for none; pairwise_balance_power: that of the relations,
-      None: the same.
+      -1: the same.
     sampled_offsets: of each relation, drawn with `key`; 0, or as many as there are: all.
     """
     grid = piecewise.grid_labels(labels, *potentials.unary.shape[1:3])
@@ -40,7 +40,7 @@ def piecewise_terms(
     num_classes = potentials.unary.shape[-1]
     weights = balance(grid, balance_power)
     terms = {"unary": piecewise.unary_log_likelihood(potentials.unary, grid, node_weights=weights)}
-    if pairwise_balance_power is not None:
+    if pairwise_balance_power >= 0:
         weights = balance(grid, pairwise_balance_power)
     for i, (name, potential) in enumerate(potentials.pairwise.items()):
         sample = None
@@ -133,7 +133,7 @@ def make_train_step(model, tx, loss_config, seed=0, crf_config=None, kinds=KINDS
         if "unary" not in kinds:
             potentials = potentials._replace(unary=jax.lax.stop_gradient(potentials.unary))
         balance, chunk_edges = loss_config["balance_power"], loss_config["chunk_edges"] or None
-        of_pairs = balance if loss_config["pairwise_balance_power"] < 0 else loss_config["pairwise_balance_power"]
+        of_pairs = loss_config["pairwise_balance_power"]
         key = jax.random.fold_in(jax.random.key(seed), step)
         if name == "piecewise" or "pairwise" not in kinds:
             sampled = loss_config["sampled_offsets"]
@@ -205,7 +205,7 @@ def make_eval_step(
     loss_chunk_edges=None,
     marginals_of=None,
     labels_of=(),
-    pairwise_balance_power=None,
+    pairwise_balance_power=-1.0,
 ):
     """Builds step(params, batch) -> sums over all devices.
 

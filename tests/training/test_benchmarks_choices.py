@@ -178,6 +178,13 @@ def test_potts_scores_are_means_of_the_neighbours(choices, trained):
     assert changed > 100
 
 
+def test_unseen_images_need_a_unary_of_before(choices, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["choices.py", "--set", "animals", "--unseen", "20", "--choices", "free", "joint"])
+    with pytest.raises(SystemExit):
+        choices.main()
+    assert "--unseen 20: joint train unary and relations on the same images" in capsys.readouterr().err
+
+
 def test_what_is_sharpened_is_a_row_of_its_own(choices, config, tmp_path):
     config.train.steps, config.model.refinement_convs.layers = 2, ("conv2", "conv3")
     choices.loop.train_and_evaluate(config, str(tmp_path / "work"))
@@ -204,6 +211,12 @@ def test_the_summary_compares_with_the_unary_and_the_ladder(choices, tmp_path, c
     keep(choices.LADDER, 1, **{"unary": 0.5, "weight 1": 0.7, "weight 2": 0.6})
     keep("free", 1, **{"unary": 0.5, "weight 1": 0.4, "weight 2": 0.8})
     choices.summary(argparse.Namespace(results=tmp_path))
+    path = tmp_path / "choices_animals_free_1.json"
+    said = path.read_text()
+    path.write_text(json.dumps(json.loads(said) | {"unseen": 20}))
+    with pytest.raises(SystemExit, match="choices of animals with different unseen: not one ladder"):
+        choices.summary(argparse.Namespace(results=tmp_path))
+    path.write_text(said)
     *lines, last = capsys.readouterr().out.splitlines()
     out = json.loads(last)["animals"]
     assert out["as in the ladder"]["weight 1"] > out["as in the ladder"]["weight 2"] > 0 > out["free"]["weight 1"]

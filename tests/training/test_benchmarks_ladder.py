@@ -285,17 +285,18 @@ def test_the_pilot_is_tuned_on_images_that_it_was_not_trained_on_once(ladder, tm
     args.source_dir = args.data_dir = args.init_from = ""
     monkeypatch.setattr(ladder, "trained", trained)
     monkeypatch.setattr(ladder.tuning, "tune", tune)
-    chosen = ladder.pilot(args)
+    chosen = ladder.pilot(args, args.rungs)
     assert done == [(run, 0, "train_aug[:80%]", "pilot") for run in ("multiscale", "contextual", "contextual")]
     assert rows == ["all", "all", "convs"]  # marginals that the rungs' dense CRF refines
     assert chosen == {name: {"crf.weights": (0.5, 1.0)} for name in ("multiscale", "contextual", "convs")}
     kept = json.loads((tmp_path / "ladder_animals_pilot.json").read_text())
     assert kept["contextual"]["split"] == "train_aug[80%:]" and kept["boxes"] == ladder.BOXES["far"]
-    assert ladder.pilot(args)["multiscale"] == {"crf.weights": [0.5, 1.0]} and len(done) == 3
-    args.rungs = ("unrolled_tuned",)  # the one that needs a pilot of its own
-    assert ladder.pilot(args)["unrolled"] == {"crf.weights": (0.5, 1.0)} and done[3:] == [("unrolled", *done[0][1:])]
-    args.rungs = ("baseline", "joint", "unrolled")  # nothing of these is tuned
-    assert ladder.pilot(args) == {} and len(done) == 4
+    assert ladder.pilot(args, args.rungs)["multiscale"] == {"crf.weights": [0.5, 1.0]} and len(done) == 3
+    # The one that needs a pilot of its own.
+    assert ladder.pilot(args, ["unrolled_tuned"])["unrolled"] == {"crf.weights": (0.5, 1.0)} and done[3:] == [
+        ("unrolled", *done[0][1:])
+    ]
+    assert ladder.pilot(args, ["baseline", "joint", "unrolled"]) == {} and len(done) == 4
 
 
 def test_rungs_are_decoded_with_what_their_pilot_chose(ladder, tmp_path, monkeypatch):
@@ -317,7 +318,8 @@ def test_rungs_are_decoded_with_what_their_pilot_chose(ladder, tmp_path, monkeyp
         rows = ("unary", "all", *(["refined"] if refined else []))
         return {row: counts_of(confusions(np.random.default_rng(0), 0.5)) for row in rows}, list("ab"), list("wxyz")
 
-    monkeypatch.setattr(ladder, "pilot", lambda args: chosen)
+    asked = []
+    monkeypatch.setattr(ladder, "pilot", lambda args, rungs: (asked.append(rungs), chosen)[1])
     monkeypatch.setattr(ladder, "trained", trained)
     monkeypatch.setattr(ladder, "counts_of_images", counts_of_images)
     monkeypatch.setattr(ladder.configs, "scored_classes", lambda config, names: CLASSES)
@@ -334,6 +336,9 @@ def test_rungs_are_decoded_with_what_their_pilot_chose(ladder, tmp_path, monkeyp
     assert kept == {f"ladder_animals_{rung}_0" for rung in args.rungs}
     tuned = json.loads((tmp_path / "ladder_animals_unrolled_tuned_0.json").read_text())["tuned"]
     assert tuned == messages(2.0, 7)
+    (tmp_path / "ladder_animals_convs_0.json").unlink()
+    ladder.run(args)
+    assert asked == [list(args.rungs), ["convs"]]  # of what is kept no pilot is trained
     # Left for eval.py beside the model that was refined last, the one with convolutions.
     config = ladder.config_of(args, "contextual", 0, "train")
     ladder.configs.check_tuned(config, ladder.configs.apply_tuned(config, tmp_path), tmp_path)
