@@ -20,7 +20,7 @@
 
 Messages are means (the demo's setting). Figures go to benchmarks/results (--results), those of --quick nowhere. Ends
 with one line of JSON: `step_ratio` and `crf_ratio` are unrolled mean field over piecewise, and over the other kinds of
-it that were measured; `step_ratio_of_staged` is in stages over in stages.
+it that were measured; `step_ratio_of_staged` (and `_sampled`) is in stages over in stages.
 """
 
 import argparse
@@ -247,9 +247,10 @@ def main():
             ratio = lambda f, part=part, name=name: f[part]["unrolled_mean_field"][0] / f[part][name][0]
             key = f"{part}_ratio" + name.removeprefix("piecewise")
             out[key] = {which: round(ratio(f), 2) for which, f in found.items()}
-    staged = lambda f: f["step"]["unrolled_mean_field_staged"][0] / f["step"]["piecewise_staged"][0]
-    if all("unrolled_mean_field_staged" in f["step"] for f in found.values()):  # not so where earlier runs go on
-        out["step_ratio_of_staged"] = {which: round(staged(f), 2) for which, f in found.items()}
+    for kind in ("staged", "staged_sampled"):
+        ratio = lambda f, kind=kind: f["step"]["unrolled_mean_field_staged"][0] / f["step"][f"piecewise_{kind}"][0]
+        if all({"unrolled_mean_field_staged", f"piecewise_{kind}"} <= f["step"].keys() for f in found.values()):
+            out[f"step_ratio_of_{kind}"] = {which: round(ratio(f), 2) for which, f in found.items()}
     if not args.quick:
         args.results.mkdir(parents=True, exist_ok=True)
         some = "_".join(["", *args.models]) if len(args.models) < len(CONFIGS) else ""
