@@ -20,7 +20,7 @@
 
 Messages are means (the demo's setting). Figures go to benchmarks/results (--results), those of --quick nowhere. Ends
 with one line of JSON: `step_ratio` and `crf_ratio` are unrolled mean field over piecewise, and over the other kinds of
-it that were measured; `step_ratio_of_staged` (and `_sampled`) is in stages over in stages.
+it that were measured; `step_ratio_of_staged` is in stages over in stages (`_sampled`: piecewise alone).
 """
 
 import argparse
