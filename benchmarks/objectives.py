@@ -250,6 +250,7 @@ def main():
     for kind in ("staged", "staged_sampled"):
         ratio = lambda f, kind=kind: f["step"]["unrolled_mean_field_staged"][0] / f["step"][f"piecewise_{kind}"][0]
         if all({"unrolled_mean_field_staged", f"piecewise_{kind}"} <= f["step"].keys() for f in found.values()):
+            # Neither the boxes of a grid nor earlier runs that go on have all of them.
             out[f"step_ratio_of_{kind}"] = {which: round(ratio(f), 2) for which, f in found.items()}
     if not args.quick:
         args.results.mkdir(parents=True, exist_ok=True)
