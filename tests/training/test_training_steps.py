@@ -66,9 +66,10 @@ def test_loss_is_the_mean_over_all_valid_factors(config):
 
 
 def test_eval_over_eight_devices_equals_one(config):
-    model = configs.build_model(config)
-    params = evaluate.init_params(model, 0)
-    batch = _batch(np.random.default_rng(2), 8)
+    # Scores as first initialised send next to nothing: what an iteration changes would be rounding, of any ratio.
+    model, rng = configs.build_model(config), np.random.default_rng(2)
+    params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape), evaluate.init_params(model, 0))
+    batch = _batch(rng, 8)
     batch["valid_size"] = np.array([[64, 80]] * 7 + [[0, 0]], np.int32)
     batch["label"][7] = 255
     step = steps.make_eval_step(model, configs.table_rows(config), configs.crf_settings(config))
@@ -76,7 +77,9 @@ def test_eval_over_eight_devices_equals_one(config):
     for row in configs.table_rows(config):
         np.testing.assert_array_equal(one["confusion"][row], eight["confusion"][row])
         assert int(np.sum(one["confusion"][row][0])) == int(np.sum(batch["label"] != 255))
-        np.testing.assert_allclose(one["change"][row], eight["change"][row], rtol=1e-5)
+        if row != "unary":
+            assert one["change"][row][0] > 1e-3
+        np.testing.assert_allclose(one["change"][row], eight["change"][row], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
