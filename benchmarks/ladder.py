@@ -354,7 +354,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--summary", action="store_true", help="print the table of what was run")
     parser.add_argument(
-        "--against", type=Path, help="with --summary: folder of another ladder, which objectives are compared with"
+        "--against", type=Path, help="with --summary: folder of another ladder, whose objectives and unary are compared"
     )
     parser.add_argument("--picture", help="with --summary: file of a picture, one for each set (.png, .svg)")
     add_arguments(parser)

@@ -104,8 +104,8 @@ def figures_in(folder, name):
 def summary(args):
     """Prints the table of the figures in args.results, and one line of JSON.
 
-    args.against: folder of another ladder whose objectives are compared with, or None. args.picture: file of a picture,
-    or None.
+    args.against: folder of another ladder whose objectives and unary are compared with, or None. args.picture: file of
+    a picture, or None.
     """
     out = {}
     for name in sorted({path.name.split("_")[1] for path in args.results.glob("ladder_*_[0-9]*.json")}):
@@ -165,6 +165,8 @@ def summary(args):
         for first, second in pairs:
             if more := compare((first, "all"), (second, "all")):
                 print(f"  {second} over {first}: {more[0]:+.2f} [{more[1]:+.2f}, {more[2]:+.2f}], {more[3]} seeds")
+        if more := compare((OTHER + "multiscale", "unary"), ("contextual", "all")):
+            print(f"  contextual over {OTHER}unary: {more[0]:+.2f} [{more[1]:+.2f}, {more[2]:+.2f}], {more[3]} seeds")
         refines = ("refined", "contextual", "convs")  # multiscale's files may hold a dense CRF of an earlier pilot
         best = max(
             f["miou"]

@@ -40,8 +40,12 @@ def flags(data_dir, **changes):
 
 
 @contextlib.contextmanager
-def compiled_once(folder):
-    """In here JAX keeps what it compiles in a folder, for runs of one config."""
+def compiled_once(folder, optimized):
+    """In here JAX keeps what it compiles in a folder, for runs of one config.
+
+    optimized: whether programs are compiled as users have them. What a run writes, refuses and goes on with does not
+    depend on it, and compiling is half of the time of such tests.
+    """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
@@ -50,9 +54,11 @@ def compiled_once(folder):
     try:
         for name, value in values.items():
             jax.config.update(name, value)
+        jax.config.update("jax_disable_most_optimizations", not optimized)
         compilation_cache.reset_cache()
         yield
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+        jax.config.update("jax_disable_most_optimizations", False)
         compilation_cache.reset_cache()

@@ -8,7 +8,9 @@ from faults import states
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_once(tmp_path_factory):
     """Most runs here are of one config."""
-    with small.compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
+    folder = tmp_path_factory.getbasetemp() / "compiled"
+    with small.compiled_once(folder, optimized=False), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         yield
 
 

@@ -8,6 +8,9 @@ import small
 
 from pwcrf_jax.nets import MobileNetV2
 
+# Tests of what a step or a program computes.
+OPTIMIZED = {f"test_training_{name}" for name in ("steps", "objectives", "devices", "export")}
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _shared_programs(request, tmp_path_factory):
@@ -15,9 +18,10 @@ def _shared_programs(request, tmp_path_factory):
     if request.path.stem == "test_training_startup":
         yield
         return
-    folder = tmp_path_factory.getbasetemp() / "compiled"
-    with small.compiled_once(folder), pytest.MonkeyPatch.context() as patch:
+    folder, optimized = tmp_path_factory.getbasetemp() / "compiled", request.path.stem in OPTIMIZED
+    with small.compiled_once(folder, optimized), pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(not optimized)))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
         yield
 
