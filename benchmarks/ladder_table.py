@@ -166,13 +166,15 @@ def summary(args):
             if more := compare((first, "all"), (second, "all")):
                 print(f"  {second} over {first}: {more[0]:+.2f} [{more[1]:+.2f}, {more[2]:+.2f}], {more[3]} seeds")
         if more := compare((OTHER + "multiscale", "unary"), ("contextual", "all")):
-            print(f"  contextual over {OTHER}unary: {more[0]:+.2f} [{more[1]:+.2f}, {more[2]:+.2f}], {more[3]} seeds")
+            one, other = (next(iter(runs.values())) for runs in (found["contextual"], others[OTHER + "multiscale"]))
+            print(f"  contextual ({one['steps']} + {one['pair_steps']} steps) over {OTHER}unary ({other['steps']}): "
+                  f"{more[0]:+.2f} [{more[1]:+.2f}, {more[2]:+.2f}], {more[3]} seeds")  # fmt: skip
         refines = ("refined", "contextual", "convs")  # multiscale's files may hold a dense CRF of an earlier pilot
         best = max(
-            f["miou"]
-            for rung, runs in found.items()
-            for r in runs.values()
-            for row, f in r["rows"].items()
+            scores(n.sum(0), classes)["miou"]
+            for rung in found
+            for rows in counts[rung].values()
+            for row, n in rows.items()
             if row != "refined" or rung in refines
         )
         print_curve(args, name)

@@ -43,22 +43,21 @@ def flags(data_dir, **changes):
 def compiled_once(folder, optimized):
     """In here JAX keeps what it compiles in a folder, for runs of one config.
 
-    optimized: whether programs are compiled as users have them. What a run writes, refuses and goes on with does not
-    depend on it, and compiling is half of the time of such tests.
+    optimized: whether programs are compiled as users have them; compiling is half of the time of most such tests.
     """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
     values = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.0}
     before = {name: getattr(jax.config, name) for name in values}
+    values["jax_disable_most_optimizations"] = not optimized
+    before["jax_disable_most_optimizations"] = jax.config.read("jax_disable_most_optimizations")  # no attribute
     try:
         for name, value in values.items():
             jax.config.update(name, value)
-        jax.config.update("jax_disable_most_optimizations", not optimized)
         compilation_cache.reset_cache()
         yield
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
-        jax.config.update("jax_disable_most_optimizations", False)
         compilation_cache.reset_cache()

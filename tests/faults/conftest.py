@@ -41,5 +41,7 @@ def whole(tmp_path_factory):
     from pwcrf_jax.training import loop
 
     workdir = tmp_path_factory.mktemp("whole") / "work"
-    loop.train_and_evaluate(_config(tmp_path_factory), str(workdir))
+    # A session's fixture is made before the module's, and this run is compared with others bit for bit.
+    with small.compiled_once(tmp_path_factory.getbasetemp() / "compiled", optimized=False):
+        loop.train_and_evaluate(_config(tmp_path_factory), str(workdir))
     return workdir

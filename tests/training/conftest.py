@@ -8,8 +8,8 @@ import small
 
 from pwcrf_jax.nets import MobileNetV2
 
-# Tests of what a step or a program computes.
-OPTIMIZED = {f"test_training_{name}" for name in ("steps", "objectives", "devices", "export")}
+# What steps, exported programs and runs that were stopped compute is looked at in programs as users have them.
+OPTIMIZED = {f"test_training_{name}" for name in ("steps", "objectives", "devices", "export", "runs")}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,7 +42,9 @@ def trained(tmp_path_factory):
 
     config, workdir = _config(tmp_path_factory), tmp_path_factory.mktemp("trained") / "work"
     config.train.steps = 1
-    loop.train_and_evaluate(config, str(workdir))
+    # A session's fixture is made before the module's: compiled as most of its users compile.
+    with small.compiled_once(tmp_path_factory.getbasetemp() / "compiled", optimized=False):
+        loop.train_and_evaluate(config, str(workdir))
     return workdir
 
 
