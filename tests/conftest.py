@@ -20,3 +20,14 @@ def _programs_of_other_modules():
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def quick_compilation():
+    """Programs are compiled fast and run slow: for tests of which most of the time is XLA's."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

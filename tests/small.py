@@ -40,18 +40,13 @@ def flags(data_dir, **changes):
 
 
 @contextlib.contextmanager
-def compiled_once(folder, optimized):
-    """In here JAX keeps what it compiles in a folder, for runs of one config.
-
-    optimized: whether programs are compiled as users have them; compiling is half of the time of most such tests.
-    """
+def compiled_once(folder):
+    """In here JAX keeps what it compiles in a folder, for runs of one config."""
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
     values = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.0}
     before = {name: getattr(jax.config, name) for name in values}
-    values["jax_disable_most_optimizations"] = not optimized
-    before["jax_disable_most_optimizations"] = jax.config.read("jax_disable_most_optimizations")  # no attribute
     try:
         for name, value in values.items():
             jax.config.update(name, value)

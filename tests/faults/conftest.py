@@ -8,9 +8,7 @@ from faults import states
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_once(tmp_path_factory):
     """Most runs here are of one config."""
-    folder = tmp_path_factory.getbasetemp() / "compiled"
-    with small.compiled_once(folder, optimized=False), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    with small.compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
         yield
 
 
@@ -41,7 +39,5 @@ def whole(tmp_path_factory):
     from pwcrf_jax.training import loop
 
     workdir = tmp_path_factory.mktemp("whole") / "work"
-    # A session's fixture is made before the module's, and this run is compared with others bit for bit.
-    with small.compiled_once(tmp_path_factory.getbasetemp() / "compiled", optimized=False):
-        loop.train_and_evaluate(_config(tmp_path_factory), str(workdir))
+    loop.train_and_evaluate(_config(tmp_path_factory), str(workdir))
     return workdir

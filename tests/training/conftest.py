@@ -8,9 +8,6 @@ import small
 
 from pwcrf_jax.nets import MobileNetV2
 
-# What steps, exported programs and runs that were stopped compute is looked at in programs as users have them.
-OPTIMIZED = {f"test_training_{name}" for name in ("steps", "objectives", "devices", "export", "runs")}
-
 
 @pytest.fixture(scope="module", autouse=True)
 def _shared_programs(request, tmp_path_factory):
@@ -18,10 +15,9 @@ def _shared_programs(request, tmp_path_factory):
     if request.path.stem == "test_training_startup":
         yield
         return
-    folder, optimized = tmp_path_factory.getbasetemp() / "compiled", request.path.stem in OPTIMIZED
-    with small.compiled_once(folder, optimized), pytest.MonkeyPatch.context() as patch:
+    folder = tmp_path_factory.getbasetemp() / "compiled"
+    with small.compiled_once(folder), pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(not optimized)))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
         yield
 
@@ -42,9 +38,7 @@ def trained(tmp_path_factory):
 
     config, workdir = _config(tmp_path_factory), tmp_path_factory.mktemp("trained") / "work"
     config.train.steps = 1
-    # A session's fixture is made before the module's: compiled as most of its users compile.
-    with small.compiled_once(tmp_path_factory.getbasetemp() / "compiled", optimized=False):
-        loop.train_and_evaluate(config, str(workdir))
+    loop.train_and_evaluate(config, str(workdir))
     return workdir
 
 

@@ -35,6 +35,7 @@ def test_every_data_set_has_a_tiny_copy():
     assert set(LAYOUTS) == set(DATASETS) - {"synthetic"}
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_from_archive_to_score(name, tmp_path):
     counts = importlib.import_module(f"layouts.{name}").make(tmp_path / "source", np.random.default_rng(0))
