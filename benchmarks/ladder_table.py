@@ -165,10 +165,14 @@ def summary(args):
         for first, second in pairs:
             if more := compare((first, "all"), (second, "all")):
                 print(f"  {second} over {first}: {more[0]:+.2f} [{more[1]:+.2f}, {more[2]:+.2f}], {more[3]} seeds")
-        if more := compare((OTHER + "multiscale", "unary"), ("contextual", "all")):
-            one, other = (next(iter(runs.values())) for runs in (found["contextual"], others[OTHER + "multiscale"]))
-            print(f"  contextual ({one['steps']} + {one['pair_steps']} steps) over {OTHER}unary ({other['steps']}): "
-                  f"{more[0]:+.2f} [{more[1]:+.2f}, {more[2]:+.2f}], {more[3]} seeds")  # fmt: skip
+        alone = OTHER + "multiscale", "unary"
+        for row, kinds in (("unary", ("steps",)), ("all", ("steps", "pair_steps"))):
+            if more := compare(alone, ("contextual", row)):
+                _, low, high, _ = compare(alone, ("contextual", row), over_seeds=True)
+                one, other = (next(iter(runs.values())) for runs in (found["contextual"], others[alone[0]]))
+                print(f"  contextual, row {row} ({' + '.join(str(one[k]) for k in kinds)} steps) "
+                      f"over {OTHER}unary ({other['steps']}): {more[0]:+.2f} [{more[1]:+.2f}, {more[2]:+.2f}]; "
+                      f"over seeds too [{low:+.2f}, {high:+.2f}], {more[3]} seeds")  # fmt: skip
         refines = ("refined", "contextual", "convs")  # multiscale's files may hold a dense CRF of an earlier pilot
         best = max(
             scores(n.sum(0), classes)["miou"]

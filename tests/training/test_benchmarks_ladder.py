@@ -148,8 +148,9 @@ def test_summary_ends_with_the_figures(ladder, tmp_path, capsys):
     assert said == [("the other ladder's unrolled over contextual", "-")]
     said = [re.match(r"  (.*): ([+-])[\d.]+ \[.*\], 1 seeds$", x).groups() for x in lines if "_joint over" in x]
     assert said == [("unrolled_joint over the other ladder's joint", "-")]
-    said = r"  contextual \(9 \+ 175 steps\) over the other ladder's unary \(350\): \+.* 1 seeds$"
-    assert any(re.match(said, x) for x in lines)
+    for said in ("row unary (9 steps)", "row all (9 + 175 steps)"):
+        assert sum(x.startswith(f"  contextual, {said} over the other ladder's unary (350): ") for x in lines) == 1
+    assert any(re.search(r"row all .* unary \(350\): \+.*; over seeds too \[.*\], 1 seeds$", x) for x in lines)
     assert json.loads(last)["animals"]["seeds"] == 1  # its own figures alone
 
 
