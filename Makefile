@@ -10,7 +10,7 @@ DEMO := runs/demo-seed$(SEED)
 .PHONY: demo test test-slow lint docs clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not v >= (3, 11) and "pwcrf_jax needs Python 3.11 or newer, $(PYTHON) is %d.%d; try make PYTHON=python3.12" % v[:2])'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not v >= (3, 11, 4) and "pwcrf_jax needs Python 3.11.4 or newer (tar archives are unpacked with its filter), $(PYTHON) is %d.%d.%d; try make PYTHON=python3.12" % v[:3])'
 	@echo "Setting up $(VENV) ..." >&2
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,lint,docs]" >&2
