@@ -35,7 +35,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from pwcrf_jax.training import cli, distributed, evaluate, predict, refinement, tuning
+from pwcrf_jax.training import cli, distributed, evaluate, image_files, predict, refinement, tuning
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training.logs import log
 
@@ -260,7 +260,8 @@ def _predict(config, workdir, options):
         overwrite=options.overwrite,
     )
     if result["failed"]:
-        log.info("%d images could not be read: %s", len(result["failed"]), ", ".join(result["failed"]))
+        named = [*map(image_files.shown, result["failed"][:20]), *["..."] * (len(result["failed"]) > 20)]
+        log.info("%d images were not predicted: %s", len(result["failed"]), ", ".join(named))
     print(json.dumps(result))
     if result["failed"]:
         sys.exit(cli.FAILED)
