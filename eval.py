@@ -201,6 +201,7 @@ def main(_):
     workdir, config = cli.require("workdir"), cli.require("config")
     options = flags.FLAGS
     predicting = _check_flags(options)
+    configs.validate(config, batches=())
     if options["tune-refinement"].value:
         mode = "spatial" if options.refine == "spatial" else "full"
         result = tuning.tune(config, workdir, options.checkpoint, options.split, mode, options.trials)
@@ -282,7 +283,7 @@ def _name_report(argv):
 def _define_config(argv):
     _name_report(argv)
     workdir = _early(argv[1:], "workdir", "")
-    config = configs.load(os.path.join(workdir, "config.json")) if workdir else ConfigDict()
+    config = configs.load(os.path.join(workdir, configs.CONFIG)) if workdir else ConfigDict()
     tuning_now = _early(argv[1:], "tune-refinement", "false").lower() in _YES
     off = _early(argv[1:], "tuned", "true").lower() not in _YES or {"--notuned", "-notuned"} & set(argv)
     if workdir and not off and not tuning_now:

@@ -8,11 +8,11 @@ import contextlib
 import errno
 import fcntl
 import json
-import math
 import os
 import re
 import secrets
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
@@ -44,14 +44,26 @@ def refused(path: str | os.PathLike, what: str, error: OSError) -> FileError:
     return made
 
 
-def expand_path(text: str, name: str) -> str:
-    """A path as a user gives it, "~" and "~user" expanded.
+@contextlib.contextmanager
+def naming(path: str | os.PathLike, what: str) -> Iterator[None]:
+    """In here an OSError becomes the `FileError` of `refused`."""
+    try:
+        yield
+    except FileError:
+        raise
+    except OSError as error:
+        raise refused(path, what, error) from None
+
+
+def expand_path(text: str | os.PathLike, name: str) -> str:
+    """A path as a user gives it, with "~" and "~user" expanded.
 
     name: of the flag or key, for the message.
 
     Raises:
       FileError: a URL, of which none can be read or written, or a home that is not known.
     """
+    text = os.fspath(text)
     if _URL.match(text):
         raise FileError(f"{name}={text}: only local paths can be used; mount it or copy it, and name that folder")
     if "\0" in text:
@@ -69,19 +81,18 @@ def expand_path(text: str, name: str) -> str:
 
 
 def make_folder(path: str | os.PathLike, inside: str | os.PathLike = "") -> None:
-    """Makes a folder and those above it, where they are not there.
+    """Makes a folder that can be written, and those above it, where they are not there.
 
     inside: of the folders below this one none may be a link; "": `path` may be what the user likes, a link too.
 
     Raises:
-      FileError: it cannot be made, or a folder is a link.
+      FileError: it cannot be made or written, or a folder is a link.
     """
     if inside:
         check_folder(path, inside)
-    try:
+    with naming(path, "cannot be written"):
         os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise refused(path, "cannot be made", error) from None
+        tempfile.TemporaryFile(dir=path).close()
 
 
 def check_folder(path: str | os.PathLike, inside: str | os.PathLike) -> None:
@@ -99,6 +110,16 @@ def check_folder(path: str | os.PathLike, inside: str | os.PathLike) -> None:
         place = os.path.dirname(place)
 
 
+def check_replaceable(path: str | os.PathLike) -> None:
+    """Refuses what `replacing` cannot replace: a folder, or what is no file, such as /dev/null; FileError."""
+    with naming(path, "cannot be written"):
+        name = os.path.basename(path)
+        if len(os.fsencode(name)) > os.pathconf(os.path.dirname(os.path.abspath(path)), "PC_NAME_MAX"):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError(errno.EINVAL, "it is a folder" if os.path.isdir(path) else "it is no file")
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     """A binary file to write, which takes the place of `path` when it is whole, and is on the disk then.
@@ -112,28 +133,22 @@ def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     path = os.path.abspath(path)
     folder = os.path.dirname(path)
     partial = os.path.join(folder, f".{secrets.token_hex(8)}.partial")
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError(errno.EINVAL, "it is a folder" if os.path.isdir(path) else "it is no file")
+    check_replaceable(path)
+    with naming(path, "cannot be written"):
         # Mode as the umask says: other users of a group's folder read what is written there.
         number = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise refused(path, "cannot be written", error) from None
-    try:
-        with open(number, "wb") as file:
-            with contextlib.suppress(OSError):  # tells `delete_unfinished` that it is being written
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            yield file
-            file.flush()
-            os.fsync(number)
-            os.replace(partial, path)
-        sync_folder(folder)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
-        if isinstance(error, OSError) and not isinstance(error, FileError):
-            raise refused(path, "cannot be written", error) from None
-        raise
+        try:
+            with open(number, "wb") as file:
+                with contextlib.suppress(OSError):  # tells `delete_unfinished` that it is being written
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                yield file
+                file.flush()
+                os.fsync(number)
+                os.replace(partial, path)
+            sync_folder(folder)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(partial)
 
 
 def write(path: str | os.PathLike, content: bytes | str) -> None:
@@ -160,31 +175,56 @@ def sync_folder(folder: str | os.PathLike) -> None:
             os.close(number)
 
 
+def sync_tree(folder: str | os.PathLike) -> None:
+    """Returns when a folder with all files below it is on the disk, its own name too. Raises OSError."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(PermissionError):
+                number = os.open(os.path.join(place, name), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                try:
+                    os.fsync(number)
+                finally:
+                    os.close(number)
+        sync_folder(place)
+    sync_folder(os.path.dirname(os.path.abspath(folder)))
+
+
 def delete_unfinished(folder: str | os.PathLike) -> None:
     """Deletes what writers that were killed have left in a folder; not what another process is writing."""
     for name in filter(_UNFINISHED.fullmatch, os.listdir(folder)):
         path = os.path.join(folder, name)
         with contextlib.suppress(OSError):
-            with open(_open_regular(path, os.O_RDWR), "rb") as file:
+            with open(open_regular(path, os.O_RDWR | os.O_NOFOLLOW), "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.unlink(path)
 
 
 def append(path: str | os.PathLike) -> IO[bytes]:
-    """Opens a file to append bytes, unbuffered; it is made where it is not there.
+    """Opens a file to append bytes; it is made where it is not there.
 
     Raises:
       FileError: it cannot be written, or is a link or no file.
     """
-    try:
-        return open(_open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab", buffering=0)
-    except OSError as error:
-        raise refused(path, "cannot be written", error) from None
+    with naming(path, "cannot be written"):
+        return open(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW), "ab")
 
 
-def _open_regular(path, flags):
-    """A descriptor of a regular file, without following a link and without waiting for a FIFO's other end."""
-    number = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+def read_lines(path: str | os.PathLike) -> list[str]:
+    """The lines of a text file with their ends, as `append` wrote them; [] where there is none.
+
+    Raises:
+      FileError: it cannot be read, or is a link or no file.
+    """
+    if not os.path.lexists(path):
+        return []
+    with naming(path, "cannot be read"):
+        with open(open_regular(path, os.O_RDONLY | os.O_NOFOLLOW), errors="replace") as file:
+            return file.readlines()
+
+
+def open_regular(path: str | os.PathLike, flags: int) -> int:
+    """A descriptor of a regular file, which for a FIFO does not wait for its other end. Raises OSError."""
+    number = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
         raise OSError(errno.EINVAL, "it is no file")
@@ -198,17 +238,14 @@ def read_json(path: str | os.PathLike, remedy: str, check: Callable[[Any], Any] 
     check: raises ValueError, TypeError, KeyError, IndexError or AttributeError for content of another shape.
 
     Raises:
-      FileError: it cannot be read, is not JSON, holds NaN or infinity, or has another shape.
+      FileError: it cannot be read, is not JSON or has another shape.
     """
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            about = os.fstat(file.fileno())
-            if not stat.S_ISREG(about.st_mode):
-                raise OSError(errno.EINVAL, "it is no file")
-            if not 0 < about.st_size < _LARGEST_JSON:
-                raise ValueError(f"it has {about.st_size} bytes")
+        with open(open_regular(path, os.O_RDONLY), "rb") as file:
+            if not 0 < (size := os.fstat(file.fileno()).st_size) < _LARGEST_JSON:
+                raise ValueError(f"it has {size} bytes")
             text = file.read().decode()
-        return check(json.loads(text, parse_constant=_finite, parse_float=_finite))
+        return check(json.loads(text))
     except (FileNotFoundError, FileError):
         raise
     except OSError as error:
@@ -220,9 +257,3 @@ def read_json(path: str | os.PathLike, remedy: str, check: Callable[[Any], Any] 
     except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
     raise FileError(f"{os.fspath(path)} cannot be used ({reason}); {remedy}")
-
-
-def _finite(text):
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text} is no finite number")
-    return number

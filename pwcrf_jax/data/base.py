@@ -63,7 +63,7 @@ def require_source_dir(name: str, source_dir: str) -> Path:
     """The absolute source folder, or DataError when none was given or it is no folder."""
     if not source_dir:
         raise DataError(f"data set {name!r} is read from your own copy: set data.source_dir to its folder")
-    path = Path(source_dir).expanduser().absolute()
+    path = Path(source_dir).absolute()
     if not path.is_dir():
         raise DataError(f"data.source_dir: {path} is not a folder; set it to your copy of {name!r}")
     return path

@@ -2,15 +2,13 @@
 
     python -m pwcrf_jax.data.check image_folder --source_dir DIR [--data_dir DIR] [--partial] [--option seed=1]
 
-prepares the data set, as training would, and prints what the guard saw; exit code 1: refused. The guard sees it once,
-while it is prepared, and keeps `label_report.json` in the prepared folder.
+prepares the data set, as training would, and prints what the guard saw; exit code 1: refused, 2: a path that cannot be
+used. The guard sees it once, while it is prepared, and keeps `label_report.json` in the prepared folder.
 """
 
 import argparse
 import ast
-import json
 import logging
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -19,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from pwcrf_jax import files
 from pwcrf_jax.data.common import VOID, DataError, orientation, value_counts
 
 REPORT = "label_report.json"
@@ -255,9 +254,7 @@ def bad_value(where: Any, label: np.ndarray, known: np.ndarray, meaning: str, re
 
 def write_report(report: dict[str, Any], folder: str) -> None:
     """Keeps a report in a prepared folder, whole or not at all."""
-    partial = Path(folder, f"{REPORT}.{os.getpid()}")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    partial.replace(Path(folder, REPORT))
+    files.write_json(Path(folder, REPORT), report)
 
 
 def format_report(report: dict[str, Any]) -> str:
@@ -325,9 +322,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             **dict(args.option),
         )
         report = data.label_report()
-    except DataError as e:
+    except (DataError, files.FileError) as e:
         print(f"refused: {e}")
-        return 1
+        return 1 if isinstance(e, DataError) else 2
     finally:
         log.setLevel(level)
     print(f"{args.dataset}, prepared in {data.folder}")

@@ -5,7 +5,6 @@ import difflib
 import fcntl
 import importlib
 import io
-import json
 import logging
 import os
 import shutil
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from pwcrf_jax.data.common import DataError, decode_image, decode_label, open_image
+from pwcrf_jax.files import expand_path, read_json
 
 _BUILDERS = {  # name -> module and class, imported when asked for: `import pwcrf_jax.data` does not pay for TFDS
     "synthetic": ("synthetic", "Synthetic"),
@@ -132,9 +132,10 @@ class Dataset:
         """
         from pwcrf_jax.data import check
 
+        usable = lambda report: check.format_report(report) and report
         try:
-            return json.loads(Path(self.folder, check.REPORT).read_text())
-        except (OSError, ValueError):  # prepared by an earlier version, or in a run that was killed
+            return read_json(Path(self.folder, check.REPORT), "it is written again", usable)
+        except OSError:  # of another shape, or of a run that was killed
             guard = check.LabelGuard(self.class_names, self.unlabelled)
         for split in self.splits:
             source = self.source(split)
@@ -204,6 +205,7 @@ def load_dataset(
         val_fraction=0.1, seed=0.
 
     Raises:
+      FileError: a path that is no local one.
       DataError: unknown name or option, a source that is missing or damaged, or a prepared folder that
         cannot be written or read. The message names the file or key, and the remedy.
     """
@@ -211,7 +213,11 @@ def load_dataset(
         near = difflib.get_close_matches(str(name), DATASETS, 1, 0)[0]
         raise DataError(f"data.name: unknown data set {name!r}, did you mean {near!r}? Known: {DATASETS}")
     builder_cls = builder_class(name)
-    data_dir = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    source_dir = expand_path(source_dir, "data.source_dir")
+    named = {"data.data_dir": data_dir, "$TFDS_DATA_DIR": os.environ.get("TFDS_DATA_DIR")}
+    named = {key: value for key, value in named.items() if value} or {"data.data_dir": "~/tensorflow_datasets"}
+    key, data_dir = next(iter(named.items()))
+    data_dir = expand_path(data_dir, key)
     with _listing(source_dir):
         plan = builder_cls.plan(source_dir, data_dir=data_dir, **options)
     if not partial:

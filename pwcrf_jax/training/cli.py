@@ -10,6 +10,7 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict
 
+from pwcrf_jax import files
 from pwcrf_jax.data import DataError
 from pwcrf_jax.nets import WeightsError
 from pwcrf_jax.training import compilation, logs, schema, usage
@@ -19,6 +20,9 @@ from pwcrf_jax.training.loop import NonFiniteError
 
 REFUSED = 2
 FAILED = 1
+PATHS = ("config", "workdir", "picture", "images", "output", "export", "report", "report_file", "config.init_from",
+         "config.data.source_dir", "config.data.data_dir")  # fmt: skip
+"""Flags that name a file or a folder."""
 INTERRUPTED = 128 + signal.SIGINT  # what a shell says of a process that Ctrl-C ended
 
 
@@ -70,13 +74,14 @@ def parse(argv, values=flags.FLAGS, before_parsing=None) -> None:
     """Reads the command line into flags. Overrides are applied to the config, and config files are run, here.
 
     Raises:
-      ConfigError: whatever is wrong, in one line.
+      ConfigError, FileError: whatever is wrong, in one line.
     """
     try:
+        _expand_paths(argv)
         if before_parsing:
             before_parsing(argv)
         rest = values(argv)
-    except ConfigError:
+    except (ConfigError, files.FileError):
         raise
     except Exception as error:  # a config file may raise anything
         raise ConfigError(_reason(error, argv)) from None
@@ -101,7 +106,7 @@ def run(main, before_parsing=None, before_main=None, interrupted="stopped by Ctr
         logs.setup()
         try:
             parse(argv, before_parsing=before_parsing)
-        except ConfigError as error:
+        except (ConfigError, files.FileError) as error:
             _refuse(_one_line(error))
         return argv[:1]
 
@@ -111,7 +116,10 @@ def run(main, before_parsing=None, before_main=None, interrupted="stopped by Ctr
                 before_main()
             _use_cache()
             main(argv)
-        except (ConfigError, DataError, WeightsError, CheckpointError, OSError) as error:
+        except OSError as error:
+            named = isinstance(error, files.FileError) or error.filename is None
+            _refuse(_one_line(error if named else files.refused(error.filename, "cannot be used", error)))
+        except (ConfigError, DataError, WeightsError, CheckpointError) as error:
             _refuse(_one_line(error))
         except NonFiniteError as error:
             print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -124,19 +132,28 @@ def run(main, before_parsing=None, before_main=None, interrupted="stopped by Ctr
     app.run(guarded, flags_parser=flags_parser)
 
 
+def _expand_paths(argv):
+    """In place, before anything reads one: a shell expands the tilde of `--workdir ~/x`, not of `--workdir=~/x`."""
+    for i, word in enumerate(argv[1:], 1):
+        name, equals, value = word.partition("=")
+        if name.lstrip("-") not in PATHS or not name.startswith("-"):
+            continue
+        if equals:
+            argv[i] = f"{name}={files.expand_path(value, name)}"
+        elif argv[i + 1 : i + 2]:
+            argv[i + 1] = files.expand_path(argv[i + 1], name)
+
+
 def _use_cache():
-    config, workdir = flags.FLAGS["config"].value, flags.FLAGS["workdir"].value
-    if "dry-run" in flags.FLAGS and flags.FLAGS["dry-run"].value:
-        return  # it leaves nothing in the workdir
+    config = flags.FLAGS["config"].value
     # What main will refuse is left to it.
-    # Processes that share a folder would delete what another is writing.
+    # Processes that start together would delete what another is writing.
     if (
         not jax.distributed.is_initialized()
-        and workdir
         and isinstance(config, ConfigDict)
         and config.get("compilation_cache") is True
     ):
-        compilation.use(os.path.join(workdir, compilation.FOLDER))
+        compilation.use()
 
 
 def require(name: str):

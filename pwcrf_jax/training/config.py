@@ -3,18 +3,20 @@
 import difflib
 import json
 import math
+import os
 import pathlib
 
 import jax
 from ml_collections import ConfigDict
 
-from pwcrf_jax import dense_crf, gaussian, objectives
+from pwcrf_jax import dense_crf, files, gaussian, objectives
 from pwcrf_jax.data import DATASETS
 from pwcrf_jax.nets import BACKBONES, INPUT_SCALINGS, FeatMapNet, grid_size
 from pwcrf_jax.pairwise import ROUTES
 from pwcrf_jax.relations import Relation, offsets
 from pwcrf_jax.segmenter import PAIRWISE_FEATURES, PARAMETERISATIONS, Segmenter
 from pwcrf_jax.training import schema, steps
+from pwcrf_jax.training.logs import log
 
 
 class ConfigError(ValueError):
@@ -72,11 +74,23 @@ _ADDED = {
     "tta.flip": False,
     **{f"refine.{name}": value for name, value in dense_crf.DEFAULT_PARAMS._asdict().items()},
 }
+CONFIG = "config.json"  # in a workdir
 CLASSES = "classes.json"  # in a workdir: names and colours of its classes, for prediction without the data set
 TUNED = "tuned.json"  # in a workdir: what `eval.py --tune-refinement` chose
 _BATCHES = ("train.batch_size", "eval.batch_size")
 _MAX_OFFSETS = 10**6  # of a relation; the least chunk of a step is one of them on the whole map
 _RESERVED = ("unary", "all", "tta", "refined")  # rows of the table, terms of the loss
+
+
+def check_keys(config: ConfigDict) -> None:
+    """Refuses a config whose keys are not those of configs/default.py, or whose values have another type or range.
+
+    Raises:
+      ConfigError: naming the key, its value and the remedy.
+    """
+    boxes = config.get("relations")
+    for problem in schema.problems(dict(_flat(config)), boxes if isinstance(boxes, ConfigDict) else ()):
+        raise ConfigError(problem)
 
 
 def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[str, ...] = _BATCHES) -> None:
@@ -87,10 +101,8 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
     Raises:
       ConfigError: naming the key, its value and the remedy.
     """
+    check_keys(config)
     flat = dict(_flat(config))
-    boxes = config.get("relations")
-    for problem in schema.problems(flat, boxes if isinstance(boxes, ConfigDict) else ()):
-        raise ConfigError(problem)
     for key, known in {
         "data.name": DATASETS,
         "model.backbone": BACKBONES,
@@ -139,13 +151,25 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
                     "relation out of config.model.relations"
                 )
     # Last, as it starts the devices, which takes a while on some.
-    devices = num_devices or jax.device_count()
+    devices = num_devices or device_count()
     for key in batches:
         if flat[key] % devices:
             raise ConfigError(
                 f"config.{key} = {flat[key]} is not divisible by the {devices} devices; use a multiple, such as "
                 f"{-(-flat[key] // devices) * devices}"
             )
+
+
+def device_count() -> int:
+    """Of all processes; ConfigError where JAX has none of the platform that it is told to use."""
+    try:
+        return jax.device_count()
+    except RuntimeError as error:  # a name that JAX does not know, or one of which there is no device here
+        given = jax.config.jax_platforms
+        said = " ".join(str(error).split("(you may need")[0].split())
+        raise ConfigError(
+            f"JAX_PLATFORMS={given}: JAX cannot start it ({said}); name what is there, such as cpu, or unset it"
+        ) from None
 
 
 def _num_offsets(relation, grid):
@@ -342,30 +366,51 @@ def dataset_options(config: ConfigDict) -> dict:
 
 def save(config: ConfigDict, path) -> None:
     """Writes a config as JSON, whole or not at all."""
-    _write(config.to_dict(), pathlib.Path(path))
-
-
-def _write(content, path):
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
+    files.write_json(path, config.to_dict())
 
 
 def load(path) -> ConfigDict:
     """Reads a config written by `save`; lists become tuples again, so that flags can override them.
 
-    Keys that came later than the file stand as what the code did before it had them.
+    Keys that came later than the file stand as what the code did before it had them. Where the file is damaged or not
+    there, as power loss may leave it, the log says so and the config that the checkpoints beside it carry is taken.
+
+    Raises:
+      ConfigError: neither can be used.
     """
     try:
-        stored = json.loads(pathlib.Path(path).read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: is this the --workdir of a training run?") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}): is --workdir the folder of a run?") from None
-    except ValueError as error:  # JSON or UTF-8
-        raise ConfigError(f"{path} is not a config: {error}") from None
+        return files.read_json(path, "put a copy in its place, or name another --workdir", _restored)
+    except (FileNotFoundError, files.FileError) as error:
+        from pwcrf_jax.training import checkpoint  # Orbax, which a run that is refused need not load
+
+        missing = f"{path} does not exist: is this the --workdir of a training run?"
+        why = str(error) if isinstance(error, files.FileError) else missing
+        carried = checkpoint.config_of(os.path.dirname(path))
+        if carried is None:
+            raise ConfigError(why) from None
+        log.warning("%s is taken instead: %s", f"The configuration in {carried[1]}", why)
+        return _restored(carried[0])
+
+
+def load_checked(workdir: str) -> ConfigDict:
+    """`load` of the config of a run, and `check_keys` of it.
+
+    Raises:
+      ConfigError: it cannot be used; the message names the file.
+    """
+    path = os.path.join(workdir, CONFIG)
+    config = load(path)
+    try:
+        check_keys(config)
+    except ConfigError as error:
+        raise ConfigError(f"{path} cannot be used: {error}") from None
+    return config
+
+
+def _restored(stored):
+    """The config of what JSON keeps of it; ValueError where that is something else."""
     if not isinstance(stored, dict) or not stored:
-        raise ConfigError(f"{path} is not a config: expected a JSON object with the keys of configs/default.py")
+        raise ValueError("expected a JSON object with the keys of configs/default.py")
     for key, value in _ADDED.items():
         *sections, name = key.split(".")
         place = stored
@@ -373,16 +418,13 @@ def load(path) -> ConfigDict:
             place = place.setdefault(section, {}) if isinstance(place, dict) else None
         if isinstance(place, dict):
             place.setdefault(name, value)
-    try:
-        return ConfigDict(_tuples(stored))
-    except ValueError as error:  # of names with a dot
-        raise ConfigError(f"{path} is not a config: {error}") from None
+    return ConfigDict(_tuples(stored))  # ValueError for names with a dot
 
 
 def save_classes(class_names, palette, folder: str) -> None:
     """Writes FOLDER/classes.json, whole or not at all."""
     named = [{"name": name, "colour": list(colour)} for name, colour in zip(class_names, palette, strict=True)]
-    _write(named, pathlib.Path(folder, CLASSES))
+    files.write_json(pathlib.Path(folder, CLASSES), named)
 
 
 def load_classes(workdir: str):
@@ -391,16 +433,24 @@ def load_classes(workdir: str):
     Raises:
       ConfigError: it cannot be read.
     """
-    path = pathlib.Path(workdir, CLASSES)
+
+    def check(content):
+        if not isinstance(content, list):
+            raise ValueError("expected a list of classes")
+        for x in content:
+            colour = x["colour"]
+            if not isinstance(x["name"], str) or not isinstance(colour, list) or len(colour) != 3:
+                raise ValueError("expected names and colours of three numbers")
+            if not all(type(n) is int and 0 <= n <= 255 for n in colour):
+                raise ValueError("a colour is not three integers 0..255")
+        return tuple(x["name"] for x in content), tuple(tuple(x["colour"]) for x in content)
+
     try:
-        classes = [(str(x["name"]), tuple(map(int, x["colour"]))) for x in json.loads(path.read_text())]
-        if any(len(colour) != 3 or not all(0 <= x <= 255 for x in colour) for _, colour in classes):
-            raise ValueError("a colour is not three numbers 0..255")
+        return files.read_json(pathlib.Path(workdir, CLASSES), "delete it, training writes it again", check)
     except FileNotFoundError:
         return (), ()
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{path} cannot be used ({error}); delete it, training writes it again") from None
-    return tuple(name for name, _ in classes), tuple(colour for _, colour in classes)
+    except files.FileError as error:
+        raise ConfigError(str(error)) from None
 
 
 def tuning_conditions(config: ConfigDict) -> dict:
@@ -413,7 +463,7 @@ def tuning_conditions(config: ConfigDict) -> dict:
 def check_tuned(config: ConfigDict, tuned: dict, workdir: str) -> None:
     """Refuses values of `apply_tuned` under other conditions than they were chosen under."""
     now = tuning_conditions(config)
-    for key, value in tuned.get("conditions", {}).items():
+    for key, value in tuned["conditions"].items():
         if now.get(key) != value:
             raise ConfigError(
                 f"config.{key} = {now.get(key)}, but {pathlib.Path(workdir, TUNED)} was chosen with {value}; "
@@ -423,25 +473,33 @@ def check_tuned(config: ConfigDict, tuned: dict, workdir: str) -> None:
 
 def write_tuned(result: dict, workdir: str) -> None:
     """Writes the result of `tuning.tune`, whole or not at all."""
-    _write(result, pathlib.Path(workdir, TUNED))
+    files.write_json(pathlib.Path(workdir, TUNED), result)
 
 
 def apply_tuned(config: ConfigDict, workdir: str) -> dict | None:
     """Sets the keys that tuning chose, where WORKDIR/tuned.json is there; returns its content."""
-    path = pathlib.Path(workdir, TUNED)
-    try:
-        result = json.loads(path.read_text())
+
+    def check(result):
+        for name, kind in {"config": dict, "conditions": dict, "split": str, "step": int}.items():
+            if not isinstance(result[name], kind):
+                raise ValueError(f"{name!r} is no {kind.__name__}")
         for key, value in result["config"].items():
             if not key.startswith(("crf.weights", "crf.num_iterations", "refine.")) or key not in dict(_flat(config)):
                 raise KeyError(key)
-            section, name = key.split(".")
-            config[section][name] = _tuples(value)
+            if not schema.kind(key).accepts(value):
+                raise ValueError(f"{key} = {value!r} must be {schema.kind(key).wanted}")
+        return result
+
+    remedy = "delete it, tune again, or start eval.py with --tuned=false"
+    try:
+        result = files.read_json(pathlib.Path(workdir, TUNED), remedy, check)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(
-            f"{path} cannot be used ({error}); delete it, tune again, or start eval.py with --tuned=false"
-        ) from None
+    except files.FileError as error:
+        raise ConfigError(str(error)) from None
+    for key, value in result["config"].items():
+        section, name = key.split(".")
+        config[section][name] = _tuples(value)
     return result
 
 

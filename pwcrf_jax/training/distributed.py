@@ -8,7 +8,7 @@ import jax
 from absl import flags
 
 from pwcrf_jax.training import logs
-from pwcrf_jax.training.config import ConfigError
+from pwcrf_jax.training.config import ConfigError, device_count
 
 
 def define_flags() -> None:
@@ -84,4 +84,5 @@ def start() -> None:
             f"--distributed: JAX finds no cluster here ({str(error).splitlines()[0]}); name the processes with "
             "--coordinator, --num_processes and --process_id"
         ) from None
+    device_count()
     logs.only_process(0)

@@ -1,7 +1,6 @@
 """Evaluation on a split at full resolution, and its table."""
 
 import functools
-import json
 import math
 import os
 import sys
@@ -10,7 +9,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from pwcrf_jax import metrics, segmenter
+from pwcrf_jax import files, metrics, segmenter
 from pwcrf_jax.data import check_sizes, eval_batches, load_dataset
 from pwcrf_jax.training import checkpoint, inference, parallel, refinement, steps
 from pwcrf_jax.training import config as configs
@@ -273,8 +272,7 @@ def _store(config, workdir, which, class_names=()):
 def write(result: dict, workdir: str) -> str:
     """Writes the result of `evaluate` to WORKDIR/eval_SPLIT.json and returns that path."""
     path = os.path.join(workdir, f"eval_{file_name(result['split'])}.json")
-    with open(path, "w") as f:
-        json.dump(result, f, indent=2)
+    files.write_json(path, result)
     return path
 
 

@@ -4,9 +4,7 @@ What `eval.py` predicts, image to labels, CRF included, as StableHLO for CPU, CU
 it FILE.json says what goes in and comes out. The dense CRF (`--refine`) and test-time augmentation are not in it.
 """
 
-import contextlib
 import dataclasses
-import json
 import re
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import numpy as np
 from jax import export
 
 import pwcrf_jax
-from pwcrf_jax import segmenter
+from pwcrf_jax import files, segmenter
 from pwcrf_jax.data.common import MEAN_COLOUR, VOID, DataError
 from pwcrf_jax.nets import grid_size
 from pwcrf_jax.relations import offsets
@@ -119,8 +117,8 @@ def export_predictor(config, workdir: str, file: str, which: str = "best", size:
     which: "best" or "latest". size: of `parse_size`. overwrite: replace files of before.
 
     Raises:
-      ConfigError, DataError, CheckpointError: before anything is computed; DataError also for a file that cannot be
-        written.
+      ConfigError, DataError, CheckpointError: before anything is computed.
+      FileError: a file cannot be written.
     """
     configs.validate(config, batches=())
     if jax.process_count() > 1:
@@ -135,10 +133,13 @@ def export_predictor(config, workdir: str, file: str, which: str = "best", size:
     path = Path(file)
     about = path.with_name(f"{path.name}.json")
     for place in (path, about):
-        if place.is_dir() or place.exists() and not overwrite:
+        if place.exists() and not place.is_dir() and not overwrite:
             raise DataError(f"--export={file}: {place} is there already; name another file, or add --overwrite")
     if not path.parent.is_dir():
         raise DataError(f"--export={file}: there is no folder {path.parent}; make it, or name another file")
+    files.make_folder(path.parent)
+    for place in (path, about):
+        files.check_replaceable(place)
     class_names, palette = predict.class_info(config, workdir)
     model, params, step = evaluate.restore_params(config, workdir, which)
     log.info("%s checkpoint of step %d, images up to %d x %d", which, step, height, width)
@@ -163,18 +164,6 @@ def export_predictor(config, workdir: str, file: str, which: str = "best", size:
         calling_convention_version=exported.calling_convention_version,
         bytes=len(data),
     )
-    _write(about, json.dumps(info, indent=2).encode() + b"\n")
-    _write(path, data)
+    files.write_json(about, info)
+    files.write(path, data)
     return info
-
-
-def _write(path, data):
-    """The file whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise DataError(f"{path}: cannot be written ({error.strerror or error}); name another file") from None

@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import tempfile
 import time
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from pwcrf_jax import files
 from pwcrf_jax.data import check_sizes, load_dataset, train_batches
 from pwcrf_jax.data.datasets import builder_class
 from pwcrf_jax.nets import WeightsError, load_pretrained
@@ -41,8 +41,10 @@ def train_and_evaluate(config, workdir: str) -> dict:
       preemption.Preempted: the run was asked to stop, and is saved.
     """
     dataset = checked_dataset(config)
-    _check_writable(workdir)
+    files.make_folder(workdir)
     with lock.held(workdir):
+        if jax.process_index() == 0:
+            files.delete_unfinished(workdir)
         return _run(config, workdir, dataset)
 
 
@@ -105,9 +107,9 @@ def _check_reached(config):
 
 def _check_new(workdir, latest, best):
     """A run whose checkpoints are gone does not begin anew over what is left of it."""
-    told, file = last_step(workdir), os.path.join(workdir, "config.json")
+    told, file = last_step(workdir), os.path.join(workdir, configs.CONFIG)
     # The save of a step is through when the next one begins, whose step may be told by then.
-    saved = told and os.path.exists(file) and told > 2 * configs.load(file).train.checkpoint_every
+    saved = told and os.path.exists(file) and told > 2 * configs.load_checked(workdir).train.checkpoint_every
     left = [f"{best.folder} holds a model"] if best.latest is not None else []
     left += [f"{latest.folder} holds {', '.join(latest.damaged)}"] if latest.damaged else []
     left += [f"{os.path.join(workdir, METRICS)} tells of {told} steps"] if saved else []
@@ -126,17 +128,6 @@ def _check_together(step, latest):
             f"the processes read different checkpoints of {latest.folder} (steps {', '.join(map(str, steps_of_all))}); "
             "start them again, and look at its disk if that does not help"
         )
-
-
-def _check_writable(workdir):
-    try:
-        os.makedirs(workdir, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-    except OSError as error:
-        raise configs.ConfigError(
-            f"--workdir {workdir} cannot be written ({error.strerror}); change its permissions or name another"
-        ) from None
 
 
 def _other_versions(meta):
@@ -162,9 +153,10 @@ def resolve(config, workdir):
     The scaling belongs to the weights a run started from: a run that goes on has it in its config.json.
     """
     config = config.copy_and_resolve_references()
+    config.init_from = files.expand_path(config.init_from, "config.init_from")
     if checkpoint.exists(os.path.join(workdir, "checkpoints")):
         if config.model.input_scaling == "auto":
-            config.model.input_scaling = configs.load(os.path.join(workdir, "config.json")).model.input_scaling
+            config.model.input_scaling = configs.load_checked(workdir).model.input_scaling
         return config, None
     params, scaling = _fresh_params(config)
     if config.model.input_scaling == "auto":
@@ -198,7 +190,7 @@ def _from_run(folder, params):
 
     Features that relations have of their own start from that run's features, where it has none of the kind.
     """
-    source = configs.load(os.path.join(folder, "config.json"))
+    source = configs.load_checked(folder)
     _, trained, step = evaluate.restore_params(source, folder)
     known = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trained)}
     new = []
@@ -289,7 +281,7 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_
         log.info("already trained for %d steps; raise config.train.steps to go on", step)
         return {}
     if jax.process_index() == 0:
-        configs.save(config, os.path.join(workdir, "config.json"))
+        configs.save(config, os.path.join(workdir, configs.CONFIG))
         configs.save_classes(dataset.class_names, dataset.palette, workdir)
     batches = batches_from(config, dataset, samples_seen // c.batch_size)
     crf = configs.crf_settings(config)
@@ -380,6 +372,8 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_
             stop = preemption.requested()
             if evaluates(step) or step % c.checkpoint_every == 0 or stop:
                 guard.flush()  # what is saved is finite
+                if writer:
+                    writer.sync()
                 latest.save(step, _trees(state), about | {"samples_seen": samples_seen})
                 compilation.seal()
             if evaluates(step) and not stop:

@@ -11,15 +11,13 @@ import functools
 import importlib.resources
 import io
 import json
-import tempfile
 from pathlib import Path
 
 import jax
 import numpy as np
 from PIL import Image
 
-from pwcrf_jax import piecewise
-from pwcrf_jax.data import DataError
+from pwcrf_jax import files, piecewise
 from pwcrf_jax.nets import grid_size
 from pwcrf_jax.relations import offsets
 from pwcrf_jax.training import config as configs
@@ -70,7 +68,7 @@ class Report:
     lost most.
 
     Raises:
-      DataError: the file cannot be written.
+      FileError: the file cannot be written.
       ConfigError: numbers that do not fit, or more than one process.
     """
 
@@ -84,13 +82,8 @@ class Report:
         if jax.process_count() > 1:
             raise configs.ConfigError("--report is written by one process; start it on one host alone")
         self.file = Path(file)
-        try:
-            if self.file.is_dir():
-                raise IsADirectoryError(21, "it is a folder")
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.file.parent).close()
-        except OSError as error:
-            raise DataError(f"--report={file}: cannot be written ({error.strerror}); name another file") from None
+        files.make_folder(self.file.parent)
+        files.check_replaceable(self.file)
         self._gallery, self._wanted = Extremes(images), inspected
         self._inspected = None
         self.confusion = {}
@@ -297,12 +290,7 @@ class Report:
         # No name of a class or an image can end the element that it stands in.
         data = json.dumps(self.data(result), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
         content = html.replace("/* data */", data).encode()
-        partial = self.file.with_name(self.file.name + ".partial")
-        try:
-            partial.write_bytes(content)
-            partial.replace(self.file)
-        except OSError as error:
-            raise DataError(f"--report={self.file}: cannot be written ({error.strerror})") from None
+        files.write(self.file, content)
         return len(content)
 
 
