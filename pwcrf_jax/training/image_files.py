@@ -1,32 +1,18 @@
 """Which files `eval.py --images` means, and what lies there and is not predicted.
 
-What is an image is told by its suffix or, where that says nothing, by its first bytes. Whatever is one is predicted or
-named as failed; what is none is named too.
+What is an image is told by its suffix or, where that says nothing, by its first bytes. Each is predicted or named as
+failed; what is none is named too.
 """
 
 import fnmatch
 import glob
 import os
-import re
-import stat
 from pathlib import Path
 from typing import NamedTuple
 
-from pwcrf_jax.data.common import DataError
+from pwcrf_jax.data.files import FOREIGN_REMEDY, SUFFIXES, DataError, image_kind, open_file
+from pwcrf_jax.files import naming
 
-SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .bmp .dib .webp .tif .tiff .gif .ppm .pgm .pbm .pnm .avif .heic .heif .jp2 .jxl "
-    ".dng .nef .cr2 .cr3 .arw .orf .rw2 .raf".split()
-)
-"""Of images; not all can be read, but none may be left out without a word."""
-
-_FIRST_BYTES = re.compile(
-    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|BM.{4}\0{4}|RIFF.{4}WEBP|II[*+]\0|MM\0[*+]|GIF8[79]a|P[1-6]\s+[#\d]"
-    rb"|.{4}ftyp(?:avi[fs]|hei[cmsx]|hev[cmsx]|mif1|msf1|crx )|\0{3}\x0c(?:jP  |JXL )\r\n\x87\n|\xff\x4f\xff\x51"
-    rb"|\xff\x0a|8BPS|FUJIFILM|IIRO|IIU\0|DDS |qoif|#\?RADIANCE|\x76\x2f\x31\x01",
-    re.DOTALL,
-)
-_HEAD = 32  # bytes, enough for these
 WRITTEN = ("labels", "overlays", "probabilities", "results")  # what predictions are, in a folder of --output
 
 
@@ -45,19 +31,22 @@ class Found(NamedTuple):
 def find_images(images: str, output: str) -> Found:
     """What --images means: a file, a folder with all below it, or a pattern.
 
-    The name of an image is its path below the folder, or the first wildcard, without the suffix if it is one of
-    `SUFFIXES`. Linked folders are followed, each real folder once. Hidden files count where the pattern names them.
+    The name of an image is its path below the folder, or the first wildcard, without a suffix of `SUFFIXES`. Linked
+    folders are followed, each real folder once. Hidden files count where the pattern names them.
 
     output: earlier predictions in there are no images.
 
     Raises:
       DataError: no image there, or two of one name.
+      FileError: it may not be looked for.
     """
     path, found = Path(images), Found({}, {}, {})
-    if path.is_dir():
+    with naming(images, "cannot be read"):
+        whole = path.is_dir()
+    if whole:
         root, files = path, _sorted_out(_walk(path, found), path, found)
     elif os.path.lexists(path):
-        _first_bytes(path)  # refuses what is no file
+        open_file(path).close()  # refuses what is no file
         root, files = path.parent, [path]
     else:
         root, matches = _matching(path, found)
@@ -88,7 +77,7 @@ def find_images(images: str, output: str) -> Found:
 def _nothing(found):
     if found.failed:
         why = next(iter(found.failed.values()))
-        return f"none of {len(found.failed)} image files there can be predicted; the first: {shown(why)}"
+        return f"nothing there can be predicted, {len(found.failed)} failed; the first: {shown(why)}"
     advice = "name an image, a folder or a quoted pattern like 'a/*.jpg'"
     if found.left_out:
         path, why = next(iter(found.left_out.items()))
@@ -101,29 +90,22 @@ def shown(path) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
 
 
-def _first_bytes(path):
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise OSError(0, "it is no file")
-            return file.read(_HEAD)
-    except OSError as error:
-        raise DataError(f"{shown(path)}: cannot be read ({error.strerror})") from None
-
-
 def _sorted_out(files, root, found):
-    """Of files, those that are images; hidden ones, below `root`, are not taken."""
+    """Of files, the images that may be read; `root`: hidden ones below it are not taken, None: they are."""
     for file in sorted(files):
         try:
-            image = file.suffix.lower() in SUFFIXES or _FIRST_BYTES.match(_first_bytes(file))
+            # A link to nothing may have been one to an image; reading it tells what is wrong.
+            kind = image_kind(file) if os.path.exists(file) else "image"
         except DataError as error:
             found.failed[str(file)] = str(error)
             continue
         parts = file.relative_to(root).parts if root else ()
         hidden = next((i for i, part in enumerate(parts) if part.startswith(".")), None)
-        if not image:
+        if kind == "other":
             place = file if hidden is None else root.joinpath(*parts[: hidden + 1])
             found.left_out[str(place)] = "no image" if hidden is None else "hidden, and no image"
+        elif kind == "foreign":
+            found.failed[str(file)] = f"{file}: {FOREIGN_REMEDY}"
         elif hidden is not None:
             found.failed[str(file)] = f"{file}: hidden; rename it, or name it by a pattern, to have it predicted"
         else:

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from pwcrf_jax import files
 from pwcrf_jax.data import DataError, datasets, load_dataset
-from pwcrf_jax.data.common import decode_image, storable_image, voc_palette
+from pwcrf_jax.data.common import MAX_PIXELS, decode_image, storable_image, voc_palette
+from pwcrf_jax.data.files import read_image_file
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate, image_files, inference, refinement
 from pwcrf_jax.training.image_files import shown
@@ -107,17 +108,16 @@ def _is_file_name(part):
         return False
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: Path, max_pixels: float = MAX_PIXELS) -> np.ndarray:
     """An image file as it is meant to be looked at, EXIF orientation applied: uint8 [H, W, 3].
 
+    max_pixels: config.data.max_pixels.
+
     Raises:
-      DataError: it cannot be read, is no image, or one that has no one reading as 8-bit RGB.
+      DataError: it cannot be read, is no image or a larger one, or one that has no one reading as 8-bit RGB.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-    return decode_image(storable_image(data, str(path), None, trusted=False), str(path))
+    data, where = read_image_file(path, max_pixels), str(path)
+    return decode_image(storable_image(data, where, None, trusted=False, max_pixels=max_pixels), where, max_pixels)
 
 
 def class_info(config, workdir: str):
@@ -242,7 +242,7 @@ def predict(
     def readable():
         for title, (name, where) in items.items():
             try:
-                record = {"id": name, "image": read_image(where)} if images else source[where]
+                record = {"id": name, "image": read_image(where, config.data.max_pixels)} if images else source[where]
                 target(record["id"])
             except DataError as error:
                 failed.append(title)
