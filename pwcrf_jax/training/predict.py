@@ -155,6 +155,7 @@ def _claim(output: str, workdir: str, overwrite: bool) -> None:
         raise DataError(
             f"--output={shown(output)}: cannot be written ({error.strerror or error}); name another folder"
         ) from None
+    files.delete_unfinished(output)
     for name in image_files.WRITTEN:
         files.check_folder(folder / name, inside=output)
         for place, _, _ in os.walk(folder / name):
