@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pwcrf_jax.data.files import FOREIGN_REMEDY, SUFFIXES, DataError, image_kind, open_file
-from pwcrf_jax.files import naming
+from pwcrf_jax.files import FileError, naming
 
 WRITTEN = ("labels", "overlays", "probabilities", "results")  # what predictions are, in a folder of --output
 
@@ -53,7 +53,12 @@ def find_images(images: str, output: str) -> Found:
         files = _sorted_out(matches, None, found)
     out = Path(os.path.realpath(output))
     for file in files:
-        real = Path(os.path.realpath(file))  # Path.resolve raises where links go in a circle
+        try:
+            with naming(file, "cannot be read"):
+                real = Path(os.path.realpath(file))  # Path.resolve raises where links go in a circle
+        except FileError as error:
+            found.failed[str(file)] = str(error)
+            continue
         if out in real.parents:
             within = real.relative_to(out).parts
             if within[0] in WRITTEN:
@@ -94,9 +99,10 @@ def _sorted_out(files, root, found):
     """Of files, the images that may be read; `root`: hidden ones below it are not taken, None: they are."""
     for file in sorted(files):
         try:
-            # A link to nothing may have been one to an image; reading it tells what is wrong.
-            kind = image_kind(file) if os.path.exists(file) else "image"
-        except DataError as error:
+            with naming(file, "cannot be read"):
+                # A link to nothing may have been one to an image; reading it tells what is wrong.
+                kind = image_kind(file) if os.path.exists(file) else "image"
+        except (DataError, FileError) as error:
             found.failed[str(file)] = str(error)
             continue
         parts = file.relative_to(root).parts if root else ()

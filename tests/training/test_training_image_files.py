@@ -201,6 +201,20 @@ def test_folders_that_cannot_be_looked_into(photos, monkeypatch):
         assert photos.find(pattern) == ({"a/first"}, {"b"}, set())
 
 
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+def test_files_that_cannot_be_looked_at(photos, monkeypatch, error):
+    photos.add("b", b"who knows")
+    photos.add("c.txt", b"who knows")
+
+    def refusing(path):
+        if path.name == "b":
+            raise error
+        return "other" if path.name == "c.txt" else "image"
+
+    monkeypatch.setattr(image_files, "image_kind", refusing)
+    assert photos.find() == ({"a/first"}, {"b"}, {"c.txt"})
+
+
 @pytest.mark.parametrize(
     ("pattern", "wanted"),
     [
