@@ -283,7 +283,7 @@ def _name_report(argv):
 def _define_config(argv):
     _name_report(argv)
     workdir = _early(argv[1:], "workdir", "")
-    config = configs.load(os.path.join(workdir, configs.CONFIG)) if workdir else ConfigDict()
+    config = configs.load_checked(workdir) if workdir else ConfigDict()
     tuning_now = _early(argv[1:], "tune-refinement", "false").lower() in _YES
     off = _early(argv[1:], "tuned", "true").lower() not in _YES or {"--notuned", "-notuned"} & set(argv)
     if workdir and not off and not tuning_now:
