@@ -27,6 +27,8 @@ def get_config():
     config.data.eval_size = (192, 256)  # every image is padded to this size; the largest of the set
     config.data.scale_range = (0.7, 1.2)
     config.data.flip = True
+    # Of one image or mask, at most: a damaged header may claim any size. Larger ones need memory, see config.tiles.
+    config.data.max_pixels = 89_478_485
     config.data.num_threads = 2
     config.data.num_workers = 0  # processes that read training images instead of the threads; 0: none
     config.data.synthetic = ConfigDict(dict(num_train=400, num_val=100, image_size=(192, 256), seed=0))

@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 
 from pwcrf_jax.data.archives import locate
 from pwcrf_jax.data.base import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
-from pwcrf_jax.data.common import DataError
+from pwcrf_jax.data.files import DataError, present
 
 
 class Ade20k(SegmentationBuilder, skip_registration=True):
@@ -92,7 +92,7 @@ class Ade20k(SegmentationBuilder, skip_registration=True):
             )
         splits = {}
         for split, folder in (("train", "training"), ("val", "validation")):
-            if (images / folder).is_dir():
+            if present(images / folder, folder=True):
                 splits[split] = _pairs(images / folder, images.parent / "annotations" / folder)
         if not splits:
             raise DataError(

@@ -17,7 +17,6 @@ import tensorflow_datasets as tfds
 from pwcrf_jax.data.check import LabelGuard, bad_value
 from pwcrf_jax.data.common import (
     VOID,
-    DataError,
     decode_image,
     decode_label,
     encode_label,
@@ -25,6 +24,7 @@ from pwcrf_jax.data.common import (
     value_counts,
     voc_palette,
 )
+from pwcrf_jax.data.files import MAX_PIXELS, DataError, check_regular, read_image_file
 
 
 class Plan(NamedTuple):
@@ -99,8 +99,8 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
     manual: ClassVar[str] = ""  # what to download, by the names of its files
     masks_fit_stored_pixels: ClassVar[bool] = True  # whatever an EXIF orientation says, see `storable_image`
 
-    def __init__(self, *, plan: Plan, data_dir: str):
-        self._plan = plan
+    def __init__(self, *, plan: Plan, data_dir: str, max_pixels: int = MAX_PIXELS):
+        self._plan, self.max_pixels = plan, max_pixels
         self.class_names = plan.class_names or type(self).class_names
         self.palette = plan.palette or type(self).palette or voc_palette(len(self.class_names))
         self.failure: DataError | None = None
@@ -167,7 +167,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
         try:
             for item in items:
                 key, image, label = self._example(item)
-                pixels = decode_image(image, str(item.image) if isinstance(item, Pair) else key)
+                pixels = decode_image(image, str(item.image) if isinstance(item, Pair) else key, self.max_pixels)
                 if label is None:
                     label = np.full(pixels.shape[:2], VOID, np.uint8)
                 elif isinstance(item, Pair) and label.shape != pixels.shape[:2]:
@@ -186,16 +186,20 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
 
     def _label(self, item: Any) -> np.ndarray:
         """The mask of an item as the source has it: class indices and `void_value`, uint8 [H, W]."""
-        return decode_label(_read(item.mask), str(item.mask))
+        return decode_label(self._read(item.mask), str(item.mask), self.max_pixels)
+
+    def _read(self, path: Path) -> bytes:
+        return read_image_file(path, self.max_pixels)
 
     def _example(self, item: Any) -> tuple[str, bytes, np.ndarray | None]:
         """One example: id, JPEG or PNG, and uint8 [H, W] labels with 255 = void (None: not labelled)."""
         label = None if item.mask is None else self._label(item)
         image = storable_image(
-            _read(item.image),
+            self._read(item.image),
             str(item.image),
             None if label is None else label.shape,
             trusted=self.masks_fit_stored_pixels,
+            max_pixels=self.max_pixels,
         )
         return item.id, image, None if label is None else self._void_to_255(label, item.mask)
 
@@ -212,13 +216,6 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
                 f"correct the mask, or mark those pixels {self.void_value}",
             )
         return np.where(label == self.void_value, np.uint8(VOID), label)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror}); check its permissions") from e
 
 
 def _file_states(split: str, pairs: Sequence[Pair]) -> list[tuple]:
@@ -239,6 +236,7 @@ def _file_states(split: str, pairs: Sequence[Pair]) -> list[tuple]:
                     f"{path}: {kind} {missing} but {pair.listed_in} names it (split {split!r}); "
                     "add the file or remove it there"
                 ) from e
+            check_regular(path, stat.st_mode)
             state += [str(path), stat.st_size, stat.st_mtime_ns]
         states.append(state)
     return states

@@ -32,7 +32,8 @@ import tensorflow_datasets as tfds
 from pwcrf_jax.data.archives import locate
 from pwcrf_jax.data.base import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
 from pwcrf_jax.data.check import bad_value
-from pwcrf_jax.data.common import VOID, DataError
+from pwcrf_jax.data.common import VOID
+from pwcrf_jax.data.files import DataError, open_file, present
 
 INSTANCES, MAPS = "annotations_trainval2017.zip", "stuffthingmaps_trainval2017.zip"
 
@@ -101,7 +102,7 @@ class Coco(SegmentationBuilder, skip_registration=True):
             if split != "test":
                 annotations = locate(root, ["annotations"], [INSTANCES], data_dir) or root / "annotations"
                 truth = annotations / f"instances_{split}2017.json"
-                if not truth.is_file():
+                if not present(truth):
                     raise DataError(
                         f"{truth}: is missing but {folder} has images of split {split!r}; unpack {INSTANCES} in {root}"
                     )
@@ -147,7 +148,7 @@ class CocoStuff(SegmentationBuilder, skip_registration=True):
             maps = locate(root, [f"stuffthingmaps/{year}", f"annotations/{year}"], [], data_dir)
             if not maps:  # sought below a folder of its own, or the images' would be taken for what the archive holds
                 maps = locate(root / "stuffthingmaps", [year], [str(root / MAPS)], data_dir)
-            if not maps and images[0].with_suffix(".png").is_file():
+            if not maps and present(images[0].with_suffix(".png")):
                 maps = folder
             if not maps:
                 raise DataError(
@@ -223,7 +224,7 @@ def _read_instances(path: Path) -> dict[str, _Image]:
         return _Instance(x["id"], x["image_id"], label_of_id[category], bool(x["iscrowd"]), outline)
 
     try:
-        with open(path, encoding="utf-8") as file:
+        with open_file(path) as file:
             content = json.load(file, object_hook=compact)
         images = {x["id"]: (x["file_name"], _Image(x["height"], x["width"], [])) for x in content["images"]}
         for instance in content["annotations"]:

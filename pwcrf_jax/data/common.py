@@ -20,8 +20,8 @@ from pwcrf_jax.data.files import IMAGE_FORMATS, MAX_PIXELS, DataError, read_line
 
 __all__ = [
     "IMAGE_FORMATS", "MAX_PIXELS", "MEAN_COLOUR", "VOID", "DataError", "decode_colour_label", "decode_image",
-    "decode_label", "encode_label", "encode_png", "open_image", "orientation", "read_lines", "storable_image",
-    "value_counts", "voc_palette",
+    "decode_label", "encode_label", "encode_png", "image_size", "mask_palette", "not_png", "open_image", "orientation",
+    "read_lines", "storable_image", "value_counts", "voc_palette",
 ]  # fmt: skip
 
 VOID = 255
@@ -78,8 +78,8 @@ def _open(data: bytes, where: str, load: bool = True, max_pixels: float = MAX_PI
     if not data:
         raise DataError(f"{where}: the file is empty (0 bytes); restore it from the original data")
     too_large = DataError(
-        f"{where}: its header claims more than {max_pixels:.0f} pixels; if it is damaged, restore it from the original "
-        "data, else raise config.data.max_pixels (--option max_pixels=N of pwcrf_jax.data.check), or cut it into tiles"
+        f"{where}: has more pixels than config.data.max_pixels = {max_pixels:.0f} allows; raise that (--option "
+        "max_pixels=N of pwcrf_jax.data.check) or cut it into tiles, or, if it should be smaller, restore the file"
     )
     try:
         if data.startswith(b"\x89PNG"):
@@ -314,25 +314,35 @@ def mask_palette(data: bytes, where: str) -> np.ndarray:
     return colours[: len(colours) // 3 * 3].reshape(-1, 3)
 
 
-NO_PNG = {
-    True: "compression that loses changes labels, so make it again from the original mask rather than convert it",
-    False: "it has lost nothing: convert it to PNG, pixel by pixel",
-}
-"""What to do with a mask in another format, by whether that format loses what labels are."""
+def not_png(data: bytes, where: str) -> DataError:
+    """The error for a mask that is no PNG file, or not called one; its advice depends on what the file has lost."""
+    im = _open(data, where, load=False, max_pixels=math.inf)
+    if im.format == "PNG":
+        return DataError(f"{where}: mask is a PNG file by its contents; call it .png, as masks are")
+    if _lossy(im, data):
+        advice = (f"{im.format.replace('MPO', 'JPEG')} changes labels, so make it again from the original mask rather "
+                  "than convert it")  # fmt: skip
+    else:
+        advice = "this one has lost nothing: save it as PNG, value for value"
+    return DataError(f"{where}: mask is a {im.format} file, masks are PNG files; {advice}")
 
 
-def lossy(im: Image.Image, data: bytes) -> bool:
+def _lossy(im: Image.Image, data: bytes) -> bool:
     """Whether the compression of an image changes values."""
     if im.format == "TIFF":
-        return im.info.get("compression") in ("jpeg", "tiff_jpeg", "webp")
-    return im.format in ("JPEG", "MPO") or (im.format == "WEBP" and b"VP8 " in data)
+        return im.info.get("compression") in ("jpeg", "tiff_jpeg")
+    if im.format == "WEBP":
+        at = 12
+        while at + 8 <= len(data) and data[at : at + 4] not in (b"VP8 ", b"VP8L"):
+            at += 8 + (int.from_bytes(data[at + 4 : at + 8], "little") + 1) // 2 * 2
+        return data[at : at + 4] != b"VP8L"
+    return im.format in ("JPEG", "MPO")
 
 
 def _open_mask(data: bytes, where: str, max_pixels: float) -> Image.Image:
-    im = _open(data, where, load=data.startswith(b"\x89PNG"), max_pixels=max_pixels)
-    if im.format != "PNG":
-        raise DataError(f"{where}: mask is a {im.format} file, masks are PNG files; {NO_PNG[lossy(im, data)]}")
-    return im
+    if not data.startswith(b"\x89PNG") and data:
+        raise not_png(data, where)
+    return _open(data, where, max_pixels=max_pixels)
 
 
 def _channel_differences(im: Image.Image) -> list[tuple[int, int]]:

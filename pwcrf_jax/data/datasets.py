@@ -6,6 +6,7 @@ import fcntl
 import importlib
 import io
 import logging
+import math
 import os
 import shutil
 import time
@@ -14,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from pwcrf_jax.data.common import DataError, decode_image, decode_label, open_image
+from pwcrf_jax.data.common import DataError, decode_image, decode_label, image_size, open_image
+from pwcrf_jax.data.files import MAX_PIXELS
 from pwcrf_jax.files import expand_path, read_json
 
 _BUILDERS = {  # name -> module and class, imported when asked for: `import pwcrf_jax.data` does not pay for TFDS
@@ -71,13 +72,14 @@ class Source:
     def open(self, index: int) -> dict[str, Any]:
         """The same with the image as a `PIL.Image` in RGB: a crop of it costs less than all of it as an array."""
         record, where = self._raw(index)
-        image, label = open_image(record["image"], where), decode_label(record["label"], where)
+        # Whatever was prepared was within the limit that held then.
+        image, label = open_image(record["image"], where, math.inf), decode_label(record["label"], where, math.inf)
         return {"image": image, "label": label, "id": record["id"]}
 
     def image_size(self, index: int) -> tuple[int, int]:
         """(height, width) of a record's image, from its header only."""
-        width, height = Image.open(io.BytesIO(self._raw(index)[0]["image"])).size
-        return height, width
+        record, where = self._raw(index)
+        return image_size(record["image"], where)
 
     def _raw(self, index: int) -> tuple[dict[str, Any], str]:
         if not 0 <= index < len(self):
@@ -141,7 +143,8 @@ class Dataset:
             source = self.source(split)
             for index in range(len(source)):
                 record, where = source._raw(index)
-                pixels, label = decode_image(record["image"], where), decode_label(record["label"], where)
+                pixels = decode_image(record["image"], where, math.inf)
+                label = decode_label(record["label"], where, math.inf)
                 guard.add(split, record["id"], record["image"], pixels, label)
         report = guard.report()
         with contextlib.suppress(OSError):  # a read-only folder
@@ -189,7 +192,13 @@ def _reopened(folder: str, split: str) -> Source:
 
 
 def load_dataset(
-    name: str, *, source_dir: str = "", data_dir: str = "", partial: bool = False, **options: Any
+    name: str,
+    *,
+    source_dir: str = "",
+    data_dir: str = "",
+    partial: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    **options: Any,
 ) -> Dataset:
     """Gives a data set, preparing it first if this exact source was not prepared before.
 
@@ -201,6 +210,7 @@ def load_dataset(
       source_dir: folder of your copy, as docs/datasets.md says for each; not used by synthetic.
       data_dir: where prepared data sets are kept; "" is $TFDS_DATA_DIR or ~/tensorflow_datasets.
       partial: accept splits that do not have the official number of images.
+      max_pixels: that an image or mask may have; a header that claims more is refused before memory is taken.
       **options: of synthetic: image_size=(192, 256), num_train=400, num_val=100, seed=0; of image_folder:
         val_fraction=0.1, seed=0.
 
@@ -212,6 +222,8 @@ def load_dataset(
     if name not in DATASETS:
         near = difflib.get_close_matches(str(name), DATASETS, 1, 0)[0]
         raise DataError(f"data.name: unknown data set {name!r}, did you mean {near!r}? Known: {DATASETS}")
+    if not isinstance(max_pixels, int) or max_pixels < 1:
+        raise DataError(f"data.max_pixels: {max_pixels!r} is no number of pixels, such as {MAX_PIXELS}")
     builder_cls = builder_class(name)
     source_dir = expand_path(source_dir, "data.source_dir")
     named = {"data.data_dir": data_dir, "$TFDS_DATA_DIR": os.environ.get("TFDS_DATA_DIR")}
@@ -225,7 +237,7 @@ def load_dataset(
     home = Path(data_dir) / builder_cls.name / plan.fingerprint
     with _quiet(), _locked(home):
         with _reading(str(home), "its description"):
-            builder = builder_cls(plan=plan, data_dir=data_dir)
+            builder = builder_cls(plan=plan, data_dir=data_dir, max_pixels=max_pixels)
         if not Path(builder.data_dir).is_dir():
             _prepare(name, builder, home)
     expected = {split: len(items) for split, items in plan.splits.items()}

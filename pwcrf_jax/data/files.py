@@ -7,6 +7,7 @@ over as if it were not there.
 import os
 import re
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -45,10 +46,10 @@ def open_file(path: Path) -> BinaryIO:
       DataError: it is not there, cannot be read, or is no regular file.
     """
     try:
-        _check_regular(path, os.stat(path).st_mode)  # opening a device may already do something
+        check_regular(path, os.stat(path).st_mode)  # opening a device may already do something
         file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
         try:
-            _check_regular(path, os.fstat(file.fileno()).st_mode)
+            check_regular(path, os.fstat(file.fileno()).st_mode)
         except BaseException:
             file.close()
             raise
@@ -105,11 +106,12 @@ def present(path: Path, folder: bool = False) -> bool:
     if folder and not stat.S_ISDIR(mode):
         raise DataError(f"{path}: is {_kind(mode)}, expected a folder; correct or remove it")
     if not folder:
-        _check_regular(path, mode)
+        check_regular(path, mode)
     return True
 
 
-def _check_regular(path: Path, mode: int) -> None:
+def check_regular(path: Path, mode: int) -> None:
+    """DataError unless `st_mode` is that of a file."""
     if not stat.S_ISREG(mode):
         raise DataError(f"{path}: is {_kind(mode)}, expected a file; correct or remove it")
 
@@ -156,14 +158,42 @@ def _accepts(name: str, head: bytes) -> bool:
     return bool(Image.OPEN[name][1](head))
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: Path, most: int = 1 << 28) -> list[str]:
     """The lines of a text file of names, with any of the usual line ends, without a byte order mark.
 
     Raises:
-      DataError: it cannot be read, or is not UTF-8.
+      DataError: as `read_file`, or it is not UTF-8.
     """
     try:
-        text = read_file(path, 1 << 28).decode("utf-8-sig")
+        text = read_file(path, most).decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise DataError(f"{path}: is not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+_LIST_SUFFIXES = ("", ".txt", ".text", ".lst", ".list", ".csv", ".tsv")
+
+
+def split_lists(folder: Path, splits: Sequence[str]) -> dict[str, Path]:
+    """The lists SPLIT.txt that are there, each of which is optional.
+
+    Raises:
+      DataError: one is no file, or a file looks like a list under another name: without it the images would be dealt
+        out otherwise than was meant.
+    """
+    lists = {split: folder / f"{split}.txt" for split in splits if present(folder / f"{split}.txt")}
+    refuse_other_lists(folder, [path.name for path in lists.values()])
+    return lists
+
+
+def refuse_other_lists(folder: Path, known: Sequence[str]) -> None:
+    """DataError for a file that looks like the list of a split but is none of those known."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        stem, suffix = os.path.splitext(entry.name.casefold())
+        like = stem.startswith(("train", "val", "test")) and suffix in _LIST_SUFFIXES
+        like = like or (stem in ("train", "val", "test") and suffix == ".json")
+        if like and entry.name not in known and not entry.is_dir():
+            raise DataError(
+                f"{entry.path}: looks like the list of a split, which are train.txt, val.txt and test.txt; rename it, "
+                "or move it elsewhere"
+            )

@@ -22,7 +22,8 @@ import tensorflow_datasets as tfds
 
 from pwcrf_jax.data.archives import locate, read_mat
 from pwcrf_jax.data.base import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
-from pwcrf_jax.data.common import VOID, DataError
+from pwcrf_jax.data.common import VOID
+from pwcrf_jax.data.files import DataError, read_lines
 
 SCENES = "spatial_envelope_256x256_static_8outdoorcategories"
 UNANNOTATED = ("highway_bost181", "street_urb506")
@@ -105,12 +106,7 @@ def relabel(values: np.ndarray, table: list[int], where: Any) -> np.ndarray:
 
 def _listed(path: Path) -> list[str]:
     """Names in TestSet1.txt, whose lines are `FOLDER\\NAME.jpg`."""
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror}), it lists the test images; restore it from "
-                        f"{SiftFlow.manual}") from e  # fmt: skip
-    names = [PureWindowsPath(line.strip()).stem for line in lines if line.strip()]
+    names = [PureWindowsPath(line.strip()).stem for line in read_lines(path) if line.strip()]
     if not names:
         raise DataError(f"{path}: the list is empty, split 'test' has no images; restore it from {SiftFlow.manual}")
     return names

@@ -54,6 +54,7 @@ _ADDED = {
     "model.refinement_convs.width": 32,
     "train.max_skipped_steps": 0,
     "compilation_cache": True,
+    "data.max_pixels": 89_478_485,
     "eval.classes": (),
     "eval.panel": 0,
     "data.num_workers": 0,
@@ -361,7 +362,9 @@ def dataset_options(config: ConfigDict) -> dict:
     """Keyword arguments of `pwcrf_jax.data.load_dataset`."""
     d = config.data
     options = d[d.name].to_dict() if d.name in d else {}
-    return dict(name=d.name, source_dir=d.source_dir, data_dir=d.data_dir, partial=d.partial, **options)
+    return dict(
+        name=d.name, source_dir=d.source_dir, data_dir=d.data_dir, partial=d.partial, max_pixels=d.max_pixels, **options
+    )
 
 
 def save(config: ConfigDict, path) -> None:

@@ -120,6 +120,7 @@ SCHEMA = {
     "data.eval_size": _SIZE,
     "data.scale_range": Tuple(_SCALE, 2, rising=True),
     "data.flip": Flag(),
+    "data.max_pixels": _POSITIVE_INT,
     "data.num_threads": Number(int, 0, 1024),
     "data.num_workers": Number(int, 0, 1024),
     "data.synthetic.num_train": _POSITIVE_INT,
