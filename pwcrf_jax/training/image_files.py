@@ -100,8 +100,9 @@ def _sorted_out(files, root, found):
     for file in sorted(files):
         try:
             with naming(file, "cannot be read"):
-                # A link to nothing may have been one to an image; reading it tells what is wrong.
-                kind = image_kind(file) if os.path.exists(file) else "image"
+                if not os.path.exists(file):  # a link to nothing may have been one to an image
+                    open_file(file).close()
+                kind = image_kind(file)
         except (DataError, FileError) as error:
             found.failed[str(file)] = str(error)
             continue

@@ -2,6 +2,7 @@
 
 import io
 import os
+import pathlib
 import socket
 
 import numpy as np
@@ -118,7 +119,7 @@ def _in_a_circle(photos):
     photos.link("../disk/back", "../photos/a")
     photos.link("../disk/self", "self")
     photos.link("../disk/here", ".")
-    return {"a/first", "c/b", "c/self"}, set(), {"c/back", "c/here"}
+    return {"a/first", "c/b"}, {"c/self"}, {"c/back", "c/here"}
 
 
 def _above(photos):
@@ -132,7 +133,9 @@ def _to_nothing(photos):
     photos.link("b.png", "gone.png")
     photos.link("c", "gone")
     photos.link("d", "d")
-    return {"a/first", "b", "c", "d"}, set(), set()  # which reading them refuses
+    photos.add("b.jpg")
+    photos.add("c.jpg")
+    return {"a/first", "b", "c"}, {"b.png", "c", "d"}, set()
 
 
 def _many_ways(photos):
@@ -171,18 +174,12 @@ def _link_to_nothing(path):
     path.symlink_to("gone")
 
 
-SPECIAL = (_fifo, _socket, _link_to_a_device, _link_to_nothing)
-
-
-@pytest.mark.parametrize("make", SPECIAL)
+@pytest.mark.parametrize("make", [_fifo, _socket, _link_to_a_device, _link_to_nothing])
 def test_special_files_do_not_hang(tmp_path, monkeypatch, make):
     monkeypatch.chdir(tmp_path)  # a socket's path is short
     (tmp_path / "in").mkdir()
-    make(tmp_path / "in" / "x") if make is not _socket else _socket("in/x")
+    make(pathlib.Path("in", "x"))
     for pattern in ("in", "in/x", "in/*", "in/**/*"):
-        if make is _link_to_nothing and pattern != "in/x":
-            assert set(image_files.find_images(pattern, "out").images) == {"x"}  # which reading it refuses
-            continue
         with pytest.raises(DataError, match=r"in/x: (no image|is a)"):
             image_files.find_images(pattern, "out")
 
