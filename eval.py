@@ -35,7 +35,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from pwcrf_jax.training import cli, distributed, evaluate, predict, refinement, tuning
+from pwcrf_jax.training import cli, distributed, evaluate, image_files, predict, refinement, tuning
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training.logs import log
 
@@ -261,7 +261,8 @@ def _predict(config, workdir, options):
         overwrite=options.overwrite,
     )
     if result["failed"]:
-        log.info("%d images could not be read: %s", len(result["failed"]), ", ".join(result["failed"]))
+        named = [*map(image_files.shown, result["failed"][:20]), *["..."] * (len(result["failed"]) > 20)]
+        log.info("%d images were not predicted: %s", len(result["failed"]), ", ".join(named))
     print(json.dumps(result))
     if result["failed"]:
         sys.exit(cli.FAILED)
@@ -282,7 +283,7 @@ def _name_report(argv):
 def _define_config(argv):
     _name_report(argv)
     workdir = _early(argv[1:], "workdir", "")
-    config = configs.load(os.path.join(workdir, configs.CONFIG)) if workdir else ConfigDict()
+    config = configs.load_checked(workdir) if workdir else ConfigDict()
     tuning_now = _early(argv[1:], "tune-refinement", "false").lower() in _YES
     off = _early(argv[1:], "tuned", "true").lower() not in _YES or {"--notuned", "-notuned"} & set(argv)
     if workdir and not off and not tuning_now:

@@ -141,8 +141,9 @@ def image_kind(path: Path) -> str:
     if not regular:
         return "foreign" if suffix in _FOREIGN else "other"
     with open_file(path) as file:
-        head = file.read(32)
-    if suffix not in _FOREIGN and any(_accepts(name, head) for name in IMAGE_FORMATS):
+        head = file.read(32) or b""  # None where it would have to be waited for, as in /proc
+    # Raw photographs are TIFF files, of a preview.
+    if any(_accepts(name, head) for name in IMAGE_FORMATS if suffix not in _FOREIGN or name != "TIFF"):
         return "image"
     return "foreign" if suffix in _FOREIGN or _FOREIGN_STARTS.match(head) else "other"
 

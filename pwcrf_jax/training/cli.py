@@ -85,6 +85,9 @@ def parse(argv, values=flags.FLAGS, before_parsing=None) -> None:
         raise
     except Exception as error:  # a config file may raise anything
         raise ConfigError(_reason(error, argv)) from None
+    # The last one would count, and the others be left out without a word; of overrides that is what is meant.
+    if twice := [name for name in values if values[name].present > 1 and not name.startswith("config.")]:
+        raise ConfigError(f"--{twice[0]} is given {values[twice[0]].present} times; give it once")
     if rest[1:]:
         raise ConfigError(f"unknown arguments {' '.join(rest[1:])}; options look like --config.key=value")
 

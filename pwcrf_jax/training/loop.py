@@ -106,13 +106,16 @@ def _check_reached(config):
 
 
 def _check_new(workdir, latest, best):
-    """A run whose checkpoints are gone does not begin anew over what is left of it."""
+    """A run does not begin over what is left of one whose checkpoints are gone, or over files of another program."""
     told, file = last_step(workdir), os.path.join(workdir, configs.CONFIG)
     # The save of a step is through when the next one begins, whose step may be told by then.
-    saved = told and os.path.exists(file) and told > 2 * configs.load_checked(workdir).train.checkpoint_every
+    stored = configs.load_checked(workdir) if os.path.lexists(file) else None  # refuses another program's
+    saved = told and stored and told > 2 * stored.train.checkpoint_every
     left = [f"{best.folder} holds a model"] if best.latest is not None else []
     left += [f"{latest.folder} holds {', '.join(latest.damaged)}"] if latest.damaged else []
     left += [f"{os.path.join(workdir, METRICS)} tells of {told} steps"] if saved else []
+    others = [] if stored else [os.path.join(workdir, name) for name in (METRICS, configs.CLASSES)]
+    left += [f"{path} is there without a {configs.CONFIG}" for path in others if os.path.lexists(path)]
     if left:
         raise checkpoint.CheckpointError(
             f"{left[0]}, but {latest.folder} has no whole checkpoint, so the run cannot go on; put one there, use "

@@ -17,7 +17,7 @@ from configs import voc_vgg16
 from pwcrf_jax import segmenter
 from pwcrf_jax.data import DataError, load_dataset
 from pwcrf_jax.data.synthetic import generate_scene
-from pwcrf_jax.training import checkpoint, evaluate, inference, loop, predict, refinement, tiling
+from pwcrf_jax.training import checkpoint, evaluate, image_files, inference, loop, predict, refinement, tiling
 from pwcrf_jax.training import config as configs
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -269,7 +269,7 @@ def test_files_folders_and_patterns(tmp_path):
     for name in ("a.jpg", "b.PNG", "deep/er/a.png", "deep/x.y.jpeg", ".hidden.png", "out/labels/a.png"):
         save(root / name, scene(8, 8))
     (root / "notes.txt").write_text("no image")
-    names = lambda images: set(predict.find_images(str(images), str(root / "out")))
+    names = lambda images: set(image_files.find_images(str(images), str(root / "out")).images)
     assert names(root) == {"a", "b", "deep/er/a", "deep/x.y"}
     assert names(root / "a.jpg") == {"a"}
     assert names(root / "*.jpg") == {"a"}
@@ -283,7 +283,7 @@ def test_images_that_cannot_be_told_apart_are_refused(tmp_path):
     for name in ("in/a.jpg", "in/a.png", "other/x/1.png", "other/y/1.png"):
         save(tmp_path / name, scene(8, 8))
     with pytest.raises(DataError, match=r"a\.jpg and .*a\.png.*rename"):
-        predict.find_images(str(tmp_path / "in"), str(tmp_path / "out"))
+        image_files.find_images(str(tmp_path / "in"), str(tmp_path / "out"))
     target = predict.Targets("out", "palette")
     assert target("x/1") != target("y/1") and target("x/1") == pathlib.Path("out/labels/x/1.png")
     target = predict.Targets("out", "ade20k")
@@ -508,7 +508,7 @@ def test_unreadable_images_are_named_and_the_others_predicted(trained, tmp_path)
     done = _eval(*args, "--config.data.source_dir=gone", "--refine", "spatial", "--config.refine.num_iterations=1")
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert f"error: {tmp_path / 'in' / 'b.png'}: cannot be decoded" in done.stderr
-    assert done.stderr.splitlines()[-1] == f"1 images could not be read: {tmp_path / 'in' / 'b.png'}"
+    assert done.stderr.splitlines()[-1] == f"1 images were not predicted: {tmp_path / 'in' / 'b.png'}"
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["num_images"] == 2 and result["failed"] == [str(tmp_path / "in" / "b.png")]
     assert sorted(p.name for p in (out / "labels").iterdir()) == ["a.png", "c.png"]
