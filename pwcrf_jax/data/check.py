@@ -256,8 +256,11 @@ def bad_value(where: Any, label: np.ndarray, known: np.ndarray, meaning: str, re
 def write_report(report: dict[str, Any], folder: str) -> None:
     """Keeps a report in a prepared folder, whole or not at all."""
     partial = Path(folder, f"{REPORT}.{os.getpid()}")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    partial.replace(Path(folder, REPORT))
+    try:
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+        partial.replace(Path(folder, REPORT))
+    finally:
+        partial.unlink(missing_ok=True)  # of a disk that is full
 
 
 def format_report(report: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from pwcrf_jax.data.common import DataError, decode_image, decode_label, open_image
-from pwcrf_jax.data.disk import locked, unwritable
+from pwcrf_jax.data.disk import locked, refusal, unwritable
 
 _BUILDERS = {  # name -> module and class, imported when asked for: `import pwcrf_jax.data` does not pay for TFDS
     "synthetic": ("synthetic", "Synthetic"),
@@ -260,8 +260,8 @@ def _prepare(name: str, builder: Any, home: Path) -> None:
     except Exception as e:
         if builder.failure is not None:
             raise builder.failure from None
-        if told := unwritable(home, e):
-            raise told from e
+        if isinstance(e, OSError) or refusal(e):
+            raise unwritable(home, e) from e
         raise
     report = builder.guard.report()
     with contextlib.suppress(OSError):  # the data set is whole; `label_report` makes it anew

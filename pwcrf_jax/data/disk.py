@@ -10,24 +10,28 @@ from pathlib import Path
 
 from pwcrf_jax.data.common import DataError
 
-_REFUSED = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "EFBIG", "ESTALE", "EMFILE", "ENFILE")
+_REFUSED = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "EFBIG", "ESTALE", "EMFILE", "ENFILE", "ELOOP")
 _REASONS = tuple(os.strerror(getattr(errno, name)) for name in _REFUSED)
 
 log = logging.getLogger(__name__)
 
 
-def unwritable(folder: Path, error: BaseException) -> DataError | None:
-    """The error for a folder that cannot be written, in one line; None where it is not the disk that refused.
+def refusal(error: BaseException) -> str | None:
+    """What a disk said that is full, read-only, broken or not ours; None for an error of another kind.
 
     error: an OSError, or what a library made of one: array_record raises a RuntimeError that only tells the system's
       words, and TFDS may wrap either.
     """
-    reason = (error.strerror or str(error)) if isinstance(error, OSError) else None
-    while error is not None and reason is None:
-        reason = next((words for words in _REASONS if words in str(error)), None)
+    while error is not None:
+        if reason := next((words for words in _REASONS if words in str(error)), None):
+            return reason
         error = error.__cause__ or error.__context__
-    if reason is None:
-        return None
+    return None
+
+
+def unwritable(folder: Path, error: BaseException) -> DataError:
+    """The error for a folder that cannot be written, in one line."""
+    reason = refusal(error) or getattr(error, "strerror", None) or error
     return DataError(f"{folder}: cannot be written ({reason}); make room or set data.data_dir to another folder")
 
 
