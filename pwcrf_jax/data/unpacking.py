@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import stat
+import struct
 import tarfile
 import unicodedata
 import zipfile
@@ -31,6 +32,7 @@ _LEFTOVER = re.compile(r"[0-9a-f]{16}\.[0-9a-f]{8}")
 _DAMAGED = (
     tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, ValueError,
     OverflowError, IndexError, RuntimeError, NotImplementedError,
+    struct.error,
 )  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -219,6 +221,7 @@ def _zip(raw: _Archive, room: Path) -> Iterator[_Member]:
         infos = archive.infolist()
         raw.check(sum(max(info.file_size, _BLOCK) for info in infos), room)
         _check_overlaps(infos, raw.size)
+        _check_count(len(infos), raw)
         for info in infos:
             name, mode = info.orig_filename, info.external_attr >> 16
             if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
@@ -240,6 +243,18 @@ def _check_overlaps(infos: Sequence[zipfile.ZipInfo], end: int) -> None:
         if info.header_offset < 0 or info.header_offset + _ZIP_HEADER + info.compress_size > end:
             raise _OddError(f"{info.orig_filename!a} lies in another one")
         end = info.header_offset
+
+
+def _check_count(found: int, raw: _Archive) -> None:
+    """EOFError where the directory of a .zip lacks members: zipfile does not see one that hides those behind it."""
+    raw.seek(max(0, raw.size - (1 << 16) - 100))
+    tail = raw.read(_CHUNK)
+    at, at64 = tail.rfind(b"PK\5\6"), tail.rfind(b"PK\6\6")
+    (told,) = struct.unpack_from("<H", tail, at + 10)
+    if told == 0xFFFF and at64 >= 0:
+        (told,) = struct.unpack_from("<Q", tail, at64 + 32)
+    if (found - told) % (1 << 16):  # some programs count no further
+        raise EOFError(f"{found} members instead of {told}")
 
 
 def _tar(raw: _Archive, room: Path) -> Iterator[_Member]:

@@ -228,6 +228,24 @@ def test_what_is_cut_short_is_not_taken_for_the_end(name, home, tmp_path):
         refused(path, home)
 
 
+@pytest.mark.parametrize("hides", [1, 2, 3, 4])
+def test_an_entry_that_hides_those_behind_it(hides, home, tmp_path):
+    """A wrong length of the comment of one in a .zip's directory: zipfile sees fewer members, and says nothing."""
+    path = zipped(tmp_path / "x.zip", *((f"a/{i}", b"x") for i in range(5)))
+    data = bytearray(path.read_bytes())
+    entry = data.find(b"PK\1\2")
+    struct.pack_into("<H", data, entry + 32, hides * (46 + 3))
+    path.write_bytes(data)
+    refused(path, home, f"{5 - hides} members instead of 5")
+
+
+@pytest.mark.parametrize("count", [65_535, 70_000])
+def test_more_members_than_two_bytes_count(count, tmp_path):
+    path = zipped(tmp_path / "x.zip", *((f"a/{i}", b"") for i in range(count)), method=zipfile.ZIP_STORED)
+    with unpacking._Archive(path) as archive:
+        assert sum(1 for _ in unpacking._zip(archive, tmp_path)) == count
+
+
 def test_a_damaged_header_in_the_middle(home, tmp_path):
     path = tar(tmp_path / "x.tar", *(member(f"a/{i}", b"x" * 700) for i in range(4)))
     whole = path.read_bytes()
