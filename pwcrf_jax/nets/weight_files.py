@@ -108,10 +108,12 @@ def _reading(path: Path) -> Iterator[None]:
     except WeightsError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise WeightsError(
-            f"{path}: cannot be read as weights ({type(error).__name__}: {reason}); download it again"
-        ) from error
+        told = f"{type(error).__name__}: {_words(error)}"
+        raise WeightsError(f"{path}: cannot be read as weights ({told}); download it again") from error
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def fc1_from_keras(weight: np.ndarray) -> np.ndarray:
@@ -146,7 +148,7 @@ def open_keras(path: Path, stack: ExitStack) -> WeightFile:
         try:
             file = stack.enter_context(h5py.File(path, "r"))
         except OSError as error:
-            raise WeightsError(f"{path}: not an HDF5 file ({error})") from error
+            raise WeightsError(f"{path}: not an HDF5 file ({_words(error)})") from error
         found = _keras_layers(path, file)
     if "block1_conv1" in found:
         extra = sorted(name for name in found if re.fullmatch(r"block\d_conv\d", name))
@@ -182,7 +184,7 @@ def open_torch_vgg16(path: Path, stack: ExitStack) -> WeightFile:
                 raise WeightsError(f"{path}: not a safetensors file (it declares a header of {header} bytes)")
             file = stack.enter_context(safe_open(path, framework="numpy"))
         except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{path}: not a safetensors file ({error})") from error
+            raise WeightsError(f"{path}: not a safetensors file ({_words(error)})") from error
         keys = sorted(file.keys())
         convs = sorted(int(m[1]) for key in keys if (m := re.fullmatch(r"features\.(\d{1,9})\.weight", key)))
     if not convs:
