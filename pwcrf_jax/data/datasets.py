@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import fcntl
 import importlib
 import io
 import logging
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pwcrf_jax.data.common import DataError, decode_image, decode_label, image_size, open_image
+from pwcrf_jax.data.disk import locked, refusal, unwritable
 from pwcrf_jax.data.files import MAX_PIXELS
 from pwcrf_jax.files import expand_path, read_json
 
@@ -235,10 +235,12 @@ def load_dataset(
     if not partial:
         builder_cls.check_sizes(plan, source_dir)
     home = Path(data_dir) / builder_cls.name / plan.fingerprint
-    with _quiet(), _locked(home):
+    with _quiet(), _locked(home) as held:
         with _reading(str(home), "its description"):
             builder = builder_cls(plan=plan, data_dir=data_dir, max_pixels=max_pixels)
         if not Path(builder.data_dir).is_dir():
+            if held:  # else another process may be writing there
+                _clear_leftovers(home)
             _prepare(name, builder, home)
     expected = {split: len(items) for split, items in plan.splits.items()}
     found = {split: info.num_examples for split, info in builder.info.splits.items()}
@@ -256,13 +258,17 @@ def builder_class(name: str) -> Any:
     return getattr(importlib.import_module(f"pwcrf_jax.data.{module}"), cls)
 
 
+def _clear_leftovers(home: Path) -> None:
+    """Deletes what a run that was killed had begun."""
+    for leftover in home.glob("incomplete.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def _prepare(name: str, builder: Any, home: Path) -> None:
     import tensorflow_datasets as tfds
 
     from pwcrf_jax.data import check
 
-    for leftover in home.glob("incomplete.*"):  # of a run that was killed; the lock says nobody writes it
-        shutil.rmtree(leftover, ignore_errors=True)
     start = time.monotonic()
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces itself with print
@@ -272,8 +278,8 @@ def _prepare(name: str, builder: Any, home: Path) -> None:
     except Exception as e:
         if builder.failure is not None:
             raise builder.failure from None
-        if isinstance(e, OSError):
-            raise _unwritable(home, e) from e
+        if isinstance(e, OSError) or refusal(e):
+            raise unwritable(home, e) from e
         raise
     report = builder.guard.report()
     with contextlib.suppress(OSError):  # the data set is whole; `label_report` makes it anew
@@ -282,12 +288,6 @@ def _prepare(name: str, builder: Any, home: Path) -> None:
         log.warning("%s: %s", name, warning)
     counts = ", ".join(f"{k} {v.num_examples}" for k, v in builder.info.splits.items())
     log.info("Prepared %s (%s) in %.1f s: %s", name, counts, time.monotonic() - start, builder.data_dir)
-
-
-def _unwritable(home: Path, error: OSError) -> DataError:
-    return DataError(
-        f"{home}: the prepared data set cannot be written ({error}); make room or set data.data_dir to another folder"
-    )
 
 
 @contextlib.contextmanager
@@ -317,19 +317,19 @@ def _reading(folder: str, what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(home: Path) -> Iterator[None]:
-    """One process prepares, others wait; the system drops the lock of a process that dies."""
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        lock = open(home / "prepare.lock", "a")
-    except OSError as e:
-        if not home.is_dir() or next(home.glob("[0-9]*"), None) is None:
-            raise _unwritable(home, e) from e
-        lock = None  # a read-only folder that is already prepared needs no lock
-    with lock or contextlib.nullcontext():
-        if lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _locked(home: Path) -> Iterator[bool]:
+    """One process prepares, others wait; yields whether the lock is held, see `disk.locked`."""
+    held = False
+    with contextlib.ExitStack() as stack:
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            busy = f"another process prepares {home}; waiting for it"
+            held = stack.enter_context(locked(home / "prepare.lock", busy))
+        except OSError as e:
+            # A read-only folder that is already prepared needs no lock.
+            if not home.is_dir() or next(home.glob("[0-9]*"), None) is None:
+                raise unwritable(home, e) from e
+        yield held
 
 
 @contextlib.contextmanager

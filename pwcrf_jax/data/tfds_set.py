@@ -27,6 +27,7 @@ from pwcrf_jax.data.base import Plan, SegmentationBuilder, check_options, finger
 from pwcrf_jax.data.check import bad_value
 from pwcrf_jax.data.common import VOID, DataError, decode_label, encode_png, open_image, storable_image
 from pwcrf_jax.data.datasets import _locked, _quiet
+from pwcrf_jax.data.disk import refusal, unwritable
 from pwcrf_jax.data.files import present
 
 
@@ -211,6 +212,8 @@ def _prepare(dataset: str, manual_dir: Path | None, data_dir: str) -> Path:
         with contextlib.redirect_stdout(sys.stderr):  # TFDS announces itself with print
             builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual_dir))
     except Exception as e:  # a builder may raise anything, and so may the network
+        if refusal(e):
+            raise unwritable(Path(data_dir), e) from e
         raise DataError(
             f"{dataset!r} is not prepared in {data_dir}, and TFDS could not do it here ({_first_line(e)}). Run this, "
             "once, on any machine with a network, and set data.source_dir to the folder: pip install "
