@@ -18,8 +18,7 @@ import pwcrf_jax
 from pwcrf_jax.training import checkpoint
 from pwcrf_jax.training import config as configs
 
-# They may differ from host to host: where data lie (what lies there is compared) and how fast they are read.
-_LOCAL = ("data.source_dir", "data.data_dir", "data.num_threads", "data.num_workers", "compilation_cache")
+_LOCAL = ("data.source_dir", "data.data_dir")  # each host may have data of its own: what lies there is compared
 _LOCAL_FLAGS = ("config", "distributed", "coordinator", "num_processes", "process_id", "heartbeat")
 _PACKAGES = ("grain", "array_record", "pillow", "scipy")  # beside those of a checkpoint: they make the batches
 _NUMERICS = (  # of jax.config

@@ -5,11 +5,13 @@ summed over all of them. Process 0 writes checkpoints and logs. They agree on wh
 first step, and end together (`wire`).
 """
 
+import argparse
 import contextlib
 import json
 import os
 import secrets
 import socket
+import sys
 import threading
 
 import jax
@@ -26,42 +28,37 @@ _ADDRESSES = 2048  # bytes in which process 0 says where it listens
 _wire = None  # to the other processes; None: there are none
 
 
-def define_flags(values=flags.FLAGS) -> None:
+def define_flags() -> None:
     """--distributed, or --coordinator, --num_processes and --process_id; --heartbeat."""
     flags.DEFINE_bool(
         "distributed",
         False,
         "One of several processes that JAX finds itself: on Cloud TPU, in SLURM, Open MPI, Kubernetes. "
         "Example: --distributed",
-        flag_values=values,
     )
     flags.DEFINE_string(
         "coordinator",
         "",
         "One of several processes, elsewhere: HOST:PORT of process 0. Example: --coordinator 10.0.0.2:29500 "
         "--num_processes 2 --process_id 1",
-        flag_values=values,
     )
     flags.DEFINE_integer(
         "num_processes",
         None,
         "With --coordinator: how many processes there are. Example: --num_processes 2",
         lower_bound=1,
-        flag_values=values,
     )
     flags.DEFINE_integer(
         "process_id",
         None,
         "With --coordinator: which of them this is, from 0. Example: --process_id 0",
         lower_bound=0,
-        flag_values=values,
     )
     flags.DEFINE_integer(
         "heartbeat",
         30,
         "Of several processes: seconds after which one that is gone ends the others. Example: --heartbeat 60",
         lower_bound=5,
-        flag_values=values,
     )
 
 
@@ -74,11 +71,15 @@ def start() -> None:
       ConfigError: flags that do not go together, a port that is in use, processes that do not come.
     """
     options = flags.FLAGS
-    _check(options)
+    try:
+        _check(options)
+    except ConfigError as error:
+        refuse(sys.argv, wire.REFUSED, str(error))
+        raise
     if options.coordinator:
         _start_named(options)
     elif options.distributed:
-        _start_found(options)
+        _start_found(JOIN)
     else:
         return
     logs.only_process(0)
@@ -117,20 +118,26 @@ def end(code: int, line: str) -> None:
 
 
 def refuse(argv, code: int, line: str) -> None:
-    """Tells the other processes, which wait for this one or will, that it does not come. It has read no flags yet."""
-    options = flags.FlagValues()
-    define_flags(options)
-    options.set_gnu_getopt(True)
-    with contextlib.suppress(flags.Error, ConfigError, OSError, RuntimeError):
-        options(argv, known_only=True)
-        if options.distributed:
-            _start_found(options, wire.LATE)
-        elif options.process_id is not None and options.num_processes and options.num_processes > 1:
-            if options.process_id:
-                wire.Spoke(options.process_id, options.num_processes, [_address(options)], wire.LATE, end=(code, line))
+    """Tells the other processes, which wait for this one or will, that it does not come; for `wire.LATE` seconds.
+
+    argv: the command line; what is wrong with it may be anything.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("coordinator", "num_processes", "process_id", "distributed"):
+        parser.add_argument(f"--{name}", f"-{name}", nargs="?", const="true", default="")
+    given = parser.parse_known_args(argv[1:])[0]
+    number = lambda text, default: int(text) if text.isdecimal() else default
+    with contextlib.suppress(ConfigError, OSError):
+        if given.coordinator and given.process_id:
+            host, port = _address(given)
+            index, processes = number(given.process_id, -1), number(given.num_processes, 1024)
+            if index:
+                wire.Spoke(index, processes, [(host, port)], wire.LATE, end=(code, line))
             else:
-                wire.Hub(options.num_processes, _address(options)[1]).end(code, line)
-        end(code, line)
+                wire.Hub(processes, port).end(code, line)
+        elif given.distributed == "true":
+            _start_found(wire.LATE)
+            end(code, line)
 
 
 def _check(options):
@@ -173,16 +180,16 @@ def _start_named(options):
         _wire.gather(JOIN, port=port)
     elif number > 1:
         _wire = wire.Spoke(index, number, [(host, port)], JOIN)
-        port = _wire.welcome["port"]
+        port = _wire.gather()["port"]
     named = f"{options.coordinator.rpartition(':')[0]}:{port}"
-    _initialize(options, coordinator_address=named, num_processes=number, process_id=index)
+    _initialize(coordinator_address=named, num_processes=number, process_id=index)
 
 
-def _start_found(options, seconds=JOIN):
+def _start_found(seconds):
     """JAX knows where its service is, but does not say so: process 0 tells the others where the wire is."""
     global _wire
     with _in_time(seconds):
-        _initialize(options)
+        _initialize()
         index, number, token = jax.process_index(), jax.process_count(), secrets.token_hex(16)
         if number == 1:
             return
@@ -191,16 +198,14 @@ def _start_found(options, seconds=JOIN):
         sent = np.frombuffer(about.encode().ljust(_ADDRESSES), np.uint8)
         names, port, token = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(sent))))
     _wire = hub or wire.Spoke(index, number, [(name, port) for name in names], seconds, token)
-    if hub:
-        hub.gather(seconds)
+    hub.gather(seconds) if hub else _wire.gather()
 
 
-def _initialize(options, **named):
+def _initialize(**named):
     try:
         # A limit of JAX's own ends in a stack dump; ours comes before it.
-        jax.distributed.initialize(
-            **named, heartbeat_timeout_seconds=options.heartbeat, initialization_timeout=2 * JOIN
-        )
+        heartbeat = flags.FLAGS["heartbeat"].value  # or its default, where flags are not read yet
+        jax.distributed.initialize(**named, heartbeat_timeout_seconds=heartbeat, initialization_timeout=2 * JOIN)
     except ValueError as error:  # of --distributed where there is no cluster
         raise ConfigError(
             f"--distributed: JAX finds no cluster here ({str(error).splitlines()[0]}); name the processes with "

@@ -184,23 +184,29 @@ class Hub(_Wire):
         if problem:
             channel.send(end=problem)
             if new:
-                self._gone.add(index)
+                self._gone |= {index} & self._heard.keys()
                 self._ended(*problem)
-        well = bool(problem)
+            channel.receive()  # nothing: it goes
+        else:
+            self._listen(index, channel)
+        channel.close()
+        with self._change:
+            if self._verdict or not problem:
+                self._gone |= {index} & self._heard.keys()
+            self._change.notify_all()
+
+    def _listen(self, index, channel):
+        well = False
         while message := channel.receive():
             if "end" in message:
+                self._ended(*message["end"])
                 well = True
-                self._ended(message["end"][0], f"process {index} on {host}: {message['end'][1]}")
             elif "done" in message:
                 well = True
             else:
                 self._heard[index].put(message["facts"])
-        with self._change:
-            self._gone.add(index)
-            self._change.notify_all()
-        channel.close()
         if not well and self._verdict is None:
-            self._ended(FAILED, f"process {index} on {host} {_LOST}")
+            self._ended(FAILED, f"process {index} on {self._hosts[index]} {_LOST}")
 
     def _problem(self, hello, new):
         """(code, line) where a process that says hello cannot be one of the run, else None."""
@@ -227,7 +233,7 @@ class Spoke(_Wire):
     """The end of a process other than 0."""
 
     def __init__(self, index: int, processes: int, addresses, seconds: float, token: str = "", end=None):
-        """Goes to process 0, and waits there until all have come; `welcome` is then what it says to each.
+        """Goes to process 0.
 
         addresses: (host, port) of process 0, those to try.
         end: (code, line) of a process that comes only to tell that it ends.
@@ -244,7 +250,10 @@ class Spoke(_Wire):
             self._ended(*answer["end"])
         self._channel.patient()
         threading.Thread(target=self._listen, daemon=True).start()
-        self.welcome = self._heard.get()
+
+    def gather(self) -> dict:
+        """Waits for all others, and returns the welcome of process 0."""
+        return self._heard.get()
 
     def agree(self, facts):
         self._channel.send(facts=facts)
