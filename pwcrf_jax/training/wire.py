@@ -137,7 +137,7 @@ class Hub(_Wire):
                 "that they can reach"
             )
         for channel in self._channels.values():
-            channel.send(**welcome)
+            channel.send(welcome=welcome)
 
     def agree(self, facts):
         every = {0: facts} | {i: heard.get() for i, heard in self._heard.items()}
@@ -161,7 +161,7 @@ class Hub(_Wire):
             self._change.wait_for(lambda: len(self._gone) == self.processes - 1, seconds)
 
     def _accept(self):
-        while True:
+        while self._server.fileno() >= 0:
             with contextlib.suppress(OSError):  # of one that is gone again
                 sock, _ = self._server.accept()
                 threading.Thread(target=self._serve, args=(_Channel(sock),), daemon=True).start()
@@ -183,30 +183,29 @@ class Hub(_Wire):
                 self._change.notify_all()
         if problem:
             channel.send(end=problem)
-            if new:
-                self._gone |= {index} & self._heard.keys()
-                self._ended(*problem)
             channel.receive()  # nothing: it goes
         else:
-            self._listen(index, channel)
+            well = self._listen(index, channel)
         channel.close()
         with self._change:
-            if self._verdict or not problem:
+            if new or self._verdict:
                 self._gone |= {index} & self._heard.keys()
             self._change.notify_all()
+        if problem and new:
+            self._ended(*problem)
+        elif not problem and not well and self._verdict is None:
+            self._ended(FAILED, f"process {index} on {host} {_LOST}")
 
     def _listen(self, index, channel):
+        """Until it is gone; whether it had said so before."""
         well = False
         while message := channel.receive():
-            if "end" in message:
-                self._ended(*message["end"])
-                well = True
-            elif "done" in message:
-                well = True
-            else:
+            if "end" in message:  # in another thread, as this one is to see it go
+                threading.Thread(target=self._ended, args=message["end"], daemon=True).start()
+            elif "facts" in message:
                 self._heard[index].put(message["facts"])
-        if not well and self._verdict is None:
-            self._ended(FAILED, f"process {index} on {self._hosts[index]} {_LOST}")
+            well |= not {"end", "done"}.isdisjoint(message)
+        return well
 
     def _problem(self, hello, new):
         """(code, line) where a process that says hello cannot be one of the run, else None."""
@@ -245,6 +244,7 @@ class Spoke(_Wire):
         hello = dict(process=index, processes=processes, host=self.host, token=token, end=end)
         self._channel, answer = _meet(addresses, hello, seconds)
         if end:
+            self._channel.close()
             return
         if "end" in answer:
             self._ended(*answer["end"])
@@ -253,7 +253,7 @@ class Spoke(_Wire):
 
     def gather(self) -> dict:
         """Waits for all others, and returns the welcome of process 0."""
-        return self._heard.get()
+        return self._heard.get()["welcome"]
 
     def agree(self, facts):
         self._channel.send(facts=facts)
