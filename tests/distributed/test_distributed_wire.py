@@ -227,7 +227,9 @@ def test_process_0_tells_those_that_come_later(left, monkeypatch, capfd):
     assert capfd.readouterr().err.count("process 0 on") == 2
 
 
-@pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff\n", b"[]\n", b'{"token": "other"}\n', b"{" * 99])
+@pytest.mark.parametrize(
+    "said", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff\n", b"[]\n", b'{"token": "other"}\n', b"{" * 99]
+)
 def test_strangers_at_the_port_do_no_harm(left, quick, said):
     hub = wire.Hub(2)
     with socket.create_connection(("127.0.0.1", hub.port)) as stranger:
