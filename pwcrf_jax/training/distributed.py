@@ -57,7 +57,8 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "heartbeat",
         30,
-        "Of several processes: seconds after which one that is gone ends the others. Example: --heartbeat 60",
+        "Of several processes: seconds of silence after which one whose host is gone ends the others. "
+        "Example: --heartbeat 60",
         lower_bound=5,
     )
 
