@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 
 import jax
@@ -13,22 +14,26 @@ from ml_collections import ConfigDict
 from pwcrf_jax import files
 from pwcrf_jax.data import DataError
 from pwcrf_jax.nets import WeightsError
-from pwcrf_jax.training import compilation, logs, schema, usage
+from pwcrf_jax.training import agreement, compilation, distributed, logs, schema, usage
 from pwcrf_jax.training.checkpoint import CheckpointError
 from pwcrf_jax.training.config import ConfigError
 from pwcrf_jax.training.loop import NonFiniteError
+from pwcrf_jax.training.wire import FAILED, REFUSED
 
-REFUSED = 2
-FAILED = 1
 PATHS = ("config", "workdir", "picture", "images", "output", "export", "report", "report_file", "config.init_from",
          "config.data.source_dir", "config.data.data_dir")  # fmt: skip
 """Flags that name a file or a folder."""
 INTERRUPTED = 128 + signal.SIGINT  # what a shell says of a process that Ctrl-C ended
 
 
-def _refuse(message) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(REFUSED)
+_EXPLAINED = 5.0  # seconds in which a process whose end breaks a sum is known to be gone
+
+
+def _end(code, line) -> None:
+    """Ends this process and, of several, the others."""
+    print(line, file=sys.stderr)
+    distributed.end(code, line.removeprefix("error: "))
+    sys.exit(code)
 
 
 def _one_line(error):
@@ -107,27 +112,37 @@ def run(main, before_parsing=None, before_main=None, interrupted="stopped by Ctr
         try:
             parse(argv, before_parsing=before_parsing)
         except (ConfigError, files.FileError) as error:
-            _refuse(_one_line(error))
+            print(f"error: {_one_line(error)}", file=sys.stderr)
+            distributed.refuse(argv, REFUSED, _one_line(error))
+            sys.exit(REFUSED)
         return argv[:1]
 
     def guarded(argv):
         try:
             if before_main:
                 before_main()
+            distributed.agree(lambda: agreement.of_start(require("config")))
             _use_cache()
             main(argv)
         except OSError as error:
             named = isinstance(error, files.FileError) or error.filename is None
-            _refuse(_one_line(error if named else files.refused(error.filename, "cannot be used", error)))
+            error = error if named else files.refused(error.filename, "cannot be used", error)
+            _end(REFUSED, f"error: {_one_line(error)}")
         except (ConfigError, DataError, WeightsError, CheckpointError) as error:
-            _refuse(_one_line(error))
+            _end(REFUSED, f"error: {_one_line(error)}")
         except NonFiniteError as error:
-            print(f"error: {_one_line(error)}", file=sys.stderr)
-            sys.exit(FAILED)
+            _end(FAILED, f"error: {_one_line(error)}")
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one ends what is left without a word
-            print(interrupted, file=sys.stderr)
-            sys.exit(INTERRUPTED)
+            _end(INTERRUPTED, interrupted)
+        except Exception as error:
+            if not distributed.several():
+                raise
+            time.sleep(_EXPLAINED)  # where another process has broken a sum, its end is told meanwhile
+            traceback.print_exc()
+            _end(FAILED, f"error: {type(error).__name__}: {_one_line(error)}")
+        finally:  # a good end, or an exit that all share, such as of a run that was asked to stop
+            distributed.done()
 
     app.run(guarded, flags_parser=flags_parser)
 

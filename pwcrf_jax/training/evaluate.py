@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from pwcrf_jax import files, metrics, segmenter
 from pwcrf_jax.data import check_sizes, eval_batches, load_dataset
-from pwcrf_jax.training import checkpoint, inference, parallel, refinement, steps
+from pwcrf_jax.training import agreement, checkpoint, distributed, inference, parallel, refinement, steps
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training.logs import log
 
@@ -252,6 +252,7 @@ def load(config, workdir: str, which: str, split: str):
         store.meta()  # refuses other classes than those of the checkpoint
     dataset.check_labelled(split)
     check_sizes(dataset, split, config.data.eval_size)
+    distributed.agree(lambda: {"the step": step} | agreement.of_data(dataset) | agreement.of_arrays({"params": params}))
     return model, params, step, dataset
 
 

@@ -8,15 +8,24 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 
 from pwcrf_jax import files
 from pwcrf_jax.data import check_sizes, load_dataset, train_batches
 from pwcrf_jax.data.datasets import builder_class
 from pwcrf_jax.nets import WeightsError, load_pretrained
 from pwcrf_jax.planning import plan
-from pwcrf_jax.training import checkpoint, compilation, evaluate, lock, parallel, pictures, preemption, steps
+from pwcrf_jax.training import (
+    agreement,
+    checkpoint,
+    compilation,
+    distributed,
+    evaluate,
+    lock,
+    parallel,
+    pictures,
+    preemption,
+    steps,
+)
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training.logs import METRICS, Progress, Writer, last_step, log
 from pwcrf_jax.training.optimizer import make_optimizer
@@ -68,10 +77,18 @@ def _run(config, workdir, dataset):
             _check_stages(config, latest.meta())
             abstract = jax.eval_shape(lambda: _fresh(model, tx, evaluate.init_params(model, config.seed)))
             state, meta = _restore(latest, abstract)
-            _check_together(meta["step"], latest)
             unread = "; config.init_from is not read again" if config.init_from else ""
             log.info("resumed from step %d of %s%s%s", meta["step"], latest.folder, unread, _other_versions(meta))
+        distributed.agree(lambda: _facts(config, dataset, state, meta, best_meta))
         return _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_meta)
+
+
+def _facts(config, dataset, state, meta, best_meta):
+    """What processes that were started alike may still have found otherwise."""
+    at = {"the step to go on from": meta["step"], "its samples": meta["samples_seen"], "its score": meta.get("score")}
+    at |= {f"the best model's {key}": best_meta and best_meta[key] for key in ("step", evaluate.BEST)}
+    at["config.model.input_scaling"] = config.model.input_scaling
+    return at | agreement.of_data(dataset) | agreement.of_arrays(_trees(state))
 
 
 def checked_dataset(config):
@@ -123,14 +140,6 @@ def _check_new(workdir, latest, best):
         )
 
 
-def _check_together(step, latest):
-    """Of several processes each decides for itself which checkpoint is whole."""
-    steps_of_all = multihost_utils.process_allgather(np.int32(step)) if jax.process_count() > 1 else [step]
-    if len(set(map(int, steps_of_all))) > 1:
-        raise checkpoint.CheckpointError(
-            f"the processes read different checkpoints of {latest.folder} (steps {', '.join(map(str, steps_of_all))}); "
-            "start them again, and look at its disk if that does not help"
-        )
 
 
 def _other_versions(meta):
