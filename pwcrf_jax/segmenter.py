@@ -236,13 +236,15 @@ def read(log_marginals: jax.Array, node_mask: jax.Array, rows, cols) -> jax.Arra
       float32 [..., n, m, K]. Pixels that no valid cell reaches get zeros.
     """
     border = lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 3) + ((1, 1), (1, 1), (0, 0)))  # weights are 0 there
-    weight = border(node_mask[..., None].astype(jnp.float32))
-    x = border(jnp.where(node_mask[..., None], log_marginals, 0.0))
-    for axis, (index, fraction) in ((-3, rows), (-2, cols)):
-        fraction = jnp.expand_dims(fraction, (1, 2) if axis == -3 else (0, 2))
-        mix = lambda x: jnp.take(x, index, axis) * (1 - fraction) + jnp.take(x, index + 1, axis) * fraction
-        x, weight = mix(x), mix(weight)
-    return x / jnp.maximum(weight, 1e-6)
+
+    def mix(x):
+        for axis, (index, fraction), rest in ((-3, rows, (1, 2)), (-2, cols, (0, 2))):
+            fraction = jnp.expand_dims(fraction, rest)
+            x = jnp.take(x, index, axis) * (1 - fraction) + jnp.take(x, index + 1, axis) * fraction
+        return x
+
+    x, weight = jnp.where(node_mask[..., None], log_marginals, 0.0), node_mask[..., None].astype(jnp.float32)
+    return mix(border(x)) / jnp.maximum(mix(border(weight)), 1e-6)
 
 
 def grid_mask(valid_size: jax.Array, grid: tuple[int, int], image_size: tuple[int, int]) -> jax.Array:
