@@ -4,8 +4,13 @@ from ml_collections import ConfigDict
 
 
 def relation(rows, cols, unit="short_side", grid=0, parameterisation=""):
-    """A range box; see `pwcrf_jax.relations.Relation`. grid 0: all offsets; parameterisation "": the model's."""
-    return ConfigDict(dict(rows=rows, cols=cols, unit=unit, grid=grid, parameterisation=parameterisation))
+    """A range box; see `pwcrf_jax.relations.Relation`. grid 0: all offsets; parameterisation "": the model's.
+
+    Its offsets are made once, on the grid of data.crop_size, and kept by the run in row_offsets and col_offsets, in
+    cells, of which every pair but (0, 0) is one: nothing that comes later changes the distances that a net is used at.
+    """
+    own = dict(row_offsets=(), col_offsets=())  # (): of the box
+    return ConfigDict(dict(rows=rows, cols=cols, unit=unit, grid=grid, parameterisation=parameterisation) | own)
 
 
 def get_config():

@@ -1,15 +1,17 @@
 """Configs: checked before any compute is spent, stored beside the checkpoints, read back."""
 
 import difflib
+import itertools
 import json
 import math
 import os
 import pathlib
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from pwcrf_jax import dense_crf, files, gaussian, objectives
+from pwcrf_jax import files, gaussian, objectives
 from pwcrf_jax.data import DATASETS
 from pwcrf_jax.nets import BACKBONES, INPUT_SCALINGS, FeatMapNet, grid_size
 from pwcrf_jax.pairwise import ROUTES
@@ -38,48 +40,12 @@ def _flat(config, prefix=""):
             yield f"{prefix}{key}", value
 
 
-# Keys that configs of version 0.1 do not have, with values that keep their meaning.
-_ADDED = {
-    "loss.sampled_offsets": 0,
-    "loss.chunk_edges": 0,
-    "crf.route": "auto",
-    "crf.chunk_edges": 0,
-    "refine.num_iterations": 10,
-    "refine.method": "auto",
-    "loss.objective": "piecewise",
-    "loss.unary_share": 0.5,
-    "loss.pairwise_balance_power": -1.0,
-    "model.pairwise_features": "shared",
-    "model.refinement_convs.layers": (),
-    "model.refinement_convs.width": 32,
-    "train.max_skipped_steps": 0,
-    "compilation_cache": True,
-    "data.max_pixels": 89_478_485,
-    "eval.classes": (),
-    "eval.panel": 0,
-    "data.num_workers": 0,
-    "data.partial": True,
-    "data.image_folder.val_fraction": 0.1,
-    "data.image_folder.seed": 0,
-    "data.tfds.dataset": "",
-    "data.tfds.image_key": "image",
-    "data.tfds.label_key": "label",
-    "data.tfds.label_offset": 0,
-    "data.tfds.void": 255,
-    "data.tfds.class_names": (),
-    "data.tfds.num_classes": 0,
-    "data.tfds.max_side": 0,
-    "tiles.size": (),
-    "tiles.overlap": 0.5,
-    "tta.scales": (1.0,),
-    "tta.flip": False,
-    **{f"refine.{name}": value for name, value in dense_crf.DEFAULT_PARAMS._asdict().items()},
-}
 CONFIG = "config.json"  # in a workdir
 CLASSES = "classes.json"  # in a workdir: names and colours of its classes, for prediction without the data set
 TUNED = "tuned.json"  # in a workdir: what `eval.py --tune-refinement` chose
 _BATCHES = ("train.batch_size", "eval.batch_size")
 _MAX_OFFSETS = 10**6  # of a relation; the least chunk of a step is one of them on the whole map
+_OFFSETS = ("row_offsets", "col_offsets")
 _RESERVED = ("unary", "all", "tta", "refined")  # rows of the table, terms of the loss
 
 
@@ -137,20 +103,7 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
         )
     build_model(config)
     _validate_objective(config)
-    for key in ("data.crop_size", "data.eval_size"):
-        grid = grid_size(flat[key], config.model.scales)
-        for relation in relations(config):
-            where = f"on the {grid[0]} x {grid[1]} grid of config.{key} = {flat[key]}"
-            if _num_offsets(relation, grid) > _MAX_OFFSETS:
-                raise ConfigError(
-                    f"config.relations.{relation.name}: its box holds more than {_MAX_OFFSETS} offsets {where}; "
-                    "make it smaller, or set its grid, such as 5"
-                )
-            if not len(offsets(relation, *grid)):
-                raise ConfigError(
-                    f"config.relations.{relation.name}: its box holds no edge {where}; change the box, or take the "
-                    "relation out of config.model.relations"
-                )
+    check_edges(config, "data.eval_size")
     # Last, as it starts the devices, which takes a while on some.
     devices = num_devices or device_count()
     for key in batches:
@@ -174,7 +127,7 @@ def device_count() -> int:
 
 
 def _num_offsets(relation, grid):
-    """Of the box before it is cut to the map, at most."""
+    """Of a box before it is cut to the map, at most."""
     if relation.grid:
         return relation.grid**2
     cell = min(grid) if relation.unit == "short_side" else 1
@@ -234,22 +187,82 @@ def scored_classes(config: ConfigDict, class_names) -> list[int] | None:
     return [list(class_names).index(name) for name in config.eval.classes] or None
 
 
-def relations(config: ConfigDict) -> tuple[Relation, ...]:
-    """The relations that the model has a Pairwise-Net for."""
-    out = []
+def relations(config: ConfigDict) -> dict[str, np.ndarray]:
+    """Offsets of the relations that the model has a Pairwise-Net for, {name: int32 [num_offsets, 2]}, in cells.
+
+    A box becomes offsets here and nowhere else: on the grid of config.data.crop_size, whatever map comes in later, as a
+    Pairwise-Net knows the distances that it was trained at and no others. A run keeps them, see `keep_offsets`.
+
+    Raises:
+      ConfigError: a name or box that cannot be, too many offsets, or none.
+    """
+    grid = grid_size(config.data.crop_size, config.model.scales)
+    where = f"on the {grid[0]} x {grid[1]} grid of config.data.crop_size = {tuple(config.data.crop_size)}"
+    out = {}
     for name in config.model.relations:
-        c = config.relations[name]
-        if name in _RESERVED or not name.isidentifier():
+        box, c = _box(config, name), config.relations[name]
+        kept = bool(c.row_offsets), bool(c.col_offsets)
+        if any(kept) and not all(kept):
+            raise ConfigError(f"config.relations.{name}: set both row_offsets and col_offsets, or leave both empty")
+        if (len(c.row_offsets) * len(c.col_offsets) if all(kept) else _num_offsets(box, grid)) > _MAX_OFFSETS:
             raise ConfigError(
-                f"config.relations.{name}: use another name, of letters, digits and _, and not one of {_RESERVED}"
+                f"config.relations.{name}: its box holds more than {_MAX_OFFSETS} offsets {where}; make it smaller, or "
+                "set its grid, such as 5"
             )
-        try:
-            out.append(Relation(name, tuple(c.rows), tuple(c.cols), c.unit, c.grid or None))
-        except ValueError as error:  # "relation 'NAME': FIELD must ..."
-            field, _, rest = str(error).partition(": ")[2].partition(" ")
-            key = f"{name}.{field}" if field in schema.RELATION else f"{name}: {field}"
-            raise ConfigError(f"config.relations.{key} {rest}") from None
-    return tuple(out)
+        if all(kept):
+            pairs = itertools.product(*(sorted(set(axis)) for axis in (c.row_offsets, c.col_offsets)))
+            out[name] = np.array([pair for pair in pairs if pair != (0, 0)], np.int32).reshape(-1, 2)
+        else:
+            out[name] = offsets(box, *grid)
+        if not len(out[name]):
+            raise ConfigError(
+                f"config.relations.{name}: its box holds no edge {where}; change the box, or take the relation out of "
+                "config.model.relations"
+            )
+    return out
+
+
+def _box(config, name) -> Relation:
+    c = config.relations[name]
+    if name in _RESERVED or not name.isidentifier():
+        raise ConfigError(
+            f"config.relations.{name}: use another name, of letters, digits and _, and not one of {_RESERVED}"
+        )
+    try:
+        return Relation(name, tuple(c.rows), tuple(c.cols), c.unit, c.grid or None)
+    except ValueError as error:  # "relation 'NAME': FIELD must ..."
+        field, _, rest = str(error).partition(": ")[2].partition(" ")
+        key = f"{name}.{field}" if field in schema.RELATION else f"{name}: {field}"
+        raise ConfigError(f"config.relations.{key} {rest}") from None
+
+
+def check_edges(config: ConfigDict, key: str) -> None:
+    """Refuses relations without an edge on the grid of config's `key`, a size of images."""
+    size = tuple(dict(_flat(config))[key])
+    grid = grid_size(size, config.model.scales)
+    for name, box in relations(config).items():
+        if not np.any(np.all(np.abs(box) < grid, axis=1)):
+            raise ConfigError(
+                f"config.relations.{name}: its box holds no edge on the {grid[0]} x {grid[1]} grid of config.{key} = "
+                f"{size}; take a larger size, or take the relation out of config.model.relations"
+            )
+
+
+def keep_offsets(config: ConfigDict, run: ConfigDict | None = None) -> None:
+    """Writes the offsets of `relations` into the config, row_offsets and col_offsets of each relation.
+
+    run: the config of a run that goes on, whose offsets are taken where the config names none.
+    """
+    for name, kept in run.relations.items() if run else ():
+        if name in config.relations and not any(config.relations[name][key] for key in _OFFSETS):
+            config.relations[name].update({key: kept.get(key, ()) for key in _OFFSETS})
+    for name, box in relations(config).items():
+        config.relations[name].update(_axes(box))
+
+
+def _axes(box) -> dict[str, tuple[int, ...]]:
+    """Offsets are all pairs of a row and a column offset but (0, 0): {"row_offsets", "col_offsets"}."""
+    return {key: tuple(map(int, np.unique(axis))) for key, axis in zip(_OFFSETS, box.T, strict=True)}
 
 
 def build_model(config: ConfigDict) -> Segmenter:
@@ -305,9 +318,10 @@ def identity(config: ConfigDict) -> dict:
         model = key.startswith("model.") and key not in free and not key.startswith(other_backbones)
         if model or key.startswith(used) or key in ("data.name", "data.num_classes"):
             flat[key] = value
-    for name in config.model.relations:  # what "" stands for
+    for name, box in relations(config).items():  # what "" and () stand for
         kind = config.relations[name].parameterisation
         flat[f"relations.{name}.parameterisation"] = kind or config.model.parameterisation
+        flat |= {f"relations.{name}.{key}": axis for key, axis in _axes(box).items()}
     return json.loads(json.dumps(flat))
 
 
@@ -375,8 +389,8 @@ def save(config: ConfigDict, path) -> None:
 def load(path) -> ConfigDict:
     """Reads a config written by `save`; lists become tuples again, so that flags can override them.
 
-    Keys that came later than the file stand as what the code did before it had them. Where the file is damaged or not
-    there, as power loss may leave it, the log says so and the config that the checkpoints beside it carry is taken.
+    Where the file is damaged or not there, as power loss may leave it, the log says so and the config that the
+    checkpoints beside it carry is taken.
 
     Raises:
       ConfigError: neither can be used.
@@ -414,13 +428,6 @@ def _restored(stored):
     """The config of what JSON keeps of it; ValueError where that is something else."""
     if not isinstance(stored, dict) or not stored:
         raise ValueError("expected a JSON object with the keys of configs/default.py")
-    for key, value in _ADDED.items():
-        *sections, name = key.split(".")
-        place = stored
-        for section in sections:  # which may have come later itself
-            place = place.setdefault(section, {}) if isinstance(place, dict) else None
-        if isinstance(place, dict):
-            place.setdefault(name, value)
     return ConfigDict(_tuples(stored))  # ValueError for names with a dot
 
 

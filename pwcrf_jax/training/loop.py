@@ -160,16 +160,21 @@ def _check_stages(config, meta):
 
 
 def resolve(config, workdir):
-    """The config with input_scaling settled, and a function that makes the parameters of a fresh run.
+    """The config with what a run settles once, and a function that makes the parameters of a fresh run.
 
-    The scaling belongs to the weights a run started from: a run that goes on has it in its config.json.
+    Settled are input_scaling, which belongs to the weights a run started from, and the offsets of the relations, which
+    belong to the grid that they are trained on: a run that goes on has both in its config.json.
     """
     config = config.copy_and_resolve_references()
     config.init_from = files.expand_path(config.init_from, "config.init_from")
     if checkpoint.exists(os.path.join(workdir, "checkpoints")):
+        stored = configs.load_checked(workdir)
         if config.model.input_scaling == "auto":
-            config.model.input_scaling = configs.load_checked(workdir).model.input_scaling
+            config.model.input_scaling = stored.model.input_scaling
+        configs.keep_offsets(config, stored)
+        configs.check_edges(config, "data.crop_size")
         return config, None
+    configs.keep_offsets(config)
     params, scaling = _fresh_params(config)
     if config.model.input_scaling == "auto":
         config.model.input_scaling = scaling
@@ -185,7 +190,7 @@ def _fresh_params(config):
     if not config.init_from:
         return params, "tf"
     if os.path.isdir(config.init_from):
-        return _from_run(config.init_from, params)
+        return _from_run(config.init_from, params, configs.relations(config))
     featmap, report = load_pretrained(config.init_from, params["featmap"])
     log.info("%s", report)
     given = config.model.input_scaling
@@ -197,10 +202,11 @@ def _fresh_params(config):
     return params, report.scaling
 
 
-def _from_run(folder, params):
+def _from_run(folder, params, relations):
     """Parameters of the best checkpoint of another run where names and shapes agree, and its input scaling.
 
-    Features that relations have of their own start from that run's features, where it has none of the kind.
+    Features that relations have of their own start from that run's features, where it has none of the kind. It is said
+    where a relation has offsets, relations[name], at which its net was not trained there.
     """
     source = configs.load_checked(folder)
     _, trained, step = evaluate.restore_params(source, folder)
@@ -226,6 +232,11 @@ def _from_run(folder, params):
     if len(new) == len(jax.tree.leaves(params)):
         raise configs.ConfigError(f"config.init_from = {folder!r}: that run has no parameter of this model")
     log.info("parameters of step %d of %s%s", step, folder, f"; new: {', '.join(dict.fromkeys(new))}" if new else "")
+    for name, theirs in configs.relations(source).items():
+        others = set(map(tuple, relations.get(name, []))) - set(map(tuple, theirs))
+        if others and not any(module.startswith(f"pairwise_{name}/") for module in new):
+            log.warning("pairwise_%s was trained at other distances there: %d of its %d offsets here are new to it",
+                        name, len(others), len(relations[name]))  # fmt: skip
     return params, source.model.input_scaling
 
 
@@ -239,16 +250,8 @@ def _trees(state):
 
 def _restore(latest, abstract):
     """(state, meta) of the newest checkpoint that is whole; abstract: the state's shapes."""
-    # Version 0.1 kept the states of the update rule's parts beside the others, now they are a tuple of their own.
-    *before, rule, groups = abstract.opt_state
-    flat = _trees(abstract.replace(opt_state=(*before, *rule, groups)))
-    as_in_0_1 = lambda meta: checkpoint.leaves(flat).keys() == meta["leaves"].keys()
-    trees, meta = latest.restore(lambda meta: flat if as_in_0_1(meta) else _trees(abstract))
-    state = steps.TrainState(**trees["rest"], params=trees["params"])
-    if as_in_0_1(meta):
-        n, parts = len(before), state.opt_state
-        state = state.replace(opt_state=(*parts[:n], tuple(parts[n:-1]), parts[-1]))
-    return state, meta
+    trees, meta = latest.restore(_trees(abstract))
+    return steps.TrainState(**trees["rest"], params=trees["params"]), meta
 
 
 def batches_from(config, dataset, step):
@@ -287,7 +290,7 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_
 
     score = meta.get("score")  # of the state to go on from
     if score is not None:
-        save_best(score)  # where that was lost, or a run of version 0.1 stopped between two saves
+        save_best(score)  # where that was lost
     evaluate_first = step > 0 and score is None and evaluates(step)  # where it stopped in an evaluation
     if step >= c.steps and not evaluate_first:
         log.info("already trained for %d steps; raise config.train.steps to go on", step)

@@ -259,7 +259,7 @@ def predict(
         log_probs = marginals.log_probs() if probabilities or refine != "off" else None
         if refine != "off":
             log_probs, _ = refinement.refine_image(log_probs, image, config.refine, refine)
-        labels = marginals.labels() if log_probs is None else log_probs.argmax(-1).astype(np.uint8)
+        labels = marginals.labels() if refine == "off" else log_probs.argmax(-1).astype(np.uint8)
         with _writing(target(name), output) as file:
             _label_image(labels, codes, colours).save(file, "PNG")
         if overlay and max(image.shape) > LARGEST_JPEG:

@@ -19,7 +19,6 @@ from PIL import Image
 
 from pwcrf_jax import files, piecewise
 from pwcrf_jax.nets import grid_size
-from pwcrf_jax.relations import offsets
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate, parallel
 from pwcrf_jax.training.pictures import VOID_COLOUR
@@ -98,10 +97,10 @@ class Report:
         self._config, self._dataset, self._params = config, dataset, params
         self._crf = configs.crf_settings(config)
         self._grid = grid_size(config.data.eval_size, config.model.scales)
-        chosen = [r for r in configs.relations(config) if r.name in self._crf["relation_weights"]]
+        chosen = [(name, box) for name, box in model.relations if name in self._crf["relation_weights"]]
         order = ["unary", *["all"] * bool(chosen), *["convs"] * bool(config.model.refinement_convs.layers)]
         self._order = tuple(order)  # a tree that was on a device is sorted by name
-        self._boxes = {r.name: offsets(r, *self._grid) for r in chosen}
+        self._boxes = dict(chosen)
         numbers = (2 + len(chosen)) * self._grid[0] * self._grid[1] * dataset.num_classes
         self._room = int(INSPECTOR_BYTES // (numbers * 2 * 4 / 3))  # two bytes each, in base64
         self._inspected = Extremes(min(self._wanted, max(1, self._room)))
@@ -275,7 +274,7 @@ class Report:
             name=name,
             weight=self._crf["relation_weights"][name],
             parameterisation=kind,
-            offsets=self._boxes[name].tolist(),
+            offsets=self._boxes[name],
             edges=int(edges),
             scores=np.round(scores, 4).tolist(),
         )

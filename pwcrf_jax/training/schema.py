@@ -102,6 +102,8 @@ RELATION = {
     "cols": _BOUNDS,
     "unit": Text(),
     "grid": Number(int, 0, 1024),
+    "row_offsets": Tuple(Number(int, -16384, 16384)),
+    "col_offsets": Tuple(Number(int, -16384, 16384)),
     "parameterisation": Text(),
 }
 

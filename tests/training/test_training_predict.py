@@ -110,7 +110,7 @@ def test_reading_at_pixels_is_the_upsampling(mirrored):
     assert not mask.all()
     whole = segmenter.upsample(jnp.asarray(cells)[None], *layout.canvas, mask[None])[0][:75, :91]
     rows, cols = tiling.taps(np.arange(75), 75, layout, 0), tiling.taps(np.arange(91), 91, layout, 1, mirrored)
-    got = tiling.read(cells, mask, rows, cols)
+    got = segmenter.read(cells, mask, rows, cols)
     np.testing.assert_allclose(got, whole[:, ::-1] if mirrored else whole, atol=1e-5)
 
 
@@ -132,7 +132,7 @@ def test_what_every_tile_sees_whole_is_exact(trained):
 
 
 def test_boxes_do_not_grow_with_the_image(trained):
-    """On the 6 x 8 cells of the frame one box reaches 1 cell and one 2 rows; on 16 x 21 it would be 3 and 6."""
+    """On the 6 x 8 cells of a training crop one box reaches 1 cell and one 2 rows; on 16 x 21 it would be 3 and 6."""
     image, small = scene(256, 336), {"data.eval_size": (96, 128), "crf.num_iterations": 1, "crf.weights": (1000.0,)}
     other = image.copy()
     other[128:144, 160:176] = 255 - other[128:144, 160:176]  # cell (8, 10)
