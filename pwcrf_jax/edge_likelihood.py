@@ -164,7 +164,8 @@ def _walk_chunks(reach, a, b, w2, b2, evidence, weight, labels, mask, chunks, gr
 
         add("hidden", d_hidden, d_hidden)
         value = value.reshape(weight_p.shape)
-        add("weight", (value * q["weight"][..., 0] * chunk.valid[None, :, None])[..., None], (value * weight_p)[..., None])
+        to_p = value * q["weight"][..., 0] * chunk.valid[None, :, None]
+        add("weight", to_p[..., None], (value * weight_p)[..., None])
         if evidence is not None:
             pair = d_scores.reshape(-1, k, k)
             add("evidence", jnp.sum(pair, axis=2), jnp.sum(pair, axis=1))

@@ -31,7 +31,8 @@ def relations(potentials, weights=None):
     potentials = [of_arrays(p) if isinstance(p, pairwise.PairwiseTable) else p for p in potentials]
     for p in potentials:
         if not isinstance(p, ENCODINGS):
-            raise TypeError(f"expected potentials, each {' or '.join(e.__name__ for e in ENCODINGS)}, got {type(p).__name__}")
+            kinds = " or ".join(encoding.__name__ for encoding in ENCODINGS)
+            raise TypeError(f"expected potentials, each a {kinds}, got {type(p).__name__}")
     if isinstance(weights, Mapping):
         if names is None or set(weights) != set(names):
             wanted = "one a potential, in order" if names is None else f"of the potentials' names {names}"

@@ -1,7 +1,7 @@
 """Which labels count: the one place that decides, for likelihoods, balance weights, objectives and metrics.
 
-A label is a class, 0..K-1, or void. Where values can be seen all others are refused (`checked`). Traced values cannot be
-looked at: there all others are void, for every function alike (`split`).
+A label is a class, 0..K-1, or void. Where values can be seen all others are refused (`checked`). Traced values cannot
+be looked at: there all others are void, for every function alike (`split`).
 """
 
 import operator
@@ -43,7 +43,8 @@ def checked(labels, num_classes, void, shape=None, mask=None, name="labels", rem
     if shape is not None and tuple(labels.shape) != tuple(shape):
         raise ValueError(f"expected {name} of shape {tuple(shape)}, one a node, got {tuple(labels.shape)}")
     if void is not None and 0 <= operator.index(void) < num_classes:
-        raise ValueError(f"void={void} is one of the {num_classes} classes, 0..{num_classes - 1}: pass another, as void=-1")
+        known = f"the {num_classes} classes, 0..{num_classes - 1}"
+        raise ValueError(f"void={void} is one of {known}: pass another that the labels have, as void=-1")
     if not seen(labels) or not (mask is None or seen(mask)):
         return labels
     # 64 bits hold any label and any void; those of 8 may hold neither.

@@ -20,7 +20,7 @@ def confusion_matrix(predictions, labels, num_classes, void=VOID):
     Args:
       predictions: int [...], 0..num_classes-1 where the label counts. Others are refused where they can be seen; under
         `jit` their pixels count for nothing.
-      labels: int [...], same shape, 0..num_classes-1; pixels whose label is `void` count for nothing. Others as those of
+      labels: int [...], same shape, 0..num_classes-1; pixels whose label is `void` count for nothing. Others as in
         predictions.
       num_classes: static.
       void: the void label, static and outside 0..num_classes-1; -1 in much other code.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pwcrf_jax import pairwise
-from pwcrf_jax.arrays import as_array, batch_spec, compiled
+from pwcrf_jax.arrays import as_array, batch_spec, compiled, of_arrays
 from pwcrf_jax.labels import VOID, checked, split
 
 
@@ -82,6 +82,14 @@ def pairwise_log_likelihood(potential, labels, void=VOID, node_weights=None, chu
       >>> round(float(total), 3), float(count)  # log 1/9; the second edge has a void end
       (-2.197, 1.0)
     """
+    nodes = None  # without evidence a table does not know its number of nodes
+    if isinstance(potential, pairwise.FactoredPairwise):
+        nodes = potential.a
+    elif isinstance(potential, pairwise.PairwiseTable):
+        potential = of_arrays(potential)
+        nodes = potential.evidence
+    if nodes is not None:
+        labels = checked(labels, potential.num_classes, void, nodes.shape[:-1])
     return pairwise.edge_log_likelihood(potential, labels, None, node_weights, chunk_edges, sample, void)
 
 
