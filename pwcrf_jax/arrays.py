@@ -1,0 +1,97 @@
+"""How the core meets JAX: programs that are compiled once, batches that are laid over meshes, products in full precision."""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def as_array(x):
+    """x where it is an array, of JAX, of NumPy or traced; numbers, lists and tuples become one. None stays None."""
+    if x is None or isinstance(x, (jax.Array, np.ndarray)):
+        return x
+    of_jax = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x))
+    return jnp.asarray(x) if of_jax else np.asarray(x)
+
+
+def of_arrays(x):
+    """A NamedTuple with `as_array` of each of its fields."""
+    return type(x)(*map(as_array, x))
+
+
+def seen(x):
+    """Whether x has values to look at: it is not traced, and all of it lies on devices of this process."""
+    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+
+
+def level(*arrays):
+    """The arrays with axes of size 1 in front, all of one rank: JAX can be told to refuse others."""
+    rank = max(x.ndim for x in arrays)
+    return [x.reshape((1,) * (rank - x.ndim) + x.shape) for x in arrays]
+
+
+def matmul(x, y):
+    """Matrix product of two arrays of one dtype, summed and returned in float32; see `_precision`."""
+    return jnp.matmul(x, y, precision=_precision(x, y), preferred_element_type=jnp.float32)
+
+
+def einsum(subscripts, x, y):
+    """`jax.numpy.einsum` of two arrays of one dtype, summed and returned in float32; see `_precision`."""
+    return jnp.einsum(subscripts, x, y, precision=_precision(x, y), preferred_element_type=jnp.float32)
+
+
+def _precision(*operands):
+    """What was given in float32 is multiplied in float32: TPUs and recent GPUs would round it to bfloat16 or TF32.
+
+    Operands of half precision have nothing to lose, and are multiplied at full speed.
+    """
+    return jax.lax.Precision.HIGHEST if any(x.dtype.itemsize >= 4 for x in operands) else None
+
+
+def compiled(out=None):
+    """Decorator: a function of arrays that is compiled once for each combination of shapes and settings.
+
+    Positional arguments are pytrees of arrays, keyword-only ones are static. Within somebody else's `jit` it leaves no
+    trace of its own.
+
+    Arguments may lie on a mesh whose axes are Explicit, the default of `jax.make_mesh`, where JAX wants the layout of
+    every gather and scatter spelt out. The function is then compiled as for Auto axes, where XLA finds them, and only
+    the layout of the results is declared.
+
+    Args:
+      out: (*args, **settings) -> pytree of `jax.P`, a prefix of the results. None: numbers, the same on all devices.
+    """
+
+    def decorate(function):
+        @functools.wraps(function)
+        def laid_out(*args, **settings):
+            mesh, axes = _explicit(args)
+            if not axes:
+                return function(*args, **settings)
+            specs = jax.P() if out is None else out(*args, **settings)
+            is_spec = lambda x: isinstance(x, jax.P)
+            layout = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+            return jax.sharding.auto_axes(functools.partial(function, **settings), axes=axes, out_sharding=layout)(*args)
+
+        static = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        return jax.jit(laid_out, static_argnames=static, inline=True)
+
+    return decorate
+
+
+def batch_spec(x, own_axes):
+    """How the leading axes of x are laid out on a mesh of Explicit axes; own_axes: the others, of one image or graph."""
+    return tuple(jax.typeof(x).sharding.spec)[: x.ndim - own_axes]
+
+
+def _explicit(args):
+    """(mesh, names of its Explicit axes) of the first argument that lies on any; (None, ())."""
+    for leaf in jax.tree.leaves(args):
+        mesh = jax.typeof(leaf).sharding.mesh
+        kinds = () if mesh.empty else zip(mesh.axis_names, mesh.axis_types, strict=True)
+        axes = tuple(name for name, kind in kinds if kind == jax.sharding.AxisType.Explicit)
+        if axes:
+            return mesh, axes
+    return None, ()
