@@ -1,4 +1,4 @@
-"""Arguments of the core as callers have them: arrays, or what NumPy makes arrays of, with values where they are known."""
+"""Arguments of the filters and the dense CRF, as callers have them: arrays, or what NumPy makes arrays of."""
 
 from typing import Any
 

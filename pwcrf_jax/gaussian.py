@@ -91,8 +91,8 @@ def exact(features: jax.Array, mask: jax.Array | None, values: jax.Array, tile: 
       features: float [..., N, d].
       mask: bool [..., N]; None: all valid.
       values: float [..., N, C].
-      tile: static, points that receive and that send, held at a time: their kernel values are the only temporary that grows
-        with either.
+      tile: static, points that receive and that send, held at a time: their kernel values are the only temporary that
+        grows with either.
 
     Returns:
       float32 [..., N, C].

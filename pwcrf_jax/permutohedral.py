@@ -104,7 +104,10 @@ def _build(features, mask, *, capacity):
         this, before = d - r, (d + 1 - r) % (d + 1)
         pick = lambda k, x: jnp.where(k == this, x, 0.0) - jnp.where(k == before, x, 0.0)
         weight = (r == 0).astype(jnp.float32) + sum(pick(k, x) for k, x in zip(rank, offset, strict=True))
-        key = [((d + 1) * (b - (k > this).astype(jnp.int32)) + r).astype(jnp.uint32) for b, k in zip(base, rank, strict=True)]
+        key = [
+            ((d + 1) * (b - (k > this).astype(jnp.int32)) + r).astype(jnp.uint32)
+            for b, k in zip(base, rank, strict=True)
+        ]
         # Fingerprints are linear in the coordinates, so that those of neighbours need no coordinates.
         a, b = (image * f[-1] + sum(k * c for k, c in zip(key, f[:-1], strict=True)) for f in factors)
         return weight, a, b
@@ -319,7 +322,9 @@ def _neighbours(vertex_prints, factors, table, ids, prints, num_vertices):
 
     def look_up(b, after):
         start = jnp.minimum(b * block, capacity - block)
-        sought = [jax.lax.dynamic_slice(p, (start,), (block,))[None] + s for p, s in zip(vertex_prints, steps, strict=True)]
+        sought = [
+            jax.lax.dynamic_slice(p, (start,), (block,))[None] + s for p, s in zip(vertex_prints, steps, strict=True)
+        ]
 
         def searching(state):
             _, waiting, attempt = state

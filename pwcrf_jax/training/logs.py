@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -170,12 +169,13 @@ class Progress:
             left = _duration((self._num_steps - step) * seconds / (step - before))
             speed = f"{rate:.1f} img/s  {left} left"
         # Before any inference: a relation whose NLL stays above twice the unary's has learned no interaction.
-        unary = metrics.get("nll_unary", math.nan)  # a batch may be void all over
+        unary = metrics.get("nll_unary")  # a batch may be void all over
+        number = lambda x, digits: "-" if x is None else f"{x:.{digits}f}"
         others = ", ".join(f"{k[4:]} {v:.3f}" for k, v in metrics.items() if k.startswith("nll_") and k != "nll_unary")
-        loss, terms = f"loss {metrics.get('loss', math.nan):.4f}", f"nll unary {unary:.3f}"
+        loss, terms = f"loss {number(metrics.get('loss'), 4)}", f"nll unary {number(unary, 3)}"
         if others:
             edges = {k[4:] for k in metrics if k.startswith("nll_")} - {"unary", "refinement_convs", *steps.OBJECTIVES}
-            terms += f"  {others}" + f" (2 x unary {2 * unary:.3f})" * bool(edges)
+            terms += f"  {others}" + (f" (2 x unary {2 * unary:.3f})" if edges and unary is not None else "")
         if self._bar is not None:
             self._bar.set_postfix_str("  ".join(filter(None, (loss, speed, terms))), refresh=False)
             self._bar.n = step

@@ -58,6 +58,7 @@ def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: in
     if jax.process_count() > 1:
         raise configs.ConfigError("--tune-refinement runs in one process; start it on one host alone")
     model, params, step, dataset = evaluate.load(config, workdir, which, split)
+    evaluate.check_scored(config, dataset, split)
     folder = _folder(config, workdir, params, dataset, split, step)
     os.makedirs(folder, exist_ok=True)
     log.info("tuning on %s (%d images), checkpoint of step %d, notes in %s", split, len(dataset.source(split)), step,
@@ -208,9 +209,8 @@ def _score_messages(config, model, params, dataset, split, relations, candidates
     for batch in batches:
         inputs = parallel.split({k: batch[k] for k in ("image", "label", "valid_size")})
         total = total + np.asarray(fn(params, inputs), np.int64)
-    scored = configs.scored_classes(config, dataset.class_names)
     order = [(*weights, n) for n, group in groups.items() for weights in group]
-    found = dict(zip(order, (float(metrics.scores(x, scored).mean_iou) for x in total), strict=True))
+    found = dict(zip(order, (_mean_iou(x, config, dataset, split) for x in total), strict=True))
     return [found[c] for c in candidates]
 
 
@@ -295,4 +295,12 @@ def _score_kernels(config, dataset, split, marginals, settings, mode, what):
         batch = {k: batch[k][: len(mine)] for k in ("image", "label", "valid_size")}
         counts, _ = refinement.refine_batch(np.stack([np.load(f) for f in mine]), batch, settings, mode)
         total = total + counts[0].astype(np.int64)
-    return float(metrics.scores(total, configs.scored_classes(config, dataset.class_names)).mean_iou)
+    return _mean_iou(total, config, dataset, split)
+
+
+def _mean_iou(confusion, config, dataset, split):
+    """ConfigError where there is none: of nothing no best can be chosen."""
+    found = evaluate.mean_iou(confusion, configs.scored_classes(config, dataset.class_names))
+    if found is None:
+        raise configs.ConfigError(evaluate.nothing_scored(split, config))
+    return found
