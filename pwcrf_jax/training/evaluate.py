@@ -4,17 +4,15 @@ import functools
 import json
 import math
 import os
-import sys
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from pwcrf_jax import metrics, segmenter
 from pwcrf_jax.data import check_sizes, eval_batches, load_dataset
 from pwcrf_jax.training import checkpoint, inference, parallel, refinement, steps
 from pwcrf_jax.training import config as configs
-from pwcrf_jax.training.logs import log
+from pwcrf_jax.training.logs import bar, log
 
 BEST = "miou_all"  # in the meta of a checkpoint of best/: mean IoU of the final row
 
@@ -66,8 +64,7 @@ def evaluate_params(
     rows = list(dict.fromkeys([*configs.table_rows(config), configs.final_row(config)]))
     rows += ["tta"] * bool(predictor) + ["refined"] * (refine != "off")
     confusion, terms, change = {}, {}, {}
-    watched = tqdm(batches, unit="batch", desc=f"eval {split}", disable=not sys.stderr.isatty(), leave=False)
-    for number, batch in enumerate(watched):
+    for number, batch in enumerate(bar(batches, f"eval {split}")):
         out, more = eval_fn(params, parallel.split({k: batch[k] for k in ("image", "label", "valid_size")}))
         if panel:
             panel.add(number, batch, more)

@@ -15,6 +15,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import image, scalar
 from tqdm import tqdm
 
+from pwcrf_jax import streams
 from pwcrf_jax.training import steps
 
 log = logging.getLogger("pwcrf_jax")
@@ -29,7 +30,7 @@ def setup() -> None:
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     sys.unraisablehook = _without_closed_loops
     if not log.handlers:
-        handler = _AboveBars(sys.stderr)
+        handler = _AboveBars(sys.stderr) if sys.stderr else logging.NullHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
         log.propagate = False
@@ -43,7 +44,14 @@ class _AboveBars(logging.StreamHandler):
         try:
             tqdm.write(self.format(record), file=self.stream)
         except Exception:
-            self.handleError(record)
+            if not getattr(self.stream, "closed", False):  # else there is nowhere to say it
+                self.handleError(record)
+
+
+def bar(items, what: str, total: int | None = None, unit: str = "batch"):
+    """The items, with a bar on standard error while somebody watches it."""
+    hidden = not streams.is_terminal(sys.stderr)
+    return tqdm(items, what, total, unit=unit, disable=hidden, leave=False)
 
 
 def only_process(index: int) -> None:
@@ -153,7 +161,7 @@ class Progress:
         # What a narrow terminal cuts off stands last: the NLL of each kind of factor.
         form = "{percentage:3.0f}% |{bar:10}| {n_fmt}/{total_fmt}{postfix}"
         options = dict(total=num_steps, initial=first_step, bar_format=form, dynamic_ncols=True)
-        self._bar = tqdm(**options) if sys.stderr.isatty() else None
+        self._bar = tqdm(**options) if streams.is_terminal(sys.stderr) else None
 
     def restart(self, step: int) -> None:
         """Starts a new interval: what was done since the last report (evaluation) does not count."""

@@ -20,13 +20,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from pwcrf_jax.data import DataError, datasets, load_dataset
 from pwcrf_jax.data.common import decode_image, storable_image, voc_palette
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate, inference, refinement
-from pwcrf_jax.training.logs import log
+from pwcrf_jax.training.logs import bar, log
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 """Of the files that are taken from a folder; files named one by one, or by a pattern, may have any."""
@@ -262,9 +261,7 @@ def predict(
 
     codes = _codes(format_name)
     colours = np.array(palette, np.uint8)
-    for name, image, marginals in tqdm(
-        predictor(readable()), total=len(items), unit="image", disable=None, leave=False
-    ):
+    for name, image, marginals in bar(predictor(readable()), "predict", len(items), "image"):
         log_probs = marginals.log_probs() if probabilities or refine != "off" else None
         if refine != "off":
             log_probs, _ = refinement.refine_image(log_probs, image, config.refine, refine)

@@ -15,13 +15,12 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from pwcrf_jax import metrics, segmenter
 from pwcrf_jax.data import eval_batches
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate, parallel, refinement, steps
-from pwcrf_jax.training.logs import log
+from pwcrf_jax.training.logs import bar, log
 
 WEIGHT_FACTORS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 ITERATIONS = (1, 2, 3, 5, 10, 20)
@@ -205,7 +204,7 @@ def _score_messages(config, model, params, dataset, split, relations, candidates
         return jax.lax.psum(jnp.concatenate(counts), parallel.AXIS)
 
     fn, total = parallel.pmap_eval(step), 0
-    batches = tqdm(_batches(config, dataset, split), unit="batch", desc=what, disable=None, leave=False)
+    batches = bar(_batches(config, dataset, split), what)
     for batch in batches:
         inputs = parallel.split({k: batch[k] for k in ("image", "label", "valid_size")})
         total = total + np.asarray(fn(params, inputs), np.int64)
@@ -227,7 +226,7 @@ def _marginals(config, model, params, dataset, split, folder, weights, iteration
         return files
     step = steps.make_eval_step(model, {"all": names}, crf, marginals_of=row)
     fn = parallel.pmap_eval(step, per_image=True)
-    batches = tqdm(_batches(config, dataset, split), unit="batch", desc="marginals", disable=None, leave=False)
+    batches = bar(_batches(config, dataset, split), "marginals")
     for number, batch in enumerate(batches):
         mine = files[number * config.eval.batch_size :][: config.eval.batch_size]
         if all(map(os.path.exists, mine)):
@@ -288,7 +287,7 @@ def _tune_kernels(config, dataset, split, folder, marginals, mode, max_trials):
 
 def _score_kernels(config, dataset, split, marginals, settings, mode, what):
     total, index = 0, 0
-    batches = tqdm(_batches(config, dataset, split), unit="batch", desc=what, disable=None, leave=False)
+    batches = bar(_batches(config, dataset, split), what)
     for batch in batches:
         mine = marginals[index : index + config.eval.batch_size]
         index += len(mine)
