@@ -35,6 +35,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from pwcrf_jax.streams import say
 from pwcrf_jax.training import cli, distributed, evaluate, image_files, predict, refinement, tuning
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training.logs import log
@@ -238,7 +239,7 @@ def main(_):
         log.info("the tuned values were chosen for step %s, this is step %s", _TUNED.get("step"), result["step"])
     if jax.process_index():
         return
-    print(evaluate.table(result), flush=True)
+    say(evaluate.table(result))
     evaluate.write(result, workdir)
     if page:
         size = page.write(result)

@@ -9,14 +9,13 @@ by mean field: log Q_i = log P_i - sum_kernels mu (K Q)_i - const, all pixels at
 normalisations mean what they mean in pydensecrf, and a pixel's own marginal is part of what it receives, as there.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pwcrf_jax import gaussian, permutohedral
+from pwcrf_jax import arguments, arrays, gaussian, permutohedral
 
 NORMALIZATIONS = ("symmetric", "before", "after", "none")
 """Of a kernel's filter; see `refine`."""
@@ -104,18 +103,24 @@ def refine(
       >>> bool((log_q.argmax(-1) == truth).all()), bool(info.exceeded)
       (True, False)
     """
-    if not (isinstance(params, tuple) and len(params) == len(Params._fields)):
-        _fail(f"params: expected dense_crf.Params({', '.join(Params._fields)})", type(params).__name__)
-    params = Params(*params)
-    _check(unary_log_probs, image, mask, params, num_iterations)
-    _check_options(normalization, method, capacity, radius)
+    unary, image = arguments.array("unary_log_probs", unary_log_probs), arguments.array("image", image)
+    mask = None if mask is None else arguments.array("mask", mask)
+    _check(unary, image, mask)
+    _check_options(num_iterations, normalization, method, capacity, radius)
+    params = _checked_params(params, unary.shape[-1])
     if radius is None and params.smoothness_compat is not None:
         radius = gaussian.radius_of(params.smoothness_sxy)
-    return _refine(unary_log_probs, image, params, mask, num_iterations, normalization, method, capacity, radius)
+    settings = dict(normalization=normalization, method=method, capacity=capacity, radius=radius)
+    return _refine(unary, image, params, mask, num_iterations=num_iterations, **settings)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7, 8))
-def _refine(unary, image, params, mask, num_iterations, normalization, method, capacity, radius):
+def _like_unary(unary, *_, **__):
+    batch = arrays.batch_spec(unary, 3)
+    return jax.P(*batch), RefineInfo(jax.P(None, *batch), jax.P(), jax.P())
+
+
+@arrays.compiled(out=_like_unary)
+def _refine(unary, image, params, mask, *, num_iterations, normalization, method, capacity, radius):
     unary = given = unary.astype(jnp.float32)
     if mask is not None:  # masked pixels may hold anything
         unary, image = (jnp.where(mask[..., None], x, 0) for x in (unary, image))
@@ -135,7 +140,7 @@ def _refine(unary, image, params, mask, num_iterations, normalization, method, c
         over_pixels = lambda x: gaussian.apply(prepared, x.reshape(*flat.shape[:-1], x.shape[-1])).reshape(x.shape)
         kernels.append((params.appearance_compat, over_pixels))
 
-    ones = jnp.ones(unary.shape[:-1] + (1,), jnp.float32)
+    ones = jnp.ones_like(unary, shape=(*unary.shape[:-1], 1))
     messages = [_message(compat, _normalized(filter_, ones, normalization)) for compat, filter_ in kernels]
 
     largest = lambda x: jnp.max(x if mask is None else jnp.where(mask[..., None], x, 0.0), axis=(-3, -2, -1))
@@ -168,13 +173,27 @@ def pixel_features(image, sxy, srgb):
 
     Returns:
       float32 [..., H, W, 5].
+
+    Raises:
+      ValueError: an image of another shape, or standard deviations of another shape or, where they are not traced, that
+        are not positive.
     """
+    image = arguments.array("image", image)
+    if image.ndim < 3 or image.shape[-1] != 3:
+        arguments.fail("image: expected RGB, [..., H, W, 3]", f"shape {image.shape}")
+    sxy = arguments.numbers("sxy", sxy, ((), (2,)), "a number or 2 of them", positive=True)
+    srgb = arguments.numbers("srgb", srgb, ((), (3,)), "a number or 3 of them", positive=True)
+    return _pixel_features(image, sxy, srgb)
+
+
+@arrays.compiled(out=lambda image, *_: jax.P(*arrays.batch_spec(image, 3)))
+def _pixel_features(image, sxy, srgb):
     height, width = image.shape[-3:-1]
     sigma_x, sigma_y = gaussian.pair(sxy)
     y, x = jnp.mgrid[:height, :width].astype(jnp.float32)
     position = jnp.stack([x / sigma_x, y / sigma_y], axis=-1)
     position = jnp.broadcast_to(position, (*image.shape[:-1], 2))
-    return jnp.concatenate([position, image.astype(jnp.float32) / jnp.asarray(srgb, jnp.float32)], axis=-1)
+    return jnp.concatenate([position, image.astype(jnp.float32) / jnp.broadcast_to(srgb, image.shape)], axis=-1)
 
 
 def _normalized(filter_, ones, normalization):
@@ -191,22 +210,17 @@ def _normalized(filter_, ones, normalization):
 
 def _message(compat, filter_):
     """Q -> what a kernel adds to the log marginals."""
-    compat = jnp.asarray(compat, jnp.float32)
     if compat.ndim == 0:
         return lambda q: compat * filter_(q)
     if compat.ndim == 1:
-        return lambda q: -compat * filter_(q)
+        return lambda q: jnp.broadcast_to(-compat, q.shape) * filter_(q)
     symmetric = 0.5 * (compat + compat.T)
-    return lambda q: -jnp.matmul(filter_(q), symmetric, precision="highest")
+    return lambda q: -arrays.matmul(filter_(q), symmetric)
 
 
-def _check(unary, image, mask, params, num_iterations):
+def _check(unary, image, mask):
     """Refuses what would silently give garbage. Values are looked at only where they are at hand, outside of jit."""
-    expect = lambda ok, what, got: _fail(what, got) if not ok else None
-    for name, x in (("unary_log_probs", unary), ("image", image), ("mask", mask)):
-        if name == "mask" and x is None:
-            continue
-        expect(hasattr(x, "shape") and hasattr(x, "dtype"), f"{name}: expected an array", type(x).__name__)
+    expect = lambda ok, what, got: arguments.fail(what, got) if not ok else None
     expect(unary.ndim >= 3, "unary_log_probs: expected [..., H, W, K], classes last", f"shape {unary.shape}")
     expect(unary.size, "unary_log_probs: expected images, pixels and classes", f"shape {unary.shape}")
     expect(jnp.issubdtype(unary.dtype, jnp.floating), "unary_log_probs: expected floats", unary.dtype)
@@ -217,69 +231,59 @@ def _check(unary, image, mask, params, num_iterations):
     if mask is not None:
         expect(mask.shape == unary.shape[:-1], f"mask: expected shape {unary.shape[:-1]}", f"shape {mask.shape}")
         expect(mask.dtype == bool, "mask: expected bool", mask.dtype)
-    expect(
-        isinstance(num_iterations, (int, np.integer)) and num_iterations >= 0,
-        "num_iterations: expected an integer, 0 or more",
-        repr(num_iterations),
-    )
-    _check_params(params, unary.shape[-1], expect)
-    at_hand = [x for x in (unary, image, mask) if x is not None]
-    if any(isinstance(x, jax.core.Tracer) for x in at_hand):
+    if not arguments.visible(unary, image, mask):
         return
     with jax.ensure_compile_time_eval():  # constants of a function that is being traced
         low, high, worst, darkest, brightest = (float(x) for x in _extremes(unary, image, mask))
     total = "unary_log_probs: expected log-probabilities whose exp sums to 1 over the last axis"
     expect(not np.isnan(worst), total, "NaN, or infinite scores")
     if low >= 0 and high <= 1 and high > 0:
-        _fail(total, f"values {low:.3g} to {high:.3g}, which look like probabilities: take their logarithm")
+        arguments.fail(total, f"values {low:.3g} to {high:.3g}, which look like probabilities: take their logarithm")
     if low >= 0 and high > 0:
-        _fail(total, f"values {low:.3g} to {high:.3g}, none below 0: energies (-log P) must be negated")
+        arguments.fail(total, f"values {low:.3g} to {high:.3g}, none below 0: energies (-log P) must be negated")
     if worst > (5e-2 if unary.dtype.itemsize == 2 else 1e-2):  # log(1 / 150) in bfloat16 is off by 0.01
-        _fail(total, f"a sum off by {worst:.3g}: apply jax.nn.log_softmax to scores")
+        arguments.fail(total, f"a sum off by {worst:.3g}: apply jax.nn.log_softmax to scores")
     colours = "image: expected colours 0..255"
     expect(not (np.isnan(darkest) or np.isnan(brightest)), colours, "NaN")
     expect(darkest >= 0 and brightest <= 255, colours, f"{darkest:.4g} to {brightest:.4g}: undo any normalisation")
     expect(not floats or brightest == 0 or brightest > 1, colours, f"floats up to {brightest:.3g}: multiply by 255")
 
 
-def _check_options(normalization, method, capacity, radius):
+def _check_options(num_iterations, normalization, method, capacity, radius):
+    if not (isinstance(num_iterations, (int, np.integer)) and num_iterations >= 0):
+        arguments.fail("num_iterations: expected an integer, 0 or more", repr(num_iterations))
     for name, value, known in (
         ("normalization", normalization, NORMALIZATIONS),
         ("method", method, gaussian.METHODS),
     ):
         if value not in known:
-            _fail(f"{name}: expected one of {known}", repr(value))
-    for name, value, least in (("capacity", capacity, 1), ("radius", radius, 0)):
-        if value is not None and not (isinstance(value, (int, np.integer)) and value >= least):
-            _fail(f"{name}: expected an integer, {least} or more, or None", repr(value))
+            arguments.fail(f"{name}: expected one of {known}", repr(value))
+    arguments.integer("capacity", capacity, 1)
+    arguments.integer("radius", radius, 0)
 
 
-def _check_params(params, num_classes, expect):
-    shape = lambda name: jnp.shape(jnp.asarray(getattr(params, name)))
-    for name in ("smoothness_compat", "appearance_compat"):
-        if getattr(params, name) is not None:
-            known = ((), (num_classes,), (num_classes, num_classes))
-            wanted = f"params.{name}: expected a number, [K] or [K, K], K = {num_classes}"
-            expect(shape(name) in known, wanted, f"shape {shape(name)}")
-    used = {n: v for n, v in params._asdict().items() if getattr(params, n.split("_")[0] + "_compat") is not None}
-    for name, length in (("smoothness_sxy", 2), ("appearance_sxy", 2), ("appearance_srgb", 3)):
-        if name not in used:
-            continue
-        wanted = f"params.{name}: expected a number or {length} of them"
-        expect(shape(name) in ((), (length,)), wanted, f"shape {shape(name)}")
-    for name, value in used.items():
-        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(value)):
-            continue
-        value = np.asarray(value, np.float64)
-        expect(np.isfinite(value).all(), f"params.{name}: expected finite numbers", value)
-        expect("_s" not in name or (value > 0).all(), f"params.{name}: expected positive standard deviations", value)
+def _checked_params(params, num_classes):
+    """Params of float32 arrays; those that are not needed are None."""
+    if not (isinstance(params, tuple) and len(params) == len(Params._fields)):
+        arguments.fail(f"params: expected dense_crf.Params({', '.join(Params._fields)})", type(params).__name__)
+    params = Params(*params)
+    compat_shapes = (), (num_classes,), (num_classes, num_classes)
+    compat = f"a number, [K] or [K, K], K = {num_classes}"
+    made = {}
+    for name, value in params._asdict().items():
+        kernel, _, what = name.partition("_")
+        if getattr(params, f"{kernel}_compat") is None:
+            made[name] = None
+        elif what == "compat":
+            made[name] = arguments.numbers(f"params.{name}", value, compat_shapes, compat)
+        else:
+            length = len(what.removeprefix("s"))
+            wanted = f"a number or {length} of them"
+            made[name] = arguments.numbers(f"params.{name}", value, ((), (length,)), wanted, positive=True)
+    return Params(**made)
 
 
-def _fail(expected, got):
-    raise ValueError(f"{expected}; got {got}")
-
-
-@jax.jit
+@arrays.compiled()
 def _extremes(unary, image, mask):
     """Of valid pixels: lowest and highest log P, largest |sum of P - 1|, lowest and highest colour."""
     valid = jnp.ones(unary.shape[:-1], bool) if mask is None else mask

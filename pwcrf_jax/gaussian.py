@@ -6,13 +6,13 @@
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pwcrf_jax import permutohedral
+from pwcrf_jax import arguments, arrays, permutohedral
 
 METHODS = ("auto", "lattice", "exact")
 """Of filtering points; see `prepare`."""
@@ -52,22 +52,18 @@ def prepare(
       `Points` for the exact filter, else `permutohedral.Lattice`.
 
     Raises:
-      ValueError: an unknown method, features that are not float [..., N, d], or a mask that is not bool of their
-        points.
+      ValueError: an unknown method, or features or a mask that `permutohedral.build` refuses.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if features.ndim < 2 or not jnp.issubdtype(features.dtype, jnp.floating):
-        raise ValueError(f"expected features float [..., N, d], got {features.dtype} {features.shape}")
+    features, mask = arguments.points(features, mask)
     if method == "auto":
         small = features.shape[-2] <= EXACT_POINTS.get(jax.default_backend(), 0)
         method = "exact" if small else "lattice"
     if method == "lattice":
         return permutohedral.build(features, mask, capacity)
     mask = jnp.ones(features.shape[:-1], bool) if mask is None else mask
-    if mask.shape != features.shape[:-1] or mask.dtype != bool:
-        raise ValueError(f"expected mask bool {features.shape[:-1]}, got {mask.dtype} {mask.shape}")
-    return Points(features.astype(jnp.float32), mask)
+    return Points(jnp.asarray(features, jnp.float32), jnp.asarray(mask))
 
 
 def apply(prepared: Points | permutohedral.Lattice, values: jax.Array) -> jax.Array:
@@ -88,26 +84,33 @@ def apply(prepared: Points | permutohedral.Lattice, values: jax.Array) -> jax.Ar
     return exact(*prepared, values)
 
 
-def exact(features: jax.Array, mask: jax.Array, values: jax.Array, tile: tuple[int, int] = _TILE) -> jax.Array:
+def exact(features: jax.Array, mask: jax.Array | None, values: jax.Array, tile: tuple[int, int] = _TILE) -> jax.Array:
     """The sum itself, in tiles. Differentiable in values and features, to any order.
 
     Args:
       features: float [..., N, d].
-      mask: bool [..., N].
+      mask: bool [..., N]; None: all valid.
       values: float [..., N, C].
-      tile: points that receive and that send, held at a time: their kernel values are the only temporary that grows
-        with either.
+      tile: static, points that receive and that send, held at a time: their kernel values are the only temporary that
+        grows with either.
 
     Returns:
       float32 [..., N, C].
 
     Raises:
-      ValueError: values that do not fit the features.
+      ValueError: features or a mask that `permutohedral.build` refuses, or values that do not fit them.
     """
+    features, mask = arguments.points(features, mask)
+    values = arguments.array("values", values)
     if features.shape[:-1] != values.shape[:-1] or values.ndim < 2:
         raise ValueError(f"expected values {features.shape[:-1]} and a channel axis, got {values.shape}")
+    return _exact(features, jnp.ones(features.shape[:-1], bool) if mask is None else mask, values, tile=tuple(tile))
+
+
+@arrays.compiled(out=lambda features, mask, values, **_: jax.P(*arrays.batch_spec(values, 2)))
+def _exact(features, mask, values, *, tile):
     if features.ndim > 2:
-        return jax.lax.map(lambda args: exact(*args, tile), (features, mask, values))
+        return jax.lax.map(lambda args: _exact(*args, tile=tile), (features, mask, values))
     num_points, num_channels = values.shape
     receive, send = (min(t, num_points) for t in tile)
     # Masked points may hold anything.
@@ -124,17 +127,17 @@ def exact(features: jax.Array, mask: jax.Array, values: jax.Array, tile: tuple[i
         # Differences, not |f|^2 + |g|^2 - 2 f g, which would lose the digits of points that are close together.
         pairs = zip(receivers.T, sender[0].T, strict=True)
         distance = sum(jnp.square(f[:, None] - g[None, :]) for f, g in pairs)
-        return total + jnp.matmul(jnp.exp(-0.5 * distance), sender[1], precision="highest")
+        return total + arrays.matmul(jnp.exp(-0.5 * distance), sender[1])
 
     def row(receivers):
-        zero = jnp.zeros((receive, num_channels), jnp.float32)
+        zero = sum(jnp.zeros_like(x, shape=(receive, num_channels)) for x in (features, values))
         return jax.lax.scan(lambda total, sender: (add(total, sender, receivers), None), zero, senders)[0]
 
     out = jax.lax.map(row, tiles(features, receive)).reshape(-1, num_channels)[:num_points]
     return jnp.where(mask[:, None], out, 0.0)
 
 
-def spatial(values: jax.Array, sigma, mask: jax.Array | None = None, radius: int | None = None) -> jax.Array:
+def spatial(values: jax.Array, sigma: Any, mask: jax.Array | None = None, radius: int | None = None) -> jax.Array:
     """The Gaussian filter of the pixel grid, separable: one pass along the columns and one along the rows.
 
     Args:
@@ -148,22 +151,34 @@ def spatial(values: jax.Array, sigma, mask: jax.Array | None = None, radius: int
       float32 [..., H, W, C]. Pixels beyond the image count as zero.
 
     Raises:
-      ValueError: a mask that is not bool of the pixels.
+      ValueError: values without pixels, a mask that is not bool of the pixels, or a sigma or radius that is no number
+        of its kind.
     """
-    if mask is not None and (mask.shape != values.shape[:-1] or mask.dtype != bool):
-        raise ValueError(f"expected mask bool {values.shape[:-1]}, got {mask.dtype} {mask.shape}")
+    values = arguments.array("values", values)
+    if values.ndim < 3 or not values.size:
+        raise ValueError(f"expected values [..., H, W, C], none of them 0, got {values.shape}")
+    if mask is not None:
+        mask = arguments.array("mask", mask)
+        if mask.shape != values.shape[:-1] or mask.dtype != bool:
+            raise ValueError(f"expected mask bool {values.shape[:-1]}, got {mask.dtype} {mask.shape}")
+    arguments.integer("radius", radius, 0)
+    sigma = arguments.numbers("sigma", sigma, ((), (2,)), "a number or 2 of them", positive=True)
+    return _spatial(values, sigma, mask, radius=radius_of(sigma) if radius is None else int(radius))
+
+
+@arrays.compiled(out=lambda values, *_, **__: jax.P(*arrays.batch_spec(values, 3)))
+def _spatial(values, sigma, mask, *, radius):
     height, width, channels = values.shape[-3:]
     sigma_x, sigma_y = pair(sigma)
-    radius = radius_of(sigma) if radius is None else radius
     x = values.astype(jnp.float32)
     if mask is not None:
         x = jnp.where(mask[..., None], x, 0.0)
     x = x.reshape(-1, height, width * channels)
     reach = _reach(height, radius), _reach(width, radius)
     if None in reach:
-        x = jnp.einsum("ij,bjx->bix", _matrix(height, sigma_y, radius), x, precision="highest")
+        x = arrays.einsum("ij,bjx->bix", _matrix(height, sigma_y, radius), x)
         x = x.reshape(-1, height, width, channels)
-        x = jnp.einsum("ij,bhjc->bhic", _matrix(width, sigma_x, radius), x, precision="highest")
+        x = arrays.einsum("ij,bhjc->bhic", _matrix(width, sigma_x, radius), x)
     else:
         # The barriers keep the sums apart: fused, XLA tests for the border at each tap of each pixel.
         border = reach[1] * channels
@@ -187,9 +202,7 @@ _MOST_TAPS = 32  # radius; beyond it the sum would be long, and a product with t
 def radius_of(sigma) -> int | None:
     """The default radius of `spatial`: an int, four times the larger standard deviation in sigma; None where one is
     traced."""
-    if any(isinstance(s, jax.core.Tracer) for s in jax.tree.leaves(sigma)):
-        return None
-    return math.ceil(4 * float(np.max(np.asarray(sigma))))
+    return math.ceil(4 * float(np.max(np.asarray(sigma)))) if arguments.visible(sigma) else None
 
 
 def _reach(size, radius):

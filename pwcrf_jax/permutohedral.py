@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pwcrf_jax import arguments, arrays
+
 _EMPTY = np.int32(2**31 - 1)
 _PROBES = 64  # of the hash table, at most half full, before a vertex is given up; tests with noise need fewer than 20
 _BLOCK = 4096  # vertices blurred at a time
@@ -70,21 +72,26 @@ def build(features: jax.Array, mask: jax.Array | None = None, capacity: int | No
 
     Raises:
       ValueError: features that are not float [..., N, d], a mask that is not bool of their points, a capacity below 1,
-        or more points than 32-bit indices can number.
+        more points than 32-bit indices can number or, for features that are not traced, values at valid points that
+        are not finite or beyond 1e6.
     """
-    if features.ndim < 2 or not jnp.issubdtype(features.dtype, jnp.floating):
-        raise ValueError(f"expected features float [..., N, d], got {features.dtype} {features.shape}")
-    if mask is not None and (mask.shape != features.shape[:-1] or mask.dtype != bool):
-        raise ValueError(f"expected mask bool {features.shape[:-1]}, got {mask.dtype} {mask.shape}")
-    per_image, d = features.shape[-2:]
+    features, mask = arguments.points(features, mask)
+    d = features.shape[-1]
     num_points = int(np.prod(features.shape[:-1]))
     if capacity is None:
         capacity = min((d + 1) * num_points, max(num_points, 1 << 15))
-    if capacity < 1:
-        raise ValueError(f"capacity must be at least 1, got {capacity}")
+    if not (isinstance(capacity, (int, np.integer)) and capacity >= 1):
+        raise ValueError(f"capacity must be at least 1, an integer, got {capacity!r}")
     if (d + 1) * num_points >= _EMPTY:
         raise ValueError(f"{num_points} points in {d} dimensions are too many for 32-bit indices; split the batch")
 
+    return _build(features, mask, capacity=int(capacity))
+
+
+@arrays.compiled()
+def _build(features, mask, *, capacity):
+    per_image, d = features.shape[-2:]
+    num_points = features.size // d
     points = features.reshape(num_points, d).astype(jnp.float32)
     if mask is not None:  # masked points may hold anything
         points = jnp.where(mask.reshape(num_points, 1), points, 0.0)
@@ -96,8 +103,11 @@ def build(features: jax.Array, mask: jax.Array | None = None, capacity: int | No
         """Vertex r of each simplex: r more in every coordinate of `base`, but d + 1 less in the r of highest rank."""
         this, before = d - r, (d + 1 - r) % (d + 1)
         pick = lambda k, x: jnp.where(k == this, x, 0.0) - jnp.where(k == before, x, 0.0)
-        weight = (r == 0) + sum(pick(k, x) for k, x in zip(rank, offset, strict=True))
-        key = [((d + 1) * (b - (k > this)) + r).astype(jnp.uint32) for b, k in zip(base, rank, strict=True)]
+        weight = (r == 0).astype(jnp.float32) + sum(pick(k, x) for k, x in zip(rank, offset, strict=True))
+        key = [
+            ((d + 1) * (b - (k > this).astype(jnp.int32)) + r).astype(jnp.uint32)
+            for b, k in zip(base, rank, strict=True)
+        ]
         # Fingerprints are linear in the coordinates, so that those of neighbours need no coordinates.
         a, b = (image * f[-1] + sum(k * c for k, c in zip(key, f[:-1], strict=True)) for f in factors)
         return weight, a, b
@@ -105,7 +115,9 @@ def build(features: jax.Array, mask: jax.Array | None = None, capacity: int | No
     # A loop, because XLA would compute the simplices again for each of their vertices.
     weight, *prints = jax.lax.map(corner, jnp.arange(d + 1))
     prints = tuple(p.reshape(-1) for p in prints)
-    valid = jnp.tile(jnp.ones(num_points, bool) if mask is None else mask.reshape(num_points), d + 1)
+    valid = jnp.ones_like(prints[0], dtype=bool)
+    if mask is not None:
+        valid &= jnp.tile(mask.reshape(num_points), d + 1)
 
     slots = 1 << int(2 * capacity - 1).bit_length()
     table, slot, found = _insert(prints, valid, slots)
@@ -145,16 +157,23 @@ def apply(lattice: Lattice, values: jax.Array) -> jax.Array:
     Raises:
       ValueError: values of another number of points.
     """
+    values = arguments.array("values", values)
     num_points = lattice.weight.shape[1]
     if values.ndim < 2 or int(np.prod(values.shape[:-1])) != num_points:
         raise ValueError(f"expected values [..., N, C] of {num_points} points in all, got {values.shape}")
-    flat = values.astype(jnp.float32).reshape(num_points, values.shape[-1])
+    return _apply(lattice, values)
+
+
+@arrays.compiled(out=lambda lattice, values: jax.P(*arrays.batch_spec(values, 2)))
+def _apply(lattice, values):
+    flat = values.astype(jnp.float32).reshape(-1, values.shape[-1])
     d = lattice.weight.shape[0] - 1
-    touching = jnp.any(lattice.vertex < lattice.capacity, axis=0)
-    flat = jnp.where(touching[:, None], flat, 0.0)  # masked points may hold anything
+    touching = jnp.any(lattice.vertex < lattice.capacity, axis=0)[:, None]
+    flat = jnp.where(touching, flat, 0.0)  # masked points may hold anything
     at_vertices = _splat(lattice, flat)
     blurred = _blur(at_vertices, lattice.neighbours, jnp.minimum(lattice.num_vertices, lattice.capacity), False)
-    return (_slice(lattice, blurred) * (1.0 / (1.0 + 2.0**-d))).reshape(values.shape)
+    out = _slice(lattice, blurred) * (1.0 / (1.0 + 2.0**-d))
+    return jnp.where(touching, out, 0.0).reshape(values.shape)  # and their cotangents too
 
 
 def _splat(lattice: Lattice, values: jax.Array) -> jax.Array:
@@ -175,7 +194,8 @@ def _splat(lattice: Lattice, values: jax.Array) -> jax.Array:
         return jax.lax.scan(add, table, (vertices, weights))[0], None
 
     split = lambda x: jnp.moveaxis(x.reshape(corners, blocks, -1), 1, 0)
-    table = jnp.zeros((lattice.capacity + 1, values.shape[-1]), jnp.float32)
+    shape = lattice.capacity + 1, values.shape[-1]
+    table = jnp.zeros_like(values, shape=shape) + jnp.zeros_like(lattice.weight, shape=shape)
     given = split(lattice.vertex), split(lattice.weight), values.reshape(blocks, -1, values.shape[-1])
     return jax.lax.scan(add_block, table, given)[0]
 
@@ -245,7 +265,7 @@ def _simplices(features):
         rank.append(place + (d + 1) * wrap)
         base.append(rounded[i].astype(jnp.int32) + wrap)
     base, rank = jnp.stack(base), jnp.stack(rank)
-    return base, rank, jnp.stack(elevated) - base
+    return base, rank, jnp.stack(elevated) - base.astype(jnp.float32)
 
 
 def _factors(n):
@@ -284,7 +304,8 @@ def _insert(prints, wanted, slots):
         same = waiting & (prints[0][winner] == prints[0]) & (prints[1][winner] == prints[1])
         return table, jnp.where(same, here, slot), waiting & ~same, attempt + 1
 
-    start = (jnp.full(slots, _EMPTY, jnp.int32), jnp.zeros_like(index), wanted, jnp.int32(0))
+    empty, nowhere = (jnp.full_like(prints[0], x, jnp.int32, shape) for x, shape in ((_EMPTY, slots), (0, None)))
+    start = (empty, nowhere, wanted, jnp.int32(0))
     table, slot, waiting, _ = jax.lax.while_loop(outside, try_slot, start)
     return table, slot, wanted & ~waiting
 
@@ -301,7 +322,9 @@ def _neighbours(vertex_prints, factors, table, ids, prints, num_vertices):
 
     def look_up(b, after):
         start = jnp.minimum(b * block, capacity - block)
-        sought = [jax.lax.dynamic_slice(p, (start,), (block,)) + s for p, s in zip(vertex_prints, steps, strict=True)]
+        sought = [
+            jax.lax.dynamic_slice(p, (start,), (block,))[None] + s for p, s in zip(vertex_prints, steps, strict=True)
+        ]
 
         def searching(state):
             _, waiting, attempt = state
@@ -316,11 +339,11 @@ def _neighbours(vertex_prints, factors, table, ids, prints, num_vertices):
             return jnp.where(same, ids[here], result), waiting & ~same & (owner != _EMPTY), attempt + 1
 
         shape = (directions, block)
-        none = jnp.full(shape, capacity, jnp.int32)
-        result, _, _ = jax.lax.while_loop(searching, try_slot, (none, jnp.ones(shape, bool), jnp.int32(0)))
+        none, all_ = (jnp.full_like(prints[0], x, dtype, shape) for x, dtype in ((capacity, jnp.int32), (True, bool)))
+        result, _, _ = jax.lax.while_loop(searching, try_slot, (none, all_, jnp.int32(0)))
         return jax.lax.dynamic_update_slice(after, result, (np.int32(0), start))
 
-    after = jnp.full((directions, capacity + 1), capacity, jnp.int32)
+    after = jnp.full_like(prints[0], capacity, jnp.int32, (directions, capacity + 1))
     after = jax.lax.fori_loop(0, -(-num_vertices // block), look_up, after)
     vertices = jnp.arange(capacity + 1, dtype=jnp.int32)
     after = jnp.where(vertices < num_vertices, after, capacity)

@@ -19,6 +19,7 @@ import numpy as np
 
 from pwcrf_jax import files
 from pwcrf_jax.data.common import VOID, DataError, orientation, value_counts
+from pwcrf_jax.streams import say
 
 REPORT = "label_report.json"
 INTERPOLATED = 0.35
@@ -309,7 +310,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from pwcrf_jax.data import load_dataset
 
     args = parser().parse_args(arguments)
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files, whatever the terminal can show
     log = logging.getLogger("pwcrf_jax.data.datasets")
     level = log.level
     log.setLevel(logging.ERROR)  # the report has its warnings
@@ -323,12 +323,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         report = data.label_report()
     except (DataError, files.FileError) as e:
-        print(f"refused: {e}")
+        say(f"refused: {e}")
         return 1 if isinstance(e, DataError) else 2
     finally:
         log.setLevel(level)
-    print(f"{args.dataset}, prepared in {data.folder}")
-    print(format_report(report))
+    say(f"{args.dataset}, prepared in {data.folder}\n{format_report(report)}")
     return 0
 
 

@@ -3,17 +3,15 @@
 import functools
 import math
 import os
-import sys
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from pwcrf_jax import files, metrics, segmenter
 from pwcrf_jax.data import check_sizes, eval_batches, load_dataset
 from pwcrf_jax.training import agreement, checkpoint, distributed, inference, parallel, refinement, steps
 from pwcrf_jax.training import config as configs
-from pwcrf_jax.training.logs import log
+from pwcrf_jax.training.logs import bar, log
 
 BEST = "miou_all"  # in the meta of a checkpoint of best/: mean IoU of the final row
 
@@ -48,10 +46,10 @@ def evaluate_params(
     panel: a `pictures.Panel` that is shown the images and their labels; `eval_fn` must be made for "off".
     report: a `report.Report` that collects what it shows; `eval_fn` must be the one that its `start` returned.
 
-    Returns a dict of plain numbers: `rows` {row: {miou, pixel_accuracy, mean_accuracy, fw_iou, iou {class: ...},
-    boundary_iou {width: ...}}}, `nll` {unary, relation: ...}, `change` {row: [largest change of a marginal in each
-    iteration]; of "refined", on this host; not of "tta"}, `num_images`, `classes` (names that means are over; none:
-    all).
+    Returns a dict of plain numbers, None where no valid pixel or edge gives one: `rows` {row: {miou, pixel_accuracy,
+    mean_accuracy, fw_iou, iou {class: ...}, boundary_iou {width: ...}}}, `nll` {unary, relation: ...}, `change` {row:
+    [largest change of a marginal in each iteration]; of "refined", on this host; not of "tta"}, `num_images`, `classes`
+    (names that means are over; none: all).
     """
     batches = eval_batches(
         dataset,
@@ -65,8 +63,7 @@ def evaluate_params(
     rows = list(dict.fromkeys([*configs.table_rows(config), configs.final_row(config)]))
     rows += ["tta"] * bool(predictor) + ["refined"] * (refine != "off")
     confusion, terms, change = {}, {}, {}
-    watched = tqdm(batches, unit="batch", desc=f"eval {split}", disable=not sys.stderr.isatty(), leave=False)
-    for number, batch in enumerate(watched):
+    for number, batch in enumerate(bar(batches, f"eval {split}")):
         out, more = eval_fn(params, parallel.split({k: batch[k] for k in ("image", "label", "valid_size")}))
         if panel:
             panel.add(number, batch, more)
@@ -98,6 +95,8 @@ def evaluate_params(
         for name, (total, count) in out["terms"].items():
             terms[name] = terms.get(name, 0.0) + np.array([total, count], np.float64)
     scored = configs.scored_classes(config, dataset.class_names)
+    if mean_iou(confusion[rows[-1]][0], scored) is None:
+        log.warning("%s", nothing_scored(split, config))
     if report:
         report.confusion = {row: confusion[row][0] for row in rows}
     return dict(
@@ -105,7 +104,7 @@ def evaluate_params(
         num_images=len(dataset.source(split)),
         classes=list(config.eval.classes),
         rows={row: _figures(confusion[row], dataset.class_names, scored) for row in rows},
-        nll={name: float(-total / max(count, 1.0)) for name, (total, count) in terms.items()},
+        nll={name: float(-total / count) if count else None for name, (total, count) in terms.items()},
         change={row: [float(x) for x in values] for row, values in change.items()},
     )
 
@@ -147,15 +146,37 @@ def _count(predictions, labels, valid_size, num_classes):
     return steps.confusions(predictions, labels, valid, num_classes)
 
 
+def mean_iou(confusion, scored) -> float | None:
+    """Mean IoU over the classes that are scored (indices; None: all). None where the truth has no pixel of any."""
+    figures = metrics.scores(confusion, scored)
+    return None if math.isnan(figures.mean_accuracy) else figures.mean_iou
+
+
+def check_scored(config, dataset, split: str) -> None:
+    """ConfigError where a split is known to have no pixel of a class that is scored: its mean IoU would say nothing."""
+    about = dataset.label_report()["splits"]
+    counts = [about.get(part.split("[")[0].strip(), {}).get("pixels") for part in split.split("+")]
+    scored = configs.scored_classes(config, dataset.class_names)
+    if None not in counts and not np.sum(counts, axis=0)[slice(None) if scored is None else scored].any():
+        raise configs.ConfigError(nothing_scored(split, config))
+
+
+def nothing_scored(split: str, config) -> str:
+    """What is said of a split without a pixel of a class that is scored."""
+    of = f"of config.eval.classes = {config.eval.classes}" if config.eval.classes else "that is not void"
+    return f"split {split!r} has no pixel {of}, so it has no mean IoU; name another split or check its labels"
+
+
 def _figures(confusions, class_names, scored):
     none = lambda x: None if math.isnan(x) else float(x)
-    whole, *bands = (metrics.scores(confusion, scored) for confusion in confusions)
+    whole = metrics.scores(confusions[0], scored)
+    miou, *bands = (mean_iou(confusion, scored) for confusion in confusions)
     return dict(
-        miou=none(whole.mean_iou),
+        miou=miou,
         pixel_accuracy=none(whole.pixel_accuracy),
         mean_accuracy=none(whole.mean_accuracy),
         fw_iou=none(whole.frequency_weighted_iou),
-        boundary_iou={str(w): none(band.mean_iou) for w, band in zip(steps.BAND_WIDTHS, bands, strict=True)},
+        boundary_iou=dict(zip(map(str, steps.BAND_WIDTHS), bands, strict=True)),
         iou={name: none(x) for name, x in zip(class_names, whole.iou_per_class, strict=True)},
     )
 
@@ -205,7 +226,7 @@ def summary(result: dict) -> dict:
             out[f"{key}_{row}"] = _rounded(figures[key])
     for row, figures in result["rows"].items():
         out |= {f"boundary_iou_{width}px_{row}": _rounded(x) for width, x in figures["boundary_iou"].items()}
-    out |= {f"nll_{name}": round(value, 4) for name, value in result["nll"].items()}
+    out |= {f"nll_{name}": value if value is None else round(value, 4) for name, value in result["nll"].items()}
     return out
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -16,7 +15,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import image, scalar
 from tqdm import tqdm
 
-from pwcrf_jax import files
+from pwcrf_jax import files, streams
 from pwcrf_jax.training import steps
 
 log = logging.getLogger("pwcrf_jax")
@@ -32,7 +31,7 @@ def setup() -> None:
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     sys.unraisablehook = _without_closed_loops
     if not log.handlers:
-        handler = _AboveBars(sys.stderr)
+        handler = _AboveBars(sys.stderr) if sys.stderr else logging.NullHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
         log.propagate = False
@@ -46,7 +45,14 @@ class _AboveBars(logging.StreamHandler):
         try:
             tqdm.write(self.format(record), file=self.stream)
         except Exception:
-            self.handleError(record)
+            if not getattr(self.stream, "closed", False):  # else there is nowhere to say it
+                self.handleError(record)
+
+
+def bar(items, what: str, total: int | None = None, unit: str = "batch"):
+    """The items, with a bar on standard error while somebody watches it."""
+    hidden = not streams.is_terminal(sys.stderr)
+    return tqdm(items, what, total, unit=unit, disable=hidden, leave=False)
 
 
 def only_process(index: int) -> None:
@@ -156,7 +162,7 @@ class Progress:
         # What a narrow terminal cuts off stands last: the NLL of each kind of factor.
         form = "{percentage:3.0f}% |{bar:10}| {n_fmt}/{total_fmt}{postfix}"
         options = dict(total=num_steps, initial=first_step, bar_format=form, dynamic_ncols=True)
-        self._bar = tqdm(**options) if sys.stderr.isatty() else None
+        self._bar = tqdm(**options) if streams.is_terminal(sys.stderr) else None
 
     def restart(self, step: int) -> None:
         """Starts a new interval: what was done since the last report (evaluation) does not count."""
@@ -172,12 +178,13 @@ class Progress:
             left = _duration((self._num_steps - step) * seconds / (step - before))
             speed = f"{rate:.1f} img/s  {left} left"
         # Before any inference: a relation whose NLL stays above twice the unary's has learned no interaction.
-        unary = metrics.get("nll_unary", math.nan)  # a batch may be void all over
+        unary = metrics.get("nll_unary")  # a batch may be void all over
+        number = lambda x, digits: "-" if x is None else f"{x:.{digits}f}"
         others = ", ".join(f"{k[4:]} {v:.3f}" for k, v in metrics.items() if k.startswith("nll_") and k != "nll_unary")
-        loss, terms = f"loss {metrics.get('loss', math.nan):.4f}", f"nll unary {unary:.3f}"
+        loss, terms = f"loss {number(metrics.get('loss'), 4)}", f"nll unary {number(unary, 3)}"
         if others:
             edges = {k[4:] for k in metrics if k.startswith("nll_")} - {"unary", "refinement_convs", *steps.OBJECTIVES}
-            terms += f"  {others}" + f" (2 x unary {2 * unary:.3f})" * bool(edges)
+            terms += f"  {others}" + (f" (2 x unary {2 * unary:.3f})" if edges and unary is not None else "")
         if self._bar is not None:
             self._bar.set_postfix_str("  ".join(filter(None, (loss, speed, terms))), refresh=False)
             self._bar.n = step

@@ -103,6 +103,7 @@ def checked_dataset(config):
         dataset.check_labelled(split)
     dataset.source(config.data.train_split)  # unknown and empty splits are refused here
     check_sizes(dataset, config.data.eval_split, config.data.eval_size)
+    evaluate.check_scored(config, dataset, config.data.eval_split)
     return dataset
 
 
@@ -283,15 +284,13 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_
     def save_best(score):
         nonlocal best_score
         # Of a run that fell back to an older state, the step may be there already.
-        if (best_score is None or score > best_score) and step != best.latest:
+        if score is not None and (best_score is None or score > best_score) and step != best.latest:
             best_score = score
             best.save(step, {"params": state.params}, about | {evaluate.BEST: score})
             best.wait()
 
-    score = meta.get("score")  # of the state to go on from
-    if score is not None:
-        save_best(score)  # where that was lost
-    evaluate_first = step > 0 and score is None and evaluates(step)  # where it stopped in an evaluation
+    save_best(meta.get("score"))  # of the state to go on from, where that was lost
+    evaluate_first = step > 0 and "score" not in meta and evaluates(step)  # where it stopped in an evaluation
     if step >= c.steps and not evaluate_first:
         log.info("already trained for %d steps; raise config.train.steps to go on", step)
         return {}
@@ -351,7 +350,7 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_
             writer.write(step, {k: v for k, v in numbers.items() if isinstance(v, float)}, "val")
             if panel:
                 writer.picture(step, f"val/image_truth_{'_'.join(panel.rows)}", panel.picture())
-        score = result["rows"][configs.final_row(config)]["miou"] or 0.0
+        score = result["rows"][configs.final_row(config)]["miou"]
         save_best(score)
         latest.note(step, {"score": score})  # now the evaluation is done
         if progress:
@@ -396,8 +395,8 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_
     if stop:
         log.info("stopped by SIGTERM; step %d is saved, the same command goes on from there", step)
         raise preemption.Preempted
-    log.info("trained %d steps in %.0f s; best %s mean IoU %.1f", step, time.monotonic() - started,
-             config.data.eval_split, 100 * best_score)  # fmt: skip
+    found = f"mean IoU {100 * best_score:.1f}" if best_score is not None else "mean IoU: none, and no best checkpoint"
+    log.info("trained %d steps in %.0f s; best %s %s", step, time.monotonic() - started, config.data.eval_split, found)
     return result
 
 

@@ -20,7 +20,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from pwcrf_jax import files
 from pwcrf_jax.data import DataError, datasets, load_dataset
@@ -29,7 +28,7 @@ from pwcrf_jax.data.files import read_image_file
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate, image_files, inference, refinement
 from pwcrf_jax.training.image_files import shown
-from pwcrf_jax.training.logs import log
+from pwcrf_jax.training.logs import bar, log
 
 LARGEST_JPEG = 65_500
 _LONGEST = 251  # bytes of a name without its suffix, as file systems have it
@@ -253,9 +252,7 @@ def predict(
 
     codes = _codes(format_name)
     colours = np.array(palette, np.uint8)
-    for name, image, marginals in tqdm(
-        predictor(readable()), total=len(items), unit="image", disable=None, leave=False
-    ):
+    for name, image, marginals in bar(predictor(readable()), "predict", len(items), "image"):
         log_probs = marginals.log_probs() if probabilities or refine != "off" else None
         if refine != "off":
             log_probs, _ = refinement.refine_image(log_probs, image, config.refine, refine)

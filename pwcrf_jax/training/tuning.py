@@ -16,13 +16,12 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from pwcrf_jax import files, metrics, segmenter
 from pwcrf_jax.data import eval_batches
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate, parallel, refinement, steps
-from pwcrf_jax.training.logs import OTHER_SHAPE, log
+from pwcrf_jax.training.logs import OTHER_SHAPE, bar, log
 
 WEIGHT_FACTORS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 ITERATIONS = (1, 2, 3, 5, 10, 20)
@@ -59,6 +58,7 @@ def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: in
     if jax.process_count() > 1:
         raise configs.ConfigError("--tune-refinement runs in one process; start it on one host alone")
     model, params, step, dataset = evaluate.load(config, workdir, which, split)
+    evaluate.check_scored(config, dataset, split)
     folder = _folder(config, workdir, params, dataset, split, step)
     files.make_folder(folder, inside=workdir)
     log.info("tuning on %s (%d images), checkpoint of step %d, notes in %s", split, len(dataset.source(split)), step,
@@ -208,13 +208,12 @@ def _score_messages(config, model, params, dataset, split, relations, candidates
         return jax.lax.psum(jnp.concatenate(counts), parallel.AXIS)
 
     fn, total = parallel.pmap_eval(step), 0
-    batches = tqdm(_batches(config, dataset, split), unit="batch", desc=what, disable=None, leave=False)
+    batches = bar(_batches(config, dataset, split), what)
     for batch in batches:
         inputs = parallel.split({k: batch[k] for k in ("image", "label", "valid_size")})
         total = total + np.asarray(fn(params, inputs), np.int64)
-    scored = configs.scored_classes(config, dataset.class_names)
     order = [(*weights, n) for n, group in groups.items() for weights in group]
-    found = dict(zip(order, (float(metrics.scores(x, scored).mean_iou) for x in total), strict=True))
+    found = dict(zip(order, (_mean_iou(x, config, dataset, split) for x in total), strict=True))
     return [found[c] for c in candidates]
 
 
@@ -231,7 +230,7 @@ def _marginals(config, model, params, dataset, split, folder, weights, iteration
         return paths
     step = steps.make_eval_step(model, {"all": names}, crf, marginals_of=row)
     fn = parallel.pmap_eval(step, per_image=True)
-    batches = tqdm(_batches(config, dataset, split), unit="batch", desc="marginals", disable=None, leave=False)
+    batches = bar(_batches(config, dataset, split), "marginals")
     for number, batch in enumerate(batches):
         mine = paths[number * config.eval.batch_size :][: config.eval.batch_size]
         if all(map(os.path.exists, mine)):
@@ -291,11 +290,19 @@ def _tune_kernels(config, dataset, split, folder, marginals, mode, max_trials):
 
 def _score_kernels(config, dataset, split, marginals, settings, mode, what):
     total, index = 0, 0
-    batches = tqdm(_batches(config, dataset, split), unit="batch", desc=what, disable=None, leave=False)
+    batches = bar(_batches(config, dataset, split), what)
     for batch in batches:
         mine = marginals[index : index + config.eval.batch_size]
         index += len(mine)
         batch = {k: batch[k][: len(mine)] for k in ("image", "label", "valid_size")}
         counts, _ = refinement.refine_batch(np.stack([np.load(f) for f in mine]), batch, settings, mode)
         total = total + counts[0].astype(np.int64)
-    return float(metrics.scores(total, configs.scored_classes(config, dataset.class_names)).mean_iou)
+    return _mean_iou(total, config, dataset, split)
+
+
+def _mean_iou(confusion, config, dataset, split):
+    """ConfigError where there is none: of nothing no best can be chosen."""
+    found = evaluate.mean_iou(confusion, configs.scored_classes(config, dataset.class_names))
+    if found is None:
+        raise configs.ConfigError(evaluate.nothing_scored(split, config))
+    return found

@@ -1,7 +1,10 @@
 """The label guard: what it counts, warns of and refuses, its report, and the command."""
 
+import codecs
+import io
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -313,6 +316,50 @@ def test_command(folder, capsys):
     with pytest.raises(SystemExit) as usage:
         check.main([*arguments, "--option", "seed"])
     assert usage.value.code == 2 and "KEY=VALUE" in capsys.readouterr().err
+
+
+class Notebook:
+    """As little of a stream as a notebook's may be: no reconfigure, no encoding, no file below it."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+
+def ascii_file():
+    return io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+
+
+STREAMS = {
+    "notebook": (Notebook, lambda s: s.text),
+    "string": (io.StringIO, lambda s: s.getvalue()),
+    "ascii-file": (ascii_file, lambda s: s.buffer.getvalue().decode("ascii")),
+    "ascii-codec": (lambda: codecs.getwriter("ascii")(io.BytesIO()), lambda s: s.stream.getvalue().decode("ascii")),
+    "latin-file": (lambda: io.TextIOWrapper(io.BytesIO(), "latin-1"), lambda s: s.buffer.getvalue().decode("latin-1")),
+    "none": (lambda: None, None),
+    "closed": (lambda: open(os.devnull, "w"), None),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_command_whatever_standard_output_is(folder, monkeypatch, name):
+    make, read = STREAMS[name]
+    stream = make()
+    if name == "closed":
+        stream.close()
+    (folder[0] / "classes.txt").write_text("caf\u00e9\n\u8def\nstreet lamp\n", encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        got = check.main(["image_folder", "--source_dir", str(folder[0]), "--data_dir", str(folder[1])])
+        refused = check.main(["no_such_set"])
+    assert got == 0 and refused == 1
+    if read:
+        text = read(stream)
+        assert "train: 6 images" in text and "street lamp" in text and "refused: " in text
+        assert ("\u8def" in text) == (name in ("notebook", "string")) != ("\\u8def" in text)
+        assert name != "latin-file" or "caf\u00e9" in text
 
 
 def test_command_as_a_module(folder):

@@ -153,6 +153,51 @@ def test_what_is_of_nodes_is_not_held_against_twice_the_unary(caplog, name):
     assert f"{name} 1.250" in caplog.text and "2 x unary" not in caplog.text
 
 
+class NoTerminal:
+    """A notebook's stream: it writes, and knows nothing of terminals."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+def closed():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize("make", [NoTerminal, io.StringIO, closed, lambda: None])
+def test_standard_error_may_be_anything(monkeypatch, make):
+    monkeypatch.setattr(sys, "stderr", stream := make())
+    monkeypatch.setattr(logs.log, "handlers", [])
+    monkeypatch.setattr(logs.log, "propagate", False)
+    logs.setup()
+    assert list(logs.bar(range(3), "eval val")) == [0, 1, 2]
+    progress = logs.Progress(0, 9, 1)
+    progress.report(1, {"loss": 1.0, "nll_unary": 1.5})
+    progress.close()
+    text = getattr(stream, "text", None) or (
+        isinstance(stream, io.StringIO) and not stream.closed and stream.getvalue()
+    )
+    assert not text or "step 1/9  loss 1.0000  nll unary 1.500" in text
+    assert text or make not in (NoTerminal, io.StringIO)
+
+
+@pytest.mark.parametrize(
+    "metrics", [{}, {"nll_above_below": 2.5}, {"loss": 0.0}, {"loss": 0.0, "nll_surrounding": 1.0}]
+)
+def test_a_batch_without_a_valid_pixel_has_no_unary_figure(caplog, metrics):
+    with caplog.at_level("INFO", logger="pwcrf_jax"):
+        logs.Progress(0, 9, 1).report(1, metrics)
+    assert "nll unary -" in caplog.text and "nan" not in caplog.text and "2 x unary" not in caplog.text
+
+
 def test_lines_stand_above_the_bar():
     stream = io.StringIO()
     handler = logs._AboveBars(stream)
