@@ -78,8 +78,8 @@ def _open(data: bytes, where: str, load: bool = True, max_pixels: float = MAX_PI
     if not data:
         raise DataError(f"{where}: the file is empty (0 bytes); restore it from the original data")
     too_large = DataError(
-        f"{where}: its header claims more than {max_pixels:.0f} pixels; restore it from the original data if it is "
-        "damaged, else set config.data.max_pixels (pwcrf_jax.data.check: --option max_pixels=N), or cut it into tiles"
+        f"{where}: has more pixels than config.data.max_pixels = {max_pixels:.0f} allows; raise that (--option "
+        "max_pixels=N of pwcrf_jax.data.check) or cut it into tiles, or, if it should be smaller, restore the file"
     )
     try:
         if data.startswith(b"\x89PNG"):

@@ -136,13 +136,14 @@ def image_kind(path: Path) -> str:
         return "image"
     try:
         regular = stat.S_ISREG(os.stat(path).st_mode)
-    except FileNotFoundError:
+    except OSError:  # a link to nothing, or to itself
         regular = False
     if not regular:
         return "foreign" if suffix in _FOREIGN else "other"
     with open_file(path) as file:
-        head = file.read(32)
-    if suffix not in _FOREIGN and any(_accepts(name, head) for name in IMAGE_FORMATS):
+        head = file.read(32) or b""  # None where it would have to be waited for, as in /proc
+    # Raw photographs are TIFF files, of a preview.
+    if any(_accepts(name, head) for name in IMAGE_FORMATS if suffix not in _FOREIGN or name != "TIFF"):
         return "image"
     return "foreign" if suffix in _FOREIGN or _FOREIGN_STARTS.match(head) else "other"
 
