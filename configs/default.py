@@ -13,7 +13,7 @@ def get_config():
     config.seed = 0
     # A file of pretrained weights (.h5, .safetensors), or the workdir of a run to start from; "": random.
     config.init_from = ""
-    config.compilation_cache = True  # compiled programs are kept in the workdir, for the next start
+    config.compilation_cache = True  # compiled programs are kept in ~/.cache/pwcrf_jax, for the next start
 
     config.data = ConfigDict()
     config.data.name = "synthetic"  # see docs/datasets.md

@@ -113,8 +113,11 @@ def check_folder(path: str | os.PathLike, inside: str | os.PathLike) -> None:
 def check_replaceable(path: str | os.PathLike) -> None:
     """Refuses what `replacing` cannot replace: a folder, or what is no file, such as /dev/null; FileError."""
     with naming(path, "cannot be written"):
-        name = os.path.basename(path)
-        if len(os.fsencode(name)) > os.pathconf(os.path.dirname(os.path.abspath(path)), "PC_NAME_MAX"):
+        folder, name = os.path.split(os.path.abspath(path))
+        # Of /dev/stdout, too, which root would replace for the whole machine: where it leads may be a file.
+        if f"{os.path.realpath(folder)}/".startswith(("/proc/", "/sys/")) or os.path.realpath(folder) == "/dev":
+            raise OSError(errno.EINVAL, "it is no file")
+        if len(os.fsencode(name)) > os.pathconf(folder, "PC_NAME_MAX"):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError(errno.EINVAL, "it is a folder" if os.path.isdir(path) else "it is no file")

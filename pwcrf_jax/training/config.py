@@ -165,11 +165,11 @@ def device_count() -> int:
     """Of all processes; ConfigError where JAX has none of the platform that it is told to use."""
     try:
         return jax.device_count()
-    except RuntimeError as error:  # a name that JAX does not know, or one of which there is no device here
-        given = jax.config.jax_platforms
-        said = " ".join(str(error).split("(you may need")[0].split())
+    except (RuntimeError, AssertionError) as error:  # JAX 0.10 asserts where CUDA finds no device
+        said = " ".join(str(error).partition("(set JAX_PLATFORMS")[0].split()) or "it finds no device of that kind"
+        given = f"JAX_PLATFORMS={jax.config.jax_platforms}" if jax.config.jax_platforms else "devices"
         raise ConfigError(
-            f"JAX_PLATFORMS={given}: JAX cannot start it ({said}); name what is there, such as cpu, or unset it"
+            f"{given}: JAX cannot start ({said}); set JAX_PLATFORMS to what is there, such as cpu"
         ) from None
 
 
