@@ -33,7 +33,7 @@ _HEADING = {
 }  # fmt: skip
 _CHANNELS = {"r", "g", "b", "red", "green", "blue"}
 _KEYS = ("names", "classes", "labels", "categories", "class_names", "label_names")
-_SYNTAX = "write one class a line, 'name' or 'name R G B'"
+_SYNTAX = "write 'name' or 'name R G B', one class a line"
 _INT = re.compile(r"[+-]?\d{1,9}")
 _NO_NAME = r"""\s#|,\s*[\d#]|:\s*[\d#]|[:,]\s*$|//|[\[\]{}<>="`|\\;@]|(?i:^(?:id|names?|class(?:es)?|labels?)\s*:)"""
 
@@ -69,7 +69,7 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[tuple[int, int, int
       DataError: missing, or it does not follow the syntax; names the line.
     """
     if not present(path):
-        raise DataError(f"{path}: is missing; {_SYNTAX}")
+        raise DataError(f"{path}: is missing; write one class a line, 'name' or 'name R G B'")
     entries = read_entries(path)
     for i, entry in enumerate(entries):
         _check(path, entry, first=i == 0)
@@ -116,10 +116,12 @@ def _check(path: Path, entry: Entry, first: bool) -> None:
         if first and name == LABELME_VOID:
             return
         if entry.value is None and not entry.colour:
-            raise DataError(
-                f"{where}: {name!r} would be a class; void needs its value ('void 255') or its colour ('void 0 0 0'), "
-                "and a class another name"
-            )
+            if _plain(name) != "void":
+                raise DataError(
+                    f"{where}: {name!r} would be a class; write 'void VALUE' or 'void R G B' for what is not trained "
+                    "on, or rename it"
+                )
+            raise DataError(f"{where}: void needs its value ('void 255') or its colour ('void 0 0 0')")
         if entry.value is not None and not -1 <= entry.value <= 255:
             raise DataError(f"{where}: {entry.value} is no value of an 8-bit mask; void is 0..255")
         return

@@ -92,8 +92,11 @@ class ImageFolder(SegmentationBuilder, skip_registration=True):
         if not present(root / "images", folder=True):
             raise DataError(f"{root}: has no folder images; {LAYOUT}; check data.source_dir")
         names, colours, coding = read_classes(root / "classes.txt")
-        images, foreign = _files(root / "images")
-        masks, other_masks = _files(root / "masks") if present(root / "masks", folder=True) else ({}, [])
+        images, foreign, others = _files(root / "images")
+        if others:
+            shown = ", ".join(map(str, others[:5]))
+            log.warning("%d files are no images, and left out: %s%s", len(others), shown, ", ..." * (len(others) > 5))
+        masks, other_masks, _ = _files(root / "masks") if present(root / "masks", folder=True) else ({}, [], [])
         if foreign:
             raise DataError(f"{foreign[0]}: {FOREIGN_REMEDY}")
         if not images:
@@ -183,8 +186,11 @@ class ImageFolder(SegmentationBuilder, skip_registration=True):
                 return
 
 
-def _files(folder: Path) -> tuple[dict[str, Path], list[Path]]:
-    """Id -> file of all images below a folder, and those in formats that are not read; hidden ones do not count."""
+def _files(folder: Path) -> tuple[dict[str, Path], list[Path], list[Path]]:
+    """Id -> file of all images below a folder; those of formats that are not read; and what is no image.
+
+    Hidden files do not count.
+    """
     found: dict[str, Path] = {}
     foreign: dict[Path, str] = {}
     others = []
@@ -205,13 +211,9 @@ def _files(folder: Path) -> tuple[dict[str, Path], list[Path]]:
         if key in found:
             raise DataError(f"{path} and {found[key]} have the same name but for the suffix; rename or remove one")
         found[key] = path
-    if others := [path for path in others if path.name not in ("Thumbs.db", "desktop.ini")]:
-        log.warning("%s: %d files are no images, and left out: %s", folder, len(others), _some(others))
-    return found, [path for path, key in foreign.items() if key not in found]  # raw photographs lie beside theirs
-
-
-def _some(paths: list[Path]) -> str:
-    return ", ".join(path.name for path in paths[:5]) + (", ..." if len(paths) > 5 else "")
+    # Raw photographs lie beside theirs; the others are Windows' own.
+    others = [path for path in others if path.name not in ("Thumbs.db", "desktop.ini")]
+    return found, [path for path, key in foreign.items() if key not in found], others
 
 
 def _refuse_splits_by_folder(images: Path) -> None:
