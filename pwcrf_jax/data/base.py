@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from pwcrf_jax.data.check import LabelGuard, bad_value
+from pwcrf_jax.data.classes import refuse_own_names
 from pwcrf_jax.data.common import (
     VOID,
     decode_image,
@@ -96,6 +97,8 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
     void_value: ClassVar[int] = VOID  # what the source calls void
     palette: ClassVar[tuple[tuple[int, int, int], ...]] = ()  # RGB of each class; (): VOC's colours
     split_sizes: ClassVar[Mapping[str, int]] = {}  # official, of splits that have one
+    names_files_count: ClassVar[bool] = True  # a file of names beside the data must have these
+    declared_values: ClassVar[Mapping[int, str]] = {}  # what values of masks mean; {}: the classes from 0
     manual: ClassVar[str] = ""  # what to download, by the names of its files
     masks_fit_stored_pixels: ClassVar[bool] = True  # whatever an EXIF orientation says, see `storable_image`
 
@@ -123,11 +126,17 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
     def plan_from_pairs(
         cls, source_dir: Path, splits: Mapping[str, Sequence[Pair]], *depends: Any, **attributes: Any
     ) -> Plan:
-        """Checks that all files exist and ids are unique; fingerprints names, sizes and times.
+        """Checks that all files exist, ids are unique, and no file beside them names other classes; fingerprints names,
+        sizes and times.
 
         depends: what else the records depend on (JSON-able).
         attributes: of the `Plan`; `unlabelled` is found out.
         """
+        if not attributes.get("class_names") and cls.names_files_count:
+            first = [path.parent for pairs in splits.values() for path in pairs[0][1:3] if path is not None]
+            folders = {source_dir, *first, *(folder.parent for folder in first)} - set(source_dir.parents)
+            values = cls.declared_values or dict(enumerate(cls.class_names))
+            refuse_own_names(sorted(folder for folder in folders if folder.is_dir()), cls.class_names, values)
         state = {split: _file_states(split, pairs) for split, pairs in splits.items()}
         unlabelled = tuple(split for split, pairs in splits.items() if all(pair.mask is None for pair in pairs))
         key = fingerprint(str(cls.VERSION), str(source_dir), state, *depends)

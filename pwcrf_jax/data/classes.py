@@ -10,9 +10,9 @@ What looks like a heading, a key, an index or a void marker is taken for what it
 import ast
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -59,6 +59,7 @@ class Coding(NamedTuple):
 
 
 def _plain(word: str) -> str:
+    """What two spellings of a name have in common."""
     return re.sub(r"[\W_]+", "", word.casefold()) or word.strip()
 
 
@@ -87,16 +88,43 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[tuple[int, int, int
     return tuple(e.name for e in classes), (), Coding(coding | voids, False)
 
 
-def declared_names(path: Path) -> tuple[str, ...]:
-    """The names of the classes, without what is void, in a file that any tool has put beside its masks.
+_NAMES_FILES = re.compile(
+    r"((class|label|category)(_?names|_?list|_?map)?|classes|labels|categories|names)\.(txt|json|ya?ml|names|csv)|data\.ya?ml"
+)
+
+
+def refuse_own_names(folders: Sequence[Path], names: Sequence[str], values: Mapping[int, str]) -> None:
+    """Compares what a tool has written beside a data set of another layout with the classes of that layout.
+
+    Args:
+      folders: where such a file may lie: classes.txt, class_names.txt, labelmap.txt, labels.txt, data.yaml, ...
+      names: the layout's classes in their order.
+      values: and what values of its masks mean.
 
     Raises:
-      DataError: it cannot be understood.
+      DataError: a file names other classes, or cannot be understood.
     """
-    entries = [e for e in read_entries(path) if not e.void]
-    if entries and all(e.value is not None for e in entries):
-        entries.sort(key=lambda e: e.value)
-    return tuple(e.name for e in entries)
+    for folder in folders:
+        for path in sorted(folder.iterdir()):
+            if not _NAMES_FILES.fullmatch(path.name.casefold()) or not present(path):
+                continue
+            entries = [e for e in read_entries(path) if not e.void]
+            if entries and all(e.value is not None for e in entries):
+                if all(_plain(e.name) == _plain(values.get(e.value, "")) for e in entries):
+                    continue
+                entries.sort(key=lambda e: e.value)
+            refuse_other_names(path, [e.name for e in entries], names, len(names))
+
+
+def refuse_other_names(where: Any, found: Sequence[str], names: Sequence[str], least: int) -> None:
+    """DataError where fewer than `least` of the names found are those of the classes, place by place."""
+    alike = sum(_plain(a) == _plain(b) for a, b in zip(found, names, strict=False))
+    if alike < least or len(found) > len(names):
+        raise DataError(
+            f"{where}: names {len(found)} classes of its own ({', '.join(found[:5])}{', ...' * (len(found) > 5)}), but "
+            f"data.name stands for these {len(names)}: {', '.join(names[:5])}, ...; use data.name=image_folder with "
+            "these classes and masks of values, or remove the file if it is about other data"
+        )
 
 
 def _number(colour: Sequence[int]) -> int:

@@ -57,8 +57,8 @@ def open_file(path: Path) -> BinaryIO:
     except DataError:
         raise
     except FileNotFoundError as e:
-        missing = "is a link to nothing" if os.path.islink(path) else "is missing"
-        raise DataError(f"{path}: {missing}; restore it, or correct what names it") from e
+        missing = "a link to nothing" if os.path.islink(path) else "no such file"
+        raise DataError(f"{path}: cannot be read ({missing}); restore it, or correct what names it") from e
     except (OSError, ValueError) as e:  # ValueError: a zero byte in the name
         raise DataError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}); check its permissions") from e
 

@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 
 from pwcrf_jax.data.archives import open_mat73, read_mat
 from pwcrf_jax.data.base import Plan, SegmentationBuilder, check_options, fingerprint, require_source_dir
+from pwcrf_jax.data.classes import refuse_other_names
 from pwcrf_jax.data.common import VOID, encode_png
 from pwcrf_jax.data.files import DataError, present
 from pwcrf_jax.data.siftflow import relabel
@@ -114,4 +115,6 @@ def _table(path: Path, num_classes: int) -> list[int]:
             f"{path}: mapClass maps {len(classes)} labels to classes {classes.min():g}..{classes.max():g}, expected "
             f"894 labels and classes 1..{num_classes}; take the mapping to {num_classes} classes"
         )
+    names = list(map(str, np.ravel(read_mat(path, "className")[0])))
+    refuse_other_names(f"{path}: className", names, NyuDv2.class_names, num_classes // 2)
     return [VOID, *(int(c) - 1 for c in classes)]

@@ -48,6 +48,7 @@ class PascalContext(SegmentationBuilder, skip_registration=True):
         "sign", "plate", "road", "rock", "shelves", "sidewalk", "sky", "snow", "bedcloth", "track", "tree", "truck",
         "wall", "water", "window", "wood",
     )  # fmt: skip
+    names_files_count = False  # labels.txt has all 459 labels, see `_classes`
     split_sizes = {"train": 4998, "val": 5105}
     manual = f"trainval.tar.gz of https://cs.stanford.edu/~roozbeh/pascal-context/ and {VOC_ARCHIVE}"
 

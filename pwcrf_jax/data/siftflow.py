@@ -22,6 +22,7 @@ import tensorflow_datasets as tfds
 
 from pwcrf_jax.data.archives import locate, read_mat
 from pwcrf_jax.data.base import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
+from pwcrf_jax.data.classes import refuse_other_names
 from pwcrf_jax.data.common import VOID
 from pwcrf_jax.data.files import DataError, read_lines
 
@@ -40,6 +41,7 @@ class SiftFlow(SegmentationBuilder, skip_registration=True):
         "sea", "sidewalk", "sign", "sky", "staircase", "streetlight", "sun", "tree", "window",
     )  # fmt: skip
     split_sizes = {"train": 2488, "test": 200}
+    _names_seen = False  # of the first label file, for all
     manual = "SiftFlowDataset.zip of http://www.cs.unc.edu/~jtighe/Papers/ECCV10/"
 
     @classmethod
@@ -75,7 +77,16 @@ class SiftFlow(SegmentationBuilder, skip_registration=True):
 
     def _label(self, item: Pair) -> np.ndarray:
         (values,) = read_mat(item.mask, "S")
-        return relabel(values, [VOID, *range(len(self.class_names))], item.mask)
+        label = relabel(values, [VOID, *range(len(self.class_names))], item.mask)
+        if not self._names_seen:
+            self._names_seen = True
+            try:
+                (names,) = read_mat(item.mask, "names")
+            except DataError:  # it has none
+                return label
+            names = list(map(str, np.ravel(names)))
+            refuse_other_names(f"{item.mask}: names", names, self.class_names, len(self.class_names) // 2)
+        return label
 
 
 def relabel(values: np.ndarray, table: list[int], where: Any) -> np.ndarray:

@@ -497,7 +497,16 @@ def interpolated_mask(root):
 
 @row(warned(r"split 'train': 1 mask is blurred.*make them again with nearest neighbour: a"))
 def interpolated_mask_within_the_classes(root):
-    layout.write_mask(root / "masks/a.png", blurred(2))
+    reclass(root, "".join(f"class {i}\n" for i in range(13)))
+    layout.write_mask(root / "masks/a.png", blurred(12))
+
+
+@row(taken(lambda r: None))
+def outlines_of_two_pixels(root):
+    label = np.zeros(SIZE, np.uint8)
+    label[4:20, 5:30] = 1
+    label[6:18, 7:28] = 2
+    layout.write_mask(root / "masks/a.png", label)
 
 
 @row(refused(r"masks/a\.png: mask is a link to nothing but .*train\.txt names it"))
