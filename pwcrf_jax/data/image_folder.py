@@ -94,8 +94,8 @@ class ImageFolder(SegmentationBuilder, skip_registration=True):
         names, colours, coding = read_classes(root / "classes.txt")
         images, foreign, others = _files(root / "images")
         if others:
-            names = ", ".join(map(str, others[:5]))
-            log.warning("%d files are no images, and left out: %s%s", len(others), names, ", ..." * (len(others) > 5))
+            shown = ", ".join(map(str, others[:5]))
+            log.warning("%d files are no images, and left out: %s%s", len(others), shown, ", ..." * (len(others) > 5))
         masks, other_masks, _ = _files(root / "masks") if present(root / "masks", folder=True) else ({}, [], [])
         if foreign:
             raise DataError(f"{foreign[0]}: {FOREIGN_REMEDY}")
