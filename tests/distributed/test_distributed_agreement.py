@@ -91,7 +91,7 @@ def test_another_program(command):
     ("name", "value", "differs"),
     [
         ("XLA_FLAGS", "--xla_allow_excess_precision=false", True),
-        ("XLA_FLAGS", "--xla_dump_to=/tmp/x", False),
+        ("XLA_FLAGS", "--xla_dump_to=dumps", False),
         ("NVIDIA_TF32_OVERRIDE", "0", True),
         ("LIBTPU_INIT_ARGS", "--x=1", True),
         ("HOSTNAME", "other", False),
