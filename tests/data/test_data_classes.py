@@ -1,4 +1,4 @@
-"""Names of classes as annotation tools write them: read right, or refused with the line; and names beside other sets."""
+"""Names of classes as annotation tools write them: read right or refused with the line; and names beside other sets."""
 
 import json
 
