@@ -22,7 +22,7 @@ Names alone: masks hold one value a pixel (8-bit grey or palette). The classes h
 of the lines, less the void values. Void is 255, or what lines `void VALUE` say; with `void 0`, classes count from 1.
 Names with colours: masks are read by their colours, whether RGB, palette or grey. Void are the colours of lines
 `void R G B`. Empty lines and lines that start with # do not count. Other forms, as annotation tools write them: see
-`pwcrf_jax.data.classes`.
+`pwcrf_jax.data.class_forms`.
 
 An image with an EXIF orientation is taken as stored or as viewers show it, whichever has the size of the mask; where
 both have, it is refused. Without a mask it is taken as viewers show it.
