@@ -1,4 +1,4 @@
-"""Names of classes as annotation tools write them: read right, or refused with the line; and names beside other sets."""
+"""Names of classes as annotation tools write them: read right or refused with the line; and names beside other sets."""
 
 import json
 
@@ -84,6 +84,8 @@ def test_forms_that_are_read(tmp_path, text, classes):
         "# label:color_rgb:parts:actions\nvoid:0,0,0::\nwheat:1,2,3::\nbare soil:4,5,6::\n",
         "1 2 3\twheat\n4 5 6\tbare soil\n0 0 0\tVoid\n",
         "id;name;r;g;b\n0;wheat;1;2;3\n1;bare soil;4;5;6\n255;void;0;0;0\n",
+        '[{"name": "wheat", "color": [1, 2, 3]}, {"name": "bare soil", "color": [4, 5, 6]}, '
+        '{"name": "void", "color": [0, 0, 0]}]',
         "1 bare soil 4 5 6\n0 wheat 1 2 3\nvoid 0 0 0\n",
         "wheat: [1, 2, 3]\nbare soil: [4, 5, 6]\nvoid: [0, 0, 0]\n",
     ],
@@ -100,6 +102,7 @@ def test_forms_of_colours(tmp_path, text):
         ("traffic light", "sky-blue", "class 1", "road (paved)"),
         ("été", "Straße", "道路", "सड़क", "тротуар"),
         ("lane 1", "lane 2", "lane 3"),
+        ("car1", "bus2", "class_3"),
         ("car2", "u-turn", "person's", "2 wheels"),
         ("building, edifice", "wall", "sky"),
         ("red", "green", "blue"),
@@ -149,6 +152,14 @@ def test_names_that_stay_as_they_are(tmp_path, names):
         ("&a {names: *a}\n", r"nested without end"),
         ("[" * 1500, r"no name|long"),
         ("wheat\nsoil 1 2\n" + "x" * 300, r"line 3: is 300 characters long"),
+        ("(0) wheat\n(1) soil\n", r"line 1: '\(0\) wheat', and so on, are names with an index"),
+        ("0_wheat\n1_soil\n", r"line 1: '0_wheat', and so on, are names with an index"),
+        ("label 1 wheat\nlabel 2 soil\n", r"line 1: 'label 1 wheat', and so on, are names with an index"),
+        ("wheat (0)\nsoil (1)\n", r"line 1: 'wheat \(0\)', and so on, are names with an index"),
+        ("0x0 wheat\n0x1 soil\n", r"line 1: '0x0 wheat', and so on, are names with an index"),
+        ("① wheat\n② soil\n", r"line 1: '① wheat' is no name"),
+        ("index,name,kind\n0,wheat,crop\n1,soil,ground\n", r"line 2: '0,wheat,crop' has columns"),
+        ("num_classes: 2\nwheat: 0\nsoil: 1\n", r"line 1: 'num_classes' looks like a key"),
         ("<names>wheat</names>\nsoil\n", r"line 1: .* is no name"),
     ],
 )
