@@ -446,7 +446,7 @@ def load_classes(workdir: str):
     """
 
     def check(content):
-        if not isinstance(content, list):
+        if not isinstance(content, list) or not content:
             raise ValueError("expected a list of classes")
         for x in content:
             colour = x["colour"]
