@@ -515,9 +515,22 @@ def test_unreadable_images_are_named_and_the_others_predicted(trained, tmp_path)
     assert Image.open(out / "labels" / "c.png").size == Image.open(out / "overlays" / "c.jpg").size == (20, 300)
 
 
+def test_what_is_no_image_is_named_and_fails_nothing(trained, tmp_path):
+    save(tmp_path / "in" / "a.png", scene(40, 50))
+    (tmp_path / "in" / "two\nlines.txt").write_text("no image")
+    done = _eval("--workdir", trained, "--images", tmp_path / "in", "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert f"left out: {tmp_path}/in/two\\nlines.txt: no image" in done.stderr.splitlines()
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["num_images"] == 1 and result["left_out"] == [f"{tmp_path}/in/two\nlines.txt"]
+
+
 @pytest.mark.parametrize(
     ("args", "match"),
     [
+        (["--images=a", "--images=b", "--output=out"], "--images is given 2 times"),
+        (["--images=", "--output=out"], "--images is empty"),
+        (["--images=a", "--output="], "--output must be given"),
         (["--images=a", "--dataset=val", "--output=out"], "give one"),
         (["--images=a"], "--output must be given"),
         (["--output=out"], "--output is of predictions"),
