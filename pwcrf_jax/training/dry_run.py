@@ -78,7 +78,7 @@ def run(config, workdir: str = "", picture: str = "") -> str:
     picture = picture or os.path.join(workdir, PICTURE)
     if not picture.lower().endswith(".png"):
         raise configs.ConfigError(f"--picture={picture} must end in .png")
-    dataset = loop.checked_dataset(config)
+    dataset = loop.checked_dataset(config, workdir)
     config, fresh_params = loop.resolve(config, workdir)
     model, c = configs.build_model(config), config.train
     tx = make_optimizer(config.optimizer, config.model, c.steps, configs.unary_steps(config))

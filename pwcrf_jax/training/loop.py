@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import operator
 import os
 import tempfile
 import time
@@ -16,7 +17,7 @@ from pwcrf_jax.data import check_sizes, load_dataset, train_batches
 from pwcrf_jax.data.datasets import builder_class
 from pwcrf_jax.nets import WeightsError, load_pretrained
 from pwcrf_jax.planning import plan
-from pwcrf_jax.training import checkpoint, compilation, evaluate, lock, parallel, pictures, preemption, steps
+from pwcrf_jax.training import checkpoint, compilation, evaluate, freezing, lock, parallel, pictures, preemption, steps
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training.logs import METRICS, Progress, Writer, last_step, log
 from pwcrf_jax.training.optimizer import make_optimizer
@@ -40,7 +41,7 @@ def train_and_evaluate(config, workdir: str) -> dict:
       NonFiniteError: more than config.train.max_skipped_steps steps had no finite loss or gradient.
       preemption.Preempted: the run was asked to stop, and is saved.
     """
-    dataset = checked_dataset(config)
+    dataset = checked_dataset(config, workdir)
     _check_writable(workdir)
     with lock.held(workdir):
         return _run(config, workdir, dataset)
@@ -72,10 +73,15 @@ def _run(config, workdir, dataset):
         return _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_meta)
 
 
-def checked_dataset(config):
-    """The data set of a config; what is wrong with the config or the set is refused here."""
+def checked_dataset(config, workdir=""):
+    """The data set of a config; what is wrong with the config or the set is refused here.
+
+    workdir: a run in it goes on, and needs nothing to start from; "": it begins.
+    """
     configs.validate(config)
     _check_reached(config)
+    if not (workdir and checkpoint.exists(os.path.join(workdir, "checkpoints"))):
+        _check_start(config)
     if names := getattr(builder_class(config.data.name), "class_names", ()):
         configs.check_classes(config, names)  # before the set is prepared, which may take hours
     dataset = load_dataset(**configs.dataset_options(config))
@@ -85,6 +91,12 @@ def checked_dataset(config):
     dataset.source(config.data.train_split)  # unknown and empty splits are refused here
     check_sizes(dataset, config.data.eval_split, config.data.eval_size)
     return dataset
+
+
+def _check_start(config):
+    if config.init_from and not os.path.exists(config.init_from):
+        raise WeightsError(f"config.init_from = {config.init_from!r} does not exist")
+    freezing.check_before_data(config)
 
 
 def _check_reached(config):
@@ -174,14 +186,14 @@ def resolve(config, workdir):
 
 def _fresh_params(config):
     """Random parameters with the pretrained weights read into them, and the input scaling of those."""
-    if config.init_from and not os.path.exists(config.init_from):
-        raise WeightsError(f"config.init_from = {config.init_from!r} does not exist")
     model = configs.build_model(config)
     params = jax.jit(lambda: evaluate.init_params(model, config.seed))()
     if not config.init_from:
         return params, "tf"
     if os.path.isdir(config.init_from):
-        return _from_run(config.init_from, params)
+        start, scaling = _from_run(config.init_from, params)
+        freezing.check(config, params, jax.tree.map(operator.is_, start, params))
+        return start, scaling
     featmap, report = load_pretrained(config.init_from, params["featmap"])
     log.info("%s", report)
     given = config.model.input_scaling
