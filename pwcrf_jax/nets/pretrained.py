@@ -19,6 +19,23 @@ from pwcrf_jax.nets.weight_files import StoredLayer, WeightsError, open_keras, o
 __all__ = ["LoadReport", "WeightsError", "load_pretrained"]
 
 
+_KERAS = "https://storage.googleapis.com/tensorflow/keras-applications"
+# By backbone: where files of ImageNet weights are published, and what is published to check them by. Keras names MD5
+# sums of some of its files and no SHA-256; sizes are those that it downloads.
+KNOWN_FILES = {
+    "mobilenet_v2": (
+        f"{_KERAS}/mobilenet_v2/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5 (9406464 bytes)",
+        f"{_KERAS}/mobilenet_v2/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224.h5 (14536120 bytes)",
+    ),
+    "vgg16": (
+        f"{_KERAS}/vgg16/vgg16_weights_tf_dim_ordering_tf_kernels.h5 (MD5 64373286793e3c8b2b4e3219cbf3544b)",
+        f"{_KERAS}/vgg16/vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5 (MD5 6d6bbae143d832006294945121d1f1fc)",
+        "https://huggingface.co/timm/vgg16.tv_in1k/resolve/main/model.safetensors "
+        "(SHA-256 57b026918159a6bf9faf8405c3a551903768e7138989d9c6224a14227203fad8)",
+    ),
+}
+
+
 @dataclass(frozen=True)
 class LoadReport:
     """What `load_pretrained` did.

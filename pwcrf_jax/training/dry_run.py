@@ -79,7 +79,7 @@ def run(config, workdir: str = "", picture: str = "") -> str:
     picture = picture or os.path.join(workdir, PICTURE)
     if not picture.lower().endswith(".png"):
         raise configs.ConfigError(f"--picture={picture} must end in .png")
-    dataset = loop.checked_dataset(config)
+    dataset = loop.checked_dataset(config, workdir)
     files.make_folder(os.path.dirname(picture) or ".")
     files.check_replaceable(picture)
     config, fresh_params = loop.resolve(config, workdir)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import operator
 import os
 import time
 
@@ -20,6 +21,7 @@ from pwcrf_jax.training import (
     compilation,
     distributed,
     evaluate,
+    freezing,
     lock,
     parallel,
     pictures,
@@ -49,7 +51,7 @@ def train_and_evaluate(config, workdir: str) -> dict:
       NonFiniteError: more than config.train.max_skipped_steps steps had no finite loss or gradient.
       preemption.Preempted: the run was asked to stop, and is saved.
     """
-    dataset = checked_dataset(config)
+    dataset = checked_dataset(config, workdir)
     files.make_folder(workdir)
     with lock.held(workdir):
         if jax.process_index() == 0:
@@ -91,10 +93,15 @@ def _facts(config, dataset, state, meta, best_meta):
     return at | agreement.of_data(dataset) | agreement.of_arrays(_trees(state))
 
 
-def checked_dataset(config):
-    """The data set of a config; what is wrong with the config or the set is refused here."""
+def checked_dataset(config, workdir=""):
+    """The data set of a config; what is wrong with the config or the set is refused here.
+
+    workdir: a run in it goes on, and needs nothing to start from; "": it begins.
+    """
     configs.validate(config)
     _check_reached(config)
+    if not (workdir and checkpoint.exists(os.path.join(workdir, "checkpoints"))):
+        _check_start(config)
     if names := getattr(builder_class(config.data.name), "class_names", ()):
         configs.check_classes(config, names)  # before the set is prepared, which may take hours
     dataset = load_dataset(**configs.dataset_options(config))
@@ -105,6 +112,12 @@ def checked_dataset(config):
     check_sizes(dataset, config.data.eval_split, config.data.eval_size)
     evaluate.check_scored(config, dataset, config.data.eval_split)
     return dataset
+
+
+def _check_start(config):
+    if config.init_from and not os.path.exists(config.init_from):
+        raise WeightsError(f"config.init_from = {config.init_from!r} does not exist")
+    freezing.check_before_data(config)
 
 
 def _check_reached(config):
@@ -184,14 +197,14 @@ def resolve(config, workdir):
 
 def _fresh_params(config):
     """Random parameters with the pretrained weights read into them, and the input scaling of those."""
-    if config.init_from and not os.path.exists(config.init_from):
-        raise WeightsError(f"config.init_from = {config.init_from!r} does not exist")
     model = configs.build_model(config)
     params = jax.jit(lambda: evaluate.init_params(model, config.seed))()
     if not config.init_from:
         return params, "tf"
     if os.path.isdir(config.init_from):
-        return _from_run(config.init_from, params, configs.relations(config))
+        start, scaling = _from_run(config.init_from, params, configs.relations(config))
+        freezing.check(config, params, jax.tree.map(operator.is_, start, params))
+        return start, scaling
     featmap, report = load_pretrained(config.init_from, params["featmap"])
     log.info("%s", report)
     given = config.model.input_scaling
