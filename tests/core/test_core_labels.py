@@ -1,4 +1,4 @@
-"""Labels outside 0..K-1: refused alike where they are seen, void alike where not, whatever their integers."""
+"""Labels outside 0..K-1: refused alike where they are seen, void alike where they cannot be, for any integers."""
 
 import jax
 import jax.numpy as jnp
