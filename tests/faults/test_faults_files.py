@@ -179,7 +179,7 @@ def test_a_workdir_may_be_a_link_of_the_users_own(tmp_path):
         (errno.ESTALE, "name another place"),
     ],
 )
-@pytest.mark.parametrize("name", set(WRITERS) - {"train.lock", "metrics.jsonl", "label_report.json"})
+@pytest.mark.parametrize("name", sorted(set(WRITERS) - {"train.lock", "metrics.jsonl", "label_report.json"}))
 def test_what_cannot_be_written_is_named_with_a_remedy(name, code, remedy, tmp_path, monkeypatch):
     (tmp_path / "checkpoints" / "3").mkdir(parents=True)
     WRITERS[name](tmp_path)
@@ -285,7 +285,7 @@ def synced(monkeypatch):
     return paths
 
 
-@pytest.mark.parametrize("name", set(WRITERS) - {"train.lock", "metrics.jsonl"})
+@pytest.mark.parametrize("name", sorted(set(WRITERS) - {"train.lock", "metrics.jsonl"}))
 def test_files_and_their_folders_are_synced(name, tmp_path, synced):
     WRITERS[name](tmp_path)
     folder = str((tmp_path / name).parent)
