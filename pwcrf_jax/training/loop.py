@@ -115,8 +115,9 @@ def checked_dataset(config, workdir=""):
 
 
 def _check_start(config):
-    if config.init_from and not os.path.exists(config.init_from):
-        raise WeightsError(f"config.init_from = {config.init_from!r} does not exist")
+    if config.init_from and not (os.path.isfile(config.init_from) or os.path.isdir(config.init_from)):
+        there = "is neither a file nor a folder" if os.path.exists(config.init_from) else "does not exist"
+        raise WeightsError(f"config.init_from = {config.init_from!r} {there}")
     freezing.check_before_data(config)
 
 
