@@ -157,6 +157,7 @@ slow = pytest.mark.slow
         (["--config.train.steps=abc"], {}, "config.train.steps = 'abc' must be"),
         pytest.param(["--heartbeat=x"], {}, "flag --heartbeat=x", marks=slow),
         pytest.param(["--num_processes=3"], {}, "--num_processes=3, process 0", marks=slow),
+        pytest.param(["--process_id=0"], {}, "two processes were started with --process_id=0", marks=slow),
         pytest.param(["--config=configs/voc_vgg16.py"], {}, "config.", marks=slow),
         pytest.param([], {"JAX_DEFAULT_MATMUL_PRECISION": "bfloat16"}, "jax_default_matmul_precision", marks=slow),
         pytest.param([], {"JAX_NUM_CPU_DEVICES": "1"}, "the devices: ", marks=slow),
