@@ -18,6 +18,8 @@ CORE = (
     "piecewise",
     "objectives",
     "mean_field",
+    "arrays",
+    "arguments",
     "permutohedral",
     "gaussian",
     "dense_crf",
