@@ -36,7 +36,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from pwcrf_jax.streams import say
-from pwcrf_jax.training import cli, distributed, evaluate, predict, refinement, tuning
+from pwcrf_jax.training import cli, distributed, evaluate, image_files, predict, refinement, tuning
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training.logs import log
 
@@ -202,6 +202,7 @@ def main(_):
     workdir, config = cli.require("workdir"), cli.require("config")
     options = flags.FLAGS
     predicting = _check_flags(options)
+    configs.validate(config, batches=())
     if options["tune-refinement"].value:
         mode = "spatial" if options.refine == "spatial" else "full"
         result = tuning.tune(config, workdir, options.checkpoint, options.split, mode, options.trials)
@@ -261,7 +262,8 @@ def _predict(config, workdir, options):
         overwrite=options.overwrite,
     )
     if result["failed"]:
-        log.info("%d images could not be read: %s", len(result["failed"]), ", ".join(result["failed"]))
+        named = [*map(image_files.shown, result["failed"][:20]), *["..."] * (len(result["failed"]) > 20)]
+        log.info("%d images were not predicted: %s", len(result["failed"]), ", ".join(named))
     print(json.dumps(result))
     if result["failed"]:
         sys.exit(cli.FAILED)
@@ -282,7 +284,7 @@ def _name_report(argv):
 def _define_config(argv):
     _name_report(argv)
     workdir = _early(argv[1:], "workdir", "")
-    config = configs.load(os.path.join(workdir, "config.json")) if workdir else ConfigDict()
+    config = configs.load_checked(workdir) if workdir else ConfigDict()
     tuning_now = _early(argv[1:], "tune-refinement", "false").lower() in _YES
     off = _early(argv[1:], "tuned", "true").lower() not in _YES or {"--notuned", "-notuned"} & set(argv)
     if workdir and not off and not tuning_now:

@@ -174,6 +174,7 @@ def run(args):
             loop.train_and_evaluate(config, str(workdir))
             found = configs.load(workdir / "config.json")  # a finished run is taken as it is
             config.model.input_scaling = found.model.input_scaling  # that of the start weights
+            configs.keep_offsets(config)
             different = [k for k in ("train", "loss", "model", "relations") if found[k] != config[k]]
             if different := different + ["data.train_split"] * (found.data.train_split != config.data.train_split):
                 raise SystemExit(f"{workdir} has another config.{different[0]} than asked for: name another --runs")

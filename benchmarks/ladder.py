@@ -69,7 +69,7 @@ class Setting(NamedTuple):
 
     steps: of a unary. pair_steps: of relations on features that stand still. pair_balance: their
       loss.pairwise_balance_power.
-    boxes: of `BOXES`, in cells: a share of the short side would be another distance in a crop than in the whole image.
+    boxes: of `BOXES`, in cells.
     """
 
     module: Any

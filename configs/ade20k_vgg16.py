@@ -5,7 +5,7 @@
         --config.init_from=PATH/vgg16_weights_tf_dim_ordering_tf_kernels.h5
 """
 
-from configs import default, paper
+from configs import paper
 
 
 def get_config():
@@ -16,8 +16,5 @@ def get_config():
     # Most images have a short side of at most 512, but some are long. That 1600 holds the largest of val is not
     # confirmed; where it does not, the run says so before it trains.
     config.data.eval_size = (1600, 1600)
-    # The paper's boxes on a crop. In cells, as fractions of the padded evaluation image would be four times as large.
-    config.relations.surrounding = default.relation(rows=(-6, 6), cols=(-6, 6), unit="cells", grid=5)
-    config.relations.above_below = default.relation(rows=(-12, -1), cols=(-6, 6), unit="cells", grid=5)
     config.eval.batch_size = 1  # [choice] scores of 150 classes of an image padded to 1600 x 1600 are 1.5 GB
     return config

@@ -13,7 +13,7 @@ def get_config():
     config.data.name = "cityscapes"
     config.data.num_classes = 19
     config.data.eval_size = (1040, 2080)  # all images are 1024 x 2048; times 1.2: 78 x 156 cells of the stride
-    # [choice] Crops have the full height: a lower one would shrink the boxes, fractions of it, in training only.
+    # [choice] Crops have the full height, of which the boxes are fractions.
     config.data.crop_size = (1040, 1040)
     config.eval.batch_size = 2  # [choice] whole images are large
     return config

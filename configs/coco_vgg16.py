@@ -5,7 +5,7 @@
         --config.init_from=PATH/vgg16_weights_tf_dim_ordering_tf_kernels.h5
 """
 
-from configs import default, paper
+from configs import paper
 
 
 def get_config():
@@ -14,9 +14,6 @@ def get_config():
     config.data.num_classes = 81
     config.data.crop_size = (400, 400)  # [choice] times 1.2: 30 x 30 cells of the stride
     config.data.eval_size = (640, 640)  # times 1.2: 48 x 48 cells; a run refuses larger images before it trains
-    # The paper's boxes on a crop. In cells, as fractions of the padded evaluation image would be 1.6 times as large.
-    config.relations.surrounding = default.relation(rows=(-6, 6), cols=(-6, 6), unit="cells", grid=5)
-    config.relations.above_below = default.relation(rows=(-12, -1), cols=(-6, 6), unit="cells", grid=5)
     config.train.steps = 120_000  # [choice] 8 epochs
     config.train.eval_every = 20_000
     config.train.checkpoint_every = 2000

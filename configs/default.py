@@ -4,8 +4,13 @@ from ml_collections import ConfigDict
 
 
 def relation(rows, cols, unit="short_side", grid=0, parameterisation=""):
-    """A range box; see `pwcrf_jax.relations.Relation`. grid 0: all offsets; parameterisation "": the model's."""
-    return ConfigDict(dict(rows=rows, cols=cols, unit=unit, grid=grid, parameterisation=parameterisation))
+    """A range box; see `pwcrf_jax.relations.Relation`. grid 0: all offsets; parameterisation "": the model's.
+
+    Its offsets are made once, on the grid of data.crop_size, and kept by the run in row_offsets and col_offsets, in
+    cells, of which every pair but (0, 0) is one: nothing that comes later changes the distances that a net is used at.
+    """
+    own = dict(row_offsets=(), col_offsets=())  # (): of the box
+    return ConfigDict(dict(rows=rows, cols=cols, unit=unit, grid=grid, parameterisation=parameterisation) | own)
 
 
 def get_config():
@@ -13,7 +18,7 @@ def get_config():
     config.seed = 0
     # A file of pretrained weights (.h5, .safetensors), or the workdir of a run to start from; "": random.
     config.init_from = ""
-    config.compilation_cache = True  # compiled programs are kept in the workdir, for the next start
+    config.compilation_cache = True  # compiled programs are kept in ~/.cache/pwcrf_jax, for the next start
 
     config.data = ConfigDict()
     config.data.name = "synthetic"  # see docs/datasets.md
@@ -27,6 +32,8 @@ def get_config():
     config.data.eval_size = (192, 256)  # every image is padded to this size; the largest of the set
     config.data.scale_range = (0.7, 1.2)
     config.data.flip = True
+    # Of one image or mask, at most: a damaged header may claim any size. Larger ones need memory, see config.tiles.
+    config.data.max_pixels = 89_478_485
     config.data.num_threads = 2
     config.data.num_workers = 0  # processes that read training images instead of the threads; 0: none
     config.data.synthetic = ConfigDict(dict(num_train=400, num_val=100, image_size=(192, 256), seed=0))

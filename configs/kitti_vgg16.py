@@ -14,7 +14,7 @@ def get_config():
     config = paper.get_config()
     config.data.name = "kitti"
     config.data.num_classes = 11
-    # Images are at most 376 x 1241. Crops have the full height, so that boxes, fractions of it, are as in evaluation.
+    # Images are at most 376 x 1241. Crops have the full height, of which the boxes are fractions.
     config.data.crop_size = (400, 800)  # [choice] times 1.2: 30 x 60 cells of the stride
     config.data.eval_size = (400, 1280)
     return config

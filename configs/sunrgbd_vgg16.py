@@ -17,7 +17,7 @@ def get_config():
     config.data.num_classes = 37
     config.data.eval_split = "test"
     # The largest images are 531 rows high (RealSense) and 730 columns wide (Kinect v2). Crops are as high as what is
-    # evaluated: the boxes, fractions of the short side, are then the same.
+    # evaluated, as the boxes are fractions of their short side.
     config.data.crop_size = (560, 560)  # [choice] times 1.2: 42 x 42 cells of the stride
     config.data.eval_size = (560, 760)
     config.train.eval_every = 0  # test is scored once, at the end

@@ -19,6 +19,7 @@ import pwcrf_jax as pw
 CLASSES = SEA, FIELD, BOAT, CAR = range(4)
 COLOURS = np.array([(0.1, 0.3, 0.9), (0.2, 0.8, 0.2), (0.9, 0.1, 0.1), (0.9, 0.1, 0.1)])
 HEIGHT, WIDTH, HIDDEN = 8, 16, 32
+BOX = pw.offsets(pw.SURROUNDING, HEIGHT, WIDTH)  # on the grid of training, once: the net learns these distances alone
 
 
 def scenes(count, rng):
@@ -43,9 +44,8 @@ class Net(nnx.Module):
         x = nnx.relu(self.features(images))
         unary = self.unary(x)
         evidence = jax.lax.stop_gradient(jax.nn.log_softmax(unary))  # so that the pairwise net learns context alone
-        box = pw.offsets(pw.SURROUNDING, *unary.shape[1:3])
         parts = self.first_p(x), self.first_q(x), self.last[...], self.bias[...]
-        return unary, pw.factored_pairwise(*parts, box, evidence)
+        return unary, pw.factored_pairwise(*parts, BOX, evidence)
 
 
 @nnx.jit

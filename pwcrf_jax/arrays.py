@@ -1,4 +1,4 @@
-"""How the core meets JAX: programs that are compiled once, batches that are laid over meshes, products in full precision."""
+"""How the core meets JAX: programs compiled once, batches laid over meshes, products in full precision."""
 
 import functools
 import inspect
@@ -32,22 +32,23 @@ def level(*arrays):
     return [x.reshape((1,) * (rank - x.ndim) + x.shape) for x in arrays]
 
 
+def precision(*operands):
+    """Of products: what was given in float32 is multiplied in float32, which TPUs and recent GPUs do not do unasked.
+
+    They would round it to bfloat16 or TF32. On a TPU it takes some 6 passes of bfloat16 for one. Operands of half
+    precision have nothing to lose and are multiplied at full speed.
+    """
+    return jax.lax.Precision.HIGHEST if any(x.dtype.itemsize >= 4 for x in operands) else None
+
+
 def matmul(x, y):
-    """Matrix product of two arrays of one dtype, summed and returned in float32; see `_precision`."""
-    return jnp.matmul(x, y, precision=_precision(x, y), preferred_element_type=jnp.float32)
+    """Matrix product of two arrays of one dtype, summed and returned in float32, in the `precision` of its operands."""
+    return jnp.matmul(x, y, precision=precision(x, y), preferred_element_type=jnp.float32)
 
 
 def einsum(subscripts, x, y):
-    """`jax.numpy.einsum` of two arrays of one dtype, summed and returned in float32; see `_precision`."""
-    return jnp.einsum(subscripts, x, y, precision=_precision(x, y), preferred_element_type=jnp.float32)
-
-
-def _precision(*operands):
-    """What was given in float32 is multiplied in float32: TPUs and recent GPUs would round it to bfloat16 or TF32.
-
-    Operands of half precision have nothing to lose, and are multiplied at full speed.
-    """
-    return jax.lax.Precision.HIGHEST if any(x.dtype.itemsize >= 4 for x in operands) else None
+    """`jax.numpy.einsum` of two arrays, as `matmul`."""
+    return jnp.einsum(subscripts, x, y, precision=precision(x, y), preferred_element_type=jnp.float32)
 
 
 def compiled(out=None):
@@ -73,7 +74,8 @@ def compiled(out=None):
             specs = jax.P() if out is None else out(*args, **settings)
             is_spec = lambda x: isinstance(x, jax.P)
             layout = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs, is_leaf=is_spec)
-            return jax.sharding.auto_axes(functools.partial(function, **settings), axes=axes, out_sharding=layout)(*args)
+            bound = functools.partial(function, **settings)
+            return jax.sharding.auto_axes(bound, axes=axes, out_sharding=layout)(*args)
 
         static = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
         return jax.jit(laid_out, static_argnames=static, inline=True)
@@ -82,7 +84,7 @@ def compiled(out=None):
 
 
 def batch_spec(x, own_axes):
-    """How the leading axes of x are laid out on a mesh of Explicit axes; own_axes: the others, of one image or graph."""
+    """How the leading axes of x are laid out on a mesh of Explicit axes; own_axes: the others, of one image."""
     return tuple(jax.typeof(x).sharding.spec)[: x.ndim - own_axes]
 
 

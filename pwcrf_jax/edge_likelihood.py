@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pwcrf_jax import costs
+from pwcrf_jax.arrays import matmul
 
 
 def sum_over_edges(a, b, w2, b2, evidence, weight, labels, mask, offsets, chunk_edges=None, sample=None):
@@ -118,19 +119,19 @@ def _walk_chunks(reach, a, b, w2, b2, evidence, weight, labels, mask, chunks, gr
         # A scatter as a product with zeros and ones: always summed in one order, on any device.
         select = jax.nn.one_hot(rows, height, axis=0, dtype=jnp.float32)
         select = jnp.broadcast_to(select, (num_images, *select.shape))
-        flat = jnp.matmul(select, x.reshape(num_images, len(rows), -1), precision="highest")
+        flat = matmul(select, x.reshape(num_images, len(rows), -1))
         return total + flat.reshape(total.shape)
 
     def body(state, chunk):
         shift = lambda x: jax.lax.dynamic_slice_in_dim(x, reach + chunk.col, width, axis=2)
         edges = lambda x: x.reshape(num_images * len(chunk.p) * width, *x.shape[3:])
         q = {name: shift(x)[:, chunk.q] for name, x in at_q.items()}
-        weight_p = weight[:, chunk.p] * chunk.valid[:, None]
+        weight_p = weight[:, chunk.p] * chunk.valid[None, :, None]
         edge_weight = edges(weight_p * q["weight"][..., 0])
         # What masked nodes hold, NaN and infinities too, reaches neither the sum nor gradients.
         counts = edges(mask[:, chunk.p] & q["mask"][..., 0])[:, None]
         hidden = jax.nn.relu(jnp.where(counts, edges(a[:, chunk.p] + q["b"]), 0))
-        scores = jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32) + bias
+        scores = matmul(hidden, matrix) + bias[None]
         if evidence is not None:
             at_p, at_q_end = (jnp.where(counts, edges(e), 0) for e in (evidence[:, chunk.p], q["evidence"]))
             scores = scores + (at_p[:, :, None] + at_q_end[:, None, :]).reshape(scores.shape)
@@ -139,17 +140,18 @@ def _walk_chunks(reach, a, b, w2, b2, evidence, weight, labels, mask, chunks, gr
         highest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
         exp = jnp.exp(scores - highest)
         norm = jnp.sum(exp, axis=-1, keepdims=True)
-        value = (jnp.take_along_axis(scores, index, axis=-1) - highest - jnp.log(norm))[:, 0]
+        value = (jnp.take_along_axis(scores, index, axis=-1) - highest - jnp.log(norm))
+        value = jnp.where(counts, value, 0.0)[:, 0]
         total = state["total"] + jnp.sum(edge_weight * value)
         if not gradient:
             return {"total": total}
-        picked = index == jnp.arange(k * k, dtype=jnp.int32)
+        picked = index == jnp.arange(k * k, dtype=jnp.int32)[None]
         d_scores = jnp.where(picked, edge_weight[:, None], 0.0) - exp * (edge_weight[:, None] / norm)
         narrow = d_scores.astype(a.dtype)
-        d_hidden = jnp.matmul(narrow, matrix.T, preferred_element_type=jnp.float32)
+        d_hidden = matmul(narrow, matrix.T)
         d_hidden = jnp.where(hidden > 0, d_hidden, 0.0)
         new = dict(total=total, bias=state["bias"] + jnp.sum(d_scores, axis=0))
-        new["matrix"] = state["matrix"] + jnp.matmul(hidden.T, narrow, preferred_element_type=jnp.float32)
+        new["matrix"] = state["matrix"] + matmul(hidden.T, narrow)
 
         def add(name, at_p, at_q):
             """Adds what flows to p, and to q through the shift."""
@@ -162,7 +164,8 @@ def _walk_chunks(reach, a, b, w2, b2, evidence, weight, labels, mask, chunks, gr
 
         add("hidden", d_hidden, d_hidden)
         value = value.reshape(weight_p.shape)
-        add("weight", (value * q["weight"][..., 0] * chunk.valid[:, None])[..., None], (value * weight_p)[..., None])
+        to_p = value * q["weight"][..., 0] * chunk.valid[None, :, None]
+        add("weight", to_p[..., None], (value * weight_p)[..., None])
         if evidence is not None:
             pair = d_scores.reshape(-1, k, k)
             add("evidence", jnp.sum(pair, axis=2), jnp.sum(pair, axis=1))

@@ -6,15 +6,18 @@ The schedule is parallel: all nodes are updated at once from the marginals of th
 wide hardware but it is *not* a descent method: with strong couplings the free energy can rise and labels can flip for
 ever. Damping mixes the old log marginals into the new ones; 0.5 converged in every random small graph tried. The
 returned change per iteration shows which case one is in.
+
+A score of -inf rules a label out: its marginal is 0. A pair score of -inf counts as `pairwise.RULED_OUT`. A node all of
+whose labels are ruled out has no marginals: they are NaN, and it neither sends nor receives, like a masked one.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pwcrf_jax import pairwise
+from pwcrf_jax import inputs, pairwise
+from pwcrf_jax.arrays import as_array, batch_spec, compiled, level
 
 
 class MeanFieldInfo(NamedTuple):
@@ -32,11 +35,19 @@ def init(unary):
     Returns:
       float32, the shape of unary.
     """
-    return jax.nn.log_softmax(unary.astype(jnp.float32), axis=-1)
+    return jax.nn.log_softmax(as_array(unary).astype(jnp.float32), axis=-1)
 
 
 def step(
-    log_marginals, unary, potentials, weights=None, damping=0.0, normalize=False, node_mask=None, chunk_edges=None
+    log_marginals,
+    unary,
+    potentials,
+    weights=None,
+    damping=0.0,
+    normalize=False,
+    node_mask=None,
+    chunk_edges=None,
+    route="folded",
 ):
     """One parallel update of all nodes.
 
@@ -45,15 +56,18 @@ def step(
     Args:
       log_marginals: float32 [..., num_nodes, K] or [..., H, W, K].
       unary: scores z, float, same shape.
-      potentials: sequence of `PairwiseTable`, or of `FactoredPairwise` and `GridScores`, one a relation. May be empty:
-        then a unary of three axes or more is read as [..., H, W, K].
-      weights: sequence or array of one weight a relation; None: 1 (the paper). Piecewise-trained potentials over-count,
-        so weights below 1 are worth choosing on held-out data. Differentiable.
-      damping: 0 (none) to below 1, the share of the old log marginals.
+      potentials: sequence of `PairwiseTable`, or of `FactoredPairwise` and `GridScores`, one a relation; a mapping of
+        names to them; or one alone. May be empty: then a unary of three axes or more is read as [..., H, W, K].
+      weights: sequence or array of one weight a relation; a mapping of the same names; or one number for all. None: 1
+        (the paper). Piecewise-trained potentials over-count, so weights below 1 are worth choosing on held-out data.
+        Differentiable.
+      damping: 0 (none) to below 1, the share of the old log marginals. May be traced.
       normalize: divide each node's messages by their number, relation by relation, so that one weight serves maps and
         boxes of any size; False: plain sums (the paper).
-      node_mask: bool [..., num_nodes] or [..., H, W]; false nodes (void, padding) neither send nor receive.
+      node_mask: bool [..., num_nodes] or [..., H, W]; false nodes (void, padding) neither send nor receive, and may
+        hold anything.
       chunk_edges: of `pairwise.messages`.
+      route: of `pairwise.prepare_messages`, for this one step.
 
     Returns:
       (log_marginals, change): the new state, float32, and the largest |Q_new - Q_old| of each image, float32
@@ -62,19 +76,61 @@ def step(
     Raises:
       ValueError: as `run`.
     """
-    _check(unary, potentials, 1, weights, damping)
-    marginals = jnp.exp(log_marginals)
-    total = unary.astype(jnp.float32)
+    unary, potentials, weights = inputs.model(unary, potentials, weights)
+    inputs.check_schedule(1, damping, route)
+    arrays = (as_array(log_marginals), unary, potentials, weights, (1.0 - damping, damping), inputs.mask(node_mask))
+    return _step(*arrays, normalize=normalize, chunk_edges=chunk_edges, route=route)
+
+
+def _step_layout(state, unary, potentials, *rest, **settings):
+    batch = batch_spec(unary, -_image_axes(unary, potentials)[0])
+    return jax.P(*batch), jax.P(*batch)
+
+
+@compiled(_step_layout)
+def _step(state, unary, potentials, weights, shares, node_mask, *, normalize, chunk_edges, route):
+    unary, takes_part, empty = _sound(unary, node_mask, state)
+    state = jnp.where(empty[..., None], 0.0, state)
+    potentials = [pairwise.prepare_messages(p, 1, route, takes_part) for p in potentials]
+    new, change = _update(state, unary, potentials, weights, shares, takes_part, normalize, chunk_edges)
+    return jnp.where(empty[..., None], jnp.nan, new), change
+
+
+def _sound(unary, node_mask, *others):
+    """(unary, float32, with zeros at empty nodes; which nodes send and receive; which are empty, both [...] bool).
+
+    Empty are nodes without marginals: all labels are ruled out, or a mask hides that they are not numbers.
+    """
+    unary = unary.astype(jnp.float32)
+    best = jnp.max(unary, axis=-1)
+    takes_part = best != -jnp.inf
+    if node_mask is not None:
+        takes_part = jnp.logical_and(*level(takes_part, node_mask))
+    holds = jnp.isfinite(best)
+    for other in others:
+        holds &= jnp.isfinite(jnp.max(other, axis=-1))
+    empty = ~takes_part & ~holds
+    return jnp.where(empty[..., None], 0.0, unary), takes_part, empty
+
+
+def _update(state, unary, potentials, weights, shares, takes_part, normalize, chunk_edges):
+    """`step` of what is sound."""
+    marginals = jnp.exp(state)
+    total = unary
     for i, potential in enumerate(potentials):
-        message, count = pairwise.messages(potential, marginals, node_mask, chunk_edges)
+        message, count = pairwise.prepared_messages(potential, marginals, takes_part, chunk_edges)
         if normalize:
             message = message / jnp.maximum(count, 1.0)[..., None]
-        total = total + (1.0 if weights is None else weights[i]) * message
+        total = total + (1.0 if weights is None else jnp.asarray(weights[i], jnp.float32)) * message
     updated = jax.nn.log_softmax(total, axis=-1)
-    updated = jax.nn.log_softmax((1.0 - damping) * updated + damping * log_marginals, axis=-1)
-    change = jnp.abs(jnp.exp(updated) - marginals)
-    if node_mask is not None:
-        change = jnp.where(node_mask[..., None], change, 0.0)
+    new, old = (jnp.asarray(share, jnp.float32) for share in shares)
+    # Minus infinity times a share of 0 would be NaN.
+    rules_out = lambda x, share: (x == -jnp.inf) & (share > 0)
+    finite = lambda x: jnp.where(x == -jnp.inf, 0.0, x)
+    mixed = new * finite(updated) + old * finite(state)
+    mixed = jnp.where(rules_out(updated, new) | rules_out(state, old), -jnp.inf, mixed)
+    updated = jax.nn.log_softmax(mixed, axis=-1)
+    change = jnp.where(takes_part[..., None], jnp.abs(jnp.exp(updated) - marginals), 0.0)
     return updated, jnp.max(change, axis=_image_axes(unary, potentials))
 
 
@@ -103,9 +159,10 @@ def run(
       (log_marginals, MeanFieldInfo): float32, the shape of unary; changes [num_iterations, ...batch].
 
     Raises:
+      TypeError: what is no potential.
       ValueError: mixed encodings, an unknown route, a number of weights other than the number of potentials, damping
-        outside [0, 1) where it is a Python number, a negative number of iterations, other classes or another grid in
-        a potential than in the unary.
+        outside [0, 1) where it can be seen, a negative number of iterations, other classes or another grid in
+        a potential than in the unary, names of weights other than those of the potentials.
 
     Examples:
       >>> unary = jnp.array([[0.0, 2.0], [0.0, 0.0]])  # node 0 is for class 1, node 1 undecided
@@ -117,39 +174,35 @@ def run(
       >>> info.change.shape
       (3,)
     """
-    potentials = list(potentials)
-    _check(unary, potentials, num_iterations, weights, damping)
+    unary, potentials, weights = inputs.model(unary, potentials, weights)
+    inputs.check_schedule(num_iterations, damping, route)
+    arrays = (unary, potentials, weights, (1.0 - damping, damping), inputs.mask(node_mask))
+    settings = dict(num_iterations=int(num_iterations), normalize=normalize, route=route, chunk_edges=chunk_edges)
+    return _run(*arrays, **settings)
+
+
+def _run_layout(unary, potentials, *rest, **settings):
+    batch = batch_spec(unary, -_image_axes(unary, potentials)[0])
+    return jax.P(*batch), MeanFieldInfo(jax.P(None, *batch))
+
+
+@compiled(_run_layout)
+def _run(unary, potentials, weights, shares, node_mask, *, num_iterations, normalize, route, chunk_edges):
     if not potentials:
         batch = unary.shape[: len(_image_axes(unary, potentials)) * -1]
         return init(unary), MeanFieldInfo(jnp.zeros((num_iterations, *batch), jnp.float32))
-
-    potentials = [pairwise.prepare_messages(p, num_iterations, route) for p in potentials]
+    unary, takes_part, empty = _sound(unary, node_mask)
+    potentials = [pairwise.prepare_messages(p, num_iterations, route, takes_part) for p in potentials]
 
     def body(state, _):
-        return step(state, unary, potentials, weights, damping, normalize, node_mask, chunk_edges)
+        return _update(state, unary, potentials, weights, shares, takes_part, normalize, chunk_edges)
 
     # Rematerialised: else the scan keeps the hidden units of all edges, as they are the same in each iteration.
     state, change = jax.lax.scan(jax.checkpoint(body), init(unary), None, length=num_iterations)
-    return state, MeanFieldInfo(change)
+    return jnp.where(empty[..., None], jnp.nan, state), MeanFieldInfo(change)
 
 
-def _image_axes(unary, potentials: Sequence) -> tuple[int, ...]:
+def _image_axes(unary, potentials) -> tuple[int, ...]:
     """The axes of one image, nodes and classes."""
     grid = unary.ndim > 2 if not potentials else not isinstance(potentials[0], pairwise.PairwiseTable)
     return (-3, -2, -1) if grid else (-2, -1)
-
-
-def _check(unary, potentials, num_iterations, weights, damping):
-    if len({isinstance(p, pairwise.PairwiseTable) for p in potentials}) > 1:
-        raise ValueError("potentials mix PairwiseTable and FactoredPairwise: expand with `pairwise.to_table` first")
-    if num_iterations < 0:
-        raise ValueError(f"num_iterations must be at least 0, got {num_iterations}")
-    if weights is not None and len(weights) != len(potentials):
-        raise ValueError(f"expected {len(potentials)} weights, one a potential, got {len(weights)}")
-    if isinstance(damping, (int, float)) and not 0 <= damping < 1:
-        raise ValueError(f"damping must lie in [0, 1), got {damping}")
-    for p in potentials:
-        if p.num_classes != unary.shape[-1]:
-            raise ValueError(f"unary scores have {unary.shape[-1]} classes, a potential has {p.num_classes}")
-        if not isinstance(p, pairwise.PairwiseTable) and p.grid != unary.shape[-3:-1]:
-            raise ValueError(f"unary grid is {unary.shape[-3:-1]}, a potential's is {p.grid}")

@@ -10,33 +10,48 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pwcrf_jax.arrays import as_array, batch_spec, compiled, level, seen
+from pwcrf_jax.labels import VOID, checked, integers, split
 
-def confusion_matrix(predictions, labels, num_classes, void=255):
+
+def confusion_matrix(predictions, labels, num_classes, void=VOID):
     """Counts of (true class, predicted class).
 
     Args:
-      predictions: int [...], 0..num_classes-1.
-      labels: int [...], same shape; pixels whose label is `void` count for nothing.
+      predictions: int [...], 0..num_classes-1 where the label counts. Others are refused where they can be seen; under
+        `jit` their pixels count for nothing.
+      labels: int [...], same shape, 0..num_classes-1; pixels whose label is `void` count for nothing. Others as in
+        predictions.
       num_classes: static.
+      void: the void label, static and outside 0..num_classes-1; -1 in much other code.
 
     Returns:
       int32 [num_classes, num_classes]; [t, p] is the number of pixels of class t that were given class p.
 
     Raises:
-      ValueError: shapes that differ, or values that are not integers.
+      ValueError: shapes that differ; values that are not integers, or neither class nor void; a void that is a class.
 
     Examples:
       >>> pw.confusion_matrix(jnp.array([0, 0, 1, 1]), jnp.array([0, 1, 1, 255]), num_classes=2).tolist()
       [[1, 0], [1, 1]]
     """
+    predictions, labels = integers(predictions, "predictions"), integers(labels)
     if predictions.shape != labels.shape:
         raise ValueError(f"expected predictions and labels of one shape, got {predictions.shape} and {labels.shape}")
-    for name, x in (("predictions", predictions), ("labels", labels)):
-        if not jnp.issubdtype(x.dtype, jnp.integer):
-            raise ValueError(f"expected integer {name}, got {x.dtype}")
-    valid = labels != void
-    index = jnp.where(valid, labels, 0).astype(jnp.int32) * num_classes + predictions.astype(jnp.int32)
-    flat = jnp.zeros(num_classes * num_classes, jnp.int32).at[index.ravel()].add(valid.ravel().astype(jnp.int32))
+    labels = checked(labels, num_classes, void)
+    if seen(labels):
+        counts = np.asarray(jax.device_get(labels)).astype(np.int64) != void
+        remedy = f"set labels to {void} where there is no prediction"
+        checked(predictions, num_classes, None, mask=counts, name="predictions", remedy=remedy)
+    return _counts(predictions, labels, num_classes=num_classes)
+
+
+@compiled()
+def _counts(predictions, labels, *, num_classes):
+    (row, labelled), (column, predicted) = split(labels, num_classes), split(predictions, num_classes)
+    index = row * num_classes + column
+    counts = (labelled & predicted).ravel().astype(jnp.int32)
+    flat = jnp.zeros(num_classes * num_classes, jnp.int32).at[index.ravel()].add(counts)
     return flat.reshape(num_classes, num_classes)
 
 
@@ -53,8 +68,12 @@ def boundary_band(labels, width, mask=None):
     Returns:
       bool [..., H, W].
     """
-    valid = jnp.ones(labels.shape, bool) if mask is None else mask
-    labels = labels.astype(jnp.int32)
+    return _band(integers(labels), None if mask is None else as_array(mask).astype(bool), width=width)
+
+
+@compiled(lambda labels, mask, width: jax.P(*batch_spec(labels, 2)))
+def _band(labels, mask, *, width):
+    labels, valid = level(labels.astype(jnp.int32), jnp.ones(labels.shape, bool) if mask is None else mask)
     limits = jnp.iinfo(jnp.int32)
     highest = _pool(jnp.where(valid, labels, limits.min), width, jax.lax.max, limits.min)
     lowest = _pool(jnp.where(valid, labels, limits.max), width, jax.lax.min, limits.max)

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pwcrf_jax import mean_field, pairwise, piecewise
+from pwcrf_jax import inputs, mean_field, pairwise, piecewise
+from pwcrf_jax.arrays import as_array, compiled
+from pwcrf_jax.labels import VOID, checked, split
 
 MAX_LABELLINGS = 2**20
 """The most that `exact_log_likelihood` enumerates: beyond it the table of all labellings takes hundreds of MB."""
@@ -24,7 +26,7 @@ def pseudo_log_likelihood(
     labels,
     weights=None,
     normalize=False,
-    void=piecewise.VOID,
+    void=VOID,
     node_weights=None,
     chunk_edges=None,
     route="auto",
@@ -39,10 +41,10 @@ def pseudo_log_likelihood(
 
     Args:
       unary: scores z, float [..., num_nodes, K] for tables or [..., H, W, K] for factored potentials.
-      potentials: sequence of one encoding, as in `mean_field.step`.
-      labels: int of the nodes' shape, [..., num_nodes] or [..., H, W]; nodes of label `void` count for nothing and send
-        nothing.
-      void: the void label.
+      potentials: of one encoding, as in `mean_field.step`.
+      labels: int of the nodes' shape, [..., num_nodes] or [..., H, W]; nodes of label `void` count for nothing, send
+        nothing and may hold anything. Other labels than 0..K-1 as in `piecewise.unary_log_likelihood`.
+      void: the void label, static and outside 0..K-1.
       weights, normalize, chunk_edges, route: as in `mean_field.run`.
       node_weights: float of the nodes' shape or None (1), for the sum and the count.
 
@@ -50,12 +52,23 @@ def pseudo_log_likelihood(
       (sum, count): float32 scalars.
 
     Raises:
-      ValueError: labels that are not integers or not of the nodes' shape, and what `mean_field.run` refuses.
+      ValueError: labels as in `piecewise.unary_log_likelihood`, and what `mean_field.run` refuses.
     """
-    known, truth = _truth(unary, labels, void)
-    potentials = [pairwise.prepare_messages(p, 1, route) for p in potentials]
-    log_probs, _ = mean_field.step(truth, unary, potentials, weights, 0.0, normalize, known, chunk_edges)
-    return piecewise.unary_log_likelihood(log_probs, labels, void, node_weights)
+    unary, potentials, weights = inputs.model(unary, potentials, weights)
+    inputs.check_schedule(1, 0.0, route)
+    labels = checked(labels, unary.shape[-1], void, unary.shape[:-1])
+    arrays = (unary, potentials, labels, weights, as_array(node_weights))
+    return _pseudo(*arrays, normalize=normalize, chunk_edges=chunk_edges, route=route)
+
+
+@compiled()
+def _pseudo(unary, potentials, labels, weights, node_weights, *, normalize, chunk_edges, route):
+    safe, known = split(labels, unary.shape[-1])
+    one_hot = jax.nn.one_hot(safe, unary.shape[-1], dtype=jnp.float32)
+    # log 0 without an infinity, which damping would multiply by zero.
+    truth = jnp.where(one_hot > 0, 0.0, -1e9)
+    log_probs, _ = mean_field.step(truth, unary, potentials, weights, 0.0, normalize, known, chunk_edges, route)
+    return piecewise.unary_log_likelihood(log_probs, labels, -1, node_weights)
 
 
 def unrolled_log_likelihood(
@@ -66,7 +79,7 @@ def unrolled_log_likelihood(
     weights=None,
     damping=0.0,
     normalize=False,
-    void=piecewise.VOID,
+    void=VOID,
     node_mask=None,
     node_weights=None,
     chunk_edges=None,
@@ -88,16 +101,25 @@ def unrolled_log_likelihood(
       (sum, count): float32 scalars.
 
     Raises:
-      ValueError: labels that are not integers or not of the nodes' shape, and what `mean_field.run` refuses.
+      ValueError: labels as in `piecewise.unary_log_likelihood`, and what `mean_field.run` refuses.
     """
+    unary, potentials, weights = inputs.model(unary, potentials, weights)
+    node_mask = inputs.mask(node_mask)
+    labels = checked(labels, unary.shape[-1], void, unary.shape[:-1], node_mask)
     settings = (num_iterations, weights, damping, normalize, node_mask, route, chunk_edges)
     log_marginals, _ = mean_field.run(unary, potentials, *settings)
-    if node_mask is not None:
-        labels = jnp.where(node_mask, labels, void)
-    return piecewise.unary_log_likelihood(log_marginals, labels, void, node_weights)
+    return _of_nodes(log_marginals, labels, node_mask, as_array(node_weights))
 
 
-def exact_log_likelihood(unary, potentials, labels, weights=None, void=piecewise.VOID):
+@compiled()
+def _of_nodes(log_marginals, labels, node_mask, node_weights):
+    """The log marginals of the labels, of nodes that have one and are not masked."""
+    safe, valid = split(labels, log_marginals.shape[-1])
+    labels = jnp.where(valid if node_mask is None else valid & node_mask, safe, -1)
+    return piecewise.unary_log_likelihood(log_marginals, labels, -1, node_weights)
+
+
+def exact_log_likelihood(unary, potentials, labels, weights=None, void=VOID):
     """log P(y | x) of the CRF itself, with its partition function by enumeration: tiny graphs, for tests and lessons.
 
         log P(y | x) = log sum_{y' agrees with y} exp s(y') - log sum_{y'} exp s(y'),
@@ -107,10 +129,10 @@ def exact_log_likelihood(unary, potentials, labels, weights=None, void=piecewise
 
     Args:
       unary: scores of one graph, [num_nodes, K] or [H, W, K]; batch with `jax.vmap`.
-      potentials: sequence of `PairwiseTable` or `FactoredPairwise` (which is expanded).
-      labels: int [num_nodes] or [H, W].
+      potentials: of `PairwiseTable` or `FactoredPairwise` (which is expanded), as in `mean_field.step`.
+      labels: int [num_nodes] or [H, W]; void and others as in `piecewise.unary_log_likelihood`.
       weights: as in `mean_field.run`.
-      void: the void label.
+      void: the void label, static and outside 0..K-1.
 
     Returns:
       (sum, count): log P(y | x) and the number of nodes that are not void, float32 scalars.
@@ -124,37 +146,32 @@ def exact_log_likelihood(unary, potentials, labels, weights=None, void=piecewise
       >>> round(float(jnp.exp(total)), 3), float(count)  # 3 / (3 + 1 + 1 + 3)
       (0.375, 2.0)
     """
-    known, _ = _truth(unary, labels, void)
-    num_classes = unary.shape[-1]
+    potentials, weights = inputs.relations(potentials, weights)
     tables = [p if isinstance(p, pairwise.PairwiseTable) else pairwise.to_table(p) for p in potentials]
-    if any(table.num_classes != num_classes for table in tables):
-        raise ValueError(f"unary scores have {num_classes} classes, potentials {[t.num_classes for t in tables]}")
-    if weights is not None and len(weights) != len(tables):
-        raise ValueError(f"expected {len(tables)} weights, one a potential, got {len(weights)}")
-    scores, labels, known = unary.reshape(-1, num_classes).astype(jnp.float32), labels.reshape(-1), known.reshape(-1)
-    if num_classes ** len(scores) > MAX_LABELLINGS:
+    unary, tables, weights = inputs.model(unary, tables, weights)
+    labels = checked(labels, unary.shape[-1], void, unary.shape[:-1])
+    num_nodes, num_classes = labels.size, unary.shape[-1]
+    if num_classes**num_nodes > MAX_LABELLINGS:
         raise ValueError(
-            f"{num_classes} classes on {len(scores)} nodes are more than {MAX_LABELLINGS} labellings; take a smaller "
+            f"{num_classes} classes on {num_nodes} nodes are more than {MAX_LABELLINGS} labellings; take a smaller "
             "graph, or another objective"
         )
-    every = jnp.asarray(np.array(list(itertools.product(range(num_classes), repeat=len(scores))), np.int32))
-    total = jnp.sum(scores[np.arange(len(scores)), every], axis=1)
+    every = np.array(list(itertools.product(range(num_classes), repeat=num_nodes)), np.int32)
+    return _exact(unary, tables, labels, weights, every)
+
+
+@compiled()
+def _exact(unary, tables, labels, weights, every):
+    num_classes = unary.shape[-1]
+    labels, known = split(labels.reshape(-1), num_classes)
+    scores = unary.reshape(-1, num_classes).astype(jnp.float32)
+    total = jnp.sum(scores[np.arange(len(scores))[None], every], axis=1)
     for i, table in enumerate(tables):
-        edges = np.arange(table.p.shape[-1])
+        edges = np.arange(table.p.shape[-1])[None]
         pairs = table.scores.astype(jnp.float32)[edges, every[:, table.p], every[:, table.q]]
-        total = total + (1.0 if weights is None else weights[i]) * jnp.sum(pairs, axis=1)
-    agrees = jnp.all((every == labels) | ~known, axis=1)
+        pairs = jnp.where(pairs == -jnp.inf, pairwise.RULED_OUT, pairs)
+        weight = 1.0 if weights is None else jnp.asarray(weights[i], jnp.float32)
+        total = total + weight * jnp.sum(pairs, axis=1)
+    agrees = jnp.all((every == labels[None]) | ~known[None], axis=1)
     log_p = jax.nn.logsumexp(total, where=agrees) - jax.nn.logsumexp(total)
     return log_p, jnp.sum(known, dtype=jnp.float32)
-
-
-def _truth(unary, labels, void):
-    """(bool, which nodes are labelled; log marginals that are certain of the labels)."""
-    if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != unary.shape[:-1]:
-        raise ValueError(
-            f"expected integer labels of shape {unary.shape[:-1]}, one a node, got {labels.dtype} {labels.shape}"
-        )
-    known = labels != void
-    one_hot = jax.nn.one_hot(jnp.where(known, labels, 0), unary.shape[-1], dtype=jnp.float32)
-    # log 0 without an infinity, which damping would multiply by zero.
-    return known, jnp.where(one_hot > 0, 0.0, -1e9)

@@ -26,6 +26,7 @@ node i's unary already.
 
 import dataclasses
 import functools
+import operator
 from typing import NamedTuple
 
 import jax
@@ -33,7 +34,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pwcrf_jax import costs, relations
+from pwcrf_jax.arrays import as_array, batch_spec, compiled, einsum, level, matmul, of_arrays
 from pwcrf_jax.edge_likelihood import sum_over_edges
+from pwcrf_jax.labels import checked, split
+
+RULED_OUT = -1e9
+"""What a pair score of -inf counts as where it is multiplied: with a marginal of 0 it then makes 0, not NaN."""
 
 ROUTES = ("auto", "folded", "table")
 """How messages can be computed; see `prepare_messages`."""
@@ -141,6 +147,7 @@ def factored_pairwise(a, b, w2, b2, offsets, evidence=None) -> FactoredPairwise:
       >>> pw.to_table(above).scores[0].tolist()  # of the first edge
       [[5.0, 0.0], [0.0, 5.0]]
     """
+    a, b, w2, b2, evidence = map(as_array, (a, b, w2, b2, evidence))
     if a.shape != b.shape or a.ndim < 3:
         raise ValueError(f"expected a and b of one shape [..., H, W, M], got {a.shape} and {b.shape}")
     num_classes = b2.shape[-1]
@@ -170,6 +177,17 @@ def to_table(potential: FactoredPairwise) -> PairwiseTable:
     """
     if not isinstance(potential, FactoredPairwise):
         raise TypeError(f"expected a FactoredPairwise, got {type(potential).__name__}")
+    return _to_table(potential)
+
+
+def _table_layout(potential):
+    batch = batch_spec(potential.a, 3)
+    evidence = None if potential.evidence is None else jax.P(*batch_spec(potential.evidence, 3))
+    return PairwiseTable(jax.P(*batch), jax.P(), jax.P(), evidence)
+
+
+@compiled(_table_layout)
+def _to_table(potential):
     a, b = potential.a, potential.b
     height, width = potential.grid
     box = np.array(potential.offsets, np.int32).reshape(-1, 2)
@@ -189,8 +207,8 @@ def to_table(potential: FactoredPairwise) -> PairwiseTable:
 def _last_layer(hidden, w2, b2):
     """[..., M] -> float32 [..., K, K]; products in the dtype of `hidden`, sums in float32."""
     m, k, _ = w2.shape
-    flat = jnp.matmul(hidden, w2.reshape(m, k * k).astype(hidden.dtype), preferred_element_type=jnp.float32)
-    return flat.reshape(*hidden.shape[:-1], k, k) + b2.astype(jnp.float32)
+    flat = matmul(hidden, w2.reshape(m, k * k).astype(hidden.dtype)).reshape(*hidden.shape[:-1], k, k)
+    return sum(level(flat, b2.astype(jnp.float32)))
 
 
 # --------------------------------------------------------------------------------------------- likelihood
@@ -215,14 +233,17 @@ def sample_offsets(key, num_offsets: int, num_sampled: int):
     return jax.random.choice(key, num_offsets, (num_sampled,), replace=False).astype(jnp.int32)
 
 
-def edge_log_likelihood(potential, labels, node_mask=None, node_weights=None, chunk_edges=None, sample=None):
+def edge_log_likelihood(
+    potential, labels, node_mask=None, node_weights=None, chunk_edges=None, sample=None, void=None
+):
     """Sum and count of log P_V(y_p, y_q | x) over the edges of one relation (Lin et al., CVPR 2016, section 4).
 
         log P_V(y_p, y_q | x) = s_pq[y_p, y_q] - log sum_{k,l} exp s_pq[k, l],   s = z + evidence_p + evidence_q.
 
     Args:
       potential: `PairwiseTable` or `FactoredPairwise`; leading batch axes allowed in both.
-      labels: int, [..., num_nodes] or [..., H, W]; only read where node_mask is true, any value elsewhere.
+      labels: int, [..., num_nodes] or [..., H, W], 0..K-1 or `void`; only read where node_mask is true, any value
+        elsewhere. Other values are refused where they can be seen; under `jit` they are as void.
       node_mask: bool, same shape; false for void and padded nodes. An edge counts only if both its ends do. None: all.
       node_weights: float, same shape: class balancing. An edge weighs w_p w_q. None: 1.
       chunk_edges: static int; a factored potential holds the scores of about so many edges at a time, in whole rows of
@@ -231,6 +252,7 @@ def edge_log_likelihood(potential, labels, node_mask=None, node_weights=None, ch
         from `sample_offsets`; may be traced. The sum
         is then over those offsets, scaled by num_offsets / n: over random samples its expectation, and that of its
         gradient, are those of the full sum. The count is always that of the full sum.
+      void: the label of nodes that count for nothing, static and outside 0..K-1, or None.
 
     Returns:
       (sum, count), float32 scalars: the weighted sum of log-likelihoods over batch and edges, and the sum of weights.
@@ -239,48 +261,79 @@ def edge_log_likelihood(potential, labels, node_mask=None, node_weights=None, ch
     the gradient in the same pass as the sum, chunk by chunk, so that no scores are kept or formed twice.
 
     Raises:
-      ValueError: chunk_edges below 1; a sample for a table, or an empty one.
+      ValueError: labels that are not integers, not of the shape of the nodes, or neither class nor void; chunk_edges
+        below 1; a sample for a table, or an empty one.
       TypeError: `GridScores`, which do not hold what the likelihood needs.
     """
     if isinstance(potential, GridScores):
         raise TypeError("GridScores are for messages: give the FactoredPairwise that they were made from")
-    if chunk_edges is not None and chunk_edges < 1:
-        raise ValueError(f"chunk_edges must be at least 1, or None to choose it, got {chunk_edges}")
-    num_classes = potential.num_classes
-    weight = jnp.ones(labels.shape, jnp.float32) if node_weights is None else node_weights.astype(jnp.float32)
-    if node_mask is not None:
-        node_mask = jnp.asarray(node_mask)
-        weight = jnp.where(node_mask, weight, 0.0)
-    labels = jnp.clip(labels.astype(jnp.int32), 0, num_classes - 1)
-    if isinstance(potential, FactoredPairwise):
-        if sample is not None:
-            sample = jnp.asarray(sample)
-            if sample.ndim != 1 or not sample.size:
-                raise ValueError(f"expected a sample of shape [n], n at least 1, got {sample.shape}")
-        mask = jnp.ones(labels.shape, bool) if node_mask is None else node_mask
-        return _factored_log_likelihood(potential, labels, mask, weight, chunk_edges, sample)
-    if sample is not None:
+    _check_chunk(chunk_edges)
+    factored = isinstance(potential, FactoredPairwise)
+    if sample is not None and not factored:
         raise ValueError("offsets can be sampled on a grid alone: give a FactoredPairwise, or a table of fewer edges")
-    p, q = potential.p, potential.q
-    scores = potential.scores.astype(jnp.float32)
-    if potential.evidence is not None:
-        evidence = potential.evidence.astype(jnp.float32)
-        scores = scores + evidence[..., p, :, None] + evidence[..., q, None, :]
+    sample = as_array(sample)
+    if sample is not None and (sample.ndim != 1 or not sample.size):
+        raise ValueError(f"expected a sample of shape [n], n at least 1, got {sample.shape}")
+    node_mask = None if node_mask is None else as_array(node_mask).astype(bool)
+    if not factored:
+        potential = of_arrays(potential)
+    labels = checked(labels, potential.num_classes, void, mask=node_mask)
+    return _edge_sums(potential, labels, node_mask, as_array(node_weights), sample, chunk_edges=chunk_edges)
+
+
+@compiled()
+def _edge_sums(potential, labels, node_mask, node_weights, sample, *, chunk_edges):
+    labels, mask = split(labels, potential.num_classes)
     if node_mask is not None:
-        scores = jnp.where((node_mask[..., p] & node_mask[..., q])[..., None, None], scores, 0.0)
+        mask = operator.and_(*level(mask, node_mask))
+    weight = jnp.ones((), jnp.float32) if node_weights is None else node_weights.astype(jnp.float32)
+    weight = jnp.where(*level(mask, weight), 0.0)
+    if isinstance(potential, FactoredPairwise):
+        return _factored_log_likelihood(potential, labels, mask, weight, chunk_edges, sample)
+    return _table_log_likelihood(potential, labels, mask, weight)
+
+
+def _table_log_likelihood(potential, labels, mask, weight):
+    p, q, num_classes = potential.p, potential.q, potential.num_classes
+    scores = potential.scores.astype(jnp.float32)
+    evidence = jnp.zeros((1, 1)) if potential.evidence is None else potential.evidence.astype(jnp.float32)
+    batch = jnp.broadcast_shapes(scores.shape[:-3], evidence.shape[:-2], weight.shape[:-1])
+    whole = lambda x, own: jnp.broadcast_to(x, (*batch, *x.shape[x.ndim - own :]))
+    scores, labels, mask, weight = whole(scores, 3), whole(labels, 1), whole(mask, 1), whole(weight, 1)
+    if potential.evidence is not None:
+        evidence = whole(evidence, 2)
+        scores = scores + evidence[..., p, :, None] + evidence[..., q, None, :]
+    scores = jnp.where((mask[..., p] & mask[..., q])[..., None, None], scores, 0.0)
     flat = scores.reshape(*scores.shape[:-2], num_classes**2)
-    index = jnp.broadcast_to(labels[..., p] * num_classes + labels[..., q], flat.shape[:-1])[..., None]
+    index = (labels[..., p] * num_classes + labels[..., q])[..., None]
     value = jnp.take_along_axis(flat, index, axis=-1)[..., 0] - jax.nn.logsumexp(flat, axis=-1)
-    edge_weight = jnp.broadcast_to(weight[..., p] * weight[..., q], value.shape)
+    edge_weight = weight[..., p] * weight[..., q]
     return jnp.sum(edge_weight * value), jnp.sum(edge_weight)
 
 
-def _silence(potential, node_mask):
-    """Zeros at masked nodes: what is there, NaN and infinities too, then reaches neither messages nor gradients."""
-    if node_mask is None:
-        return potential
-    quiet = lambda x: jnp.where(node_mask[..., None], x, jnp.zeros((), x.dtype))
-    return dataclasses.replace(potential, a=quiet(potential.a), b=quiet(potential.b))
+def _finite(potential, node_mask):
+    """What may be multiplied by zero: zeros for what masked nodes hold, NaN and infinities too, `RULED_OUT` for -inf.
+
+    Neither then reaches messages or gradients of other nodes.
+    """
+    floor = lambda x: jnp.where(x == -jnp.inf, jnp.asarray(RULED_OUT, x.dtype), x)
+    if isinstance(potential, FactoredPairwise):
+        if node_mask is None:
+            return dataclasses.replace(potential, b2=floor(potential.b2))
+        quiet = lambda x: jnp.where(*level(node_mask[..., None], x), 0)
+        return dataclasses.replace(potential, a=quiet(potential.a), b=quiet(potential.b), b2=floor(potential.b2))
+    stored = isinstance(potential, GridScores)  # of scores that were finite when `prepare_messages` made them
+    scores = potential.scores if stored else floor(potential.scores)
+    if node_mask is not None:
+        if stored:
+            shift = _Shift(potential.offsets, *potential.grid)
+            bordered = shift.border(node_mask[..., None])
+            with_q = lambda offset: node_mask & shift.at(bordered, offset)[..., 0]
+            both = jax.vmap(with_q, out_axes=-3)(jnp.asarray(shift.offsets))
+        else:
+            both = node_mask[..., potential.p] & node_mask[..., potential.q]
+        scores = jnp.where(*level(both[..., None, None], scores), 0)
+    return dataclasses.replace(potential, scores=scores) if stored else potential._replace(scores=scores)
 
 
 def _factored_log_likelihood(potential, labels, mask, weight, chunk_edges, sample):
@@ -299,6 +352,11 @@ def _factored_log_likelihood(potential, labels, mask, weight, chunk_edges, sampl
     count = jnp.sum(weight * _neighbours(weight, potential.offsets)[0])
     arrays = (a, b, potential.w2, potential.b2, evidence, weight, labels, mask)
     return sum_over_edges(*arrays, potential.offsets, chunk_edges, sample), count
+
+
+def _check_chunk(chunk_edges):
+    if chunk_edges is not None and chunk_edges < 1:
+        raise ValueError(f"chunk_edges must be at least 1, or None to choose it, got {chunk_edges}")
 
 
 def _neighbours(x, offsets):
@@ -329,7 +387,8 @@ def messages(potential, marginals, node_mask=None, chunk_edges=None):
     Args:
       potential: `PairwiseTable`, `FactoredPairwise` or `GridScores`.
       marginals: float [..., num_nodes, K] or [..., H, W, K], Q.
-      node_mask: bool [..., num_nodes] or [..., H, W]; a false node neither sends nor receives. None: all.
+      node_mask: bool [..., num_nodes] or [..., H, W]; a false node neither sends nor receives, and may hold anything.
+        None: all.
       chunk_edges: static int; a factored potential holds the hidden units of about so many edges at a time. None:
         chosen from the shapes (`pwcrf_jax.costs.default_chunk_edges`). The value does not depend on it.
 
@@ -347,14 +406,45 @@ def messages(potential, marginals, node_mask=None, chunk_edges=None):
       >>> message.tolist(), count.tolist()
       ([[0.5, 1.0], [1.0, 0.0]], [1.0, 1.0])
     """
-    if chunk_edges is not None and chunk_edges < 1:
-        raise ValueError(f"chunk_edges must be at least 1, or None to choose it, got {chunk_edges}")
+    _check_chunk(chunk_edges)
+    if isinstance(potential, PairwiseTable):
+        potential = of_arrays(potential)
+    node_mask = None if node_mask is None else as_array(node_mask).astype(bool)
+    return _messages(potential, as_array(marginals), node_mask, chunk_edges=chunk_edges)
+
+
+def _messages_layout(potential, marginals, node_mask, chunk_edges):
+    own = 2 if isinstance(potential, PairwiseTable) else 3
+    count = () if node_mask is None else batch_spec(node_mask, own - 1)
+    return jax.P(*batch_spec(marginals, own)), jax.P(*count)
+
+
+@compiled(_messages_layout)
+def _messages(potential, marginals, node_mask, *, chunk_edges):
+    return prepared_messages(_finite(potential, node_mask), marginals, node_mask, chunk_edges)
+
+
+def prepared_messages(potential, marginals, node_mask, chunk_edges=None):
+    """`messages` within a loop, of a potential that `prepare_messages` was given the same mask for.
+
+    What masked nodes hold is gone already, and is not looked for again in each iteration.
+
+    Args:
+      potential, marginals, node_mask, chunk_edges: as in `messages`; arrays, or None for the mask.
+
+    Returns:
+      As `messages`.
+
+    Raises:
+      ValueError: chunk_edges below 1.
+    """
+    _check_chunk(chunk_edges)
     marginals = marginals.astype(jnp.float32)
     table = isinstance(potential, PairwiseTable)
     node_shape = marginals.shape[-2:-1] if table else marginals.shape[-3:-1]
-    node_mask = None if node_mask is None else jnp.asarray(node_mask)
     mask = jnp.ones(node_shape, jnp.float32) if node_mask is None else node_mask.astype(jnp.float32)
-    sent = marginals if node_mask is None else jnp.where(node_mask[..., None], marginals, 0.0)
+    only_sound = lambda x: x if node_mask is None else jnp.where(*level(node_mask[..., None], x), 0.0)
+    sent = only_sound(marginals)
     if table:
         message, count = _table_messages(potential, sent, mask)
     else:
@@ -362,19 +452,21 @@ def messages(potential, marginals, node_mask=None, chunk_edges=None):
         if isinstance(potential, GridScores):
             message = _stored_messages(potential, sent)
         else:
-            message = _folded_messages(_silence(potential, node_mask), sent, chunk_edges)
-    return (message if node_mask is None else jnp.where(node_mask[..., None], message, 0.0)), count * mask
+            message = _folded_messages(potential, sent, chunk_edges)
+    return only_sound(message), count * mask
 
 
-def prepare_messages(potential, num_iterations, route="auto"):
+def prepare_messages(potential, num_iterations, route="auto", node_mask=None):
     """What `messages` of one relation reads fastest, when it is called `num_iterations` times.
 
     Args:
-      potential: `FactoredPairwise`; other encodings are returned as they are.
+      potential: `FactoredPairwise`; other encodings keep theirs.
       num_iterations: static, how many times messages will be computed.
       route: "folded": the potential itself. "table": a `GridScores`, whose scores are formed once: cheaper where K is
         small or iterations are many, in memory of num_offsets * nodes * K^2. "auto": the cheaper by the cost model
         `pwcrf_jax.costs.route`, from shapes alone.
+      node_mask: of `messages`. What masked nodes hold is replaced by zeros here, so that `prepared_messages` can do
+        without; needed too for gradients of a "table" where they hold NaN or infinities.
 
     Returns:
       The potential, or `GridScores` of float32 scores [..., num_offsets, H, W, K, K].
@@ -384,6 +476,9 @@ def prepare_messages(potential, num_iterations, route="auto"):
     """
     if route not in ROUTES:
         raise ValueError(f"route must be one of {ROUTES}, got {route!r}")
+    if node_mask is not None:
+        node_mask = as_array(node_mask).astype(bool)
+        potential = _finite(potential, node_mask)
     if not isinstance(potential, FactoredPairwise):
         return potential
     if route == "auto":
@@ -392,8 +487,15 @@ def prepare_messages(potential, num_iterations, route="auto"):
         route = costs.route(potential.offsets, *shapes, num_iterations)
     if route == "folded" or not potential.offsets:
         return potential
+    return _store_scores(potential)
+
+
+@compiled(lambda potential: jax.P(*batch_spec(potential.a, 3)))
+def _store_scores(potential):
+    potential = _finite(potential, None)
     shift = _Shift(potential.offsets, *potential.grid)
     box = jnp.asarray(shift.offsets)
+    lead = potential.a.shape[:-3]
     a, b = (jnp.reshape(x, (-1, *x.shape[-3:])) for x in (potential.a, potential.b))
     b = shift.border(b)
 
@@ -406,14 +508,14 @@ def prepare_messages(potential, num_iterations, route="auto"):
 
     empty = jnp.zeros((a.shape[0], len(box), *potential.grid, *potential.b2.shape), jnp.float32)
     stored, _ = jax.lax.scan(fill, empty, jnp.arange(len(box), dtype=jnp.int32))
-    return GridScores(stored.reshape(*potential.a.shape[:-3], *stored.shape[1:]), potential.offsets)
+    return GridScores(stored.reshape(*lead, *stored.shape[1:]), potential.offsets)
 
 
 def _table_messages(potential, sent, mask):
     p, q = potential.p, potential.q
     scores = potential.scores.astype(jnp.float32)
-    to_p = jnp.einsum("...ekl,...el->...ek", scores, sent[..., q, :])
-    to_q = jnp.einsum("...ekl,...ek->...el", scores, sent[..., p, :])
+    to_p = einsum("...ekl,...el->...ek", scores, sent[..., q, :])
+    to_q = einsum("...ekl,...ek->...el", scores, sent[..., p, :])
     message = jnp.zeros(to_p.shape[:-2] + sent.shape[-2:], jnp.float32)
     message = message.at[..., p, :].add(to_p).at[..., q, :].add(to_q)
     count = jnp.zeros_like(mask).at[..., p].add(mask[..., q]).at[..., q].add(mask[..., p])
@@ -466,8 +568,8 @@ def _stored_messages(potential, sent):
         scores = jax.lax.dynamic_index_in_dim(potential.scores, number, axis=-5 % potential.scores.ndim, keepdims=False)
         offset = box[number]
         # Scores of edges that leave the map meet marginals of 0 at q; what p sends there is cropped away.
-        to_p = to_p + jnp.einsum("...kl,...l->...k", scores, shift.at(sent_q, offset))
-        to_q = shift.add_at(to_q, jnp.einsum("...kl,...k->...l", scores, sent), offset)
+        to_p = to_p + einsum("...kl,...l->...k", scores, shift.at(sent_q, offset))
+        to_q = shift.add_at(to_q, einsum("...kl,...k->...l", scores, sent), offset)
         return (to_p, to_q), None
 
     lead = jnp.broadcast_shapes(potential.scores.shape[:-5], sent.shape[:-3])
@@ -526,13 +628,13 @@ def _send(sender, receiver, sent, box, w2, b2, chunk_edges):
         number = jnp.minimum(number, total - 1)
         start = jnp.stack([number // (height * per_row), number // per_row % height, number % per_row * run], axis=-1)
         q = read(sent, start) * real[:, None, None]
-        folded = jnp.einsum("rtl,lmk->rtmk", q, w2).astype(sender.dtype)
+        folded = einsum("rtl,lmk->rtmk", q, w2).astype(sender.dtype)
         shifts = jnp.asarray(np.concatenate([np.zeros((len(box), 1), np.int32), box + (reach_row, reach_col)], axis=1))
         ends = (start[:, None] + shifts.astype(jnp.int32)).reshape(-1, 3)
         ends_part = read(receiver, ends).reshape(runs, len(box), run, m)
         hidden = jax.nn.relu(jnp.moveaxis(ends_part, 1, 2) + read(sender, start)[:, :, None])
-        message = jnp.einsum("rtcm,rtmk->rtck", hidden, folded, preferred_element_type=jnp.float32)
-        message = message + jnp.einsum("rtl,lk->rtk", q, b2)[:, :, None]
+        message = einsum("rtcm,rtmk->rtck", hidden, folded)
+        message = message + einsum("rtl,lk->rtk", q, b2)[:, :, None]
         updates = jnp.moveaxis(message, 2, 1).reshape(-1, run, k)
         return jax.lax.scatter_add(out, ends, updates, windows, mode="promise_in_bounds"), None
 

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pwcrf_jax import pairwise
-
-VOID = 255
-"""The label of nodes and pixels that count for nothing."""
+from pwcrf_jax.arrays import as_array, batch_spec, compiled, of_arrays
+from pwcrf_jax.labels import VOID, checked, split
 
 
 def unary_log_likelihood(scores, labels, void=VOID, node_weights=None):
@@ -24,16 +23,17 @@ def unary_log_likelihood(scores, labels, void=VOID, node_weights=None):
 
     Args:
       scores: float [..., K], z_p = -U; any leading axes. Log-sum-exp is taken in float32 whatever the dtype.
-      labels: int [...], 0..K-1, or `void` for nodes that count for nothing. Other values are a caller's error and
-        are not checked here (they cannot be, under jit); `pwcrf_jax.data` refuses them when a set is prepared.
-      void: the void label.
+      labels: int [...], 0..K-1, or `void` for nodes that count for nothing, whatever scores they have. Other values are
+        refused where they can be seen; under `jit` they count for nothing too.
+      void: the void label, static and outside 0..K-1; -1 in much other code.
       node_weights: float [...] or None (1): class balancing, from `balance_weights`.
 
     Returns:
       (sum, count): float32 scalars, weighted sum of log-likelihoods and sum of weights.
 
     Raises:
-      ValueError: labels that are not integers or not of the shape of the nodes.
+      ValueError: labels that are not integers, not of the shape of the nodes, or neither class nor void; a void that is
+        a class.
 
     Examples:
       >>> scores = jnp.zeros((2, 3, 4))  # 2 x 3 nodes, 4 classes of probability 1/4 each
@@ -41,12 +41,19 @@ def unary_log_likelihood(scores, labels, void=VOID, node_weights=None):
       >>> round(float(total), 3), float(count)  # 5 log 1/4
       (-6.931, 5.0)
     """
-    _check_labels(scores.shape[:-1], labels)
-    valid = labels != void
-    safe = jnp.where(valid, labels, 0).astype(jnp.int32)
-    log_probs = jax.nn.log_softmax(scores.astype(jnp.float32), axis=-1)
+    scores = as_array(scores)
+    labels = checked(labels, scores.shape[-1], void, scores.shape[:-1])
+    return _unary_sums(scores, labels, as_array(node_weights))
+
+
+@compiled()
+def _unary_sums(scores, labels, node_weights):
+    safe, valid = split(labels, scores.shape[-1])
+    # What void nodes hold, NaN and infinities too, reaches neither the sum nor gradients.
+    scores = jnp.where(valid[..., None], scores.astype(jnp.float32), 0.0)
+    log_probs = jax.nn.log_softmax(scores, axis=-1)
     value = jnp.take_along_axis(log_probs, safe[..., None], axis=-1)[..., 0]
-    weight = _weights(valid, node_weights)
+    weight = jnp.where(valid, 1.0 if node_weights is None else node_weights.astype(jnp.float32), 0.0)
     return jnp.sum(weight * value), jnp.sum(weight)
 
 
@@ -67,8 +74,7 @@ def pairwise_log_likelihood(potential, labels, void=VOID, node_weights=None, chu
       (sum, count): float32 scalars.
 
     Raises:
-      ValueError: labels that are not integers or not of the shape of the nodes, and what
-        `pwcrf_jax.pairwise.edge_log_likelihood` refuses.
+      ValueError: labels as in `unary_log_likelihood`, and what `pwcrf_jax.pairwise.edge_log_likelihood` refuses.
 
     Examples:
       >>> chain = pw.PairwiseTable(jnp.zeros((2, 3, 3)), p=jnp.array([0, 1]), q=jnp.array([1, 2]))
@@ -76,12 +82,15 @@ def pairwise_log_likelihood(potential, labels, void=VOID, node_weights=None, chu
       >>> round(float(total), 3), float(count)  # log 1/9; the second edge has a void end
       (-2.197, 1.0)
     """
+    nodes = None  # without evidence a table does not know its number of nodes
     if isinstance(potential, pairwise.FactoredPairwise):
-        _check_labels(potential.a.shape[:-1], labels)
-    elif isinstance(potential, pairwise.PairwiseTable):  # without evidence a table does not know its number of nodes
-        nodes = labels.shape if potential.evidence is None else potential.evidence.shape[:-1]
-        _check_labels(nodes, labels)
-    return pairwise.edge_log_likelihood(potential, labels, labels != void, node_weights, chunk_edges, sample)
+        nodes = potential.a
+    elif isinstance(potential, pairwise.PairwiseTable):
+        potential = of_arrays(potential)
+        nodes = potential.evidence
+    if nodes is not None:
+        labels = checked(labels, potential.num_classes, void, nodes.shape[:-1])
+    return pairwise.edge_log_likelihood(potential, labels, None, node_weights, chunk_edges, sample, void)
 
 
 def balance_weights(labels, num_classes, void=VOID, power=1.0):
@@ -90,24 +99,32 @@ def balance_weights(labels, num_classes, void=VOID, power=1.0):
         w_p = (n_{y_p} / n)^-power, scaled so that the weights of the valid nodes of each image sum to their number.
 
     Args:
-      labels: int [..., H, W]; leading axes are images.
+      labels: int [..., H, W]; leading axes are images. 0..K-1 or `void`, as in `unary_log_likelihood`.
       num_classes: K, static.
-      void: the void label.
+      void: the void label, static and outside 0..K-1.
       power: 0 weighs all nodes alike, 1 all classes present in the image alike.
 
     Returns:
       float32 [..., H, W]; 0 at void nodes. An image without valid nodes gets zeros.
 
+    Raises:
+      ValueError: labels that are not integers, or neither class nor void; a void that is a class.
+
     Examples:
       >>> pw.balance_weights(jnp.array([[0, 0, 0, 1]]), num_classes=2).round(2).tolist()[0][3]  # 2 for the rare class
       2.0
     """
-    valid = labels != void
-    one_hot = jax.nn.one_hot(jnp.where(valid, labels, num_classes), num_classes, dtype=jnp.float32)
+    return _balance(checked(labels, num_classes, void), power, num_classes=num_classes)
+
+
+@compiled(lambda labels, power, num_classes: jax.P(*batch_spec(labels, 2)))
+def _balance(labels, power, *, num_classes):
+    safe, valid = split(labels, num_classes)
+    one_hot = jax.nn.one_hot(jnp.where(valid, safe, num_classes), num_classes, dtype=jnp.float32)
     count = jnp.sum(one_hot, axis=(-3, -2), keepdims=True)
-    weight = jnp.sum(one_hot * jnp.maximum(count, 1.0) ** -power, axis=-1)
+    weight = jnp.sum(one_hot * jnp.maximum(count, 1.0) ** -jnp.asarray(power, jnp.float32), axis=-1)
     total = jnp.sum(weight, axis=(-2, -1), keepdims=True)
-    return weight * jnp.sum(valid, axis=(-2, -1), keepdims=True) / jnp.maximum(total, 1e-12)
+    return weight * jnp.sum(valid, axis=(-2, -1), keepdims=True, dtype=jnp.float32) / jnp.maximum(total, 1e-12)
 
 
 def grid_labels(labels, height, width):
@@ -117,7 +134,7 @@ def grid_labels(labels, height, width):
     pixels stay void. Static index arithmetic.
 
     Args:
-      labels: int [..., image_height, image_width], of NumPy or JAX.
+      labels: int [..., image_height, image_width], of NumPy or JAX, or nested lists; void or not.
       height, width: size of the grid in cells; Python integers.
 
     Returns:
@@ -127,18 +144,14 @@ def grid_labels(labels, height, width):
       >>> pw.grid_labels(np.array([[0, 0, 1, 1], [0, 0, 1, 1]]), 1, 2).tolist()
       [[0, 1]]
     """
+    labels = as_array(labels)
+    return (_compiled_at_centres if isinstance(labels, jax.Array) else _at_centres)(labels, height=height, width=width)
+
+
+def _at_centres(labels, *, height, width):
     sizes = zip((height, width), labels.shape[-2:], strict=True)
     rows, cols = ((2 * np.arange(n) + 1) * size // (2 * n) for n, size in sizes)
     return labels[..., rows[:, None], cols[None, :]]
 
 
-def _check_labels(shape, labels):
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(f"expected integer labels, got {labels.dtype}")
-    if tuple(labels.shape) != tuple(shape):
-        raise ValueError(f"expected labels of shape {tuple(shape)}, one a node, got {tuple(labels.shape)}")
-
-
-def _weights(valid, node_weights):
-    weight = 1.0 if node_weights is None else node_weights.astype(jnp.float32)
-    return jnp.where(valid, weight, 0.0)
+_compiled_at_centres = compiled(lambda labels, height, width: jax.P(*batch_spec(labels, 2)))(_at_centres)

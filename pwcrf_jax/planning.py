@@ -147,7 +147,8 @@ def plan(
     Examples:
       >>> from pwcrf_jax.segmenter import Segmenter
       >>> featmap = dict(backbone="tiny", scales=(1.0,), block6=(), pyramid_windows=())
-      >>> model = Segmenter(num_classes=3, featmap=featmap, relations=(pw.ABOVE_BELOW,), hidden=8)
+      >>> relations = {"above_below": pw.offsets(pw.ABOVE_BELOW, 4, 4)}
+      >>> model = Segmenter(num_classes=3, featmap=featmap, relations=relations, hidden=8)
       >>> plan = pw.plan(model, image_size=(64, 64))
       >>> plan.grid, plan["unary head"].multiply_adds  # 16 cells, 64 features to 8 hidden units to 3 classes
       ((4, 4), 8576)
@@ -165,14 +166,14 @@ def plan(
             raise ValueError(f"{name} must be at least 1, or None to choose it, got {chunk}")
     if route not in pairwise.ROUTES:
         raise ValueError(f"route must be one of {pairwise.ROUTES}, got {route!r}")
-    known = [relation.name for relation in model.relations]
+    known = [name for name, _ in model.relations]
     if unknown := set(message_relations or ()) - set(known):
         raise ValueError(f"message_relations: {sorted(unknown)} are not among the model's, {known}")
     images = jax.ShapeDtypeStruct((batch_size, height, width, 3), jnp.uint8)
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     nets = _nets(lambda p, x: model.apply({"params": p}, x), params, images)
     grid = tuple(nets.out.unary.shape[1:3])
-    potentials = {relation.name: nets.out.pairwise[relation.name] for relation in model.relations}
+    potentials = {name: nets.out.pairwise[name] for name in known}
 
     state = [Row("parameters", bytes=_bytes(params)), Row("gradients", bytes=_bytes(params))]
     if optimizer is not None:

@@ -97,6 +97,9 @@ def _interval(bounds: tuple[float, float], unit: str, short_side: int) -> np.nda
 def offsets(relation: Relation, height: int, width: int) -> np.ndarray:
     """Offsets q - p of a relation on an H x W map.
 
+    A Pairwise-Net knows the distances that it was trained at: make its offsets once, on the map of the training images,
+    and use them on maps of any size.
+
     Args:
       relation: the range box.
       height, width: size of the map in cells; Python integers.

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pwcrf_jax import mean_field, pairwise
 from pwcrf_jax.nets import FeatMapNet, PairwiseNet, RefinementConvs, UnaryNet, grid_size, scale_input
-from pwcrf_jax.relations import Relation, offsets
 
 PARAMETERISATIONS = ("free", "residual")
 """What the score of a pair of labels is made of; see `Segmenter`."""
@@ -41,7 +41,10 @@ class Segmenter(nn.Module):
     Attributes:
       num_classes: K.
       featmap: attributes of `pwcrf_jax.nets.FeatMapNet`, a mapping or pairs of names and values.
-      relations: the relations; may be empty.
+      relations: {name: int [num_offsets, 2], (row, column) of q - p in cells}, a mapping or pairs; may be empty. The
+        net of a relation knows the distances it was trained at and no others, so they are an attribute, the same on
+        maps of any size: `pwcrf_jax.offsets` of a `pwcrf_jax.Relation`, once, on the grid of the training images.
+        On a map smaller than an offset that offset makes no edge.
       parameterisation: of each relation by name, or one for all: "free" (the paper's: the net's scores alone) or
         "residual" (log-unaries of both ends, gradient stopped, plus a net whose last layer starts at zero).
       hidden: units of the first layer of Unary-Net and Pairwise-Net.
@@ -54,13 +57,13 @@ class Segmenter(nn.Module):
         `featmap_pairwise`, one for all relations; the unary's terms do not reach it.
 
     Raises:
-      ValueError: an unknown parameterisation, not one for each relation, two relations of one name, or unknown
-        pairwise_features.
+      ValueError: an unknown parameterisation, not one for each relation, two relations of one name, relations that are
+        not offsets, or unknown pairwise_features.
     """
 
     num_classes: int
     featmap: Any
-    relations: tuple[Relation, ...]
+    relations: Any
     parameterisation: str | tuple[str, ...] = "residual"
     hidden: int = 512
     input_scaling: str = "tf"
@@ -72,7 +75,7 @@ class Segmenter(nn.Module):
     def __post_init__(self):
         options = self.featmap.items() if isinstance(self.featmap, Mapping) else self.featmap
         object.__setattr__(self, "featmap", tuple(sorted(options)))
-        object.__setattr__(self, "relations", tuple(self.relations))
+        object.__setattr__(self, "relations", _explicit(self.relations))
         kinds = self.parameterisation
         kinds = (kinds,) * len(self.relations) if isinstance(kinds, str) else tuple(kinds)
         if len(kinds) != len(self.relations) or any(kind not in PARAMETERISATIONS for kind in kinds):
@@ -83,7 +86,7 @@ class Segmenter(nn.Module):
         object.__setattr__(self, "parameterisation", kinds)
         if self.pairwise_features not in PAIRWISE_FEATURES:
             raise ValueError(f"pairwise_features must be one of {PAIRWISE_FEATURES}, got {self.pairwise_features!r}")
-        names = [r.name for r in self.relations]
+        names = [name for name, _ in self.relations]
         if len(set(names)) != len(names):
             raise ValueError(f"relations must have different names, got {names}")
         super().__post_init__()
@@ -101,20 +104,16 @@ class Segmenter(nn.Module):
         elif not self.pairwise_trains_features:
             features = jax.lax.stop_gradient(features)
         potentials = {}
-        for relation, kind in zip(self.relations, self.parameterisation, strict=True):
+        for (name, offsets), kind in zip(self.relations, self.parameterisation, strict=True):
             residual = kind == "residual"
             parts = PairwiseNet(
                 self.num_classes,
                 hidden=self.hidden,
                 zero_last=residual,
                 dtype=self.dtype,
-                name=f"pairwise_{relation.name}",
+                name=f"pairwise_{name}",
             )(features)
-            potentials[relation.name] = pairwise.factored_pairwise(
-                *parts,
-                offsets(relation, *unary.shape[1:3]),
-                evidence=evidence if residual else None,
-            )
+            potentials[name] = pairwise.factored_pairwise(*parts, offsets, evidence=evidence if residual else None)
         correction = None
         if middle:
             convs = RefinementConvs(self.num_classes, self.refinement_width, self.dtype, name="refinement_convs")
@@ -125,6 +124,24 @@ class Segmenter(nn.Module):
         """(h, w) in cells of each scale's map, in the order of the scales; image_size: (H, W) in pixels."""
         scales = dict(self.featmap).get("scales", FeatMapNet.scales)
         return [grid_size(image_size, (scale,)) for scale in scales]
+
+
+def _explicit(relations) -> tuple[tuple[str, tuple[tuple[int, int], ...]], ...]:
+    """Names and offsets of `Segmenter.relations` as plain tuples, so that a model is hashable."""
+    out = []
+    for item in relations.items() if isinstance(relations, Mapping) else relations:
+        try:
+            name, offsets = item
+            box = np.asarray(offsets)
+        except (TypeError, ValueError):
+            name, box = None, np.zeros(0)
+        if not (isinstance(name, str) and box.shape[1:] == (2,) and np.issubdtype(box.dtype, np.integer)):
+            raise ValueError(
+                f"expected relations {{name: int offsets [num_offsets, 2]}}, got {item!r}; make them once, on the grid "
+                "of the training images: {r.name: pwcrf_jax.offsets(r, height, width)}"
+            )
+        out.append((name, tuple((int(row), int(col)) for row, col in box)))
+    return tuple(out)
 
 
 def infer(
@@ -176,22 +193,58 @@ def sharpen(log_marginals: jax.Array, correction: jax.Array | None, node_mask: j
 
 
 def upsample(log_marginals: jax.Array, height: int, width: int, node_mask: jax.Array | None = None) -> jax.Array:
-    """Bilinear upsampling of the score map to the image.
+    """Bilinear upsampling of the score map to the image: `read` at all pixels.
 
     Args:
-      log_marginals: float32 [B, h, w, K].
+      log_marginals: float32 [..., h, w, K].
       height, width: size of the image in pixels; Python integers.
-      node_mask: bool [B, h, w]; masked cells (padding) lend nothing to the pixels beside them: the weights of the
-        others are scaled up, as at the border of the map. None: all valid.
+      node_mask: of `read`; None: all valid.
 
     Returns:
-      float32 [B, height, width, K]. Pixels that no valid cell reaches get zeros.
+      float32 [..., height, width, K].
     """
-    resize = lambda x: jax.image.resize(x, (x.shape[0], height, width, x.shape[-1]), "bilinear")
     if node_mask is None:
-        return resize(log_marginals)
-    weight = resize(node_mask[..., None].astype(jnp.float32))
-    return resize(jnp.where(node_mask[..., None], log_marginals, 0.0)) / jnp.maximum(weight, 1e-6)
+        node_mask = jnp.ones(log_marginals.shape[-3:-1], bool)
+    axes = zip((height, width), log_marginals.shape[-3:-1], strict=True)
+    return read(log_marginals, node_mask, *(taps((np.arange(n) + 0.5) * (cells / n) - 0.5, cells) for n, cells in axes))
+
+
+def taps(positions: np.ndarray, num_cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """What `read` takes of an axis.
+
+    Args:
+      positions: float [n], in cells; the centre of cell i is i.
+      num_cells: of the map along this axis.
+
+    Returns:
+      (index int32 [n], fraction float32 [n]): between which cells a position lies, and where between them.
+    """
+    index = np.clip(np.floor(positions), -1, num_cells - 1)
+    return (index + 1).astype(np.int32), (positions - index).astype(np.float32)
+
+
+def read(log_marginals: jax.Array, node_mask: jax.Array, rows, cols) -> jax.Array:
+    """Log marginals of cells, bilinearly interpolated at pixels; all labels of pixels are read by it.
+
+    Args:
+      log_marginals: float32 [..., h, w, K].
+      node_mask: bool [..., h, w]; masked cells (padding) lend nothing to the pixels beside them: the weights of the
+        others are scaled up, as at the border of the map.
+      rows, cols: of `taps`, n and m positions.
+
+    Returns:
+      float32 [..., n, m, K]. Pixels that no valid cell reaches get zeros.
+    """
+    border = lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 3) + ((1, 1), (1, 1), (0, 0)))  # weights are 0 there
+
+    def mix(x):
+        for axis, (index, fraction), rest in ((-3, rows, (1, 2)), (-2, cols, (0, 2))):
+            fraction = jnp.expand_dims(fraction, rest)
+            x = jnp.take(x, index, axis) * (1 - fraction) + jnp.take(x, index + 1, axis) * fraction
+        return x
+
+    x, weight = jnp.where(node_mask[..., None], log_marginals, 0.0), node_mask[..., None].astype(jnp.float32)
+    return mix(border(x)) / jnp.maximum(mix(border(weight)), 1e-6)
 
 
 def grid_mask(valid_size: jax.Array, grid: tuple[int, int], image_size: tuple[int, int]) -> jax.Array:

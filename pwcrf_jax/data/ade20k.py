@@ -11,6 +11,7 @@ Splits: train 20210, val 2000, test 3352 (unlabelled). Labels 1..150 become 0..1
 is neither trained on nor scored, as in the benchmark. The full ADE20K release has other files and is not read.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import tensorflow_datasets as tfds
 
 from pwcrf_jax.data.archives import locate
 from pwcrf_jax.data.base import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
-from pwcrf_jax.data.common import DataError
+from pwcrf_jax.data.classes import refuse_other_names
+from pwcrf_jax.data.files import DataError, present, read_lines
 
 
 class Ade20k(SegmentationBuilder, skip_registration=True):
@@ -90,9 +92,13 @@ class Ade20k(SegmentationBuilder, skip_registration=True):
                 f"{source}: neither the folder ADEChallengeData2016 nor ADEChallengeData2016.zip is there; download "
                 "it from http://sceneparsing.csail.mit.edu/ or correct data.source_dir"
             )
+        if present(info := images.parent / "objectInfo150.txt"):  # Idx, ..., Name, the last with synonyms
+            rows = [line.split("\t") for line in read_lines(info)[1:] if line.strip()]
+            names = [re.split("[,;]", row[-1])[0] for row in rows]
+            refuse_other_names(info, names, cls.class_names, len(names) // 2 + 1)
         splits = {}
         for split, folder in (("train", "training"), ("val", "validation")):
-            if (images / folder).is_dir():
+            if present(images / folder, folder=True):
                 splits[split] = _pairs(images / folder, images.parent / "annotations" / folder)
         if not splits:
             raise DataError(

@@ -1,16 +1,9 @@
-"""Official archives and MATLAB files: found, unpacked once, read, with errors that name the file."""
+"""Official archives and MATLAB files: found, read, with errors that name the file."""
 
 import contextlib
-import gzip
 import io
-import lzma
 import math
-import os
-import shutil
 import struct
-import tarfile
-import tempfile
-import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +14,7 @@ import numpy as np
 import scipy.io
 
 from pwcrf_jax.data.common import DataError
+from pwcrf_jax.data.unpacking import unpack
 
 
 def locate(source: Path, folders: Sequence[str], archives: Sequence[str], data_dir: str) -> Path | None:
@@ -38,7 +32,8 @@ def locate(source: Path, folders: Sequence[str], archives: Sequence[str], data_d
       The folder, or None where there is neither a folder nor an archive.
 
     Raises:
-      DataError: an archive that is damaged, or that holds none of the folders.
+      DataError: an archive that is damaged, that holds none of the folders or what is not unpacked (see
+        `pwcrf_jax.data.unpacking`), or a disk that is full.
     """
     for folder in folders:
         if (source / folder).is_dir():
@@ -48,7 +43,7 @@ def locate(source: Path, folders: Sequence[str], archives: Sequence[str], data_d
         return None
     home = Path(data_dir) / "unpacked" / _digest(present)
     if not home.is_dir():
-        _unpack(present, home)
+        unpack(present, home)
     for folder in folders:
         if folder and (home / folder).is_dir():
             return home / folder
@@ -60,38 +55,6 @@ def _digest(paths: Sequence[Path]) -> str:
     from pwcrf_jax.data.base import fingerprint
 
     return fingerprint([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths])
-
-
-_DAMAGED = (
-    tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, ValueError,
-    RuntimeError, NotImplementedError,
-)  # fmt: skip
-
-
-def _unpack(paths: Sequence[Path], home: Path) -> None:
-    home.parent.mkdir(parents=True, exist_ok=True)
-    part = tempfile.mkdtemp(prefix=f"{home.name}.", dir=home.parent)
-    try:
-        for path in paths:
-            try:
-                if path.suffix == ".zip":
-                    with zipfile.ZipFile(path) as archive:
-                        archive.extractall(part)  # drops "..", drives and leading slashes
-                else:
-                    packed = gzip.open if path.suffix in (".gz", ".tgz") else open
-                    with packed(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
-                        archive.extractall(part, filter="data")
-                        while stream.read(1 << 20):  # to gzip's checksum, which tarfile does not get to
-                            pass
-            except _DAMAGED as e:
-                raise DataError(f"{path}: cannot be unpacked, the archive is damaged ({e}); download it again") from e
-            except OSError as e:
-                raise DataError(f"{path}: cannot be unpacked into {home.parent} ({e}); make room, set data.data_dir "
-                                "to another folder, or download the archive again") from e  # fmt: skip
-        with contextlib.suppress(OSError):  # another process was first
-            os.rename(part, home)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def read_mat(path: Path, *names: str) -> tuple[Any, ...]:

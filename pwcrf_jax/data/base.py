@@ -15,9 +15,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from pwcrf_jax.data.check import LabelGuard, bad_value
+from pwcrf_jax.data.classes import refuse_own_names
 from pwcrf_jax.data.common import (
     VOID,
-    DataError,
     decode_image,
     decode_label,
     encode_label,
@@ -25,6 +25,7 @@ from pwcrf_jax.data.common import (
     value_counts,
     voc_palette,
 )
+from pwcrf_jax.data.files import MAX_PIXELS, DataError, check_regular, read_image_file
 
 
 class Plan(NamedTuple):
@@ -63,7 +64,7 @@ def require_source_dir(name: str, source_dir: str) -> Path:
     """The absolute source folder, or DataError when none was given or it is no folder."""
     if not source_dir:
         raise DataError(f"data set {name!r} is read from your own copy: set data.source_dir to its folder")
-    path = Path(source_dir).expanduser().absolute()
+    path = Path(source_dir).absolute()
     if not path.is_dir():
         raise DataError(f"data.source_dir: {path} is not a folder; set it to your copy of {name!r}")
     return path
@@ -96,11 +97,13 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
     void_value: ClassVar[int] = VOID  # what the source calls void
     palette: ClassVar[tuple[tuple[int, int, int], ...]] = ()  # RGB of each class; (): VOC's colours
     split_sizes: ClassVar[Mapping[str, int]] = {}  # official, of splits that have one
+    names_files_count: ClassVar[bool] = True  # a file of names beside the data must have these
+    declared_values: ClassVar[Mapping[int, str]] = {}  # what values of masks mean; {}: the classes from 0
     manual: ClassVar[str] = ""  # what to download, by the names of its files
     masks_fit_stored_pixels: ClassVar[bool] = True  # whatever an EXIF orientation says, see `storable_image`
 
-    def __init__(self, *, plan: Plan, data_dir: str):
-        self._plan = plan
+    def __init__(self, *, plan: Plan, data_dir: str, max_pixels: int = MAX_PIXELS):
+        self._plan, self.max_pixels = plan, max_pixels
         self.class_names = plan.class_names or type(self).class_names
         self.palette = plan.palette or type(self).palette or voc_palette(len(self.class_names))
         self.failure: DataError | None = None
@@ -123,11 +126,17 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
     def plan_from_pairs(
         cls, source_dir: Path, splits: Mapping[str, Sequence[Pair]], *depends: Any, **attributes: Any
     ) -> Plan:
-        """Checks that all files exist and ids are unique; fingerprints names, sizes and times.
+        """Checks that all files exist, ids are unique, and no file beside them names other classes; fingerprints names,
+        sizes and times.
 
         depends: what else the records depend on (JSON-able).
         attributes: of the `Plan`; `unlabelled` is found out.
         """
+        if not attributes.get("class_names") and cls.names_files_count:
+            first = [path.parent for pairs in splits.values() for path in pairs[0][1:3] if path is not None]
+            folders = {source_dir, *first, *(folder.parent for folder in first)} - set(source_dir.parents)
+            values = cls.declared_values or dict(enumerate(cls.class_names))
+            refuse_own_names(sorted(folder for folder in folders if folder.is_dir()), cls.class_names, values)
         state = {split: _file_states(split, pairs) for split, pairs in splits.items()}
         unlabelled = tuple(split for split, pairs in splits.items() if all(pair.mask is None for pair in pairs))
         key = fingerprint(str(cls.VERSION), str(source_dir), state, *depends)
@@ -167,7 +176,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
         try:
             for item in items:
                 key, image, label = self._example(item)
-                pixels = decode_image(image, str(item.image) if isinstance(item, Pair) else key)
+                pixels = decode_image(image, str(item.image) if isinstance(item, Pair) else key, self.max_pixels)
                 if label is None:
                     label = np.full(pixels.shape[:2], VOID, np.uint8)
                 elif isinstance(item, Pair) and label.shape != pixels.shape[:2]:
@@ -186,16 +195,20 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
 
     def _label(self, item: Any) -> np.ndarray:
         """The mask of an item as the source has it: class indices and `void_value`, uint8 [H, W]."""
-        return decode_label(_read(item.mask), str(item.mask))
+        return decode_label(self._read(item.mask), str(item.mask), self.max_pixels)
+
+    def _read(self, path: Path) -> bytes:
+        return read_image_file(path, self.max_pixels)
 
     def _example(self, item: Any) -> tuple[str, bytes, np.ndarray | None]:
         """One example: id, JPEG or PNG, and uint8 [H, W] labels with 255 = void (None: not labelled)."""
         label = None if item.mask is None else self._label(item)
         image = storable_image(
-            _read(item.image),
+            self._read(item.image),
             str(item.image),
             None if label is None else label.shape,
             trusted=self.masks_fit_stored_pixels,
+            max_pixels=self.max_pixels,
         )
         return item.id, image, None if label is None else self._void_to_255(label, item.mask)
 
@@ -212,13 +225,6 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
                 f"correct the mask, or mark those pixels {self.void_value}",
             )
         return np.where(label == self.void_value, np.uint8(VOID), label)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror}); check its permissions") from e
 
 
 def _file_states(split: str, pairs: Sequence[Pair]) -> list[tuple]:
@@ -239,6 +245,7 @@ def _file_states(split: str, pairs: Sequence[Pair]) -> list[tuple]:
                     f"{path}: {kind} {missing} but {pair.listed_in} names it (split {split!r}); "
                     "add the file or remove it there"
                 ) from e
+            check_regular(path, stat.st_mode)
             state += [str(path), stat.st_size, stat.st_mtime_ns]
         states.append(state)
     return states

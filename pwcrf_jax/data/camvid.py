@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from pwcrf_jax.data.base import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
-from pwcrf_jax.data.common import DataError, read_lines
+from pwcrf_jax.data.files import DataError, present, read_lines, split_lists
 
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -44,11 +44,11 @@ class CamVid(SegmentationBuilder, skip_registration=True):
         del data_dir
         check_options("camvid", options)
         root = require_source_dir("camvid", source_dir)
-        splits = {}
+        splits, lists = {}, split_lists(root, SPLITS)
         for split in SPLITS:
-            if (root / f"{split}.txt").is_file():
-                splits[split] = _from_list(root, root / f"{split}.txt")
-            elif (root / split).is_dir():
+            if split in lists:
+                splits[split] = _from_list(root, lists[split])
+            elif present(root / split, folder=True):
                 splits[split] = _from_folder(root, split)
         if not splits:
             raise DataError(

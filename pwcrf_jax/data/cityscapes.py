@@ -19,7 +19,8 @@ import tensorflow_datasets as tfds
 
 from pwcrf_jax.data.archives import locate
 from pwcrf_jax.data.base import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
-from pwcrf_jax.data.common import VOID, DataError
+from pwcrf_jax.data.common import VOID
+from pwcrf_jax.data.files import DataError, present
 
 TRAIN_TO_LABEL_ID = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 """Label id (of *_labelIds.png, and of result files for the benchmark) of each of the 19 training classes."""
@@ -60,7 +61,7 @@ class Cityscapes(SegmentationBuilder, skip_registration=True):
         labels, images = (_folder(source, kind, data_dir) for kind in ("gtFine", "leftImg8bit"))
         splits = {}
         for split in cls.split_sizes:
-            if (images / split).is_dir():
+            if present(images / split, folder=True):
                 splits[split] = _pairs(images / split, None if split == "test" else labels / split)
         if not splits:
             raise DataError(f"{images}: holds none of the folders {', '.join(cls.split_sizes)}; unpack {cls.manual}")

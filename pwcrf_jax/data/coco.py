@@ -32,7 +32,8 @@ import tensorflow_datasets as tfds
 from pwcrf_jax.data.archives import locate
 from pwcrf_jax.data.base import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
 from pwcrf_jax.data.check import bad_value
-from pwcrf_jax.data.common import VOID, DataError
+from pwcrf_jax.data.common import VOID
+from pwcrf_jax.data.files import DataError, open_file, present
 
 INSTANCES, MAPS = "annotations_trainval2017.zip", "stuffthingmaps_trainval2017.zip"
 
@@ -101,7 +102,7 @@ class Coco(SegmentationBuilder, skip_registration=True):
             if split != "test":
                 annotations = locate(root, ["annotations"], [INSTANCES], data_dir) or root / "annotations"
                 truth = annotations / f"instances_{split}2017.json"
-                if not truth.is_file():
+                if not present(truth):
                     raise DataError(
                         f"{truth}: is missing but {folder} has images of split {split!r}; unpack {INSTANCES} in {root}"
                     )
@@ -129,6 +130,7 @@ class CocoStuff(SegmentationBuilder, skip_registration=True):
     name = "pwcrf_coco_stuff"
     VERSION = tfds.core.Version("1.0.0")
     class_names = tuple(_NAMES[i - 1] for i in IDS)
+    declared_values = dict(enumerate(("unlabeled", *_NAMES)))  # in its labels.txt
     split_sizes = {"train": 118_287, "val": 5000}
     manual = f"train2017.zip, val2017.zip, {MAPS}"
 
@@ -147,7 +149,7 @@ class CocoStuff(SegmentationBuilder, skip_registration=True):
             maps = locate(root, [f"stuffthingmaps/{year}", f"annotations/{year}"], [], data_dir)
             if not maps:  # sought below a folder of its own, or the images' would be taken for what the archive holds
                 maps = locate(root / "stuffthingmaps", [year], [str(root / MAPS)], data_dir)
-            if not maps and images[0].with_suffix(".png").is_file():
+            if not maps and present(images[0].with_suffix(".png")):
                 maps = folder
             if not maps:
                 raise DataError(
@@ -207,24 +209,29 @@ def _read_instances(path: Path) -> dict[str, _Image]:
     """File name of each image -> its size and instances."""
     label_of_id = {i: label for label, i in enumerate(IDS[:80], 1)}
 
+    unknown = []
+
     def compact(x: dict) -> Any:  # while it is parsed: as Python lists the polygons of train need twice the memory
         if "segmentation" not in x:
             return x
         outline, category = x["segmentation"], x["category_id"]
         if category not in label_of_id:
-            raise DataError(
-                f"{path}: annotation {x['id']} has category_id {category}, which is none of COCO's 80; restore the "
-                f"file from {INSTANCES}"
-            )
+            unknown.append((x["id"], category))
         if isinstance(outline, dict):
             outline = np.array(outline["counts"], np.int64)
         else:
             outline = [np.array(polygon, np.float64) for polygon in outline]
-        return _Instance(x["id"], x["image_id"], label_of_id[category], bool(x["iscrowd"]), outline)
+        return _Instance(x["id"], x["image_id"], label_of_id.get(category, 0), bool(x["iscrowd"]), outline)
 
     try:
-        with open(path, encoding="utf-8") as file:
+        with open_file(path) as file:
             content = json.load(file, object_hook=compact)
+        _check_categories(path, {x["id"]: str(x["name"]) for x in content["categories"]})
+        if unknown:
+            raise DataError(
+                f"{path}: annotation {unknown[0][0]} has category_id {unknown[0][1]}, which is none of COCO's 80; "
+                f"restore the file from {INSTANCES}"
+            )
         images = {x["id"]: (x["file_name"], _Image(x["height"], x["width"], [])) for x in content["images"]}
         for instance in content["annotations"]:
             images[instance.image][1].instances.append(instance)
@@ -237,6 +244,19 @@ def _read_instances(path: Path) -> dict[str, _Image]:
             f"{path}: is not a file of COCO's instances ({type(e).__name__}: {e}); restore it from {INSTANCES}"
         ) from e
     return dict(images.values())
+
+
+def _check_categories(path: Path, categories: dict[Any, str]) -> None:
+    """DataError where a file has categories of its own."""
+    plain = lambda name: name.casefold().replace(" ", "").replace("_", "")
+    coco = {i: plain(_NAMES[i - 1]) for i in IDS[:80]}
+    own = [f"{i}: {name}" for i, name in categories.items() if coco.get(i) != plain(name)]
+    if own or not categories:
+        raise DataError(
+            f"{path}: its categories are not COCO's 80 but its own ({', '.join(own[:5]) or 'none'}"
+            f"{', ...' * (len(own) > 5)}), which would become person, bicycle, car, ...; paint its masks as PNG files "
+            "(annToMask of pycocotools), and use data.name=image_folder"
+        )
 
 
 def _paint(image: _Image, path: Path) -> np.ndarray:

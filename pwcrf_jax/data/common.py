@@ -4,12 +4,25 @@ Decoding is our own (PIL) because TFDS picks its decoder by what happens to be i
 OpenCV a palette mask silently becomes colours instead of class indices.
 """
 
+import contextlib
 import io
 import math
-from pathlib import Path
+import re
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageChops, UnidentifiedImageError
+
+from pwcrf_jax.data.files import IMAGE_FORMATS, MAX_PIXELS, DataError, read_lines
+
+__all__ = [
+    "IMAGE_FORMATS", "MAX_PIXELS", "MEAN_COLOUR", "VOID", "DataError", "decode_colour_label", "decode_image",
+    "decode_label", "encode_label", "encode_png", "image_size", "mask_palette", "not_png", "open_image", "orientation",
+    "read_lines", "storable_image", "value_counts", "voc_palette",
+]  # fmt: skip
 
 VOID = 255
 """Label of pixels that are neither trained on nor scored."""
@@ -17,13 +30,6 @@ VOID = 255
 MEAN_COLOUR = (124, 116, 104)
 """ImageNet mean colour (RGB), used for padding: it is (nearly) zero after the usual normalisation."""
 
-
-class DataError(ValueError):
-    """Something is wrong with the data or with how it was asked for; the message names it and the remedy."""
-
-
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
-"""What images may be, as PIL calls it; others are not even tried."""
 
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 _ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 0x0102  # tags of EXIF and TIFF
@@ -38,39 +44,116 @@ _UPRIGHT = {  # EXIF orientation -> what makes the picture upright
 }
 
 
-def _open(data: bytes, where: str, load: bool = True) -> Image.Image:
+_pil_limit = threading.Lock()
+
+
+@contextlib.contextmanager
+def _allowed_by_pil(pixels: float) -> Iterator[None]:
+    """PIL checks sizes against a limit of the whole program; it is put aside only for images that need it, and not for
+    longer."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is None or pixels <= limit:
+        yield
+        return
+    with _pil_limit:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _opened(data: bytes) -> Image.Image:
+    """`PIL.Image.open` without its limit of pixels, which is `_open`'s affair."""
+    Image.init()
+    for name in IMAGE_FORMATS:
+        factory, accept = Image.OPEN[name]
+        if accept(data[:16]):
+            with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):
+                return factory(io.BytesIO(data), "")
+    raise UnidentifiedImageError
+
+
+def _open(data: bytes, where: str, load: bool = True, max_pixels: float = MAX_PIXELS) -> Image.Image:
     if not data:
         raise DataError(f"{where}: the file is empty (0 bytes); restore it from the original data")
-    limit = Image.MAX_IMAGE_PIXELS or math.inf
+    too_large = DataError(
+        f"{where}: has more pixels than config.data.max_pixels = {max_pixels:.0f} allows; raise that (--option "
+        "max_pixels=N of pwcrf_jax.data.check) or cut it into tiles, or, if it should be smaller, restore the file"
+    )
     try:
-        if data.startswith(b"\x89PNG") and load:
-            # PIL checks PNG checksums in verify() only; a flipped bit would otherwise give wrong labels.
-            Image.open(io.BytesIO(data), formats=("PNG",)).verify()
-            if data[12:16] != b"IHDR":  # `_depth` counts on it
-                raise ValueError("its header is not its first chunk")
-        im = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-        if im.width * im.height > limit:
-            raise Image.DecompressionBombError
-        # MPO is a JPEG with previews, or the other eye's view, behind it.
-        frames = 1 if im.format == "MPO" else getattr(im, "n_frames", 1)
+        if data.startswith(b"\x89PNG"):
+            data = _checked_png(data)
+        try:
+            im = _opened(data)
+        except Image.DecompressionBombError:  # WebP, which must know before it opens a file
+            if max_pixels <= 2 * (Image.MAX_IMAGE_PIXELS or 0):
+                raise too_large from None
+            with _allowed_by_pil(math.inf):
+                im = _opened(data)
+        if im.width * im.height > max_pixels:
+            raise too_large
+        # MPO is a JPEG with previews, or the other eye's view, behind it. Pages are not counted: there may be millions.
+        if im.format != "MPO" and getattr(im, "is_animated", False):
+            raise DataError(
+                f"{where}: holds 2 pictures or more, an animation or pages; save the one that is meant as PNG"
+            )
         if load:
-            im.load()
+            with _allowed_by_pil(im.width * im.height):
+                im.load()
             if im.mode in ("P", "PA") and im.palette is None:
                 raise ValueError("it has no palette")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise DataError(
-            f"{where}: its header claims more than {limit} pixels; restore it from the original data, or cut it into "
-            "tiles"
-        ) from e
+    except DataError:
+        raise
     except Exception as e:  # PIL raises OSError, SyntaxError, ValueError, zlib.error, struct.error, ...
         reason = f"none of {', '.join(IMAGE_FORMATS)}" if isinstance(e, UnidentifiedImageError) else e
         raise DataError(
             f"{where}: cannot be decoded, the file is damaged or not an image ({reason}); restore it from the original "
             "data"
         ) from e
-    if frames > 1:
-        raise DataError(f"{where}: holds {frames} pictures, an animation or pages; save the one that is meant as PNG")
     return im
+
+
+def _checked_png(data: bytes) -> bytes:
+    """A PNG without colour profile and texts, of whatever length they are: PIL would refuse some above 1 MB.
+
+    Raises:
+      ValueError: a checksum is wrong (PIL looks at few; a flipped bit would give wrong labels), or a part is missing.
+    """
+    kept, at, kind = [data[:8]], 8, b""
+    while kind != b"IEND":
+        if at + 12 > len(data):
+            raise ValueError("it is truncated")
+        (length,), kind = struct.unpack_from(">I", data, at), data[at + 4 : at + 8]
+        if at == 8 and kind != b"IHDR":  # `_depth` counts on it
+            raise ValueError("its header is not its first chunk")
+        chunk = data[at : at + 12 + length]
+        if len(chunk) != 12 + length or zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:], "big"):
+            raise ValueError(f"it is truncated, or the checksum of a part ({kind!r}) is wrong")
+        if kind == b"iCCP":
+            chunk = b""
+        elif kind in (b"tEXt", b"zTXt", b"iTXt"):
+            chunk = _orientation_text(kind, chunk[8:-4])
+        kept.append(chunk)
+        at += 12 + length
+    return b"".join(kept)
+
+
+def _orientation_text(kind: bytes, text: bytes) -> bytes:
+    """A text chunk as PIL reads it at any length if it may tell an orientation (EXIF, XMP), else nothing."""
+    key, _, value = text.partition(b"\0")
+    if not re.search(rb"exif|xmp", key, re.IGNORECASE):
+        return b""
+    try:
+        if kind == b"zTXt":
+            kind, value = b"tEXt", zlib.decompressobj().decompress(value[1:], 32 << 20)
+        elif kind == b"iTXt" and value[:1] == b"\1":  # packed; method, language, translated key, text
+            start = value.index(b"\0", value.index(b"\0", 2) + 1) + 1
+            value = b"\0\0\0\0" + zlib.decompressobj().decompress(value[start:], 32 << 20)
+    except (ValueError, zlib.error):  # damaged EXIF says nothing
+        return b""
+    body = kind + key + b"\0" + value
+    return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
 
 
 def _depth(im: Image.Image, data: bytes) -> int:
@@ -80,23 +163,30 @@ def _depth(im: Image.Image, data: bytes) -> int:
     return max(im.tag_v2.get(_BITS_PER_SAMPLE, (8,))) if im.format == "TIFF" else 8
 
 
-def decode_image(data: bytes, where: str) -> np.ndarray:
+def decode_image(data: bytes, where: str, max_pixels: float = MAX_PIXELS) -> np.ndarray:
     """Decodes an image of one of `IMAGE_FORMATS` to RGB, uint8 [H, W, 3]; its EXIF orientation is not applied.
 
     Args:
       data: the file's bytes.
       where: what an error message calls the file.
+      max_pixels: that it may have, config.data.max_pixels.
 
     Raises:
       DataError: the bytes are empty, truncated, damaged, no image or several, of more than 8 bits a sample, partly
-        transparent, or more pixels than PIL's limit.
+        transparent, or of more pixels than `max_pixels`.
     """
-    return np.asarray(open_image(data, where))
+    return np.asarray(open_image(data, where, max_pixels))
 
 
-def open_image(data: bytes, where: str) -> Image.Image:
+def open_image(data: bytes, where: str, max_pixels: float = MAX_PIXELS) -> Image.Image:
     """`decode_image`, as a `PIL.Image` in RGB."""
-    return _rgb(_open(data, where), data, where)
+    return _rgb(_open(data, where, max_pixels=max_pixels), data, where)
+
+
+def image_size(data: bytes, where: str) -> tuple[int, int]:
+    """(height, width) of an image, however large, from its header; DataError as `decode_image`."""
+    im = _open(data, where, load=False, max_pixels=math.inf)
+    return im.height, im.width
 
 
 def _rgb(im: Image.Image, data: bytes, where: str) -> Image.Image:
@@ -123,7 +213,7 @@ def orientation(data: bytes, where: str) -> int:
     Raises:
       DataError: as `decode_image`, as far as the header shows it.
     """
-    return _orientation(_open(data, where, load=False))
+    return _orientation(_open(data, where, load=False, max_pixels=math.inf))
 
 
 def _orientation(im: Image.Image) -> int:
@@ -137,7 +227,9 @@ def _orientation(im: Image.Image) -> int:
     return turn if turn in _UPRIGHT else 1
 
 
-def storable_image(data: bytes, where: str, mask_shape: tuple[int, int] | None, *, trusted: bool) -> bytes:
+def storable_image(
+    data: bytes, where: str, mask_shape: tuple[int, int] | None, *, trusted: bool, max_pixels: float = MAX_PIXELS
+) -> bytes:
     """What a record keeps of an image file: its own bytes if they are a JPEG or PNG whose pixels fit the mask.
 
     An EXIF orientation leaves open which pixels a mask was made for, those in the file or those a viewer shows. Where
@@ -147,6 +239,7 @@ def storable_image(data: bytes, where: str, mask_shape: tuple[int, int] | None, 
     Args:
       mask_shape: (height, width) of the mask; None: there is none.
       trusted: masks are known to go with the pixels in the file.
+      max_pixels: as of `decode_image`.
 
     Returns:
       JPEG or PNG bytes, of which `decode_image` gives the pixels.
@@ -154,7 +247,7 @@ def storable_image(data: bytes, where: str, mask_shape: tuple[int, int] | None, 
     Raises:
       DataError: as `decode_image`, and for an orientation that leaves it open.
     """
-    im = _open(data, where, load=False)
+    im = _open(data, where, load=False, max_pixels=max_pixels)
     turn, size = _orientation(im), (im.height, im.width)
     upright = False
     if turn > 1:
@@ -171,21 +264,22 @@ def storable_image(data: bytes, where: str, mask_shape: tuple[int, int] | None, 
             )
     if im.format in ("JPEG", "MPO", "PNG") and not upright:
         return data
-    picture = open_image(data, where)
+    picture = open_image(data, where, max_pixels)
     return encode_png(np.asarray(picture.transpose(_UPRIGHT[turn]) if upright else picture))
 
 
-def decode_label(data: bytes, where: str) -> np.ndarray:
+def decode_label(data: bytes, where: str, max_pixels: float = MAX_PIXELS) -> np.ndarray:
     """Decodes a mask of class indices (a PNG, 8-bit grey or palette), uint8 [H, W].
 
     Args:
       data: the file's bytes.
       where: what an error message calls the file.
+      max_pixels: as of `decode_image`.
 
     Raises:
       DataError: as `decode_image`, and for a mask that is no PNG or of another mode (RGB, 16 bit, 1 bit, ...).
     """
-    im = _open_mask(data, where)
+    im = _open_mask(data, where, max_pixels)
     advice = "convert the mask to an 8-bit single-channel PNG of class indices"
     if im.mode not in ("L", "P"):
         if im.mode == "RGB" and all(low == high == 0 for low, high in _channel_differences(im)):
@@ -204,42 +298,56 @@ def decode_label(data: bytes, where: str) -> np.ndarray:
     return np.asarray(im)
 
 
-def decode_colour_label(data: bytes, where: str) -> np.ndarray:
+def decode_colour_label(data: bytes, where: str, max_pixels: float = MAX_PIXELS) -> np.ndarray:
     """Decodes a mask of colours (a PNG), uint8 [H, W, 3].
 
     Raises:
       DataError: as `decode_image`, and for a mask that is no PNG.
     """
-    return np.asarray(_rgb(_open_mask(data, where), data, where))
+    return np.asarray(_rgb(_open_mask(data, where, max_pixels), data, where))
 
 
-def _open_mask(data: bytes, where: str) -> Image.Image:
-    im = _open(data, where)
-    if im.format != "PNG":
-        raise DataError(
-            f"{where}: mask is a {im.format} file, masks are PNG files; compression that loses changes labels, so make "
-            "it again from the original mask rather than convert it"
-        )
-    return im
+def mask_palette(data: bytes, where: str) -> np.ndarray:
+    """The colours of a palette mask, uint8 [<= 256, 3] RGB; of one without palette none."""
+    palette = _open(data, where, load=False, max_pixels=math.inf).palette
+    colours = np.frombuffer(bytes(palette.palette) if palette else b"", np.uint8)
+    return colours[: len(colours) // 3 * 3].reshape(-1, 3)
+
+
+def not_png(data: bytes, where: str) -> DataError:
+    """The error for a mask that is no PNG file, or not called one; its advice depends on what the file has lost."""
+    im = _open(data, where, load=False, max_pixels=math.inf)
+    if im.format == "PNG":
+        return DataError(f"{where}: mask is a PNG file by its contents; call it .png, as masks are")
+    if _lossy(im, data):
+        advice = (f"{im.format.replace('MPO', 'JPEG')} changes labels, so make it again from the original mask rather "
+                  "than convert it")  # fmt: skip
+    else:
+        advice = "this one has lost nothing: save it as PNG, value for value"
+    return DataError(f"{where}: mask is a {im.format} file, masks are PNG files; {advice}")
+
+
+def _lossy(im: Image.Image, data: bytes) -> bool:
+    """Whether the compression of an image changes values."""
+    if im.format == "TIFF":
+        return im.info.get("compression") in ("jpeg", "tiff_jpeg")
+    if im.format == "WEBP":
+        at = 12
+        while at + 8 <= len(data) and data[at : at + 4] not in (b"VP8 ", b"VP8L"):
+            at += 8 + (int.from_bytes(data[at + 4 : at + 8], "little") + 1) // 2 * 2
+        return data[at : at + 4] != b"VP8L"
+    return im.format in ("JPEG", "MPO")
+
+
+def _open_mask(data: bytes, where: str, max_pixels: float) -> Image.Image:
+    if not data.startswith(b"\x89PNG") and data:
+        raise not_png(data, where)
+    return _open(data, where, max_pixels=max_pixels)
 
 
 def _channel_differences(im: Image.Image) -> list[tuple[int, int]]:
     red, green, blue = im.split()
     return [ImageChops.difference(red, other).getextrema() for other in (green, blue)]
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file of names, with any of the usual line ends, without a byte order mark.
-
-    Raises:
-      DataError: it cannot be read, or is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as e:
-        raise DataError(f"{path}: is not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
-    except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror}); check that it is there and its permissions") from e
 
 
 def voc_palette(num_colours: int) -> tuple[tuple[int, int, int], ...]:

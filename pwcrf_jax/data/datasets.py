@@ -2,11 +2,10 @@
 
 import contextlib
 import difflib
-import fcntl
 import importlib
 import io
-import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -15,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from pwcrf_jax.data.common import DataError, decode_image, decode_label, open_image
+from pwcrf_jax.data.common import DataError, decode_image, decode_label, image_size, open_image
+from pwcrf_jax.data.disk import locked, refusal, unwritable
+from pwcrf_jax.data.files import MAX_PIXELS
+from pwcrf_jax.files import expand_path, read_json
 
 _BUILDERS = {  # name -> module and class, imported when asked for: `import pwcrf_jax.data` does not pay for TFDS
     "synthetic": ("synthetic", "Synthetic"),
@@ -71,13 +72,14 @@ class Source:
     def open(self, index: int) -> dict[str, Any]:
         """The same with the image as a `PIL.Image` in RGB: a crop of it costs less than all of it as an array."""
         record, where = self._raw(index)
-        image, label = open_image(record["image"], where), decode_label(record["label"], where)
+        # Whatever was prepared was within the limit that held then.
+        image, label = open_image(record["image"], where, math.inf), decode_label(record["label"], where, math.inf)
         return {"image": image, "label": label, "id": record["id"]}
 
     def image_size(self, index: int) -> tuple[int, int]:
         """(height, width) of a record's image, from its header only."""
-        width, height = Image.open(io.BytesIO(self._raw(index)[0]["image"])).size
-        return height, width
+        record, where = self._raw(index)
+        return image_size(record["image"], where)
 
     def _raw(self, index: int) -> tuple[dict[str, Any], str]:
         if not 0 <= index < len(self):
@@ -132,15 +134,22 @@ class Dataset:
         """
         from pwcrf_jax.data import check
 
+        def usable(report):
+            check.format_report(report)
+            if list(report["classes"]) != list(self.class_names) or report["splits"].keys() != self.splits.keys():
+                raise ValueError("it is of another data set")
+            return report
+
         try:
-            return json.loads(Path(self.folder, check.REPORT).read_text())
-        except (OSError, ValueError):  # prepared by an earlier version, or in a run that was killed
+            return read_json(Path(self.folder, check.REPORT), "it is written again", usable)
+        except OSError:  # of another shape, or of a run that was killed
             guard = check.LabelGuard(self.class_names, self.unlabelled)
         for split in self.splits:
             source = self.source(split)
             for index in range(len(source)):
                 record, where = source._raw(index)
-                pixels, label = decode_image(record["image"], where), decode_label(record["label"], where)
+                pixels = decode_image(record["image"], where, math.inf)
+                label = decode_label(record["label"], where, math.inf)
                 guard.add(split, record["id"], record["image"], pixels, label)
         report = guard.report()
         with contextlib.suppress(OSError):  # a read-only folder
@@ -188,7 +197,13 @@ def _reopened(folder: str, split: str) -> Source:
 
 
 def load_dataset(
-    name: str, *, source_dir: str = "", data_dir: str = "", partial: bool = False, **options: Any
+    name: str,
+    *,
+    source_dir: str = "",
+    data_dir: str = "",
+    partial: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    **options: Any,
 ) -> Dataset:
     """Gives a data set, preparing it first if this exact source was not prepared before.
 
@@ -200,27 +215,37 @@ def load_dataset(
       source_dir: folder of your copy, as docs/datasets.md says for each; not used by synthetic.
       data_dir: where prepared data sets are kept; "" is $TFDS_DATA_DIR or ~/tensorflow_datasets.
       partial: accept splits that do not have the official number of images.
+      max_pixels: that an image or mask may have; a header that claims more is refused before memory is taken.
       **options: of synthetic: image_size=(192, 256), num_train=400, num_val=100, seed=0; of image_folder:
         val_fraction=0.1, seed=0.
 
     Raises:
+      FileError: a path that is no local one.
       DataError: unknown name or option, a source that is missing or damaged, or a prepared folder that
         cannot be written or read. The message names the file or key, and the remedy.
     """
     if name not in DATASETS:
         near = difflib.get_close_matches(str(name), DATASETS, 1, 0)[0]
         raise DataError(f"data.name: unknown data set {name!r}, did you mean {near!r}? Known: {DATASETS}")
+    if not isinstance(max_pixels, int) or max_pixels < 1:
+        raise DataError(f"data.max_pixels: {max_pixels!r} is no number of pixels, such as {MAX_PIXELS}")
     builder_cls = builder_class(name)
-    data_dir = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    source_dir = expand_path(source_dir, "data.source_dir")
+    named = {"data.data_dir": data_dir, "$TFDS_DATA_DIR": os.environ.get("TFDS_DATA_DIR")}
+    named = {key: value for key, value in named.items() if value} or {"data.data_dir": "~/tensorflow_datasets"}
+    key, data_dir = next(iter(named.items()))
+    data_dir = expand_path(data_dir, key)
     with _listing(source_dir):
         plan = builder_cls.plan(source_dir, data_dir=data_dir, **options)
     if not partial:
         builder_cls.check_sizes(plan, source_dir)
     home = Path(data_dir) / builder_cls.name / plan.fingerprint
-    with _quiet(), _locked(home):
+    with _quiet(), _locked(home) as held:
         with _reading(str(home), "its description"):
-            builder = builder_cls(plan=plan, data_dir=data_dir)
+            builder = builder_cls(plan=plan, data_dir=data_dir, max_pixels=max_pixels)
         if not Path(builder.data_dir).is_dir():
+            if held:  # else another process may be writing there
+                _clear_leftovers(home)
             _prepare(name, builder, home)
     expected = {split: len(items) for split, items in plan.splits.items()}
     found = {split: info.num_examples for split, info in builder.info.splits.items()}
@@ -238,13 +263,17 @@ def builder_class(name: str) -> Any:
     return getattr(importlib.import_module(f"pwcrf_jax.data.{module}"), cls)
 
 
+def _clear_leftovers(home: Path) -> None:
+    """Deletes what a run that was killed had begun."""
+    for leftover in home.glob("incomplete.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def _prepare(name: str, builder: Any, home: Path) -> None:
     import tensorflow_datasets as tfds
 
     from pwcrf_jax.data import check
 
-    for leftover in home.glob("incomplete.*"):  # of a run that was killed; the lock says nobody writes it
-        shutil.rmtree(leftover, ignore_errors=True)
     start = time.monotonic()
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces itself with print
@@ -254,8 +283,8 @@ def _prepare(name: str, builder: Any, home: Path) -> None:
     except Exception as e:
         if builder.failure is not None:
             raise builder.failure from None
-        if isinstance(e, OSError):
-            raise _unwritable(home, e) from e
+        if isinstance(e, OSError) or refusal(e):
+            raise unwritable(home, e) from e
         raise
     report = builder.guard.report()
     with contextlib.suppress(OSError):  # the data set is whole; `label_report` makes it anew
@@ -264,12 +293,6 @@ def _prepare(name: str, builder: Any, home: Path) -> None:
         log.warning("%s: %s", name, warning)
     counts = ", ".join(f"{k} {v.num_examples}" for k, v in builder.info.splits.items())
     log.info("Prepared %s (%s) in %.1f s: %s", name, counts, time.monotonic() - start, builder.data_dir)
-
-
-def _unwritable(home: Path, error: OSError) -> DataError:
-    return DataError(
-        f"{home}: the prepared data set cannot be written ({error}); make room or set data.data_dir to another folder"
-    )
 
 
 @contextlib.contextmanager
@@ -299,19 +322,19 @@ def _reading(folder: str, what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(home: Path) -> Iterator[None]:
-    """One process prepares, others wait; the system drops the lock of a process that dies."""
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        lock = open(home / "prepare.lock", "a")
-    except OSError as e:
-        if not home.is_dir() or next(home.glob("[0-9]*"), None) is None:
-            raise _unwritable(home, e) from e
-        lock = None  # a read-only folder that is already prepared needs no lock
-    with lock or contextlib.nullcontext():
-        if lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _locked(home: Path) -> Iterator[bool]:
+    """One process prepares, others wait; yields whether the lock is held, see `disk.locked`."""
+    held = False
+    with contextlib.ExitStack() as stack:
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            busy = f"another process prepares {home}; waiting for it"
+            held = stack.enter_context(locked(home / "prepare.lock", busy))
+        except OSError as e:
+            # A read-only folder that is already prepared needs no lock.
+            if not home.is_dir() or next(home.glob("[0-9]*"), None) is None:
+                raise unwritable(home, e) from e
+        yield held
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Your own images and masks.
 
-    images/a.jpg  images/street/b.png    JPEG, PNG, BMP, WebP or TIFF, suffix in any letter case, subfolders at will
+    images/a.jpg  images/street/b.png    JPEG, PNG, BMP, WebP or TIFF, whatever the suffix, subfolders at will
     masks/a.png   masks/street/b.png     PNG, at the same place under the same name
     classes.txt                          the classes, one a line
     train.txt     val.txt     test.txt   optional: which images make which split, one a line
@@ -21,7 +21,8 @@ classes.txt has either names alone, or a colour behind every name:
 Names alone: masks hold one value a pixel (8-bit grey or palette). The classes have the values 0, 1, 2, ... in the order
 of the lines, less the void values. Void is 255, or what lines `void VALUE` say; with `void 0`, classes count from 1.
 Names with colours: masks are read by their colours, whether RGB, palette or grey. Void are the colours of lines
-`void R G B`. Empty lines and lines that start with # do not count.
+`void R G B`. Empty lines and lines that start with # do not count. Other forms, as annotation tools write them: see
+`pwcrf_jax.data.class_forms`.
 
 An image with an EXIF orientation is taken as stored or as viewers show it, whichever has the size of the mask; where
 both have, it is refused. Without a mask it is taken as viewers show it.
@@ -29,35 +30,38 @@ both have, it is refused. Without a mask it is taken as viewers show it.
 
 import functools
 import hashlib
+import logging
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from io import BytesIO
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
-from pwcrf_jax.data.base import Pair, Plan, SegmentationBuilder, _read, check_options, require_source_dir
+from pwcrf_jax.data.base import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
 from pwcrf_jax.data.check import bad_value
-from pwcrf_jax.data.common import VOID, DataError, decode_colour_label, decode_label, read_lines, value_counts
+from pwcrf_jax.data.classes import read_classes
+from pwcrf_jax.data.common import VOID, decode_colour_label, decode_label, mask_palette, not_png, value_counts
+from pwcrf_jax.data.files import (
+    FOREIGN_REMEDY,
+    SUFFIXES,
+    DataError,
+    image_kind,
+    present,
+    read_image_file,
+    read_lines,
+    split_lists,
+)
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 LISTS = ("train", "val", "test")
+log = logging.getLogger(__name__)
 LAYOUT = (
     "expected images/NAME.jpg (or .png, .bmp, .webp, .tif), masks/NAME.png and classes.txt with one class a line, "
     "'name' or 'name R G B'"
 )
-
-
-class Coding(NamedTuple):
-    """Which class (255: void) a mask's values, or its colours where `colours`, stand for."""
-
-    classes: dict[int, int]
-    colours: bool
 
 
 class ImageFolder(SegmentationBuilder, skip_registration=True):
@@ -86,31 +90,29 @@ class ImageFolder(SegmentationBuilder, skip_registration=True):
         if not 0 < fraction < 1:
             raise DataError(f"val_fraction: {fraction!r} is not a number between 0 and 1, such as 0.1")
         root = require_source_dir("image_folder", source_dir)
-        if not (root / "images").is_dir():
+        if not present(root / "images", folder=True):
             raise DataError(f"{root}: has no folder images; {LAYOUT}; check data.source_dir")
         names, colours, coding = read_classes(root / "classes.txt")
-        images, masks = _files(root / "images"), _files(root / "masks") if (root / "masks").is_dir() else {}
+        images, foreign, others = _files(root / "images")
+        if others:
+            shown = ", ".join(map(str, others[:5]))
+            log.warning("%d files are no images, and left out: %s%s", len(others), shown, ", ..." * (len(others) > 5))
+        masks, other_masks, _ = _files(root / "masks") if present(root / "masks", folder=True) else ({}, [], [])
+        if foreign:
+            raise DataError(f"{foreign[0]}: {FOREIGN_REMEDY}")
         if not images:
             raise DataError(f"{root / 'images'}: holds no image; {LAYOUT}")
-        for path in masks.values():
+        for path in (*other_masks, *masks.values()):
             if path.suffix.lower() != ".png":
-                raise DataError(
-                    f"{path}: masks are PNG files; JPEG changes labels, so make it again from the original mask rather "
-                    "than convert it"
-                )
+                raise not_png(read_image_file(path), str(path))
         if alone := sorted(masks.keys() - images.keys()):
             raise DataError(f"{masks[alone[0]]}: has no image {root / 'images' / alone[0]}.* ({_more(alone)}); add it, "
-                            "or remove the mask")  # fmt: skip
-        for path in sorted(root.glob("*.txt")):
-            if path.name != "classes.txt" and path.stem not in LISTS and path.stem.casefold().startswith(LISTS):
-                raise DataError(
-                    f"{path}: looks like the list of a split, which are train.txt, val.txt and test.txt; rename it, or "
-                    "move it elsewhere"
-                )
-        lists = {split: root / f"{split}.txt" for split in LISTS if (root / f"{split}.txt").is_file()}
+                            f"or remove the mask; {FOREIGN_REMEDY}")  # fmt: skip
+        lists = split_lists(root, LISTS)
         if lists:
             chosen = {split: _listed(path, images) for split, path in lists.items()}
         elif len(images) > 1:
+            _refuse_splits_by_folder(root / "images")
             chosen = _drawn(images, fraction, seed)
         else:
             raise DataError(f"{root / 'images'}: holds one image; train and val need one each, or write train.txt")
@@ -130,8 +132,8 @@ class ImageFolder(SegmentationBuilder, skip_registration=True):
             class_names=names, palette=palette, coding=coding,
         )  # fmt: skip
 
-    def __init__(self, *, plan: Plan, data_dir: str):
-        super().__init__(plan=plan, data_dir=data_dir)
+    def __init__(self, **options: Any):
+        super().__init__(**options)
         # Colour of a value in the first palette mask that has it, and which mask that is.
         self._shown: dict[int, tuple[tuple[int, ...], Path]] = {}
 
@@ -144,20 +146,21 @@ class ImageFolder(SegmentationBuilder, skip_registration=True):
         return table
 
     def _label(self, item: Pair) -> np.ndarray:
-        data, where = _read(item.mask), str(item.mask)
+        data, where = self._read(item.mask), str(item.mask)
         if self._plan.coding.colours:
-            colours = decode_colour_label(data, where).astype(np.int32)
+            colours = decode_colour_label(data, where, self.max_pixels).astype(np.int32)
             label = self._table[colours[..., 0] << 16 | colours[..., 1] << 8 | colours[..., 2]]
             if label.min() < 0:
                 raise _bad_colour(where, colours, label < 0)
             return label.astype(np.uint8)
-        values = decode_label(data, where)
+        values = decode_label(data, where, self.max_pixels)
         label = self._table[values]
         if label.min() < 0:
             known = sorted(v for v, k in self._plan.coding.classes.items() if k != VOID)
             void = ", ".join(str(v) for v, k in self._plan.coding.classes.items() if k == VOID)
+            known = f"{known[0]}..{known[-1]}" if known[-1] - known[0] < len(known) else ", ".join(map(str, known))
             raise bad_value(
-                where, values, self._table >= 0, f"neither a class ({known[0]}..{known[-1]}) nor void ({void})",
+                where, values, self._table >= 0, f"neither a class ({known}) nor void ({void})",
                 "correct the mask, or complete classes.txt (a line 'void VALUE' makes a value void)",
             )  # fmt: skip
         self._compare_palette(item.mask, data, values)
@@ -169,10 +172,9 @@ class ImageFolder(SegmentationBuilder, skip_registration=True):
 
     def _compare_palette(self, path: Path, data: bytes, values: np.ndarray) -> None:
         """Notes a value that has one colour here and another in an earlier mask: it may mean two things."""
-        palette = Image.open(BytesIO(data)).palette
-        if palette is None or self.guard.notes:
+        if self.guard.notes:
             return
-        colours = np.frombuffer(bytes(palette.palette)[: len(palette.palette) // 3 * 3], np.uint8).reshape(-1, 3)
+        colours = mask_palette(data, str(path))
         for value in np.flatnonzero(value_counts(values)[: len(colours)]):
             colour = tuple(colours[value].tolist())
             before, first = self._shown.setdefault(int(value), (colour, path))
@@ -185,108 +187,44 @@ class ImageFolder(SegmentationBuilder, skip_registration=True):
                 return
 
 
-def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...], Coding]:
-    """Names, colours (as many as names, or none) and the coding of masks that a classes.txt gives.
+def _files(folder: Path) -> tuple[dict[str, Path], list[Path], list[Path]]:
+    """Id -> file of all images below a folder; those of formats that are not read; and what is no image.
 
-    Raises:
-      DataError: missing, or it does not follow the syntax; names the line.
+    Hidden files do not count.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: is missing; write one class a line, 'name' or 'name R G B'")
-    lines = [(i, line.split()) for i, line in enumerate(read_lines(path), 1)]
-    lines = [(i, words) for i, words in lines if words and not words[0].startswith("#")]
-    lines = [(i, ["void", *words[1:]] if words[0].casefold() == "void" else words) for i, words in lines]
-    _check_numbers(path, [words for _, words in lines if words[0] != "void"])
-    names: list[str] = []
-    colours: dict[tuple[int, ...], str] = {}
-    void_values: list[int] = []
-    for number, words in lines:
-        where = f"{path}, line {number}"
-        count = 3 if _numbers(words[-3:]) and len(words) > 3 else 0
-        name, colour = " ".join(words[: len(words) - count]), tuple(map(int, words[len(words) - count :]))
-        if len(words) == 2 and words[0] == "void" and _numbers(words[1:]):
-            void_values.append(int(words[1]))
-            if not 0 <= void_values[-1] <= 255:
-                raise DataError(f"{where}: {void_values[-1]} is no value of an 8-bit mask; void is 0..255")
-            continue
-        if name.casefold() in ("ignore", "ignored", "unlabeled", "unlabelled"):
-            raise DataError(
-                f"{where}: {name!r} would be a class; write 'void' for what is not trained on, or rename it"
-            )
-        if re.search(r"\s#|,\s*\d", name) or (colour and _numbers(name.split()[-1:])):
-            raise DataError(
-                f"{where}: {name!r} is no name; write 'name' or 'name R G B', numbers apart by spaces, comments on "
-                "lines of their own"
-            )
-        if any(unicodedata.category(c) == "Cc" for c in name):
-            raise DataError(f"{where}: {name!r} holds control characters; save the file as UTF-8")
-        if name == "void" and not colour:
-            raise DataError(f"{where}: void needs its value ('void 255') or its colour ('void 0 0 0')")
-        if name in names:
-            raise DataError(f"{where}: class {name!r} is there twice; rename or remove one")
-        if colour:
-            if not all(0 <= c <= 255 for c in colour):
-                raise DataError(f"{where}: {colour} is no colour; R, G and B are 0..255")
-            if colour in colours:
-                raise DataError(f"{where}: {name!r} and {colours[colour]!r} have the same colour {colour}; change one")
-            colours[colour] = name
-        if name != "void":
-            names.append(name)
-    return tuple(names), *_coding(path, names, colours, void_values)
-
-
-def _check_numbers(path: Path, lines: list[list[str]]) -> None:
-    """Refuses classes that seem to be numbered: their numbers would not count."""
-    first = bool(lines) and all(re.fullmatch(r"\d+[:;,.]?", words[0]) for words in lines)
-    last = [words[-1] for words in lines if len(words) > 1 and _numbers(words[-1:]) and not _numbers(words[-3:])]
-    # "lane 1", "lane 2" are names.
-    last = len(last) == len(lines) and sorted(last, key=int) != last
-    if first or last:
-        raise DataError(
-            f"{path}: every line {'starts' if first else 'ends'} with a number; classes are numbered in the order of "
-            "the lines, so write 'name' or 'name R G B' (and 'name_1' where a number is part of the name)"
-        )
-
-
-def _coding(path: Path, names: list[str], colours: dict[tuple[int, ...], str], void_values: list[int]) -> Any:
-    if not names:
-        raise DataError(f"{path}: names no class; write one a line, 'name' or 'name R G B'")
-    if len(names) == 1:
-        raise DataError(f"{path}: names one class, expected two or more; what is around an object is a class, too")
-    without = sorted(set(names) - set(colours.values()))
-    if colours and (without or void_values):
-        raise DataError(
-            f"{path}: some lines have a colour, but not {', '.join(without[:5]) or 'void'}; give every class a colour, "
-            "or none"
-        )
-    if len(names) > 255 or (not colours and len(names) + len(set(void_values or [VOID])) > 256):
-        raise DataError(f"{path}: {len(names)} classes are too many, 8-bit masks have room for 255 and void")
-    if colours:
-        index = {name: k for k, name in enumerate(names)} | {"void": VOID}
-        coding = {r << 16 | g << 8 | b: index[name] for (r, g, b), name in colours.items()}
-        return tuple(c for c, name in colours.items() if name != "void"), Coding(coding, True)
-    void = dict.fromkeys(void_values or [VOID], VOID)
-    classes = (v for v in range(256) if v not in void)
-    return (), Coding(dict(zip(classes, range(len(names)), strict=False)) | void, False)
-
-
-def _numbers(words: Sequence[str]) -> bool:
-    return all(re.fullmatch(r"-?[0-9]{1,9}", word) for word in words)
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Id -> file of all images below a folder; hidden files and folders do not count."""
     found: dict[str, Path] = {}
+    foreign: dict[Path, str] = {}
+    others = []
     for path in _walk(folder):
-        if path.suffix.lower() not in SUFFIXES:
+        kind = image_kind(path)
+        if kind == "other":
+            others.append(path)
             continue
-        key = _key(path.relative_to(folder).with_suffix("").as_posix())
+        key = _key(path.relative_to(folder).as_posix())
+        # Only what looks like a suffix is one: "frame.0001" has none.
+        if path.suffix.lower() in SUFFIXES or re.fullmatch(r"\.[A-Za-z]\w{0,9}", path.suffix):
+            key = key.removesuffix(_key(path.suffix))
         if any(unicodedata.category(c) in ("Cc", "Cs") for c in key):
             raise DataError(f"{str(path)!r}: its name is not UTF-8, or holds control characters; rename it")
+        if kind == "foreign":
+            foreign[path] = key
+            continue
         if key in found:
             raise DataError(f"{path} and {found[key]} have the same name but for the suffix; rename or remove one")
         found[key] = path
-    return found
+    # Raw photographs lie beside theirs; the others are Windows' own.
+    others = [path for path in others if path.name not in ("Thumbs.db", "desktop.ini")]
+    return found, [path for path, key in foreign.items() if key not in found], others
+
+
+def _refuse_splits_by_folder(images: Path) -> None:
+    names = [entry.name for entry in os.scandir(images) if entry.is_dir()]
+    like = sorted(name for name in names if re.fullmatch(r"train(ing)?|val(id|idation)?|test(ing)?", name.casefold()))
+    if len(like) > 1:
+        raise DataError(
+            f"{images}: has the folders {', '.join(like)}, but no list says which images make which split, and they "
+            "would be mixed; write train.txt, val.txt and test.txt beside images, such as 'train/NAME' a line"
+        )
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -27,9 +27,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from pwcrf_jax.data.archives import locate
-from pwcrf_jax.data.base import Pair, Plan, SegmentationBuilder, _read, check_options, require_source_dir
+from pwcrf_jax.data.base import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
 from pwcrf_jax.data.cityscapes import Cityscapes
-from pwcrf_jax.data.common import VOID, DataError, decode_colour_label
+from pwcrf_jax.data.common import VOID, decode_colour_label
+from pwcrf_jax.data.files import DataError, present
 
 
 class Kitti(SegmentationBuilder, skip_registration=True):
@@ -70,7 +71,7 @@ class Kitti(SegmentationBuilder, skip_registration=True):
         return cls.plan_from_pairs(source, splits)
 
     def _label(self, item: Pair) -> np.ndarray:
-        codes = _code(decode_colour_label(_read(item.mask), str(item.mask)))
+        codes = _code(decode_colour_label(self._read(item.mask), str(item.mask), self.max_pixels))
         known = {int(_code(np.array(colour))): index for index, colour in enumerate(self.palette)}
         known[int(_code(np.array(self.void_colour)))] = VOID
         present, where, counts = np.unique(codes, return_inverse=True, return_counts=True)
@@ -111,7 +112,7 @@ class KittiCityscapes(Cityscapes, skip_registration=True):
         # Scene flow, often unpacked into the same folders, adds frames NAME_11, which have no labels.
         splits = {"train": _pairs(training / "image_2", training / "semantic", "*_10.png")}
         testing = training.parent / "testing" / "image_2"
-        if testing.is_dir():
+        if present(testing, folder=True):
             splits["test"] = _pairs(testing, None, "*_10.png")
         return cls.plan_from_pairs(source, splits)
 

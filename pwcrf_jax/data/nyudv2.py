@@ -20,7 +20,9 @@ import tensorflow_datasets as tfds
 
 from pwcrf_jax.data.archives import open_mat73, read_mat
 from pwcrf_jax.data.base import Plan, SegmentationBuilder, check_options, fingerprint, require_source_dir
-from pwcrf_jax.data.common import VOID, DataError, encode_png
+from pwcrf_jax.data.classes import refuse_other_names
+from pwcrf_jax.data.common import VOID, encode_png
+from pwcrf_jax.data.files import DataError, present
 from pwcrf_jax.data.siftflow import relabel
 
 FILES = ("nyu_depth_v2_labeled.mat", "splits.mat", "classMapping40.mat")
@@ -67,7 +69,7 @@ class NyuDv2(SegmentationBuilder, skip_registration=True):
         check_options("nyudv2", options)
         root = require_source_dir("nyudv2", source_dir)
         labeled, splits, mapping = paths = [root / name for name in FILES]
-        missing = ", ".join(path.name for path in paths if not path.is_file())
+        missing = ", ".join(path.name for path in paths if not present(path))
         if missing:
             raise DataError(f"{root}: {missing} not found; check data.source_dir, or download {cls.manual}")
         with open_mat73(labeled, "images", "labels") as (images, labels):
@@ -113,4 +115,6 @@ def _table(path: Path, num_classes: int) -> list[int]:
             f"{path}: mapClass maps {len(classes)} labels to classes {classes.min():g}..{classes.max():g}, expected "
             f"894 labels and classes 1..{num_classes}; take the mapping to {num_classes} classes"
         )
+    names = list(map(str, np.ravel(read_mat(path, "className")[0])))
+    refuse_other_names(f"{path}: className", names, NyuDv2.class_names, num_classes // 2)
     return [VOID, *(int(c) - 1 for c in classes)]

@@ -25,8 +25,8 @@ import tensorflow_datasets as tfds
 
 from pwcrf_jax.data.archives import locate, read_mat
 from pwcrf_jax.data.base import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
-from pwcrf_jax.data.common import DataError
-from pwcrf_jax.data.voc import label_matrix, read_lines, read_names
+from pwcrf_jax.data.files import DataError, present, read_lines
+from pwcrf_jax.data.voc import label_matrix, read_names
 
 LISTS = "ImageSets/Main"
 VOC_ARCHIVE = "VOCtrainval_03-May-2010.tar"
@@ -48,6 +48,7 @@ class PascalContext(SegmentationBuilder, skip_registration=True):
         "sign", "plate", "road", "rock", "shelves", "sidewalk", "sky", "snow", "bedcloth", "track", "tree", "truck",
         "wall", "water", "window", "wood",
     )  # fmt: skip
+    names_files_count = False  # labels.txt has all 459 labels, see `_classes`
     split_sizes = {"train": 4998, "val": 5105}
     manual = f"trainval.tar.gz of https://cs.stanford.edu/~roozbeh/pascal-context/ and {VOC_ARCHIVE}"
 
@@ -79,7 +80,7 @@ class PascalContext(SegmentationBuilder, skip_registration=True):
         splits = {}
         for split in ("train", "val"):
             list_file = lists / f"{split}.txt"
-            if list_file.is_file():
+            if present(list_file):
                 images = lists.parent.parent / "JPEGImages"
                 splits[split] = [
                     Pair(name, images / f"{name}.jpg", masks / f"{name}.mat", list_file)
@@ -98,7 +99,7 @@ class PascalContext(SegmentationBuilder, skip_registration=True):
 def _classes(masks: Path) -> np.ndarray:
     """Number in labels.txt -> class, uint8."""
     inside = masks / "labels.txt"
-    labels = inside if inside.is_file() else masks.parent / "labels.txt"
+    labels = inside if present(inside) else masks.parent / "labels.txt"
     matches = [re.fullmatch(r"\s*(\d{1,4})\s*:(.+)", line) for line in read_lines(labels)]
     numbers = {match[2].replace(" ", ""): int(match[1]) for match in matches if match}
     classes = np.zeros(max(numbers.values(), default=0) + 1, np.uint8)

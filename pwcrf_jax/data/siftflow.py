@@ -22,7 +22,9 @@ import tensorflow_datasets as tfds
 
 from pwcrf_jax.data.archives import locate, read_mat
 from pwcrf_jax.data.base import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
-from pwcrf_jax.data.common import VOID, DataError
+from pwcrf_jax.data.classes import refuse_other_names
+from pwcrf_jax.data.common import VOID
+from pwcrf_jax.data.files import DataError, read_lines
 
 SCENES = "spatial_envelope_256x256_static_8outdoorcategories"
 UNANNOTATED = ("highway_bost181", "street_urb506")
@@ -39,6 +41,7 @@ class SiftFlow(SegmentationBuilder, skip_registration=True):
         "sea", "sidewalk", "sign", "sky", "staircase", "streetlight", "sun", "tree", "window",
     )  # fmt: skip
     split_sizes = {"train": 2488, "test": 200}
+    _names_seen = False  # of the first label file, for all
     manual = "SiftFlowDataset.zip of http://www.cs.unc.edu/~jtighe/Papers/ECCV10/"
 
     @classmethod
@@ -74,7 +77,16 @@ class SiftFlow(SegmentationBuilder, skip_registration=True):
 
     def _label(self, item: Pair) -> np.ndarray:
         (values,) = read_mat(item.mask, "S")
-        return relabel(values, [VOID, *range(len(self.class_names))], item.mask)
+        label = relabel(values, [VOID, *range(len(self.class_names))], item.mask)
+        if not self._names_seen:
+            self._names_seen = True
+            try:
+                (names,) = read_mat(item.mask, "names")
+            except DataError:  # it has none
+                return label
+            names = list(map(str, np.ravel(names)))
+            refuse_other_names(f"{item.mask}: names", names, self.class_names, len(self.class_names) // 2)
+        return label
 
 
 def relabel(values: np.ndarray, table: list[int], where: Any) -> np.ndarray:
@@ -105,12 +117,7 @@ def relabel(values: np.ndarray, table: list[int], where: Any) -> np.ndarray:
 
 def _listed(path: Path) -> list[str]:
     """Names in TestSet1.txt, whose lines are `FOLDER\\NAME.jpg`."""
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror}), it lists the test images; restore it from "
-                        f"{SiftFlow.manual}") from e  # fmt: skip
-    names = [PureWindowsPath(line.strip()).stem for line in lines if line.strip()]
+    names = [PureWindowsPath(line.strip()).stem for line in read_lines(path) if line.strip()]
     if not names:
         raise DataError(f"{path}: the list is empty, split 'test' has no images; restore it from {SiftFlow.manual}")
     return names

@@ -23,7 +23,8 @@ import tensorflow_datasets as tfds
 
 from pwcrf_jax.data.archives import locate, open_mat73, read_mat
 from pwcrf_jax.data.base import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
-from pwcrf_jax.data.common import VOID, DataError
+from pwcrf_jax.data.common import VOID
+from pwcrf_jax.data.files import DataError, present
 from pwcrf_jax.data.siftflow import relabel
 
 LISTS = {"train": "alltrain", "test": "alltest"}
@@ -65,7 +66,7 @@ class SunRgbd(SegmentationBuilder, skip_registration=True):
         splits = toolbox / "traintestSUNRGBD" / "allsplit.mat"
         meta, labels = (toolbox / "Metadata" / name for name in ("SUNRGBDMeta.mat", "SUNRGBD2Dseg.mat"))
         for path in (splits, meta, labels):
-            if not path.is_file():
+            if not present(path):
                 raise DataError(f"{path}: is missing; restore it from SUNRGBDtoolbox.zip")
         pairs = {}
         for split, texts in zip(LISTS, read_mat(splits, *LISTS.values()), strict=True):

@@ -27,6 +27,8 @@ from pwcrf_jax.data.base import Plan, SegmentationBuilder, check_options, finger
 from pwcrf_jax.data.check import bad_value
 from pwcrf_jax.data.common import VOID, DataError, decode_label, encode_png, open_image, storable_image
 from pwcrf_jax.data.datasets import _locked, _quiet
+from pwcrf_jax.data.disk import refusal, unwritable
+from pwcrf_jax.data.files import present
 
 
 class _Options(NamedTuple):
@@ -108,19 +110,53 @@ class TfdsSet(SegmentationBuilder, skip_registration=True):
         names = _class_names(o, images[o.label_key])
         state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.iterdir())]
         key = fingerprint(str(cls.VERSION), str(folder), state, *o[1:])
-        splits = {split: _Records(folder, split, size, o, len(names)) for split, size in sizes.items()}
-        return Plan(splits, key, class_names=names)
+        _table(o, len(names))  # before any record is read
+        splits = {split: _Records(folder, split, size, o) for split, size in sizes.items()}
+        return Plan(splits, key, class_names=names, coding=o)
 
-    def _example(self, item: tuple[str, bytes, np.ndarray]) -> tuple[str, bytes, np.ndarray]:
-        return item
+    def _example(self, item: "_Stored") -> tuple[str, bytes, np.ndarray]:
+        o, where, most = self._plan.coding, item.where, self.max_pixels
+        stored = decode_label(item.mask, f"{where}, {o.label_key}", most)
+        image_where = f"{where}, {o.image_key}"
+        image = storable_image(item.image, image_where, stored.shape, trusted=True, max_pixels=most)
+        picture = open_image(image, image_where, most)
+        if stored.shape != (picture.height, picture.width):
+            raise DataError(
+                f"{where}: {o.label_key} is {stored.shape[1]}x{stored.shape[0]} pixels but {o.image_key} is "
+                f"{picture.width}x{picture.height}; data.tfds.image_key and label_key need one size"
+            )
+        num_classes = len(self.class_names)
+        table = _table(o, num_classes)
+        label = table[stored]
+        if (label < 0).any():
+            meaning = (
+                f"with data.tfds.label_offset {o.label_offset:+} neither a class (0..{num_classes - 1}) nor void "
+                f"({o.void})"
+            )
+            remedy = "correct data.tfds.label_offset, void or num_classes"
+            raise bad_value(f"{where}, {o.label_key}", stored, table >= 0, meaning, remedy)
+        label = label.astype(np.uint8)
+        if o.max_side and max(picture.size) > o.max_side:
+            size = tuple(max(1, round(n * o.max_side / max(picture.size))) for n in picture.size)
+            image = encode_png(np.asarray(picture.resize(size, Image.Resampling.BILINEAR)))
+            label = np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
+        return item.id, image, label
+
+
+class _Stored(NamedTuple):
+    """A record as TFDS has it; `where` is what messages call it."""
+
+    id: str
+    where: str
+    image: bytes
+    mask: bytes
 
 
 class _Records(Sequence):
-    """The records of a split as (id, encoded image, uint8 [H, W] labels), opened at the first one."""
+    """The records of a split, opened at the first one."""
 
-    def __init__(self, folder: Path, split: str, size: int, options: _Options, num_classes: int):
+    def __init__(self, folder: Path, split: str, size: int, options: _Options):
         self._folder, self._split, self._size, self._options = folder, split, size, options
-        self._top, self._table = num_classes - 1, _table(options, num_classes)
 
     def __len__(self) -> int:
         return self._size
@@ -131,36 +167,15 @@ class _Records(Sequence):
         decoders = {key: tfds.decode.SkipDecoding() for key in _images(builder)}
         return builder.as_data_source(self._split, decoders=decoders)
 
-    def __getitem__(self, index: int) -> tuple[str, bytes, np.ndarray]:
+    def __getitem__(self, index: int) -> _Stored:
         if not 0 <= index < self._size:
             raise IndexError(index)
         o, where = self._options, f"{self._folder}: record {index} of split {self._split!r}"
         try:
             record = self._source[index]
-            encoded, mask = record[o.image_key], record[o.label_key]
+            return _Stored(f"{self._split}_{index:06d}", where, record[o.image_key], record[o.label_key])
         except Exception as e:  # array_record: RuntimeError, IndexError; TFDS: many kinds
             raise DataError(f"{where} cannot be read ({_first_line(e)}); have TFDS prepare the set again") from e
-        stored = decode_label(mask, f"{where}, {o.label_key}")
-        image = storable_image(encoded, f"{where}, {o.image_key}", stored.shape, trusted=True)
-        picture = open_image(image, f"{where}, {o.image_key}")
-        if stored.shape != (picture.height, picture.width):
-            raise DataError(
-                f"{where}: {o.label_key} is {stored.shape[1]}x{stored.shape[0]} pixels but {o.image_key} is "
-                f"{picture.width}x{picture.height}; data.tfds.image_key and label_key need one size"
-            )
-        label = self._table[stored]
-        if (label < 0).any():
-            meaning = (
-                f"with data.tfds.label_offset {o.label_offset:+} neither a class (0..{self._top}) nor void ({o.void})"
-            )
-            remedy = "correct data.tfds.label_offset, void or num_classes"
-            raise bad_value(f"{where}, {o.label_key}", stored, self._table >= 0, meaning, remedy)
-        label = label.astype(np.uint8)
-        if o.max_side and max(picture.size) > o.max_side:
-            size = tuple(max(1, round(n * o.max_side / max(picture.size))) for n in picture.size)
-            image = encode_png(np.asarray(picture.resize(size, Image.Resampling.BILINEAR)))
-            label = np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
-        return f"{self._split}_{index:06d}", image, label
 
 
 def _images(builder: tfds.core.DatasetBuilder) -> dict[str, tfds.features.Image]:
@@ -168,7 +183,7 @@ def _images(builder: tfds.core.DatasetBuilder) -> dict[str, tfds.features.Image]
 
 
 def _prepared(root: Path, name: str, config: str | None, version: str | None) -> Path | None:
-    if (root / "dataset_info.json").is_file():
+    if present(root / "dataset_info.json"):
         return root
     folders = [root / name / config] if config else [root / name, *sorted((root / name).glob("*/"))]
     found = {}
@@ -197,6 +212,8 @@ def _prepare(dataset: str, manual_dir: Path | None, data_dir: str) -> Path:
         with contextlib.redirect_stdout(sys.stderr):  # TFDS announces itself with print
             builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual_dir))
     except Exception as e:  # a builder may raise anything, and so may the network
+        if refusal(e):
+            raise unwritable(Path(data_dir), e) from e
         raise DataError(
             f"{dataset!r} is not prepared in {data_dir}, and TFDS could not do it here ({_first_line(e)}). Run this, "
             "once, on any machine with a network, and set data.source_dir to the folder: pip install "
@@ -216,7 +233,19 @@ def _command(dataset: str, manual_dir: Path | None, data_dir: str) -> str:
 
 def _class_names(o: _Options, feature: Any) -> tuple[str, ...]:
     known = tuple(getattr(feature, "names", None) or ())  # of a LabeledImage, by stored value
-    names = tuple(o.class_names) or (known[-o.label_offset :] if o.label_offset < 0 else known)
+    declared = ("",) * o.label_offset + known if known and o.label_offset > 0 else known[-o.label_offset :]
+    names = tuple(o.class_names) or declared
+    if "" in names:
+        raise DataError(
+            f"data.tfds.label_offset: with {o.label_offset:+}, class {names.index('')} is none that {o.dataset!r} "
+            f"names ({', '.join(known[:20])}); correct it, or set data.tfds.class_names"
+        )
+    for k, name in enumerate(names):
+        if name in declared and declared.index(name) != k:
+            raise DataError(
+                f"data.tfds.class_names: {name!r} is class {k} there, but class {declared.index(name)} of what "
+                f"{o.dataset!r} says itself ({', '.join(declared[:20])}); correct the order, or data.tfds.label_offset"
+            )
     names = names or tuple(f"class_{i}" for i in range(o.num_classes))
     if o.num_classes not in (0, len(names)):
         raise DataError(

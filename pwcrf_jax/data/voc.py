@@ -28,7 +28,7 @@ import tensorflow_datasets as tfds
 
 from pwcrf_jax.data.archives import locate, read_mat
 from pwcrf_jax.data.base import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
-from pwcrf_jax.data.common import DataError
+from pwcrf_jax.data.files import DataError, present, read_lines, refuse_other_lists
 
 LISTS = "ImageSets/Segmentation"
 
@@ -70,13 +70,14 @@ class Voc(SegmentationBuilder, skip_registration=True):
             )
         root = lists.parent.parent
         sbd = locate(source, ["benchmark_RELEASE/dataset"], ["benchmark.tgz"], data_dir)
+        refuse_other_lists(lists, [path.name for path in list_files])
         splits, without_masks = {}, []
         for list_file in list_files:
             split = _split_name(list_file)
             pairs = [_pair(root, n, list_file, sbd if split == "train_aug" else None) for n in read_names(list_file)]
-            if any(pair.mask.is_file() for pair in pairs):
+            if any(present(pair.mask) for pair in pairs):
                 splits[split] = pairs
-            elif split == "test" and any(pair.image.is_file() for pair in pairs):
+            elif split == "test" and any(present(pair.image) for pair in pairs):
                 splits[split] = [pair._replace(mask=None) for pair in pairs]
             else:
                 without_masks.append(list_file)
@@ -88,7 +89,7 @@ class Voc(SegmentationBuilder, skip_registration=True):
             )
         for list_file in without_masks:
             log.warning("%s: left out, none of its masks exist in SegmentationClass", list_file)
-        if sbd and not (lists / "train_aug.txt").is_file():
+        if sbd and not present(lists / "train_aug.txt"):
             splits["train_aug"] = _train_aug(root, sbd)
         return cls.plan_from_pairs(source, splits)
 
@@ -98,14 +99,6 @@ class Voc(SegmentationBuilder, skip_registration=True):
         (truth,) = read_mat(item.mask, "GTcls")
         values = truth.get("Segmentation") if isinstance(truth, dict) else None
         return label_matrix(item.mask, "GTcls.Segmentation", values, 256).astype(np.uint8)
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file; DataError where it is missing or cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror}); restore it from the official archive") from e
 
 
 def read_names(list_file: Path) -> list[str]:
@@ -137,7 +130,7 @@ def _split_name(list_file: Path) -> str:
 
 def _pair(root: Path, name: str, listed_in: Path, sbd: Path | None) -> Pair:
     mask = root / "SegmentationClass" / f"{name}.png"
-    if sbd and not mask.is_file():
+    if sbd and not present(mask):
         return Pair(name, sbd / "img" / f"{name}.jpg", sbd / "cls" / f"{name}.mat", listed_in)
     return Pair(name, root / "JPEGImages" / f"{name}.jpg", mask, listed_in)
 

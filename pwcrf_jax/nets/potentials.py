@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pwcrf_jax.arrays import precision
 from pwcrf_jax.nets.featmap_net import resize
 
 
@@ -33,7 +34,8 @@ class _First(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (sum(channels), self.units), jnp.float32).astype(self.dtype)
         grid, first, out = max(x.shape[1:3] for x in maps), 0, 0
         for x, count in zip(maps, channels, strict=True):
-            out += resize(x.astype(self.dtype) @ kernel[first : first + count], grid)
+            x, rows = x.astype(self.dtype), kernel[first : first + count]
+            out += resize(jnp.matmul(x, rows, precision=precision(x, rows)), grid)
             first += count
         if self.use_bias:
             out += self.param("bias", nn.initializers.zeros_init(), (self.units,), jnp.float32).astype(self.dtype)
@@ -59,7 +61,7 @@ class UnaryNet(nn.Module):
     @nn.compact
     def __call__(self, features: jax.Array | Sequence[jax.Array]) -> jax.Array:
         x = nn.relu(_First(self.hidden, dtype=self.dtype, name="first")(features))
-        return nn.Dense(self.num_classes, dtype=jnp.float32, name="last")(x)
+        return nn.Dense(self.num_classes, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST, name="last")(x)
 
 
 class PairwiseParts(NamedTuple):

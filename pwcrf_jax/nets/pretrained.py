@@ -4,7 +4,8 @@ Nothing is downloaded. Formats: Keras Applications' `.h5` files of VGG-16 and Mo
 top, and torchvision's or timm's VGG-16 as `.safetensors`.
 """
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,26 @@ from typing import Any
 import jax.numpy as jnp
 
 from pwcrf_jax.nets import mobilenet_v2, vgg16
-from pwcrf_jax.nets.weight_files import Layer, WeightsError, open_keras, open_torch_vgg16
+from pwcrf_jax.nets.weight_files import StoredLayer, WeightsError, open_keras, open_torch_vgg16
 
 __all__ = ["LoadReport", "WeightsError", "load_pretrained"]
+
+
+_KERAS = "https://storage.googleapis.com/tensorflow/keras-applications"
+# By backbone: where files of ImageNet weights are published, and what is published to check them by. Keras names MD5
+# sums of some of its files and no SHA-256; sizes are those that it downloads.
+KNOWN_FILES = {
+    "mobilenet_v2": (
+        f"{_KERAS}/mobilenet_v2/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5 (9406464 bytes)",
+        f"{_KERAS}/mobilenet_v2/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224.h5 (14536120 bytes)",
+    ),
+    "vgg16": (
+        f"{_KERAS}/vgg16/vgg16_weights_tf_dim_ordering_tf_kernels.h5 (MD5 64373286793e3c8b2b4e3219cbf3544b)",
+        f"{_KERAS}/vgg16/vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5 (MD5 6d6bbae143d832006294945121d1f1fc)",
+        "https://huggingface.co/timm/vgg16.tv_in1k/resolve/main/model.safetensors "
+        "(SHA-256 57b026918159a6bf9faf8405c3a551903768e7138989d9c6224a14227203fad8)",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -69,8 +87,8 @@ def load_pretrained(path: str | Path, params: Mapping[str, Any]) -> tuple[dict[s
 
     Raises:
       WeightsError: a ValueError, for a missing or unreadable file, a network it does not know or that is not the
-        backbone, a missing layer, a layer of another shape (both are named), parameters without a backbone, or a
-        backbone for which no pretrained files exist.
+        backbone, a layer that is missing, damaged or of another shape (it is named), parameters without a backbone,
+        or a backbone for which no pretrained files exist.
     """
     path = Path(path)
     where, net = _find_featmap(params)
@@ -88,9 +106,7 @@ def load_pretrained(path: str | Path, params: Mapping[str, Any]) -> tuple[dict[s
             name, read = source.fc1
             fitting = [block for block in net if _takes_fc1(block, net[block])]
             if fitting:
-                kernel, bias = read()
-                _check_shape(path, name, "kernel", kernel.shape, (7, 7, 512, 4096))
-                _check_shape(path, name, "bias", bias.shape, (4096,))
+                kernel, bias = read((7, 7, 512, 4096))
                 for block in fitting:  # arrays of its own each: a training step gives its buffers away, each once
                     conv = {"kernel": jnp.array(kernel, jnp.float32), "bias": jnp.array(bias, jnp.float32)}
                     new_net[block] = {**net[block], "conv1": conv}
@@ -109,9 +125,9 @@ def load_pretrained(path: str | Path, params: Mapping[str, Any]) -> tuple[dict[s
 
 
 def _open(path: Path, stack: ExitStack):
-    if not path.is_file():
-        what = "a folder" if path.is_dir() else "no such file"
-        raise WeightsError(f"{path}: {what}; give the path of a .h5 or .safetensors file (config.init_from)")
+    if not os.path.isfile(path):
+        there = "a folder" if os.path.isdir(path) else "no regular file" if os.path.exists(path) else "no such file"
+        raise WeightsError(f"{path}: {there}; give the path of a .h5 or .safetensors file (config.init_from)")
     suffix = path.suffix.lower()
     if suffix in (".h5", ".hdf5"):
         return open_keras(path, stack)
@@ -158,23 +174,13 @@ def _takes_fc1(name: str, block: Any) -> bool:
 
 
 def _load_backbone(
-    path: Path, layers: Mapping[str, Callable[[], Layer]], backbone: Mapping[str, Any], order: tuple[str, ...]
+    path: Path, layers: Mapping[str, StoredLayer], backbone: Mapping[str, Any], order: tuple[str, ...]
 ) -> dict[str, Any]:
     new = {}
     missing = [name for name in order if name not in layers]
     if missing:
         raise WeightsError(f"{path}: has no layer {missing[0]} ({len(missing)} missing in all)")
     for name in order:
-        old = backbone[name]
-        kernel, bias = layers[name]()
-        _check_shape(path, name, "kernel", kernel.shape, old["kernel"].shape)
-        _check_shape(path, name, "bias", bias.shape, old["bias"].shape)
+        kernel, bias = layers[name](backbone[name]["kernel"].shape)
         new[name] = {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}
     return new
-
-
-def _check_shape(path: Path, layer: str, part: str, shape: Any, expected: Any) -> None:
-    if tuple(shape) != tuple(expected):
-        raise WeightsError(
-            f"{path}: layer {layer} has a {part} of shape {tuple(shape)}, the network needs {tuple(expected)}"
-        )

@@ -1,8 +1,14 @@
-"""Layouts of files with ImageNet weights: each is opened as named layers that are read when asked for."""
+"""Layouts of files with ImageNet weights: each is opened as named layers that are read when asked for.
 
+A file is not trusted: what it declares is compared with its size and with the network before memory is taken.
+"""
+
+import math
 import re
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +19,9 @@ from pwcrf_jax.nets import mobilenet_v2, vgg16
 BATCH_NORM_EPSILON = 1e-3  # Keras' MobileNetV2
 # Positions of the convolutions in torchvision's `features`, ReLU and pooling being entries of their own.
 TORCH_VGG16_CONVS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+# Beyond these no file of weights goes: levels of groups and objects of an .h5, bytes of a safetensors header.
+_MAX_DEPTH, _MAX_OBJECTS, _MAX_HEADER = 16, 10_000, 1 << 23
+_FLOATS = ("F16", "F32", "F64")  # as safetensors calls them
 
 
 class WeightsError(ValueError):
@@ -26,15 +35,85 @@ class Layer(NamedTuple):
     bias: np.ndarray
 
 
+class StoredArray(NamedTuple):
+    """An array in an open file: its shape, known before `read` takes memory for it."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A layer in an open file, read on call.
+
+    Attributes:
+      path, name: for messages.
+      arrays: gives the kernel, and {name: array} of what has one value for each output.
+      check: raises WeightsError for a kernel's shape in the file.
+      layout: the kernel as this package has it, as a view.
+      combine: makes the layer of the kernel in this layout and the other arrays.
+    """
+
+    path: Path
+    name: str
+    arrays: Callable[[], tuple[StoredArray, Mapping[str, StoredArray]]]
+    check: Callable[[Path, str, tuple[int, ...]], None]
+    layout: Callable[[np.ndarray], np.ndarray] = lambda kernel: kernel
+    combine: Callable[..., Layer] = Layer
+
+    def __call__(self, expected: Sequence[int] | None = None) -> Layer:
+        """Reads the layer, float32.
+
+        Args:
+          expected: shape of the kernel, in this package's layout; None: any.
+
+        Raises:
+          WeightsError: a missing or damaged part, another shape, or values that are not finite.
+        """
+        with _reading(self.path):
+            kernel, others = self.arrays()
+            self.check(self.path, self.name, kernel.shape)
+            shape = self.layout(np.broadcast_to(np.float32(0), kernel.shape)).shape  # takes no memory
+            if expected is not None and shape != tuple(expected):
+                raise WeightsError(
+                    f"{self.path}: layer {self.name} has a kernel of shape {shape}, the network needs {tuple(expected)}"
+                )
+            for name, array in others.items():
+                if array.shape != shape[-1:]:
+                    raise WeightsError(f"{self.path}: the {name} has shape {array.shape}, not {shape[-1:]}")
+            with np.errstate(all="ignore"):  # what it leads to is looked for below
+                read = lambda array: array.read().astype(np.float32)
+                layer = self.combine(self.layout(read(kernel)), *map(read, others.values()))
+            if not all(np.isfinite(part).all() for part in layer):
+                raise WeightsError(f"{self.path}: layer {self.name} has values that are not finite; download it again")
+            return layer
+
+
 class WeightFile(NamedTuple):
     """An open file. `layers` and `fc1` read on call, while the file is open."""
 
     name: str
     architecture: str
     scaling: str
-    layers: Mapping[str, Callable[[], Layer]]
+    layers: Mapping[str, StoredLayer]
     all_layers: tuple[str, ...]
-    fc1: tuple[str, Callable[[], Layer]] | None
+    fc1: tuple[str, StoredLayer] | None
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """A damaged file may have its library raise anything."""
+    try:
+        yield
+    except WeightsError:
+        raise
+    except Exception as error:
+        told = f"{type(error).__name__}: {_words(error)}"
+        raise WeightsError(f"{path}: cannot be read as weights ({told}); download it again") from error
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def fc1_from_keras(weight: np.ndarray) -> np.ndarray:
@@ -65,152 +144,184 @@ def open_keras(path: Path, stack: ExitStack) -> WeightFile:
     # Imported here, so that networks can be built where no weight files are read.
     import h5py
 
-    try:
-        file = stack.enter_context(h5py.File(path, "r"))
-    except OSError as error:
-        raise WeightsError(f"{path}: not an HDF5 file ({error})") from error
-    found = _keras_layers(file)
+    with _reading(path):
+        try:
+            file = stack.enter_context(h5py.File(path, "r"))
+        except OSError as error:
+            raise WeightsError(f"{path}: not an HDF5 file ({_words(error)})") from error
+        found = _keras_layers(path, file)
     if "block1_conv1" in found:
         extra = sorted(name for name in found if re.fullmatch(r"block\d_conv\d", name))
         extra = [name for name in extra if name not in vgg16.layer_names()]
         if extra:
             raise WeightsError(f"{path}: not a VGG-16, it has a layer {extra[0]} (VGG-19?)")
-        layers = {name: _reader(path, name, found) for name in vgg16.layer_names() if name in found}
-        fc1 = ("fc1", lambda: _keras_fc1(path, found)) if "fc1" in found else None
+        layers = {name: _keras_conv(path, name, found) for name in vgg16.layer_names() if name in found}
+        fc1 = ("fc1", _keras_fc1(path, found)) if "fc1" in found else None
         return WeightFile("keras_vgg16", "vgg16", "caffe", layers, tuple(found), fc1)
     if "Conv1" in found and "expanded_conv_depthwise" in found:
         layers = {
-            name: _reader(path, name, found, _batch_norm_name(name))
+            name: _keras_conv(path, name, found, _batch_norm_name(name))
             for name in mobilenet_v2.layer_names()
             if name in found
         }
         norms = {_batch_norm_name(name) for name in layers}
         names = tuple(name for name in found if name not in norms)
         return WeightFile("keras_mobilenet_v2", "mobilenet_v2", "tf", layers, names, None)
-    some = ", ".join(list(found)[:4]) or "none"
-    raise WeightsError(f"{path}: not a network known here (VGG-16, MobileNetV2 of Keras); its layers: {some}")
+    raise WeightsError(
+        f"{path}: not a network known here (VGG-16, MobileNetV2 of Keras); its layers: {_some(list(found))}"
+    )
 
 
 def open_torch_vgg16(path: Path, stack: ExitStack) -> WeightFile:
     """Opens torchvision's or timm's VGG-16 as safetensors. Raises WeightsError if it is something else."""
     from safetensors import SafetensorError, safe_open
 
-    try:
-        file = stack.enter_context(safe_open(path, framework="numpy"))
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: not a safetensors file ({error})") from error
-    keys = sorted(file.keys())
-    convs = sorted(int(m[1]) for key in keys if (m := re.fullmatch(r"features\.(\d+)\.weight", key)))
+    with _reading(path):
+        try:
+            with open(path, "rb") as start:
+                (header,) = struct.unpack("<Q", start.read(8).ljust(8, b"\0"))
+            if header > _MAX_HEADER:
+                raise WeightsError(f"{path}: not a safetensors file (it declares a header of {header} bytes)")
+            file = stack.enter_context(safe_open(path, framework="numpy"))
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{path}: not a safetensors file ({_words(error)})") from error
+        keys = sorted(file.keys())
+        convs = sorted(int(m[1]) for key in keys if (m := re.fullmatch(r"features\.(\d{1,9})\.weight", key)))
     if not convs:
-        some = ", ".join(keys[:4]) or "none"
-        raise WeightsError(f"{path}: not a network known here (VGG-16 of torchvision, timm); its keys: {some}")
+        raise WeightsError(f"{path}: not a network known here (VGG-16 of torchvision, timm); its keys: {_some(keys)}")
     if tuple(convs) != TORCH_VGG16_CONVS:
         raise WeightsError(
-            f"{path}: not a VGG-16, its convolutions are features {convs}, "
+            f"{path}: not a VGG-16, its convolutions are features {convs[:32]}, "
             f"not {list(TORCH_VGG16_CONVS)} (another VGG, or one with BatchNorm?)"
         )
 
-    def read(prefix: str) -> tuple[np.ndarray, np.ndarray]:
-        parts = []
-        for part in ("weight", "bias"):
-            key = f"{prefix}.{part}"
-            if key not in keys:
-                raise WeightsError(f"{path}: has no tensor {key}")
-            try:
-                parts.append(file.get_tensor(key).astype(np.float32))
-            except (SafetensorError, TypeError) as error:
-                raise WeightsError(f"{path}: cannot read the tensor {key} ({error})") from error
-        return parts[0], parts[1]
+    def layer(prefix: str, check: Callable, layout: Callable) -> StoredLayer:
+        array = lambda part: _torch_array(path, file, keys, f"{prefix}.{part}")
+        arrays = lambda: (array("weight"), {f"bias of {prefix}": array("bias")})
+        return StoredLayer(path, prefix, arrays, check, layout)
 
-    def conv(prefix: str) -> Layer:
-        weight, bias = read(prefix)
-        _check_rank(path, prefix, weight, 4)
-        return Layer(weight.transpose(2, 3, 1, 0), bias)
-
-    def linear(prefix: str) -> Layer:
-        weight, bias = read(prefix)
-        _check_flat(path, prefix, weight, axis=1)
-        return Layer(fc1_from_torch(weight), bias)
-
+    conv = lambda prefix: layer(prefix, _check_rank, lambda weight: weight.transpose(2, 3, 1, 0))
     fc1 = None
     if "classifier.0.weight" in keys:
-        fc1 = ("classifier.0", lambda: linear("classifier.0"))
+        fc1 = ("classifier.0", layer("classifier.0", _check_flat(1), fc1_from_torch))
     elif "pre_logits.fc1.weight" in keys:
-        fc1 = ("pre_logits.fc1", lambda: conv("pre_logits.fc1"))
+        fc1 = ("pre_logits.fc1", conv("pre_logits.fc1"))
     names = dict(zip((f"features.{index}" for index in convs), vgg16.layer_names(), strict=True))
-    layers = {ours: (lambda prefix=prefix: conv(prefix)) for prefix, ours in names.items()}
+    layers = {ours: replace(conv(prefix), name=ours) for prefix, ours in names.items()}
     prefixes = dict.fromkeys(key.rpartition(".")[0] for key in keys)
     all_layers = tuple(names.get(prefix, prefix) for prefix in prefixes)
     return WeightFile("torch_vgg16", "vgg16", "torch", layers, all_layers, fc1)
 
 
-def _keras_layers(file: Any) -> dict[str, dict[str, Any]]:
+def _torch_array(path: Path, file: Any, keys: Sequence[str], key: str) -> StoredArray:
+    if key not in keys:
+        raise WeightsError(f"{path}: has no tensor {key}")
+    about = file.get_slice(key)  # the library has compared shapes with the file's size
+    if about.get_dtype() not in _FLOATS:
+        raise WeightsError(
+            f"{path}: the tensor {key} holds {about.get_dtype()}, which NumPy does not know or is no weight; save it "
+            "as F32"
+        )
+    return StoredArray(tuple(about.get_shape()), lambda: file.get_tensor(key))
+
+
+def _keras_layers(path: Path, file: Any) -> dict[str, dict[str, Any]]:
     """Datasets by layer and weight. A dataset's group carries the layer's name, however deep it lies."""
     import h5py
 
     layers: dict[str, dict[str, Any]] = {}
+    seen = 0
 
-    def visit(path: str, item: Any) -> None:
-        parts = path.split("/")
-        if not isinstance(item, h5py.Dataset) or len(parts) < 2 or parts[0] == "optimizer_weights":
-            return
-        weight = parts[-1].split(":")[0]
-        # Keras 1 called them block1_conv1_W_1 and block1_conv1_b_1.
-        old = re.fullmatch(r".*_([Wb])(_\d+)?", weight)
-        if old:
-            weight = {"W": "kernel", "b": "bias"}[old[1]]
-        layers.setdefault(parts[-2], {})[weight] = item
+    def visit(group: Any, parts: tuple[str, ...]) -> None:
+        nonlocal seen
+        for name in group:
+            seen += 1
+            if seen > _MAX_OBJECTS or len(parts) >= _MAX_DEPTH:
+                raise WeightsError(f"{path}: not weights of Keras, it has more groups than any network")
+            where = (*parts, name)
+            if where == ("optimizer_weights",):
+                continue
+            # Links lead out of the file, or round in circles; Keras writes none.
+            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+                raise WeightsError(f"{path}: {'/'.join(where)} is a link, as Keras writes none; download it again")
+            item = group[name]
+            if isinstance(item, h5py.Group):
+                visit(item, where)
+            elif isinstance(item, h5py.Dataset) and parts:
+                layers.setdefault(parts[-1], {})[_weight_name(name)] = item
 
-    file.visititems(visit)
+    visit(file, ())
     return layers
+
+
+def _weight_name(name: str) -> str:
+    weight = name.split(":")[0]
+    # Keras 1 called them block1_conv1_W_1 and block1_conv1_b_1.
+    old = re.fullmatch(r".*_([Wb])(_\d+)?", weight)
+    return {"W": "kernel", "b": "bias"}[old[1]] if old else weight
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(name[:40] for name in names[:4]) or "none"
 
 
 def _batch_norm_name(layer: str) -> str:
     return {"Conv1": "bn_Conv1", "Conv_1": "Conv_1_bn"}.get(layer, f"{layer}_BN")
 
 
-def _read(path: Path, layer: str, found: Mapping[str, Mapping[str, Any]], *names: str) -> list[np.ndarray]:
-    missing = [name for name in names if name not in found.get(layer, {})]
-    if missing:
-        raise WeightsError(f"{path}: layer {layer} has no {missing[0]}")
-    return [np.asarray(found[layer][name], np.float32) for name in names]
+def _keras_array(path: Path, layer: str, found: Mapping[str, Mapping[str, Any]], name: str) -> StoredArray:
+    """A dataset, refused where reading it would take more than the file holds, or read another file."""
+    if name not in found.get(layer, {}):
+        raise WeightsError(f"{path}: layer {layer} has no {name}")
+    data, there = found[layer][name], path.stat().st_size
+    kind = data.dtype
+    if kind.kind != "f" or kind.itemsize > 8:
+        raise WeightsError(f"{path}: the {name} of layer {layer} holds {kind}, not floating-point numbers")
+    if data.shape is None or 0 in data.shape:
+        raise WeightsError(f"{path}: the {name} of layer {layer} is empty")
+    if data.is_virtual or data.external:
+        raise WeightsError(f"{path}: the {name} of layer {layer} lies in another file, as Keras writes none")
+    declared = kind.itemsize * max(math.prod(data.shape), math.prod(data.chunks or ()))
+    if declared > there:
+        raise WeightsError(
+            f"{path}: the {name} of layer {layer} declares {declared:,} bytes, the file has {there:,}; download it "
+            "again"
+        )
+    if data.fletcher32:  # HDF5 2.0 ends the process where a chunk is shorter than its checksum
+        raise WeightsError(f"{path}: the {name} of layer {layer} has checksums, as Keras writes none")
+    return StoredArray(data.shape, lambda: data[()])
 
 
-def _reader(
-    path: Path, name: str, found: Mapping[str, Mapping[str, Any]], norm: str | None = None
-) -> Callable[[], Layer]:
-    def read() -> Layer:
-        if norm is None:
-            kernel, bias = _read(path, name, found, "kernel", "bias")
-            _check_rank(path, name, kernel, 4)
-            return Layer(kernel, bias)
-        depthwise = name.endswith("_depthwise")
-        # Keras 3 calls a depthwise kernel "kernel".
-        older = "depthwise_kernel" in found.get(name, {})
-        (kernel,) = _read(path, name, found, "depthwise_kernel" if older else "kernel")
-        _check_rank(path, name, kernel, 4)
-        if depthwise:
-            kernel = kernel.transpose(0, 1, 3, 2)
-        values = _read(path, norm, found, "gamma", "beta", "moving_mean", "moving_variance")
-        for value in values:
-            if value.shape != kernel.shape[3:]:
-                raise WeightsError(f"{path}: layer {norm} has shape {value.shape}, not {kernel.shape[3:]}")
-        return fold_batch_norm(kernel, *values)
-
-    return read
+def _keras_conv(path: Path, name: str, found: Mapping[str, Mapping[str, Any]], norm: str | None = None) -> StoredLayer:
+    array = lambda layer, part: _keras_array(path, layer, found, part)
+    if norm is None:
+        arrays = lambda: (array(name, "kernel"), {f"bias of layer {name}": array(name, "bias")})
+        return StoredLayer(path, name, arrays, _check_rank)
+    # Keras 3 calls a depthwise kernel "kernel".
+    kernel = "depthwise_kernel" if "depthwise_kernel" in found.get(name, {}) else "kernel"
+    parts = ("gamma", "beta", "moving_mean", "moving_variance")
+    arrays = lambda: (array(name, kernel), {f"{part} of layer {norm}": array(norm, part) for part in parts})
+    depthwise = lambda kernel: kernel.transpose(0, 1, 3, 2)
+    layout = depthwise if name.endswith("_depthwise") else lambda kernel: kernel
+    return StoredLayer(path, name, arrays, _check_rank, layout, fold_batch_norm)
 
 
-def _keras_fc1(path: Path, found: Mapping[str, Mapping[str, Any]]) -> Layer:
-    weight, bias = _read(path, "fc1", found, "kernel", "bias")
-    _check_flat(path, "fc1", weight, axis=0)
-    return Layer(fc1_from_keras(weight), bias)
+def _keras_fc1(path: Path, found: Mapping[str, Mapping[str, Any]]) -> StoredLayer:
+    array = lambda part: _keras_array(path, "fc1", found, part)
+    arrays = lambda: (array("kernel"), {"bias of layer fc1": array("bias")})
+    return StoredLayer(path, "fc1", arrays, _check_flat(0), fc1_from_keras)
 
 
-def _check_rank(path: Path, layer: str, kernel: np.ndarray, rank: int) -> None:
-    if kernel.ndim != rank:
-        raise WeightsError(f"{path}: layer {layer} has a kernel of shape {kernel.shape}, not {rank} axes")
+def _check_rank(path: Path, layer: str, shape: tuple[int, ...]) -> None:
+    if len(shape) != 4:
+        raise WeightsError(f"{path}: layer {layer} has a kernel of shape {shape}, not 4 axes")
 
 
-def _check_flat(path: Path, layer: str, weight: np.ndarray, axis: int) -> None:
-    if weight.ndim != 2 or weight.shape[axis] % 49:
-        raise WeightsError(f"{path}: layer {layer} has a weight of shape {weight.shape}, not of 7x7 windows")
+def _check_flat(axis: int) -> Callable[[Path, str, tuple[int, ...]], None]:
+    """axis: which holds 7x7 windows, laid out flat."""
+
+    def check(path: Path, layer: str, shape: tuple[int, ...]) -> None:
+        if len(shape) != 2 or shape[axis] % 49:
+            raise WeightsError(f"{path}: layer {layer} has a weight of shape {shape}, not of 7x7 windows")
+
+    return check

@@ -6,6 +6,7 @@ still is, is asked on reading: Orbax loads arrays with flipped bits without a wo
 them. A checkpoint that is damaged is passed over for the one before.
 """
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -21,6 +22,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 import pwcrf_jax
+from pwcrf_jax import files
 from pwcrf_jax.training.logs import log
 
 _TEMPORARY, _DELETED, _DAMAGED = ".orbax-checkpoint-tmp", ".deleted", ".damaged"  # in names of folders beside STEP
@@ -78,13 +80,55 @@ def _check_same(saved: dict, wanted: dict, where: str) -> None:
 
 
 def _steps(folder: str) -> list[int]:
-    """Steps of the checkpoints in a folder, damaged ones too, oldest first; others have longer names."""
-    return sorted(int(name) for name in os.listdir(folder) if name.isdecimal()) if os.path.isdir(folder) else []
+    """Steps of the checkpoints in a folder, damaged ones too, oldest first; others have longer names.
+
+    Raises FileError: the folder or one of a step is a link, so that to save or to delete would be done elsewhere.
+    """
+    files.check_folder(folder, os.path.dirname(folder))
+    names = os.listdir(folder) if os.path.isdir(folder) else ()
+    found = sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+    for step in found:
+        files.check_folder(os.path.join(folder, str(step)), folder)
+    return found
 
 
 def exists(folder: str) -> bool:
     """Whether a folder holds a checkpoint."""
     return bool(_steps(folder))
+
+
+def config_of(workdir: str) -> tuple[dict, str] | None:
+    """The configuration that the newest whole checkpoint of a workdir carries, and its folder; None: none does."""
+    for kind in ("checkpoints", "best"):
+        folder = os.path.join(os.path.abspath(workdir), kind)
+        for step in reversed(_steps(folder)):
+            with contextlib.suppress(_Damaged, KeyError):
+                path = os.path.join(folder, str(step))
+                return dict(_read_meta(path, step)["config"]), path
+    return None
+
+
+def _read_meta(path, step):
+    stored = _load(path, {"meta": None})["meta"]
+    try:
+        if "json" in stored:
+            meta = json.loads(stored["json"]) if _text_hash(stored["json"]) == stored["sha256"] else {}
+        else:
+            meta = stored if stored.keys() <= _META_OF_0_1 else {}
+        same_step = meta["step"] == step
+        _ = dict(meta["model"]), dict(meta["leaves"]), list(meta.get("class_names") or ())
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        raise _Damaged("its meta is not what was saved") from None
+    if not same_step:
+        raise _Damaged(f"it holds step {meta['step']}")
+    return meta
+
+
+def _load(path, abstract):
+    try:
+        return ocp.load_checkpointables(path, abstract)
+    except Exception as error:  # Orbax raises many kinds for damaged files
+        raise _Damaged(_reason(error)) from error
 
 
 class Store:
@@ -104,8 +148,9 @@ class Store:
         if keep is None and not os.path.isdir(folder):
             raise CheckpointError(f"no checkpoint in {folder}: train first, or name another --workdir")
         if self._is_writer():
-            os.makedirs(self.folder, exist_ok=True)
+            files.make_folder(self.folder, inside=os.path.dirname(self.folder))
             self._clear()
+        _steps(self.folder)  # refuses links before there is anything to save
 
     @property
     def latest(self) -> int | None:
@@ -142,11 +187,9 @@ class Store:
         """
         if not self._is_writer():
             return
-        path, text = os.path.join(self._path(step), _NOTE), json.dumps(values)
+        text = json.dumps(values)
         try:
-            with open(path + ".partial", "w") as file:
-                json.dump({"json": text, "sha256": _text_hash(text)}, file)
-            os.replace(path + ".partial", path)
+            files.write_json(os.path.join(self._path(step), _NOTE), {"json": text, "sha256": _text_hash(text)})
         except OSError as error:
             raise self._unwritten(step, error) from error
 
@@ -167,6 +210,8 @@ class Store:
         step, response = self._saving
         try:
             response.result(timeout)
+            if self._is_writer():
+                files.sync_tree(self._path(step))  # Orbax does not; those before it are deleted next
         except Exception as error:  # Orbax raises many kinds
             if timeout is not None and isinstance(error, TimeoutError):
                 return
@@ -217,7 +262,7 @@ class Store:
             wanted = abstract(meta) if callable(abstract) else abstract
             saved = {k: v for k, v in meta["leaves"].items() if k.split("/")[0] in wanted}
             _check_same(saved, leaves(wanted), self._path(step))
-            trees = self._load(step, jax.tree.map(lambda x: np.empty(x.shape, x.dtype), wanted))
+            trees = _load(self._path(step), jax.tree.map(lambda x: np.empty(x.shape, x.dtype), wanted))
             found = hashes(trees)
             for name in found if "hashes" in meta else ():
                 if found[name] != meta["hashes"].get(name):
@@ -261,38 +306,20 @@ class Store:
             return -np.inf, step
 
     def _meta(self, step):
-        stored = self._load(step, {"meta": None})["meta"]
-        try:
-            if "json" in stored:
-                meta = json.loads(stored["json"]) if _text_hash(stored["json"]) == stored["sha256"] else {}
-            else:
-                meta = stored if stored.keys() <= _META_OF_0_1 else {}
-            same_step = meta["step"] == step
-            model, _ = dict(meta["model"]), dict(meta["leaves"])
-            classes = meta.get("class_names") or self._class_names
-        except (KeyError, TypeError, AttributeError, ValueError):
-            raise _Damaged("its meta is not what was saved") from None
-        if not same_step:
-            raise _Damaged(f"it holds step {meta['step']}")
-        _check_same(model, self._model, self._path(step))
+        meta = _read_meta(self._path(step), step)
+        classes = meta.get("class_names") or self._class_names
+        _check_same(dict(meta["model"]), self._model, self._path(step))
         if self._class_names:
             number = lambda names: {f"class {i}": name for i, name in enumerate(names)}
             _check_same(number(classes), number(self._class_names), self._path(step))
         return meta | self._noted(step)
 
     def _noted(self, step):
+        whole = lambda note: dict(json.loads(note["json"])) if _text_hash(note["json"]) == note["sha256"] else {}
         try:
-            with open(os.path.join(self._path(step), _NOTE)) as file:
-                note = json.load(file)
-            return json.loads(note["json"]) if _text_hash(note["json"]) == note["sha256"] else {}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return files.read_json(os.path.join(self._path(step), _NOTE), "it is not used", whole)
+        except OSError:
             return {}  # damaged is as good as not there
-
-    def _load(self, step, abstract):
-        try:
-            return ocp.load_checkpointables(self._path(step), abstract)
-        except Exception as error:  # Orbax raises many kinds for damaged files
-            raise _Damaged(_reason(error)) from error
 
     def _path(self, step):
         return os.path.join(self.folder, str(step))
@@ -311,7 +338,11 @@ class Store:
         """Deletes what a save or a deletion that was cut off left behind."""
         for name in os.listdir(self.folder):
             if _TEMPORARY in name or name.endswith(_DELETED):
-                shutil.rmtree(os.path.join(self.folder, name), ignore_errors=True)
+                path = os.path.join(self.folder, name)
+                if os.path.islink(path):
+                    os.unlink(path)
+                else:
+                    shutil.rmtree(path, ignore_errors=True)
 
     def __enter__(self):
         return self

@@ -4,27 +4,36 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 
 import jax
 from absl import app, flags
 from ml_collections import ConfigDict
 
+from pwcrf_jax import files
 from pwcrf_jax.data import DataError
 from pwcrf_jax.nets import WeightsError
-from pwcrf_jax.training import compilation, logs, schema, usage
+from pwcrf_jax.training import agreement, compilation, distributed, logs, schema, usage
 from pwcrf_jax.training.checkpoint import CheckpointError
 from pwcrf_jax.training.config import ConfigError
 from pwcrf_jax.training.loop import NonFiniteError
+from pwcrf_jax.training.wire import FAILED, REFUSED
 
-REFUSED = 2
-FAILED = 1
+PATHS = ("config", "workdir", "picture", "images", "output", "export", "report", "report_file", "config.init_from",
+         "config.data.source_dir", "config.data.data_dir")  # fmt: skip
+"""Flags that name a file or a folder."""
 INTERRUPTED = 128 + signal.SIGINT  # what a shell says of a process that Ctrl-C ended
 
 
-def _refuse(message) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(REFUSED)
+_EXPLAINED = 5.0  # seconds in which a process whose end breaks a sum is known to be gone
+
+
+def _end(code, line) -> None:
+    """Ends this process and, of several, the others."""
+    print(line, file=sys.stderr)
+    distributed.end(code, line.removeprefix("error: "))
+    sys.exit(code)
 
 
 def _one_line(error):
@@ -70,16 +79,20 @@ def parse(argv, values=flags.FLAGS, before_parsing=None) -> None:
     """Reads the command line into flags. Overrides are applied to the config, and config files are run, here.
 
     Raises:
-      ConfigError: whatever is wrong, in one line.
+      ConfigError, FileError: whatever is wrong, in one line.
     """
     try:
+        _expand_paths(argv)
         if before_parsing:
             before_parsing(argv)
         rest = values(argv)
-    except ConfigError:
+    except (ConfigError, files.FileError):
         raise
     except Exception as error:  # a config file may raise anything
         raise ConfigError(_reason(error, argv)) from None
+    # The last one would count, and the others be left out without a word; of overrides that is what is meant.
+    if twice := [name for name in values if values[name].present > 1 and not name.startswith("config.")]:
+        raise ConfigError(f"--{twice[0]} is given {values[twice[0]].present} times; give it once")
     if rest[1:]:
         raise ConfigError(f"unknown arguments {' '.join(rest[1:])}; options look like --config.key=value")
 
@@ -98,42 +111,64 @@ def run(main, before_parsing=None, before_main=None, interrupted="stopped by Ctr
         logs.setup()
         try:
             parse(argv, before_parsing=before_parsing)
-        except ConfigError as error:
-            _refuse(_one_line(error))
+        except (ConfigError, files.FileError) as error:
+            print(f"error: {_one_line(error)}", file=sys.stderr)
+            distributed.refuse(argv, REFUSED, _one_line(error))
+            sys.exit(REFUSED)
         return argv[:1]
 
     def guarded(argv):
         try:
             if before_main:
                 before_main()
+            distributed.agree(lambda: agreement.of_start(require("config")))
             _use_cache()
             main(argv)
-        except (ConfigError, DataError, WeightsError, CheckpointError, OSError) as error:
-            _refuse(_one_line(error))
+        except OSError as error:
+            named = isinstance(error, files.FileError) or error.filename is None
+            error = error if named else files.refused(error.filename, "cannot be used", error)
+            _end(REFUSED, f"error: {_one_line(error)}")
+        except (ConfigError, DataError, WeightsError, CheckpointError) as error:
+            _end(REFUSED, f"error: {_one_line(error)}")
         except NonFiniteError as error:
-            print(f"error: {_one_line(error)}", file=sys.stderr)
-            sys.exit(FAILED)
+            _end(FAILED, f"error: {_one_line(error)}")
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one ends what is left without a word
-            print(interrupted, file=sys.stderr)
-            sys.exit(INTERRUPTED)
+            _end(INTERRUPTED, interrupted)
+        except Exception as error:
+            if not distributed.several():
+                raise
+            time.sleep(_EXPLAINED)  # where another process has broken a sum, its end is told meanwhile
+            traceback.print_exc()
+            _end(FAILED, f"error: {type(error).__name__}: {_one_line(error)}")
+        finally:  # a good end, or an exit that all share, such as of a run that was asked to stop
+            distributed.done()
 
     app.run(guarded, flags_parser=flags_parser)
 
 
+def _expand_paths(argv):
+    """In place, before anything reads one: a shell expands the tilde of `--workdir ~/x`, not of `--workdir=~/x`."""
+    for i, word in enumerate(argv[1:], 1):
+        name, equals, value = word.partition("=")
+        if name.lstrip("-") not in PATHS or not name.startswith("-"):
+            continue
+        if equals:
+            argv[i] = f"{name}={files.expand_path(value, name)}"
+        elif argv[i + 1 : i + 2]:
+            argv[i + 1] = files.expand_path(argv[i + 1], name)
+
+
 def _use_cache():
-    config, workdir = flags.FLAGS["config"].value, flags.FLAGS["workdir"].value
-    if "dry-run" in flags.FLAGS and flags.FLAGS["dry-run"].value:
-        return  # it leaves nothing in the workdir
+    config = flags.FLAGS["config"].value
     # What main will refuse is left to it.
-    # Processes that share a folder would delete what another is writing.
+    # Processes that start together would delete what another is writing.
     if (
         not jax.distributed.is_initialized()
-        and workdir
         and isinstance(config, ConfigDict)
         and config.get("compilation_cache") is True
     ):
-        compilation.use(os.path.join(workdir, compilation.FOLDER))
+        compilation.use()
 
 
 def require(name: str):

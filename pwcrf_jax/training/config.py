@@ -1,20 +1,24 @@
 """Configs: checked before any compute is spent, stored beside the checkpoints, read back."""
 
 import difflib
+import itertools
 import json
 import math
+import os
 import pathlib
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from pwcrf_jax import dense_crf, gaussian, objectives
+from pwcrf_jax import files, gaussian, objectives
 from pwcrf_jax.data import DATASETS
 from pwcrf_jax.nets import BACKBONES, INPUT_SCALINGS, FeatMapNet, grid_size
 from pwcrf_jax.pairwise import ROUTES
 from pwcrf_jax.relations import Relation, offsets
 from pwcrf_jax.segmenter import PAIRWISE_FEATURES, PARAMETERISATIONS, Segmenter
 from pwcrf_jax.training import schema, steps
+from pwcrf_jax.training.logs import log
 
 
 class ConfigError(ValueError):
@@ -36,47 +40,26 @@ def _flat(config, prefix=""):
             yield f"{prefix}{key}", value
 
 
-# Keys that configs of version 0.1 do not have, with values that keep their meaning.
-_ADDED = {
-    "loss.sampled_offsets": 0,
-    "loss.chunk_edges": 0,
-    "crf.route": "auto",
-    "crf.chunk_edges": 0,
-    "refine.num_iterations": 10,
-    "refine.method": "auto",
-    "loss.objective": "piecewise",
-    "loss.unary_share": 0.5,
-    "loss.pairwise_balance_power": -1.0,
-    "model.pairwise_features": "shared",
-    "model.refinement_convs.layers": (),
-    "model.refinement_convs.width": 32,
-    "train.max_skipped_steps": 0,
-    "compilation_cache": True,
-    "eval.classes": (),
-    "eval.panel": 0,
-    "data.num_workers": 0,
-    "data.partial": True,
-    "data.image_folder.val_fraction": 0.1,
-    "data.image_folder.seed": 0,
-    "data.tfds.dataset": "",
-    "data.tfds.image_key": "image",
-    "data.tfds.label_key": "label",
-    "data.tfds.label_offset": 0,
-    "data.tfds.void": 255,
-    "data.tfds.class_names": (),
-    "data.tfds.num_classes": 0,
-    "data.tfds.max_side": 0,
-    "tiles.size": (),
-    "tiles.overlap": 0.5,
-    "tta.scales": (1.0,),
-    "tta.flip": False,
-    **{f"refine.{name}": value for name, value in dense_crf.DEFAULT_PARAMS._asdict().items()},
-}
+CONFIG = "config.json"  # in a workdir
 CLASSES = "classes.json"  # in a workdir: names and colours of its classes, for prediction without the data set
 TUNED = "tuned.json"  # in a workdir: what `eval.py --tune-refinement` chose
 _BATCHES = ("train.batch_size", "eval.batch_size")
 _MAX_OFFSETS = 10**6  # of a relation; the least chunk of a step is one of them on the whole map
+_OFFSETS = ("row_offsets", "col_offsets")
 _RESERVED = ("unary", "all", "tta", "refined")  # rows of the table, terms of the loss
+
+
+def check_keys(config: ConfigDict) -> None:
+    """Refuses a config whose keys are not those of configs/default.py, or whose values have another type or range.
+
+    Raises:
+      ConfigError: naming the key, its value and the remedy.
+    """
+    boxes = config.get("relations")
+    for problem in schema.problems(dict(_flat(config)), boxes if isinstance(boxes, ConfigDict) else ()):
+        raise ConfigError(problem)
+    for name in config.model.relations:
+        _choose("model.relations", name, list(boxes or ()))
 
 
 def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[str, ...] = _BATCHES) -> None:
@@ -87,10 +70,8 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
     Raises:
       ConfigError: naming the key, its value and the remedy.
     """
+    check_keys(config)
     flat = dict(_flat(config))
-    boxes = config.get("relations")
-    for problem in schema.problems(flat, boxes if isinstance(boxes, ConfigDict) else ()):
-        raise ConfigError(problem)
     for key, known in {
         "data.name": DATASETS,
         "model.backbone": BACKBONES,
@@ -112,7 +93,6 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
         if len(set(flat[key])) != len(flat[key]):
             raise ConfigError(f"config.{key} = {flat[key]} names a relation twice")
     for name in config.model.relations:
-        _choose("model.relations", name, list(config.relations))
         kind = config.relations[name].parameterisation
         _choose(f"relations.{name}.parameterisation", kind, ["", *PARAMETERISATIONS])
     for name in config.crf.relations:
@@ -124,22 +104,9 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
         )
     build_model(config)
     _validate_objective(config)
-    for key in ("data.crop_size", "data.eval_size"):
-        grid = grid_size(flat[key], config.model.scales)
-        for relation in relations(config):
-            where = f"on the {grid[0]} x {grid[1]} grid of config.{key} = {flat[key]}"
-            if _num_offsets(relation, grid) > _MAX_OFFSETS:
-                raise ConfigError(
-                    f"config.relations.{relation.name}: its box holds more than {_MAX_OFFSETS} offsets {where}; "
-                    "make it smaller, or set its grid, such as 5"
-                )
-            if not len(offsets(relation, *grid)):
-                raise ConfigError(
-                    f"config.relations.{relation.name}: its box holds no edge {where}; change the box, or take the "
-                    "relation out of config.model.relations"
-                )
+    check_edges(config, "data.eval_size")
     # Last, as it starts the devices, which takes a while on some.
-    devices = num_devices or jax.device_count()
+    devices = num_devices or device_count()
     for key in batches:
         if flat[key] % devices:
             raise ConfigError(
@@ -148,8 +115,20 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
             )
 
 
+def device_count() -> int:
+    """Of all processes; ConfigError where JAX has none of the platform that it is told to use."""
+    try:
+        return jax.device_count()
+    except (RuntimeError, AssertionError) as error:  # JAX 0.10 asserts where CUDA finds no device
+        said = " ".join(str(error).partition("(set JAX_PLATFORMS")[0].split()) or "it finds no device of that kind"
+        given = f"JAX_PLATFORMS={jax.config.jax_platforms}" if jax.config.jax_platforms else "devices"
+        raise ConfigError(
+            f"{given}: JAX cannot start ({said}); set JAX_PLATFORMS to what is there, such as cpu"
+        ) from None
+
+
 def _num_offsets(relation, grid):
-    """Of the box before it is cut to the map, at most."""
+    """Of a box before it is cut to the map, at most."""
     if relation.grid:
         return relation.grid**2
     cell = min(grid) if relation.unit == "short_side" else 1
@@ -209,22 +188,82 @@ def scored_classes(config: ConfigDict, class_names) -> list[int] | None:
     return [list(class_names).index(name) for name in config.eval.classes] or None
 
 
-def relations(config: ConfigDict) -> tuple[Relation, ...]:
-    """The relations that the model has a Pairwise-Net for."""
-    out = []
+def relations(config: ConfigDict) -> dict[str, np.ndarray]:
+    """Offsets of the relations that the model has a Pairwise-Net for, {name: int32 [num_offsets, 2]}, in cells.
+
+    A box becomes offsets here and nowhere else: on the grid of config.data.crop_size, whatever map comes in later, as a
+    Pairwise-Net knows the distances that it was trained at and no others. A run keeps them, see `keep_offsets`.
+
+    Raises:
+      ConfigError: a name or box that cannot be, too many offsets, or none.
+    """
+    grid = grid_size(config.data.crop_size, config.model.scales)
+    where = f"on the {grid[0]} x {grid[1]} grid of config.data.crop_size = {tuple(config.data.crop_size)}"
+    out = {}
     for name in config.model.relations:
-        c = config.relations[name]
-        if name in _RESERVED or not name.isidentifier():
+        box, c = _box(config, name), config.relations[name]
+        kept = bool(c.row_offsets), bool(c.col_offsets)
+        if any(kept) and not all(kept):
+            raise ConfigError(f"config.relations.{name}: set both row_offsets and col_offsets, or leave both empty")
+        if (len(c.row_offsets) * len(c.col_offsets) if all(kept) else _num_offsets(box, grid)) > _MAX_OFFSETS:
             raise ConfigError(
-                f"config.relations.{name}: use another name, of letters, digits and _, and not one of {_RESERVED}"
+                f"config.relations.{name}: its box holds more than {_MAX_OFFSETS} offsets {where}; make it smaller, or "
+                "set its grid, such as 5"
             )
-        try:
-            out.append(Relation(name, tuple(c.rows), tuple(c.cols), c.unit, c.grid or None))
-        except ValueError as error:  # "relation 'NAME': FIELD must ..."
-            field, _, rest = str(error).partition(": ")[2].partition(" ")
-            key = f"{name}.{field}" if field in schema.RELATION else f"{name}: {field}"
-            raise ConfigError(f"config.relations.{key} {rest}") from None
-    return tuple(out)
+        if all(kept):
+            pairs = itertools.product(*(sorted(set(axis)) for axis in (c.row_offsets, c.col_offsets)))
+            out[name] = np.array([pair for pair in pairs if pair != (0, 0)], np.int32).reshape(-1, 2)
+        else:
+            out[name] = offsets(box, *grid)
+        if not len(out[name]):
+            raise ConfigError(
+                f"config.relations.{name}: its box holds no edge {where}; change the box, or take the relation out of "
+                "config.model.relations"
+            )
+    return out
+
+
+def _box(config, name) -> Relation:
+    c = config.relations[name]
+    if name in _RESERVED or not name.isidentifier():
+        raise ConfigError(
+            f"config.relations.{name}: use another name, of letters, digits and _, and not one of {_RESERVED}"
+        )
+    try:
+        return Relation(name, tuple(c.rows), tuple(c.cols), c.unit, c.grid or None)
+    except ValueError as error:  # "relation 'NAME': FIELD must ..."
+        field, _, rest = str(error).partition(": ")[2].partition(" ")
+        key = f"{name}.{field}" if field in schema.RELATION else f"{name}: {field}"
+        raise ConfigError(f"config.relations.{key} {rest}") from None
+
+
+def check_edges(config: ConfigDict, key: str) -> None:
+    """Refuses relations without an edge on the grid of config's `key`, a size of images."""
+    size = tuple(dict(_flat(config))[key])
+    grid = grid_size(size, config.model.scales)
+    for name, box in relations(config).items():
+        if not np.any(np.all(np.abs(box) < grid, axis=1)):
+            raise ConfigError(
+                f"config.relations.{name}: its box holds no edge on the {grid[0]} x {grid[1]} grid of config.{key} = "
+                f"{size}; take a larger size, or take the relation out of config.model.relations"
+            )
+
+
+def keep_offsets(config: ConfigDict, run: ConfigDict | None = None) -> None:
+    """Writes the offsets of `relations` into the config, row_offsets and col_offsets of each relation.
+
+    run: the config of a run that goes on, whose offsets are taken where the config names none.
+    """
+    for name, kept in run.relations.items() if run else ():
+        if name in config.relations and not any(config.relations[name][key] for key in _OFFSETS):
+            config.relations[name].update({key: kept.get(key, ()) for key in _OFFSETS})
+    for name, box in relations(config).items():
+        config.relations[name].update(_axes(box))
+
+
+def _axes(box) -> dict[str, tuple[int, ...]]:
+    """Offsets are all pairs of a row and a column offset but (0, 0): {"row_offsets", "col_offsets"}."""
+    return {key: tuple(map(int, np.unique(axis))) for key, axis in zip(_OFFSETS, box.T, strict=True)}
 
 
 def build_model(config: ConfigDict) -> Segmenter:
@@ -280,9 +319,10 @@ def identity(config: ConfigDict) -> dict:
         model = key.startswith("model.") and key not in free and not key.startswith(other_backbones)
         if model or key.startswith(used) or key in ("data.name", "data.num_classes"):
             flat[key] = value
-    for name in config.model.relations:  # what "" stands for
+    for name, box in relations(config).items():  # what "" and () stand for
         kind = config.relations[name].parameterisation
         flat[f"relations.{name}.parameterisation"] = kind or config.model.parameterisation
+        flat |= {f"relations.{name}.{key}": axis for key, axis in _axes(box).items()}
     return json.loads(json.dumps(flat))
 
 
@@ -337,52 +377,65 @@ def dataset_options(config: ConfigDict) -> dict:
     """Keyword arguments of `pwcrf_jax.data.load_dataset`."""
     d = config.data
     options = d[d.name].to_dict() if d.name in d else {}
-    return dict(name=d.name, source_dir=d.source_dir, data_dir=d.data_dir, partial=d.partial, **options)
+    return dict(
+        name=d.name, source_dir=d.source_dir, data_dir=d.data_dir, partial=d.partial, max_pixels=d.max_pixels, **options
+    )
 
 
 def save(config: ConfigDict, path) -> None:
     """Writes a config as JSON, whole or not at all."""
-    _write(config.to_dict(), pathlib.Path(path))
-
-
-def _write(content, path):
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
+    files.write_json(path, config.to_dict())
 
 
 def load(path) -> ConfigDict:
     """Reads a config written by `save`; lists become tuples again, so that flags can override them.
 
-    Keys that came later than the file stand as what the code did before it had them.
+    Where the file is damaged or not there, as power loss may leave it, the log says so and the config that the
+    checkpoints beside it carry is taken.
+
+    Raises:
+      ConfigError: neither can be used.
     """
     try:
-        stored = json.loads(pathlib.Path(path).read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: is this the --workdir of a training run?") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}): is --workdir the folder of a run?") from None
-    except ValueError as error:  # JSON or UTF-8
-        raise ConfigError(f"{path} is not a config: {error}") from None
-    if not isinstance(stored, dict) or not stored:
-        raise ConfigError(f"{path} is not a config: expected a JSON object with the keys of configs/default.py")
-    for key, value in _ADDED.items():
-        *sections, name = key.split(".")
-        place = stored
-        for section in sections:  # which may have come later itself
-            place = place.setdefault(section, {}) if isinstance(place, dict) else None
-        if isinstance(place, dict):
-            place.setdefault(name, value)
+        return files.read_json(path, "put a copy in its place, or name another --workdir", _restored)
+    except (FileNotFoundError, files.FileError) as error:
+        from pwcrf_jax.training import checkpoint  # Orbax, which a run that is refused need not load
+
+        missing = f"{path} does not exist: is this the --workdir of a training run?"
+        why = str(error) if isinstance(error, files.FileError) else missing
+        carried = checkpoint.config_of(os.path.dirname(path))
+        if carried is None:
+            raise ConfigError(why) from None
+        log.warning("%s is taken instead: %s", f"The configuration in {carried[1]}", why)
+        return _restored(carried[0])
+
+
+def load_checked(workdir: str) -> ConfigDict:
+    """`load` of the config of a run, and `check_keys` of it.
+
+    Raises:
+      ConfigError: it cannot be used; the message names the file.
+    """
+    path = os.path.join(workdir, CONFIG)
+    config = load(path)
     try:
-        return ConfigDict(_tuples(stored))
-    except ValueError as error:  # of names with a dot
-        raise ConfigError(f"{path} is not a config: {error}") from None
+        check_keys(config)
+    except ConfigError as error:
+        raise ConfigError(f"{path} cannot be used: {error}") from None
+    return config
+
+
+def _restored(stored):
+    """The config of what JSON keeps of it; ValueError where that is something else."""
+    if not isinstance(stored, dict) or not stored:
+        raise ValueError("expected a JSON object with the keys of configs/default.py")
+    return ConfigDict(_tuples(stored))  # ValueError for names with a dot
 
 
 def save_classes(class_names, palette, folder: str) -> None:
     """Writes FOLDER/classes.json, whole or not at all."""
     named = [{"name": name, "colour": list(colour)} for name, colour in zip(class_names, palette, strict=True)]
-    _write(named, pathlib.Path(folder, CLASSES))
+    files.write_json(pathlib.Path(folder, CLASSES), named)
 
 
 def load_classes(workdir: str):
@@ -391,16 +444,24 @@ def load_classes(workdir: str):
     Raises:
       ConfigError: it cannot be read.
     """
-    path = pathlib.Path(workdir, CLASSES)
+
+    def check(content):
+        if not isinstance(content, list) or not content:
+            raise ValueError("expected a list of classes")
+        for x in content:
+            colour = x["colour"]
+            if not isinstance(x["name"], str) or not isinstance(colour, list) or len(colour) != 3:
+                raise ValueError("expected names and colours of three numbers")
+            if not all(type(n) is int and 0 <= n <= 255 for n in colour):
+                raise ValueError("a colour is not three integers 0..255")
+        return tuple(x["name"] for x in content), tuple(tuple(x["colour"]) for x in content)
+
     try:
-        classes = [(str(x["name"]), tuple(map(int, x["colour"]))) for x in json.loads(path.read_text())]
-        if any(len(colour) != 3 or not all(0 <= x <= 255 for x in colour) for _, colour in classes):
-            raise ValueError("a colour is not three numbers 0..255")
+        return files.read_json(pathlib.Path(workdir, CLASSES), "delete it, training writes it again", check)
     except FileNotFoundError:
         return (), ()
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{path} cannot be used ({error}); delete it, training writes it again") from None
-    return tuple(name for name, _ in classes), tuple(colour for _, colour in classes)
+    except files.FileError as error:
+        raise ConfigError(str(error)) from None
 
 
 def tuning_conditions(config: ConfigDict) -> dict:
@@ -413,7 +474,7 @@ def tuning_conditions(config: ConfigDict) -> dict:
 def check_tuned(config: ConfigDict, tuned: dict, workdir: str) -> None:
     """Refuses values of `apply_tuned` under other conditions than they were chosen under."""
     now = tuning_conditions(config)
-    for key, value in tuned.get("conditions", {}).items():
+    for key, value in tuned["conditions"].items():
         if now.get(key) != value:
             raise ConfigError(
                 f"config.{key} = {now.get(key)}, but {pathlib.Path(workdir, TUNED)} was chosen with {value}; "
@@ -423,25 +484,33 @@ def check_tuned(config: ConfigDict, tuned: dict, workdir: str) -> None:
 
 def write_tuned(result: dict, workdir: str) -> None:
     """Writes the result of `tuning.tune`, whole or not at all."""
-    _write(result, pathlib.Path(workdir, TUNED))
+    files.write_json(pathlib.Path(workdir, TUNED), result)
 
 
 def apply_tuned(config: ConfigDict, workdir: str) -> dict | None:
     """Sets the keys that tuning chose, where WORKDIR/tuned.json is there; returns its content."""
-    path = pathlib.Path(workdir, TUNED)
-    try:
-        result = json.loads(path.read_text())
+
+    def check(result):
+        for name, kind in {"config": dict, "conditions": dict, "split": str, "step": int}.items():
+            if not isinstance(result[name], kind):
+                raise ValueError(f"{name!r} is no {kind.__name__}")
         for key, value in result["config"].items():
             if not key.startswith(("crf.weights", "crf.num_iterations", "refine.")) or key not in dict(_flat(config)):
                 raise KeyError(key)
-            section, name = key.split(".")
-            config[section][name] = _tuples(value)
+            if not schema.kind(key).accepts(value):
+                raise ValueError(f"{key} = {value!r} must be {schema.kind(key).wanted}")
+        return result
+
+    remedy = "delete it, tune again, or start eval.py with --tuned=false"
+    try:
+        result = files.read_json(pathlib.Path(workdir, TUNED), remedy, check)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(
-            f"{path} cannot be used ({error}); delete it, tune again, or start eval.py with --tuned=false"
-        ) from None
+    except files.FileError as error:
+        raise ConfigError(str(error)) from None
+    for key, value in result["config"].items():
+        section, name = key.split(".")
+        config[section][name] = _tuples(value)
     return result
 
 

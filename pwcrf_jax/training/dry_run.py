@@ -6,7 +6,7 @@ import os
 import jax
 import numpy as np
 
-from pwcrf_jax.data import DataError
+from pwcrf_jax import files
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate, loop, pictures
 from pwcrf_jax.training.logs import log
@@ -66,11 +66,12 @@ def run(config, workdir: str = "", picture: str = "") -> str:
     WORKDIR/dry_run.png.
 
     Raises:
-      ConfigError, DataError, WeightsError: what training would refuse; DataError also for a picture that cannot be
-        written.
+      ConfigError, DataError, WeightsError: what training would refuse.
+      FileError: the picture cannot be written.
     """
     from PIL import Image
 
+    configs.validate(config)
     if jax.process_count() > 1:
         raise configs.ConfigError("--dry-run is of one process; start it on one host alone")
     if not workdir and not picture:
@@ -78,7 +79,9 @@ def run(config, workdir: str = "", picture: str = "") -> str:
     picture = picture or os.path.join(workdir, PICTURE)
     if not picture.lower().endswith(".png"):
         raise configs.ConfigError(f"--picture={picture} must end in .png")
-    dataset = loop.checked_dataset(config)
+    dataset = loop.checked_dataset(config, workdir)
+    files.make_folder(os.path.dirname(picture) or ".")
+    files.check_replaceable(picture)
     config, fresh_params = loop.resolve(config, workdir)
     model, c = configs.build_model(config), config.train
     tx = make_optimizer(config.optimizer, config.model, c.steps, configs.unary_steps(config))
@@ -90,11 +93,8 @@ def run(config, workdir: str = "", picture: str = "") -> str:
         pixels = batch_picture(next(batches), dataset.palette)
     finally:
         batches.close()
-    try:
-        os.makedirs(os.path.dirname(picture) or ".", exist_ok=True)
-        Image.fromarray(pixels).save(picture, "PNG")
-    except OSError as error:
-        raise DataError(f"{picture}: cannot be written ({error.strerror or error}); name another --picture") from None
+    with files.replacing(picture) as file:
+        Image.fromarray(pixels).save(file, "PNG")
     start = "would start from random or pretrained parameters" if fresh_params else "would go on with the run there"
     log.info("%s: the first batch, images beside their labels (void is white)", picture)
     log.info("nothing was trained; without --dry-run this command %s and train to step %d", start, c.steps)

@@ -1,16 +1,15 @@
 """Evaluation on a split at full resolution, and its table."""
 
 import functools
-import json
 import math
 import os
 
 import jax
 import numpy as np
 
-from pwcrf_jax import metrics, segmenter
+from pwcrf_jax import files, metrics, segmenter
 from pwcrf_jax.data import check_sizes, eval_batches, load_dataset
-from pwcrf_jax.training import checkpoint, inference, parallel, refinement, steps
+from pwcrf_jax.training import agreement, checkpoint, distributed, inference, parallel, refinement, steps
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training.logs import bar, log
 
@@ -274,6 +273,7 @@ def load(config, workdir: str, which: str, split: str):
         store.meta()  # refuses other classes than those of the checkpoint
     dataset.check_labelled(split)
     check_sizes(dataset, split, config.data.eval_size)
+    distributed.agree(lambda: {"the step": step} | agreement.of_data(dataset) | agreement.of_arrays({"params": params}))
     return model, params, step, dataset
 
 
@@ -294,8 +294,7 @@ def _store(config, workdir, which, class_names=()):
 def write(result: dict, workdir: str) -> str:
     """Writes the result of `evaluate` to WORKDIR/eval_SPLIT.json and returns that path."""
     path = os.path.join(workdir, f"eval_{file_name(result['split'])}.json")
-    with open(path, "w") as f:
-        json.dump(result, f, indent=2)
+    files.write_json(path, result)
     return path
 
 

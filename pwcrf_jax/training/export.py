@@ -4,9 +4,6 @@ What `eval.py` predicts, image to labels, CRF included, as StableHLO for CPU, CU
 it FILE.json says what goes in and comes out. The dense CRF (`--refine`) and test-time augmentation are not in it.
 """
 
-import contextlib
-import dataclasses
-import json
 import re
 from pathlib import Path
 
@@ -16,12 +13,10 @@ import numpy as np
 from jax import export
 
 import pwcrf_jax
-from pwcrf_jax import segmenter
+from pwcrf_jax import files, segmenter
 from pwcrf_jax.data.common import MEAN_COLOUR, VOID, DataError
-from pwcrf_jax.nets import grid_size
-from pwcrf_jax.relations import offsets
 from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, predict, tiling
+from pwcrf_jax.training import evaluate, predict
 from pwcrf_jax.training.logs import log
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -41,17 +36,14 @@ def make_predictor(config, model, params, size):
     images: uint8 [b, H, W, 3], RGB, each image in the upper left corner of its frame; what lies beside it is not read.
     valid_size: int32 [b, 2], height and width of each image, at least 1. labels: uint8 [b, H, W], 255 beside the image.
 
-    config, model, params: of `evaluate.load`, or `evaluate.restore_params`. size: (H, W). The offsets of a relation are
-    those of config.data.eval_size whatever the size, as in `inference.Predictor`.
+    config, model, params: of `evaluate.load`, or `evaluate.restore_params`. size: (H, W).
     """
     crf = configs.crf_settings(config)
     names, weights = list(crf["relation_weights"]), list(crf["relation_weights"].values())
-    grid = grid_size(config.data.eval_size, config.model.scales)
-    boxes = {r.name: tuple(map(tuple, offsets(r, *grid).tolist())) for r in model.relations}
-    kinds = {r.name: kind for r, kind in zip(model.relations, model.parameterisation, strict=True)}
     # Relations that inference does not use would only make the file larger.
-    used = [r for r in model.relations if r.name in names]
-    model = model.clone(relations=used, parameterisation=tuple(kinds[r.name] for r in used))
+    each = zip(model.relations, model.parameterisation, strict=True)
+    used = [(relation, kind) for relation, kind in each if relation[0] in names]
+    model = model.clone(relations=tuple(r for r, _ in used), parameterisation=tuple(kind for _, kind in used))
     params = {k: v for k, v in params.items() if not k.startswith("pairwise_") or k.removeprefix("pairwise_") in names}
 
     def one(image, valid_size):
@@ -59,10 +51,9 @@ def make_predictor(config, model, params, size):
         valid = segmenter.grid_mask(valid_size, size, size)
         image = jnp.where(valid[..., None], image[None], jnp.array(MEAN_COLOUR, jnp.uint8))
         potentials = model.apply({"params": params}, image)
-        pairs = {k: dataclasses.replace(p, offsets=boxes[k]) for k, p in potentials.pairwise.items()}
         mask = segmenter.grid_mask(valid_size, potentials.unary.shape[1:3], size)
         log_marginals, _ = segmenter.infer(
-            potentials._replace(pairwise=pairs),
+            potentials,
             names,
             weights,
             crf["num_iterations"],
@@ -73,12 +64,8 @@ def make_predictor(config, model, params, size):
             crf["chunk_edges"],
         )
         log_marginals = segmenter.sharpen(log_marginals, potentials.correction, mask)
-        grid = log_marginals.shape[1:3]
-        mask = segmenter.grid_mask(valid_size, grid, size)
-        # Read as predictions into files are, to the last bit: `segmenter.upsample` may round ties another way.
-        layout = tiling.Layout(size, size, grid, size, grid, ((0,), (0,)))
-        taps = (tiling.taps(np.arange(n), n, layout, axis) for axis, n in enumerate(size))
-        labels = jnp.argmax(jax.nn.log_softmax(tiling.read(log_marginals[0], mask[0], *taps)), axis=-1)
+        mask = segmenter.grid_mask(valid_size, log_marginals.shape[1:3], size)
+        labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask)[0], axis=-1)
         return jnp.where(valid[0], labels, VOID).astype(jnp.uint8)
 
     return jax.vmap(one)
@@ -119,8 +106,8 @@ def export_predictor(config, workdir: str, file: str, which: str = "best", size:
     which: "best" or "latest". size: of `parse_size`. overwrite: replace files of before.
 
     Raises:
-      ConfigError, DataError, CheckpointError: before anything is computed; DataError also for a file that cannot be
-        written.
+      ConfigError, DataError, CheckpointError: before anything is computed.
+      FileError: a file cannot be written.
     """
     configs.validate(config, batches=())
     if jax.process_count() > 1:
@@ -135,10 +122,13 @@ def export_predictor(config, workdir: str, file: str, which: str = "best", size:
     path = Path(file)
     about = path.with_name(f"{path.name}.json")
     for place in (path, about):
-        if place.is_dir() or place.exists() and not overwrite:
+        if place.exists() and not place.is_dir() and not overwrite:
             raise DataError(f"--export={file}: {place} is there already; name another file, or add --overwrite")
     if not path.parent.is_dir():
         raise DataError(f"--export={file}: there is no folder {path.parent}; make it, or name another file")
+    files.make_folder(path.parent)
+    for place in (path, about):
+        files.check_replaceable(place)
     class_names, palette = predict.class_info(config, workdir)
     model, params, step = evaluate.restore_params(config, workdir, which)
     log.info("%s checkpoint of step %d, images up to %d x %d", which, step, height, width)
@@ -163,18 +153,6 @@ def export_predictor(config, workdir: str, file: str, which: str = "best", size:
         calling_convention_version=exported.calling_convention_version,
         bytes=len(data),
     )
-    _write(about, json.dumps(info, indent=2).encode() + b"\n")
-    _write(path, data)
+    files.write_json(about, info)
+    files.write(path, data)
     return info
-
-
-def _write(path, data):
-    """The file whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise DataError(f"{path}: cannot be written ({error.strerror or error}); name another file") from None

@@ -15,8 +15,6 @@ from PIL import Image
 
 from pwcrf_jax import pairwise, segmenter
 from pwcrf_jax.data.common import MEAN_COLOUR
-from pwcrf_jax.nets import grid_size
-from pwcrf_jax.relations import offsets
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import parallel, steps, tiling
 
@@ -29,8 +27,7 @@ class Predictor:
 
     config, model, params: of `evaluate.load`, or `evaluate.restore_params`.
 
-    The offsets of a relation are those of the evaluation frame, whatever the size of the image: a box in units of the
-    short side means the distances that the pair scores have in evaluation, and does not grow with the image.
+    The offsets of a relation are the model's, whatever the size of the image: they do not grow with it.
 
     Raises:
       ConfigError: config.tiles cannot work with config.model.scales.
@@ -51,8 +48,7 @@ class Predictor:
         self._devices = jax.local_devices()
         step = steps.make_potentials_step(model, names)
         self._networks = parallel.pmap_eval(step, devices=self._devices, per_image=True)
-        grid = grid_size(self._frame, self._scales)
-        boxes = {r.name: offsets(r, *grid) for r in configs.relations(config) if r.name in names}
+        boxes = {name: box for name, box in model.relations if name in names}
         self._last_layers = {
             name: (params[f"pairwise_{name}"]["last_kernel"], params[f"pairwise_{name}"]["last_bias"]) for name in names
         }
@@ -224,10 +220,13 @@ class Marginals:
 @jax.jit
 def _log_probs(maps, rows, cols):
     """Log of the mean over views of their marginals at pixels, float32 [n, m, K]."""
-    views = (jax.nn.log_softmax(tiling.read(*view, *at)) for view, *at in zip(maps, rows, cols, strict=True))
+    views = (jax.nn.log_softmax(segmenter.read(*view, *at)) for view, *at in zip(maps, rows, cols, strict=True))
     return functools.reduce(jnp.logaddexp, views) - np.log(len(maps))
 
 
 @jax.jit
 def _labels(maps, rows, cols):
-    return jnp.argmax(_log_probs(maps, rows, cols), axis=-1).astype(jnp.uint8)
+    # Of one view as evaluation has it: normalising changes no label, but its rounding may make a tie of two scores.
+    one = len(maps) == 1
+    scores = segmenter.read(*maps[0], rows[0], cols[0]) if one else _log_probs(maps, rows, cols)
+    return jnp.argmax(scores, axis=-1).astype(jnp.uint8)

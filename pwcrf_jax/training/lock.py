@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import jax
 
+from pwcrf_jax import files
 from pwcrf_jax.training.config import ConfigError
 from pwcrf_jax.training.logs import log
 
@@ -23,24 +24,37 @@ def held(workdir: str) -> Iterator[None]:
 
     Raises:
       ConfigError: another run trains in it.
+      FileError: the file of the lock cannot be opened, or is a link.
     """
     if jax.process_index():
         yield
         return
-    with contextlib.ExitStack() as stack:
+    path = os.path.join(workdir, FILE)
+    with files.naming(path, "cannot be opened"):
+        number = _open(path)
+    with open(number, "rb") as file:
         try:
-            file = stack.enter_context(open(os.path.join(workdir, FILE), "a+"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
+            holder = os.pread(number, 200, 0).decode(errors="replace")
             raise ConfigError(
-                f"another train.py ({file.read() or 'unknown'}) is training in --workdir {workdir}; let it end, or "
-                "name another"
+                f"another train.py ({holder if holder.isprintable() and holder else 'unknown'}) is training in "
+                f"--workdir {workdir}; let it end, or name another"
             ) from None
         except OSError as error:
             log.info("no lock on %s (%s): see to it that no other run trains there", workdir, error.strerror)
-        else:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
+        with contextlib.suppress(OSError):  # a file of another user, a full disk: the lock holds without a name in it
+            os.ftruncate(number, 0)
+            os.pwrite(number, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
+
+
+def _open(path):
+    """For everybody who can write to the workdir: whoever made the file, the others of a group lock it too."""
+    try:
+        number = files.open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+    except PermissionError:
+        return files.open_regular(path, os.O_RDONLY | os.O_NOFOLLOW)  # enough for a lock, but on NFS
+    with contextlib.suppress(OSError):  # it is another user's
+        os.fchmod(number, 0o666)
+    return number

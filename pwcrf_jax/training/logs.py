@@ -15,11 +15,12 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import image, scalar
 from tqdm import tqdm
 
-from pwcrf_jax import streams
+from pwcrf_jax import files, streams
 from pwcrf_jax.training import steps
 
 log = logging.getLogger("pwcrf_jax")
 METRICS = "metrics.jsonl"  # in a workdir
+OTHER_SHAPE = (ValueError, KeyError, TypeError, OverflowError, RecursionError)  # of a line that is not ours
 
 
 def setup() -> None:
@@ -66,7 +67,11 @@ def _without_closed_loops(unraisable):
 
 
 class Writer:
-    """Scalars to metrics.jsonl (one JSON object a line, flushed) and to TensorBoard."""
+    """Scalars to metrics.jsonl (one JSON object a line, flushed) and to TensorBoard.
+
+    Raises:
+      FileError: something cannot be written.
+    """
 
     def __init__(self, workdir: str, step: int = 0, evaluated: bool = True):
         """step: that the run goes on from. What was written of later ones is taken back, as they are done again.
@@ -77,34 +82,37 @@ class Writer:
         keep = lambda line: line["step"] <= step and (evaluated or line["step"] < step or not _is_val(line))
         if number := _take_back(path, keep):
             log.info("%d lines of %s are of steps that are done again, and were taken out", number, path)
-        self._jsonl = open(path, "a")
+        self._path, self._jsonl = path, files.append(path)
         # Written here and now: tensorboardX's own SummaryWriter has a thread, which dies of a full disk unseen.
-        folder = os.path.join(workdir, "tensorboard")
-        os.makedirs(folder, exist_ok=True)
-        name = f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
-        self._board = RecordWriter(os.path.join(folder, name))
-        self._event(file_version="brain.Event:2")
-        self._event(step=step + 1, session_log=SessionLog(status=SessionLog.START))  # hides what was taken back
+        self._folder = os.path.join(os.path.abspath(workdir), "tensorboard")
+        files.make_folder(self._folder, inside=workdir)
+        with files.naming(self._folder, "cannot be written"):
+            name = f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
+            self._board = RecordWriter(os.path.join(self._folder, name))
+            self._event(file_version="brain.Event:2")
+            self._event(step=step + 1, session_log=SessionLog(status=SessionLog.START))  # hides what was taken back
+            self._board.flush()
 
     def write(self, step: int, scalars: dict, prefix: str) -> None:
-        try:
-            self._jsonl.write(json.dumps({"step": step, **{f"{prefix}/{k}": v for k, v in scalars.items()}}) + "\n")
+        line = json.dumps({"step": step, **{f"{prefix}/{k}": v for k, v in scalars.items()}})
+        with files.naming(self._path, "cannot be written"):
+            self._jsonl.write(f"{line}\n".encode())
             self._jsonl.flush()
+        with files.naming(self._folder, "cannot be written"):
             for name, value in scalars.items():
                 self._event(step=step, summary=scalar(f"{prefix}/{name}", value))
             self._board.flush()
-        except OSError as error:  # a full disk does not say where
-            error.filename = self._jsonl.name
-            raise
 
     def picture(self, step: int, name: str, pixels) -> None:
         """A picture uint8 [H, W, 3] for TensorBoard."""
-        try:
+        with files.naming(self._folder, "cannot be written"):
             self._event(step=step, summary=image(name, pixels, dataformats="HWC"))
             self._board.flush()
-        except OSError as error:
-            error.filename = error.filename or os.path.join(os.path.dirname(self._jsonl.name), "tensorboard")
-            raise
+
+    def sync(self) -> None:
+        """Returns when metrics.jsonl is on the disk: a checkpoint must not outlast what led to it."""
+        with files.naming(self._path, "cannot be written"):
+            os.fsync(self._jsonl.fileno())
 
     def _event(self, **content):
         self._board.write(Event(wall_time=time.time(), **content).SerializeToString())
@@ -121,29 +129,22 @@ def _is_val(line):
 
 def _take_back(path, keep) -> int:
     """Drops the lines of a file of JSON objects for which keep(object) is false, and those cut off; says how many."""
-    if not os.path.exists(path):
-        return 0
-    with open(path, errors="replace") as file:
-        lines = file.readlines()
-    kept = []
+    lines, kept = files.read_lines(path), []
     for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(*OTHER_SHAPE):
             if keep(json.loads(line)) and line.endswith("\n"):
                 kept.append(line)
     if len(kept) < len(lines):
-        with open(path + ".partial", "w") as file:
-            file.writelines(kept)
-        os.replace(path + ".partial", path)
+        files.write(path, "".join(kept))
     return len(lines) - len(kept)
 
 
 def last_step(workdir: str) -> int | None:
     """The last step that metrics.jsonl in a workdir tells of; None: of none."""
     steps = []
-    with contextlib.suppress(OSError), open(os.path.join(workdir, METRICS), errors="replace") as file:
-        for line in file:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                steps.append(int(json.loads(line)["step"]))
+    for line in files.read_lines(os.path.join(workdir, METRICS)):
+        with contextlib.suppress(*OTHER_SHAPE):
+            steps.append(int(json.loads(line)["step"]))
     return max(steps, default=None)
 
 

@@ -3,20 +3,31 @@
 import contextlib
 import json
 import math
+import operator
 import os
-import tempfile
 import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 
+from pwcrf_jax import files
 from pwcrf_jax.data import check_sizes, load_dataset, train_batches
 from pwcrf_jax.data.datasets import builder_class
 from pwcrf_jax.nets import WeightsError, load_pretrained
 from pwcrf_jax.planning import plan
-from pwcrf_jax.training import checkpoint, compilation, evaluate, lock, parallel, pictures, preemption, steps
+from pwcrf_jax.training import (
+    agreement,
+    checkpoint,
+    compilation,
+    distributed,
+    evaluate,
+    freezing,
+    lock,
+    parallel,
+    pictures,
+    preemption,
+    steps,
+)
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training.logs import METRICS, Progress, Writer, last_step, log
 from pwcrf_jax.training.optimizer import make_optimizer
@@ -40,9 +51,11 @@ def train_and_evaluate(config, workdir: str) -> dict:
       NonFiniteError: more than config.train.max_skipped_steps steps had no finite loss or gradient.
       preemption.Preempted: the run was asked to stop, and is saved.
     """
-    dataset = checked_dataset(config)
-    _check_writable(workdir)
+    dataset = checked_dataset(config, workdir)
+    files.make_folder(workdir)
     with lock.held(workdir):
+        if jax.process_index() == 0:
+            files.delete_unfinished(workdir)
         return _run(config, workdir, dataset)
 
 
@@ -66,16 +79,29 @@ def _run(config, workdir, dataset):
             _check_stages(config, latest.meta())
             abstract = jax.eval_shape(lambda: _fresh(model, tx, evaluate.init_params(model, config.seed)))
             state, meta = _restore(latest, abstract)
-            _check_together(meta["step"], latest)
             unread = "; config.init_from is not read again" if config.init_from else ""
             log.info("resumed from step %d of %s%s%s", meta["step"], latest.folder, unread, _other_versions(meta))
+        distributed.agree(lambda: _facts(config, dataset, state, meta, best_meta))
         return _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_meta)
 
 
-def checked_dataset(config):
-    """The data set of a config; what is wrong with the config or the set is refused here."""
+def _facts(config, dataset, state, meta, best_meta):
+    """What processes that were started alike may still have found otherwise."""
+    at = {"the step to go on from": meta["step"], "its samples": meta["samples_seen"], "its score": meta.get("score")}
+    at |= {f"the best model's {key}": best_meta and best_meta[key] for key in ("step", evaluate.BEST)}
+    at["config.model.input_scaling"] = config.model.input_scaling
+    return at | agreement.of_data(dataset) | agreement.of_arrays(_trees(state))
+
+
+def checked_dataset(config, workdir=""):
+    """The data set of a config; what is wrong with the config or the set is refused here.
+
+    workdir: a run in it goes on, and needs nothing to start from; "": it begins.
+    """
     configs.validate(config)
     _check_reached(config)
+    if not (workdir and checkpoint.exists(os.path.join(workdir, "checkpoints"))):
+        _check_start(config)
     if names := getattr(builder_class(config.data.name), "class_names", ()):
         configs.check_classes(config, names)  # before the set is prepared, which may take hours
     dataset = load_dataset(**configs.dataset_options(config))
@@ -86,6 +112,12 @@ def checked_dataset(config):
     check_sizes(dataset, config.data.eval_split, config.data.eval_size)
     evaluate.check_scored(config, dataset, config.data.eval_split)
     return dataset
+
+
+def _check_start(config):
+    if config.init_from and not os.path.exists(config.init_from):
+        raise WeightsError(f"config.init_from = {config.init_from!r} does not exist")
+    freezing.check_before_data(config)
 
 
 def _check_reached(config):
@@ -105,13 +137,16 @@ def _check_reached(config):
 
 
 def _check_new(workdir, latest, best):
-    """A run whose checkpoints are gone does not begin anew over what is left of it."""
-    told, file = last_step(workdir), os.path.join(workdir, "config.json")
+    """A run does not begin over what is left of one whose checkpoints are gone, or over files of another program."""
+    told, file = last_step(workdir), os.path.join(workdir, configs.CONFIG)
     # The save of a step is through when the next one begins, whose step may be told by then.
-    saved = told and os.path.exists(file) and told > 2 * configs.load(file).train.checkpoint_every
+    stored = configs.load_checked(workdir) if os.path.lexists(file) else None  # refuses another program's
+    saved = told and stored and told > 2 * stored.train.checkpoint_every
     left = [f"{best.folder} holds a model"] if best.latest is not None else []
     left += [f"{latest.folder} holds {', '.join(latest.damaged)}"] if latest.damaged else []
     left += [f"{os.path.join(workdir, METRICS)} tells of {told} steps"] if saved else []
+    others = [] if stored else [os.path.join(workdir, name) for name in (METRICS, configs.CLASSES)]
+    left += [f"{path} is there without a {configs.CONFIG}" for path in others if os.path.lexists(path)]
     if left:
         raise checkpoint.CheckpointError(
             f"{left[0]}, but {latest.folder} has no whole checkpoint, so the run cannot go on; put one there, use "
@@ -119,25 +154,6 @@ def _check_new(workdir, latest, best):
         )
 
 
-def _check_together(step, latest):
-    """Of several processes each decides for itself which checkpoint is whole."""
-    steps_of_all = multihost_utils.process_allgather(np.int32(step)) if jax.process_count() > 1 else [step]
-    if len(set(map(int, steps_of_all))) > 1:
-        raise checkpoint.CheckpointError(
-            f"the processes read different checkpoints of {latest.folder} (steps {', '.join(map(str, steps_of_all))}); "
-            "start them again, and look at its disk if that does not help"
-        )
-
-
-def _check_writable(workdir):
-    try:
-        os.makedirs(workdir, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-    except OSError as error:
-        raise configs.ConfigError(
-            f"--workdir {workdir} cannot be written ({error.strerror}); change its permissions or name another"
-        ) from None
 
 
 def _other_versions(meta):
@@ -158,15 +174,21 @@ def _check_stages(config, meta):
 
 
 def resolve(config, workdir):
-    """The config with input_scaling settled, and a function that makes the parameters of a fresh run.
+    """The config with what a run settles once, and a function that makes the parameters of a fresh run.
 
-    The scaling belongs to the weights a run started from: a run that goes on has it in its config.json.
+    Settled are input_scaling, which belongs to the weights a run started from, and the offsets of the relations, which
+    belong to the grid that they are trained on: a run that goes on has both in its config.json.
     """
     config = config.copy_and_resolve_references()
+    config.init_from = files.expand_path(config.init_from, "config.init_from")
     if checkpoint.exists(os.path.join(workdir, "checkpoints")):
+        stored = configs.load_checked(workdir)
         if config.model.input_scaling == "auto":
-            config.model.input_scaling = configs.load(os.path.join(workdir, "config.json")).model.input_scaling
+            config.model.input_scaling = stored.model.input_scaling
+        configs.keep_offsets(config, stored)
+        configs.check_edges(config, "data.crop_size")
         return config, None
+    configs.keep_offsets(config)
     params, scaling = _fresh_params(config)
     if config.model.input_scaling == "auto":
         config.model.input_scaling = scaling
@@ -175,14 +197,14 @@ def resolve(config, workdir):
 
 def _fresh_params(config):
     """Random parameters with the pretrained weights read into them, and the input scaling of those."""
-    if config.init_from and not os.path.exists(config.init_from):
-        raise WeightsError(f"config.init_from = {config.init_from!r} does not exist")
     model = configs.build_model(config)
     params = jax.jit(lambda: evaluate.init_params(model, config.seed))()
     if not config.init_from:
         return params, "tf"
     if os.path.isdir(config.init_from):
-        return _from_run(config.init_from, params)
+        start, scaling = _from_run(config.init_from, params, configs.relations(config))
+        freezing.check(config, params, jax.tree.map(operator.is_, start, params))
+        return start, scaling
     featmap, report = load_pretrained(config.init_from, params["featmap"])
     log.info("%s", report)
     given = config.model.input_scaling
@@ -194,12 +216,13 @@ def _fresh_params(config):
     return params, report.scaling
 
 
-def _from_run(folder, params):
+def _from_run(folder, params, relations):
     """Parameters of the best checkpoint of another run where names and shapes agree, and its input scaling.
 
-    Features that relations have of their own start from that run's features, where it has none of the kind.
+    Features that relations have of their own start from that run's features, where it has none of the kind. It is said
+    where a relation has offsets, relations[name], at which its net was not trained there.
     """
-    source = configs.load(os.path.join(folder, "config.json"))
+    source = configs.load_checked(folder)
     _, trained, step = evaluate.restore_params(source, folder)
     known = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trained)}
     new = []
@@ -223,6 +246,11 @@ def _from_run(folder, params):
     if len(new) == len(jax.tree.leaves(params)):
         raise configs.ConfigError(f"config.init_from = {folder!r}: that run has no parameter of this model")
     log.info("parameters of step %d of %s%s", step, folder, f"; new: {', '.join(dict.fromkeys(new))}" if new else "")
+    for name, theirs in configs.relations(source).items():
+        others = set(map(tuple, relations.get(name, []))) - set(map(tuple, theirs))
+        if others and not any(module.startswith(f"pairwise_{name}/") for module in new):
+            log.warning("pairwise_%s was trained at other distances there: %d of its %d offsets here are new to it",
+                        name, len(others), len(relations[name]))  # fmt: skip
     return params, source.model.input_scaling
 
 
@@ -236,16 +264,8 @@ def _trees(state):
 
 def _restore(latest, abstract):
     """(state, meta) of the newest checkpoint that is whole; abstract: the state's shapes."""
-    # Version 0.1 kept the states of the update rule's parts beside the others, now they are a tuple of their own.
-    *before, rule, groups = abstract.opt_state
-    flat = _trees(abstract.replace(opt_state=(*before, *rule, groups)))
-    as_in_0_1 = lambda meta: checkpoint.leaves(flat).keys() == meta["leaves"].keys()
-    trees, meta = latest.restore(lambda meta: flat if as_in_0_1(meta) else _trees(abstract))
-    state = steps.TrainState(**trees["rest"], params=trees["params"])
-    if as_in_0_1(meta):
-        n, parts = len(before), state.opt_state
-        state = state.replace(opt_state=(*parts[:n], tuple(parts[n:-1]), parts[-1]))
-    return state, meta
+    trees, meta = latest.restore(_trees(abstract))
+    return steps.TrainState(**trees["rest"], params=trees["params"]), meta
 
 
 def batches_from(config, dataset, step):
@@ -282,14 +302,13 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_
             best.save(step, {"params": state.params}, about | {evaluate.BEST: score})
             best.wait()
 
-    # Of the state to go on from; saved where that was lost, or a run of version 0.1 stopped between two saves.
-    save_best(meta.get("score"))
+    save_best(meta.get("score"))  # of the state to go on from, where that was lost
     evaluate_first = step > 0 and "score" not in meta and evaluates(step)  # where it stopped in an evaluation
     if step >= c.steps and not evaluate_first:
         log.info("already trained for %d steps; raise config.train.steps to go on", step)
         return {}
     if jax.process_index() == 0:
-        configs.save(config, os.path.join(workdir, "config.json"))
+        configs.save(config, os.path.join(workdir, configs.CONFIG))
         configs.save_classes(dataset.class_names, dataset.palette, workdir)
     batches = batches_from(config, dataset, samples_seen // c.batch_size)
     crf = configs.crf_settings(config)
@@ -380,6 +399,8 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_
             stop = preemption.requested()
             if evaluates(step) or step % c.checkpoint_every == 0 or stop:
                 guard.flush()  # what is saved is finite
+                if writer:
+                    writer.sync()
                 latest.save(step, _trees(state), about | {"samples_seen": samples_seen})
                 compilation.seal()
             if evaluates(step) and not stop:

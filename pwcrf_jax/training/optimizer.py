@@ -85,3 +85,22 @@ def make_optimizer(config, model_config, num_steps, unary_steps=None):
     frozen = frozen_layers(model_config)
     factors = {"new": optax.identity(), "backbone": optax.scale(config.backbone_factor), "frozen": optax.set_to_zero()}
     return optax.chain(*clip, learn, optax.partition(factors, lambda params: _groups(params, frozen)))
+
+
+def standing_still(config, params, unary_steps=None):
+    """For every leaf of params the key of the config that keeps all steps from changing it; "" where it learns.
+
+    unary_steps: of `make_optimizer`.
+    """
+
+    def key(path, group, kind):
+        if group == "frozen":
+            return "model.mobilenet_v2.freeze_until"
+        if group == "backbone" and not config.optimizer.backbone_factor:
+            return "optimizer.backbone_factor"
+        if kind == "unary" and unary_steps == 0:
+            return "loss.unary_share"
+        of_relations = kind == "pairwise" and path[0].key != "refinement_convs"
+        return "loss.pairwise_weight" if of_relations and not config.loss.pairwise_weight else ""
+
+    return jax.tree_util.tree_map_with_path(key, _groups(params, frozen_layers(config.model)), _kinds(params))

@@ -6,32 +6,33 @@ Images come from the user's files or from a split of the run's data set, labelle
     overlays/NAME.jpg        the same colours over the image
     probabilities/NAME.npz   on demand: `probabilities` float16 [H, W, K], `class_names`
 
-and `classes.json`, names and colours of the classes. NAME is the path below the folder (or the first wildcard) of
---images, without suffix, or the id in the data set. In the format of a benchmark (`FORMATS`) the labels lie where its
+and `classes.json`, names and colours of the classes. NAME is that of `image_files.find_images`, or the id in the data
+set. In the format of a benchmark (`FORMATS`) the labels lie where its
 server wants them, coded as it wants them, instead of in labels/.
 """
 
 import contextlib
-import glob
+import os
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from PIL import Image
 
+from pwcrf_jax import files
 from pwcrf_jax.data import DataError, datasets, load_dataset
-from pwcrf_jax.data.common import decode_image, storable_image, voc_palette
+from pwcrf_jax.data.common import MAX_PIXELS, decode_image, storable_image, voc_palette
+from pwcrf_jax.data.files import read_image_file
 from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, inference, refinement
+from pwcrf_jax.training import evaluate, image_files, inference, refinement
+from pwcrf_jax.training.image_files import shown
 from pwcrf_jax.training.logs import bar, log
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-"""Of the files that are taken from a folder; files named one by one, or by a pattern, may have any."""
-
-
 LARGEST_JPEG = 65_500
+_LONGEST = 251  # bytes of a name without its suffix, as file systems have it
+_TOLD = 20  # lines about files that are no images
 
 
 class Format(NamedTuple):
@@ -65,74 +66,57 @@ def _codes(name):
     return np.arange(1, 151, dtype=np.uint8) if name == "ade20k" else None
 
 
-def find_images(images: str, output: str) -> dict[str, Path]:
-    """{name: file} of the images of --images: a file, a folder with all below it, or a pattern.
-
-    output: whatever lies in there is no image, as earlier predictions may.
-
-    Raises:
-      DataError: nothing there, or two files of one name.
-    """
-    path, out = Path(images).expanduser(), Path(output).resolve()
-    if path.is_file():
-        root, found = path.parent, [path]
-    elif path.is_dir():
-        root = path
-        hidden = lambda p: any(part.startswith(".") for part in p.relative_to(path).parts)
-        found = [p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not hidden(p)]
-    else:
-        parts = path.parts
-        fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
-        root, found = Path(*parts[:fixed]), map(Path, glob.glob(str(path), recursive=True))
-    named, within = {}, 0
-    for file in sorted(found):
-        if out in file.resolve().parents:
-            within += 1
-            continue
-        if file.is_dir():
-            continue
-        name = str(file.relative_to(root).with_suffix(""))
-        if name in named:
-            raise DataError(f"{named[name]} and {file} would both be predicted as {name!r}; rename one of them")
-        named[name] = file
-    if not named:
-        what = f"files ({', '.join(SUFFIXES)})" if path.is_dir() else "files"
-        if within:
-            raise DataError(
-                f"--images={images}: all {within} files there lie in --output={output}; name another output"
-            )
-        raise DataError(
-            f"--images={images}: no {what} there; name an image, a folder or a quoted pattern like 'a/*.jpg'"
-        )
-    return named
-
-
 class Targets:
-    """Where the label files of a format go; a file that two names would be is refused with DataError."""
+    """Where the label files of a format go.
+
+    Raises, when called:
+      DataError: the name cannot be that of a file below the output, or its files would be those of another name.
+    """
 
     def __init__(self, output: str, format_name: str, split: str = "test"):
         self._format = FORMATS[format_name]
         self._folder = Path(output, self._format.folder.format(split=split))
-        self._taken = {}
+        self._taken, self._files, self._folders = {}, {}, {}
 
     def __call__(self, name: str) -> Path:
-        file = self._folder / f"{name.split('/')[-1] if self._format.flat else name}.png"
-        if self._taken.setdefault(file, name) != name:
-            raise DataError(f"{self._taken[file]!r} and {name!r} would both be written to {file}; rename one of them")
+        parts = name.split("/")
+        if not {"", ".", ".."}.isdisjoint(parts) or not all(map(_is_file_name, parts)):
+            raise DataError(
+                f"{shown(name)!r} is no name of a file below --output; rename it, to {_LONGEST} bytes at most"
+            )
+        file = self._folder / f"{parts[-1] if self._format.flat else name}.png"
+        ends = {f"{name}{suffix}" for suffix in (".png", ".jpg", ".npz")}
+        folders = {str(folder) for folder in PurePosixPath(name).parents}
+        others = [self._taken.setdefault(file, name)]
+        others += [self._folders[x] for x in ends & self._folders.keys()]
+        others += [self._files[x] for x in folders & self._files.keys()]
+        for other in others:
+            if other != name:
+                raise DataError(
+                    f"{shown(other)!r} and {shown(name)!r} would both be written to {file}; rename one of them"
+                )
+        self._files |= dict.fromkeys(ends, name)
+        self._folders |= dict.fromkeys(folders, name)
         return file
 
 
-def read_image(path: Path) -> np.ndarray:
+def _is_file_name(part):
+    try:
+        return len(os.fsencode(part)) <= _LONGEST and "\0" not in part
+    except UnicodeEncodeError:
+        return False
+
+
+def read_image(path: Path, max_pixels: float = MAX_PIXELS) -> np.ndarray:
     """An image file as it is meant to be looked at, EXIF orientation applied: uint8 [H, W, 3].
 
+    max_pixels: config.data.max_pixels.
+
     Raises:
-      DataError: it cannot be read, is no image, or one that has no one reading as 8-bit RGB.
+      DataError: it cannot be read, is no image or a larger one, or one that has no one reading as 8-bit RGB.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-    return decode_image(storable_image(data, str(path), None, trusted=False), str(path))
+    data, where = read_image_file(path, max_pixels), str(path)
+    return decode_image(storable_image(data, where, None, trusted=False, max_pixels=max_pixels), where, max_pixels)
 
 
 def class_info(config, workdir: str):
@@ -156,32 +140,33 @@ def class_info(config, workdir: str):
     return names, palette
 
 
-def _claim(output: str, overwrite: bool) -> None:
-    """Makes the output folder; DataError for one that holds something, or cannot be written."""
+def _claim(output: str, workdir: str, overwrite: bool) -> None:
+    """Makes the output folder; DataError or FileError for one that holds something, or cannot be written."""
     folder = Path(output)
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise DataError(f"--output={output}: the folder is not empty; name another one, or add --overwrite")
+    if os.path.realpath(output) == os.path.realpath(workdir):
+        raise DataError(f"--output={shown(output)}: is the workdir of the run; name another folder")
     try:
+        if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+            raise DataError(f"--output={shown(output)}: the folder is not empty; name another one, or add --overwrite")
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise DataError(f"--output={output}: cannot be written ({error.strerror}); name another folder") from None
+        raise DataError(
+            f"--output={shown(output)}: cannot be written ({error.strerror or error}); name another folder"
+        ) from None
+    files.delete_unfinished(output)
+    for name in image_files.WRITTEN:
+        files.check_folder(folder / name, inside=output)
+        for place, _, _ in os.walk(folder / name):
+            files.delete_unfinished(place)
 
 
 @contextlib.contextmanager
-def _whole(path: Path):
-    """A file to write that appears whole or not at all; DataError where it cannot be written."""
-    partial = path.with_name(".partial")  # short: the name itself may be as long as names can be
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            yield file
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise DataError(
-            f"{path}: cannot be written ({error.strerror or error}); the files before it are whole"
-        ) from None
+def _writing(path: Path, output: str):
+    """A file to write below `output`, that appears whole or not at all; FileError where it cannot be written."""
+    files.make_folder(path.parent, inside=output)
+    with files.replacing(path) as file:
+        yield file
 
 
 def _label_image(labels, codes, palette):
@@ -205,24 +190,27 @@ def predict(
     overlay: bool = True,
     overwrite: bool = False,
 ) -> dict:
-    """Predicts the images of `images` (see `find_images`) or of a split of the run's data set into files in `output`.
+    """Predicts `images` (see `image_files.find_images`), or a split of the run's data set, into files in `output`.
 
     which, refine: of `evaluate.evaluate`.
     format_name: of `FORMATS`; "auto": of a split that of its data set, where there is one, else "palette".
     overwrite: write into a folder that is not empty; files of other names stay.
 
-    An image that cannot be read is named in the log and left out.
+    An image that cannot be predicted is named in the log, and so is what lies among images and is none.
 
     Returns:
-      {"num_images", "failed": [what could not be read], "format", "step", "output"}.
+      {"num_images", "failed": [images that were not predicted, and what may hold some but cannot be looked into],
+      "left_out": [what is no image], "format", "step", "output"}.
 
     Raises:
-      ConfigError, DataError, CheckpointError: before anything is computed; DataError also for a file that cannot be
-        written.
+      ConfigError, DataError, CheckpointError: before anything is computed.
+      FileError: a file cannot be written; those before it are whole.
     """
     configs.validate(config, batches=())
+    output, images = files.expand_path(output, "--output"), files.expand_path(images, "--images")
     if jax.process_count() > 1:
         raise configs.ConfigError("predictions are written by one process; start it on one host alone")
+    found = image_files.Found({}, {}, {})
     if split:
         dataset = load_dataset(**configs.dataset_options(config))
         configs.check_classes(config, dataset.class_names)
@@ -230,7 +218,8 @@ def predict(
         items = {f"record {i} of {split}": (None, i) for i in range(len(source))}
     else:
         class_names, palette = class_info(config, workdir)
-        items = {str(file): (name, file) for name, file in find_images(images, output).items()}
+        found = image_files.find_images(images, output)
+        items = {str(file): (name, file) for name, file in found.images.items()}
     if format_name == "auto":
         format_name = config.data.name if split and config.data.name in FORMATS else "palette"
     wanted = FORMATS[format_name].num_classes
@@ -244,18 +233,20 @@ def predict(
         target(name)
     model, params, step = evaluate.restore_params(config, workdir, which)
     predictor = inference.Predictor(config, model, params)
-    _claim(output, overwrite)
+    _claim(output, workdir, overwrite)
     log.info("%s checkpoint of step %d, %d images into %s", which, step, len(items), output)
     configs.save_classes(class_names, palette, output)
-    failed = []
+    _tell(found)
+    failed = list(found.failed)
 
     def readable():
         for title, (name, where) in items.items():
             try:
-                record = {"id": name, "image": read_image(where)} if images else source[where]
+                record = {"id": name, "image": read_image(where, config.data.max_pixels)} if images else source[where]
+                target(record["id"])
             except DataError as error:
                 failed.append(title)
-                log.info("error: %s", error)
+                log.info("error: %s", shown(error))
             else:
                 yield record["id"], record["image"]
 
@@ -265,16 +256,26 @@ def predict(
         log_probs = marginals.log_probs() if probabilities or refine != "off" else None
         if refine != "off":
             log_probs, _ = refinement.refine_image(log_probs, image, config.refine, refine)
-        labels = marginals.labels() if log_probs is None else log_probs.argmax(-1).astype(np.uint8)
-        with _whole(target(name)) as file:
+        labels = marginals.labels() if refine == "off" else log_probs.argmax(-1).astype(np.uint8)
+        with _writing(target(name), output) as file:
             _label_image(labels, codes, colours).save(file, "PNG")
         if overlay and max(image.shape) > LARGEST_JPEG:
             log.info("%s: no overlay, as JPEG ends at %d pixels", name, LARGEST_JPEG)
         elif overlay:
-            with _whole(Path(output, "overlays", f"{name}.jpg")) as file:
+            with _writing(Path(output, "overlays", f"{name}.jpg"), output) as file:
                 mixed = Image.blend(Image.fromarray(image), Image.fromarray(colours[labels]), 0.5)
                 mixed.save(file, "JPEG", quality=90)
         if probabilities:
-            with _whole(Path(output, "probabilities", f"{name}.npz")) as file:
+            with _writing(Path(output, "probabilities", f"{name}.npz"), output) as file:
                 np.savez_compressed(file, probabilities=np.exp(log_probs).astype(np.float16), class_names=class_names)
-    return dict(num_images=len(items) - len(failed), failed=failed, format=format_name, step=step, output=output)
+    counts = dict(num_images=len(items) + len(found.failed) - len(failed), failed=failed)
+    return dict(**counts, left_out=list(found.left_out), format=format_name, step=step, output=output)
+
+
+def _tell(found):
+    for why in found.failed.values():
+        log.info("error: %s", shown(why))
+    for path, why in list(found.left_out.items())[:_TOLD]:
+        log.info("left out: %s: %s", shown(path), why)
+    if len(found.left_out) > _TOLD:
+        log.info("left out: %d more, no images or seen under another name", len(found.left_out) - _TOLD)

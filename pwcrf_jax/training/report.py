@@ -11,17 +11,14 @@ import functools
 import importlib.resources
 import io
 import json
-import tempfile
 from pathlib import Path
 
 import jax
 import numpy as np
 from PIL import Image
 
-from pwcrf_jax import piecewise
-from pwcrf_jax.data import DataError
+from pwcrf_jax import files, piecewise
 from pwcrf_jax.nets import grid_size
-from pwcrf_jax.relations import offsets
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate, parallel
 from pwcrf_jax.training.pictures import VOID_COLOUR
@@ -70,7 +67,7 @@ class Report:
     lost most.
 
     Raises:
-      DataError: the file cannot be written.
+      FileError: the file cannot be written.
       ConfigError: numbers that do not fit, or more than one process.
     """
 
@@ -84,13 +81,8 @@ class Report:
         if jax.process_count() > 1:
             raise configs.ConfigError("--report is written by one process; start it on one host alone")
         self.file = Path(file)
-        try:
-            if self.file.is_dir():
-                raise IsADirectoryError(21, "it is a folder")
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.file.parent).close()
-        except OSError as error:
-            raise DataError(f"--report={file}: cannot be written ({error.strerror}); name another file") from None
+        files.make_folder(self.file.parent)
+        files.check_replaceable(self.file)
         self._gallery, self._wanted = Extremes(images), inspected
         self._inspected = None
         self.confusion = {}
@@ -105,10 +97,10 @@ class Report:
         self._config, self._dataset, self._params = config, dataset, params
         self._crf = configs.crf_settings(config)
         self._grid = grid_size(config.data.eval_size, config.model.scales)
-        chosen = [r for r in configs.relations(config) if r.name in self._crf["relation_weights"]]
+        chosen = [(name, box) for name, box in model.relations if name in self._crf["relation_weights"]]
         order = ["unary", *["all"] * bool(chosen), *["convs"] * bool(config.model.refinement_convs.layers)]
         self._order = tuple(order)  # a tree that was on a device is sorted by name
-        self._boxes = {r.name: offsets(r, *self._grid) for r in chosen}
+        self._boxes = dict(chosen)
         numbers = (2 + len(chosen)) * self._grid[0] * self._grid[1] * dataset.num_classes
         self._room = int(INSPECTOR_BYTES // (numbers * 2 * 4 / 3))  # two bytes each, in base64
         self._inspected = Extremes(min(self._wanted, max(1, self._room)))
@@ -282,7 +274,7 @@ class Report:
             name=name,
             weight=self._crf["relation_weights"][name],
             parameterisation=kind,
-            offsets=self._boxes[name].tolist(),
+            offsets=self._boxes[name],
             edges=int(edges),
             scores=np.round(scores, 4).tolist(),
         )
@@ -297,12 +289,7 @@ class Report:
         # No name of a class or an image can end the element that it stands in.
         data = json.dumps(self.data(result), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
         content = html.replace("/* data */", data).encode()
-        partial = self.file.with_name(self.file.name + ".partial")
-        try:
-            partial.write_bytes(content)
-            partial.replace(self.file)
-        except OSError as error:
-            raise DataError(f"--report={self.file}: cannot be written ({error.strerror})") from None
+        files.write(self.file, content)
         return len(content)
 
 

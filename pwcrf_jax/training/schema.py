@@ -2,6 +2,8 @@
 
 import difflib
 
+from pwcrf_jax import files
+
 _LARGEST = {int: 2**31 - 1, float: 3.4e38}  # what int32 and float32 hold
 
 
@@ -38,6 +40,19 @@ class Text:
 
     def accepts(self, x):
         return isinstance(x, str) and "\0" not in x and (self.empty or bool(x))
+
+
+class Path(Text):
+    wanted = "the path of a local file or folder, in a home that is known"
+
+    def __init__(self):
+        self.empty = True
+
+    def accepts(self, x):
+        try:
+            return super().accepts(x) and files.expand_path(x, "") is not None
+        except files.FileError:
+            return False
 
 
 class Flag:
@@ -87,16 +102,18 @@ RELATION = {
     "cols": _BOUNDS,
     "unit": Text(),
     "grid": Number(int, 0, 1024),
+    "row_offsets": Tuple(Number(int, -16384, 16384)),
+    "col_offsets": Tuple(Number(int, -16384, 16384)),
     "parameterisation": Text(),
 }
 
 SCHEMA = {
     "seed": Number(int, low=0, high=2**32 - 1),
-    "init_from": Text(),
+    "init_from": Path(),
     "compilation_cache": Flag(),
     "data.name": Text(),
-    "data.source_dir": Text(),
-    "data.data_dir": Text(),
+    "data.source_dir": Path(),
+    "data.data_dir": Path(),
     "data.partial": Flag(),
     "data.train_split": Text(empty=False),
     "data.eval_split": Text(empty=False),
@@ -105,6 +122,7 @@ SCHEMA = {
     "data.eval_size": _SIZE,
     "data.scale_range": Tuple(_SCALE, 2, rising=True),
     "data.flip": Flag(),
+    "data.max_pixels": _POSITIVE_INT,
     "data.num_threads": Number(int, 0, 1024),
     "data.num_workers": Number(int, 0, 1024),
     "data.synthetic.num_train": _POSITIVE_INT,

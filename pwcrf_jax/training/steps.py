@@ -138,7 +138,7 @@ def make_train_step(model, tx, loss_config, seed=0, crf_config=None, kinds=KINDS
         if name == "piecewise" or "pairwise" not in kinds:
             sampled = loss_config["sampled_offsets"]
             terms = piecewise_terms(potentials, batch["label"], balance, chunk_edges, sampled, key, of_pairs)
-            names = [r.name for r in model.relations] if name == "piecewise" else [name]
+            names = [name for name, _ in model.relations] if name == "piecewise" else [name]
             weights = {k: loss_config["pairwise_weight"] if k in names else 1.0 for k in terms}
             if "unary" not in kinds:
                 del weights["unary"]

@@ -12,9 +12,9 @@ import math
 from fractions import Fraction
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
+from pwcrf_jax import segmenter
 from pwcrf_jax.nets import grid_size
 from pwcrf_jax.nets.featmap_net import STRIDE
 
@@ -107,26 +107,10 @@ def taps(pixels, num_pixels: int, layout: Layout, axis: int, mirrored: bool = Fa
     """Where pixels of an image of `num_pixels` rows or columns lie on a grid that saw it scaled to layout.size.
 
     pixels: integers along `axis`, 0 rows, 1 columns. mirrored: the grid saw the image mirrored along the axis.
-    Returns (index int32, fraction float32) of each pixel, for `read`.
+    Returns `pwcrf_jax.segmenter.taps` of the pixels.
     """
     pixels = np.asarray(pixels)
     pixels = num_pixels - 1 - pixels if mirrored else pixels
     scaled = (pixels + 0.5) * (layout.size[axis] / num_pixels)
     position = scaled * (layout.grid[axis] / layout.canvas[axis]) - 0.5
-    index = np.clip(np.floor(position), -1, layout.grid[axis] - 1)
-    return (index + 1).astype(np.int32), (position - index).astype(np.float32)
-
-
-def read(log_marginals, mask, rows, cols):
-    """Log marginals of cells, interpolated at pixels: `pwcrf_jax.segmenter.upsample`, for any pixels.
-
-    log_marginals: float32 [h, w, K]; mask: bool [h, w], false cells lend nothing; rows, cols: of `taps`, n and m.
-    Returns float32 [n, m, K].
-    """
-    x = jnp.where(mask[..., None], log_marginals, 0.0)
-    x = jnp.concatenate([x, mask[..., None].astype(jnp.float32)], axis=-1)
-    x = jnp.pad(x, ((1, 1), (1, 1), (0, 0)))  # beyond the map weights are 0
-    for axis, (index, fraction) in enumerate((rows, cols)):
-        fraction = jnp.expand_dims(fraction, (1, 2) if axis == 0 else (0, 2))
-        x = jnp.take(x, index, axis) * (1 - fraction) + jnp.take(x, index + 1, axis) * fraction
-    return x[..., :-1] / jnp.maximum(x[..., -1:], 1e-6)
+    return segmenter.taps(position, layout.grid[axis])

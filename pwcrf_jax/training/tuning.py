@@ -6,6 +6,7 @@ from the first stage, the two kernels of the dense CRF: a coarse grid, then numb
 down at once under WORKDIR/tuning, so that a search that was stopped goes on where it was.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -16,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pwcrf_jax import metrics, segmenter
+from pwcrf_jax import files, metrics, segmenter
 from pwcrf_jax.data import eval_batches
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate, parallel, refinement, steps
-from pwcrf_jax.training.logs import bar, log
+from pwcrf_jax.training.logs import OTHER_SHAPE, bar, log
 
 WEIGHT_FACTORS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 ITERATIONS = (1, 2, 3, 5, 10, 20)
@@ -59,7 +60,7 @@ def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: in
     model, params, step, dataset = evaluate.load(config, workdir, which, split)
     evaluate.check_scored(config, dataset, split)
     folder = _folder(config, workdir, params, dataset, split, step)
-    os.makedirs(folder, exist_ok=True)
+    files.make_folder(folder, inside=workdir)
     log.info("tuning on %s (%d images), checkpoint of step %d, notes in %s", split, len(dataset.source(split)), step,
              folder)  # fmt: skip
     (*weights, iterations), before, messages = _tune_messages(config, model, params, dataset, split, folder)
@@ -118,18 +119,21 @@ class _Trials:
 
     def __init__(self, path, names):
         self.path, self.names, self.scores = path, names, {}
-        if os.path.exists(path):
-            with open(path) as f:
-                lines = [line for line in f if line.endswith("\n")]  # not one that was cut off
-            for trial in map(json.loads, lines):
-                self.scores[tuple(trial[name] for name in names)] = trial["miou"]
-            with open(path, "w") as f:
-                f.writelines(lines)
+        kept, lines = [], files.read_lines(path)
+        for line in lines:
+            with contextlib.suppress(*OTHER_SHAPE):  # it is tried again
+                trial = json.loads(line)
+                values = tuple(float(trial[name]) for name in names)
+                self.scores[values] = float(trial["miou"])
+                kept += [line] if line.endswith("\n") else []
+        if kept != lines:
+            files.write(path, "".join(kept))
 
     def add(self, values, miou):
         self.scores[tuple(values)] = miou
-        with open(self.path, "a") as f:
-            f.write(json.dumps(dict(zip(self.names, values, strict=True)) | {"miou": miou}) + "\n")
+        line = json.dumps(dict(zip(self.names, values, strict=True)) | {"miou": miou})
+        with files.naming(self.path, "cannot be written"), files.append(self.path) as file:
+            file.write(f"{line}\n".encode())
 
 
 def _batches(config, dataset, split):
@@ -220,24 +224,23 @@ def _marginals(config, model, params, dataset, split, folder, weights, iteration
     crf["num_iterations"] = iterations
     digest = hashlib.sha256(json.dumps([*weights, iterations, row]).encode()).hexdigest()[:8]
     home = os.path.join(folder, f"marginals-{digest}")
-    os.makedirs(home, exist_ok=True)
-    files = [os.path.join(home, f"{i:06d}.npy") for i in range(len(dataset.source(split)))]
-    if all(map(os.path.exists, files)):
-        return files
+    files.make_folder(home, inside=folder)
+    paths = [os.path.join(home, f"{i:06d}.npy") for i in range(len(dataset.source(split)))]
+    if all(map(os.path.exists, paths)):
+        return paths
     step = steps.make_eval_step(model, {"all": names}, crf, marginals_of=row)
     fn = parallel.pmap_eval(step, per_image=True)
     batches = bar(_batches(config, dataset, split), "marginals")
     for number, batch in enumerate(batches):
-        mine = files[number * config.eval.batch_size :][: config.eval.batch_size]
+        mine = paths[number * config.eval.batch_size :][: config.eval.batch_size]
         if all(map(os.path.exists, mine)):
             continue
         _, kept = fn(params, parallel.split({k: batch[k] for k in ("image", "label", "valid_size")}))
         kept = np.asarray(kept).reshape(-1, *kept.shape[2:])
         for path, one in zip(mine, kept, strict=False):  # the last batch is filled up
-            with open(path + ".partial", "wb") as f:
-                np.save(f, one)
-            os.replace(path + ".partial", path)
-    return files
+            with files.replacing(path) as file:
+                np.save(file, one)
+    return paths
 
 
 def _tune_kernels(config, dataset, split, folder, marginals, mode, max_trials):

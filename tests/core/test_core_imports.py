@@ -11,6 +11,9 @@ import pwcrf_jax
 
 PACKAGE = Path(pwcrf_jax.__file__).parent
 CORE = (
+    "arrays",
+    "labels",
+    "inputs",
     "relations",
     "costs",
     "edge_likelihood",

@@ -187,7 +187,7 @@ def test_gradients(name):
 
 def test_refused():
     unary, potentials, labels, _ = model(11)
-    with pytest.raises(ValueError, match=r"integer labels of shape \(2, 3\).*float32 \(2, 3\)"):
+    with pytest.raises(ValueError, match="integer labels, got float32"):
         objectives.pseudo_log_likelihood(unary, potentials, labels.astype(np.float32))
     with pytest.raises(ValueError, match=r"\(2, 3\).*\(3, 2\)"):
         objectives.exact_log_likelihood(unary, potentials, labels.T)

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,8 +30,11 @@ KEYS = {
 }
 
 
-def start(tmp_path, workdir, processes, script="train.py", heartbeat=10, **keys):
-    """One command of `processes` processes: a list of (process, path of its log)."""
+def start(tmp_path, workdir, processes, script="train.py", heartbeat=10, other=(), environment=None, **keys):
+    """One command of `processes` processes: a list of (process, path of its log).
+
+    other, environment: more flags and variables, of the last process alone.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -42,12 +46,14 @@ def start(tmp_path, workdir, processes, script="train.py", heartbeat=10, **keys)
         if processes > 1:
             flags += [f"--coordinator={address}", f"--num_processes={processes}", f"--process_id={i}"]
             flags += [f"--heartbeat={heartbeat}"]
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES // processes)}
-        environment.pop("XLA_FLAGS", None)
+        variables = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES // processes)}
+        variables.pop("XLA_FLAGS", None)
+        if i == processes - 1:
+            flags, variables = [*flags, *other], variables | (environment or {})
         log = tmp_path / f"{workdir.name}-{time.time_ns()}-{i}.log"
         with open(log, "w") as file:
             process = subprocess.Popen(
-                [sys.executable, ROOT / script, *flags], stdout=file, stderr=file, cwd=ROOT, env=environment
+                [sys.executable, ROOT / script, *flags], stdout=file, stderr=file, cwd=ROOT, env=variables
             )
         out.append((process, log))
     return out
@@ -114,8 +120,8 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on(tmp_path):
         time.sleep(0.02)
     started[1][0].send_signal(signal.SIGKILL)
     codes, logs = finished(started)
-    assert codes[1] == -signal.SIGKILL and codes[0] != 0, (codes, logs)
-    assert re.search("heartbeat|unhealthy|connection|another task", logs[0], re.IGNORECASE), logs[0]
+    assert codes == [1, -signal.SIGKILL], (codes, logs)
+    assert re.search("^error: process 1 on .* is gone", logs[0], re.MULTILINE), logs[0]
     trained(tmp_path, 1, "broken", **{"train.checkpoint_every": 1})
     assert_same_run(whole, workdir)
 
@@ -133,6 +139,127 @@ def test_sigterm_to_one_stops_all_at_one_step(tmp_path):
     assert f"step {newest} is saved" in logs[0]
 
 
+def patched_package(folder):
+    """A copy of the package with one line more, and the environment in which it is the one that is imported."""
+    shutil.copytree(ROOT / "pwcrf_jax", folder / "pwcrf_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    with open(folder / "pwcrf_jax/metrics.py", "a") as file:
+        file.write("# another version\n")
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "PYTHONSAFEPATH": "1"}
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("other", "environment", "said"),
+    [
+        (["--config.optimizer.learning_rate=0.02"], {}, "config.optimizer.learning_rate: 0.01 in process 0"),
+        (["--config.train.steps=abc"], {}, "config.train.steps = 'abc' must be"),
+        pytest.param(["--heartbeat=x"], {}, "flag --heartbeat=x", marks=slow),
+        pytest.param(["--num_processes=3"], {}, "--num_processes=3, process 0", marks=slow),
+        pytest.param(["--config=configs/voc_vgg16.py"], {}, "config.", marks=slow),
+        pytest.param([], {"JAX_DEFAULT_MATMUL_PRECISION": "bfloat16"}, "jax_default_matmul_precision", marks=slow),
+        pytest.param([], {"JAX_NUM_CPU_DEVICES": "1"}, "the devices: ", marks=slow),
+        pytest.param([], "patched", "the source code of pwcrf_jax", marks=slow),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_processes_that_are_started_differently_are_refused(tmp_path, other, environment, said):
+    """All with one line that says the same, before the workdir is made."""
+    if environment == "patched":
+        environment = patched_package(tmp_path / "patched")
+    started = start(tmp_path, tmp_path / "w", 2, other=other, environment=environment, **{"train.steps": 10**6})
+    codes, logs = finished(started)
+    assert codes == [2, 2], logs
+    lines = [[line for line in log.splitlines() if line.startswith("error: ")] for log in logs]
+    assert all(len(line) == 1 and said in line[0] for line in lines), logs
+    assert "Traceback" not in "".join(logs) and not (tmp_path / "w").exists()
+
+
+@slow
+def test_processes_that_evaluate_differently_are_refused(tmp_path):
+    workdir, _ = trained(tmp_path, 1)
+    codes, logs = finished(start(tmp_path, workdir, 2, "eval.py", other=["--checkpoint=latest"]))
+    assert codes == [2, 2] and all("--checkpoint: " in log for log in logs), logs
+
+
+# A program of two processes that sum for ever; one of them has a fault at its 20th sum.
+SUMS = """
+import os, sys
+import jax
+from absl import flags
+from jax.experimental import multihost_utils
+from ml_collections import config_flags
+from pwcrf_jax.nets import WeightsError
+from pwcrf_jax.training import cli, distributed
+from pwcrf_jax.training.loop import NonFiniteError
+config_flags.DEFINE_config_file("config", "configs/demo.py")
+flags.DEFINE_string("workdir", "", "")
+distributed.define_flags()
+def main(_):
+    for step in range(10**9):
+        multihost_utils.process_allgather(jax.numpy.ones(()))
+        if step == 20 and jax.process_index() == int(os.environ["AT"]):
+            exec(os.environ["FAULT"])
+cli.run(main, before_main=distributed.start)
+"""
+
+
+@pytest.mark.parametrize(
+    ("at", "fault", "code", "said"),
+    [
+        (1, "raise OSError(28, 'No space left on device', 'w/best')", 2, "No space left on device: 'w/best'"),
+        pytest.param(0, "raise WeightsError('x.h5 is damaged')", 2, "x.h5 is damaged", marks=slow),
+        pytest.param(1, "raise NonFiniteError('step 7')", 1, "step 7", marks=slow),
+        pytest.param(0, "raise KeyError('lost')", 1, "KeyError: ", marks=slow),
+        pytest.param(1, "raise KeyboardInterrupt", 130, "stopped by Ctrl-C", marks=slow),
+        pytest.param(1, "os.kill(os.getpid(), 9)", 1, "is gone (killed", marks=slow),
+        pytest.param(1, "os._exit(0)", 1, "is gone (killed", marks=slow),
+    ],
+)
+@pytest.mark.parametrize("found", [False, pytest.param(True, marks=slow)], ids=["coordinator", "slurm"])
+def test_the_end_of_one_is_the_end_of_all(tmp_path, at, fault, code, said, found):
+    """With the code and the line of the one that has the fault, while the other waits for it in a sum."""
+    script = tmp_path / "sums.py"
+    script.write_text(SUMS)
+    environment = {"FAULT": fault, "AT": str(at), "PYTHONPATH": str(ROOT)}
+    cluster = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    started = []
+    for i in range(2):
+        flags = ["--distributed"] if found else [f"--coordinator={address}", "--num_processes=2", f"--process_id={i}"]
+        of_slurm = cluster | {"SLURM_PROCID": str(i), "SLURM_LOCALID": "0"} if found else {}
+        log = tmp_path / f"{i}.log"
+        with open(log, "w") as file:
+            variables = os.environ | {"JAX_PLATFORMS": "cpu"} | environment | of_slurm
+            command = [sys.executable, script, *flags]
+            started.append((subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT, env=variables), log))
+    codes, logs = finished(started)
+    assert codes[1 - at] == code and said in logs[1 - at], (codes, logs)
+    assert f"error: process {at} on " in logs[1 - at] and "Traceback" not in logs[1 - at]
+    if "os." not in fault:
+        assert codes[at] == code and said in logs[at]
+
+
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=slow)])
+def test_a_port_that_is_in_use_is_one_line(tmp_path, index):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        command = [
+            sys.executable,
+            ROOT / "train.py",
+            f"--config={ROOT / 'configs/demo.py'}",
+            f"--workdir={tmp_path / 'w'}",
+        ]
+        command += [f"--coordinator={address}", "--num_processes=2", f"--process_id={index}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS, cwd=ROOT)
+    said = f"--coordinator={address}: process 0 cannot listen on port" if index == 0 else "is not process 0 of this run"
+    assert done.returncode == 2 and said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.name)
 def test_scripts_are_read_by_bash_and_start_train_py(script):
     assert subprocess.run(["bash", "-n", script], capture_output=True, text=True).stderr == ""
@@ -146,7 +273,7 @@ def test_scripts_are_read_by_bash_and_start_train_py(script):
         (["--num_processes=2", "--process_id=0"], "belong together"),
         (["--coordinator=nowhere", "--num_processes=2", "--process_id=0"], "must be HOST:PORT"),
         (["--coordinator=127.0.0.1:99999", "--num_processes=2", "--process_id=0"], "must be HOST:PORT"),
-        (["--coordinator=a:1", "--num_processes=2", "--process_id=2"], "count from 0"),
+        (["--coordinator=localhost:1", "--num_processes=2", "--process_id=2"], "count from 0"),
         (["--distributed", "--process_id=1"], "give it alone"),
         (["--distributed"], "JAX finds no cluster here"),
     ],

@@ -7,6 +7,8 @@ import zipfile
 import numpy as np
 from PIL import Image
 
+from pwcrf_jax.data.coco import IDS, Coco
+
 SIZES = {
     "train": {9: (64, 96), 25: (96, 64), 30: (64, 96)},
     "val": {139: (64, 96), 285: (50, 70)},
@@ -73,7 +75,7 @@ def instances(split):
             "bbox": [float(x) for x in (left, top, right - left, bottom - top)], "category_id": category, "id": number,
         })  # fmt: skip
     categories = [
-        {"supercategory": SUPERCATEGORIES.get(i, "other"), "id": i, "name": f"category {i}"}
+        {"supercategory": SUPERCATEGORIES.get(i, "other"), "id": i, "name": Coco.class_names[IDS.index(i) + 1]}
         for i in range(1, 91)
         if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
     ]

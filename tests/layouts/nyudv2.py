@@ -4,6 +4,8 @@ import h5py
 import numpy as np
 import scipy.io
 
+from pwcrf_jax.data.nyudv2 import NyuDv2
+
 MAPPING = (np.arange(894) * 7 % 40 + 1).astype(np.float64)  # class, 1..40, of labels 1..894
 
 
@@ -44,7 +46,7 @@ def make(root, rng, archives=False):
     scipy.io.savemat(root / "splits.mat", splits)
     names = {
         "allClassName": np.array([[f"thing {i}" for i in range(894)]], object),
-        "className": np.array([[f"class {i}" for i in range(40)]], object),
+        "className": np.array([NyuDv2.class_names], object),
         "mapClass": MAPPING[None],
     }
     scipy.io.savemat(root / "classMapping40.mat", names)

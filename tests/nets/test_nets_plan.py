@@ -21,7 +21,8 @@ FORWARD = ("features", "unary head", "first layers surrounding", "first layers a
 
 
 def segmenter(featmap=None, relations=(SURROUNDING, ABOVE_BELOW), **settings):
-    return Segmenter(11, featmap or {"backbone": "tiny", **PLAIN}, relations, hidden=64, **settings)
+    boxes = {r.name: offsets(r, 12, 16) for r in relations}
+    return Segmenter(11, featmap or {"backbone": "tiny", **PLAIN}, boxes, hidden=64, **settings)
 
 
 def near(ours, theirs):

@@ -330,7 +330,7 @@ def test_refuses_another_shape_naming_both(tmp_path, vgg_params, mobilenet_param
     refused(tmp_path / "net.h5", mobilenet_params, r"layer Conv1 has a kernel of shape \(3, 3, 3, 16\)")
     values["Conv1"] = (np.zeros((3, 3, 3, 32)), *values["Conv1"][1:])
     write_mobilenet(tmp_path / "net.h5", values)
-    refused(tmp_path / "net.h5", mobilenet_params, r"layer bn_Conv1 has shape \(16,\), not \(32,\)")
+    refused(tmp_path / "net.h5", mobilenet_params, r"the gamma of layer bn_Conv1 has shape \(16,\), not \(32,\)")
 
 
 def test_refuses_parameters_it_cannot_fill(tmp_path, vgg_params):

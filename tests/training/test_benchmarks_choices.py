@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from pwcrf_jax import metrics, relations, segmenter
+from pwcrf_jax import metrics, segmenter
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate
 
@@ -150,7 +150,7 @@ def test_potts_scores_are_means_of_the_neighbours(choices, trained):
     config = configs.load(trained / "config.json")
     counts, _ = choices.counts_of_images(config, trained, "val", [choices.Decoding(3.0, 2, potts=True)])
     model, params, _, dataset = evaluate.load(config, str(trained), "latest", "val")
-    boxes = {r.name: r for r in model.relations}
+    boxes = dict(model.relations)
     batches = choices.eval_batches(dataset, "val", batch_size=1, size=config.data.eval_size)
     changed = 0
     for ours, unaries, batch in zip(counts["weight 3, num_iterations 2, Potts"], counts["unary"], batches, strict=True):
@@ -161,7 +161,7 @@ def test_potts_scores_are_means_of_the_neighbours(choices, trained):
             heard = unary.copy()
             for box in boxes.values():
                 total, number = np.zeros_like(q), np.zeros((height, width, 1))
-                for row, col in relations.offsets(box, height, width):
+                for row, col in box:
                     for i, j in np.ndindex(height, width):
                         if 0 <= i + row < height and 0 <= j + col < width:
                             # Each edge is heard at both of its ends.

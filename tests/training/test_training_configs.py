@@ -56,31 +56,6 @@ def test_schedules(name, config):
     assert float(rate(99)) <= peak * (1.0 if name == "constant" else 0.05) * (1 + 1e-6)
 
 
-def test_a_stored_config_without_what_came_later(tmp_path):
-    """Keys and whole sections, at any depth, are filled in; what is stored stays."""
-    config = importlib.import_module("configs.demo").get_config()
-    stored = json.loads(json.dumps(config.to_dict()))
-    for key in configs._ADDED:
-        *sections, name = key.split(".")
-        place = stored
-        for section in sections:
-            place = place[section]
-        del place[name]
-    del stored["refine"], stored["data"]["tfds"]
-    stored["data"]["num_threads"] = 7
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(stored))
-    loaded = configs.load(path)
-    configs.validate(loaded, num_devices=1)
-    flat = dict(configs._flat(loaded))
-    assert flat.keys() == dict(configs._flat(config)).keys() and flat["data.num_threads"] == 7
-    assert all(flat[key] == value for key, value in configs._ADDED.items())
-    stored["data"] = "none"
-    path.write_text(json.dumps(stored))
-    with pytest.raises(configs.ConfigError, match="data.name is missing"):
-        configs.validate(configs.load(path), num_devices=1)
-
-
 def test_scripts_end_to_end(config, tmp_path):
     """train.py, again (nothing left to do), then eval.py with no more than --workdir; its last line is JSON."""
     env = {**os.environ, "XLA_FLAGS": ""}

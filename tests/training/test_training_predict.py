@@ -17,7 +17,7 @@ from configs import voc_vgg16
 from pwcrf_jax import segmenter
 from pwcrf_jax.data import DataError, load_dataset
 from pwcrf_jax.data.synthetic import generate_scene
-from pwcrf_jax.training import checkpoint, evaluate, inference, loop, predict, refinement, tiling
+from pwcrf_jax.training import checkpoint, evaluate, image_files, inference, loop, predict, refinement, tiling
 from pwcrf_jax.training import config as configs
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -110,7 +110,7 @@ def test_reading_at_pixels_is_the_upsampling(mirrored):
     assert not mask.all()
     whole = segmenter.upsample(jnp.asarray(cells)[None], *layout.canvas, mask[None])[0][:75, :91]
     rows, cols = tiling.taps(np.arange(75), 75, layout, 0), tiling.taps(np.arange(91), 91, layout, 1, mirrored)
-    got = tiling.read(cells, mask, rows, cols)
+    got = segmenter.read(cells, mask, rows, cols)
     np.testing.assert_allclose(got, whole[:, ::-1] if mirrored else whole, atol=1e-5)
 
 
@@ -132,7 +132,7 @@ def test_what_every_tile_sees_whole_is_exact(trained):
 
 
 def test_boxes_do_not_grow_with_the_image(trained):
-    """On the 6 x 8 cells of the frame one box reaches 1 cell and one 2 rows; on 16 x 21 it would be 3 and 6."""
+    """On the 6 x 8 cells of a training crop one box reaches 1 cell and one 2 rows; on 16 x 21 it would be 3 and 6."""
     image, small = scene(256, 336), {"data.eval_size": (96, 128), "crf.num_iterations": 1, "crf.weights": (1000.0,)}
     other = image.copy()
     other[128:144, 160:176] = 255 - other[128:144, 160:176]  # cell (8, 10)
@@ -269,7 +269,7 @@ def test_files_folders_and_patterns(tmp_path):
     for name in ("a.jpg", "b.PNG", "deep/er/a.png", "deep/x.y.jpeg", ".hidden.png", "out/labels/a.png"):
         save(root / name, scene(8, 8))
     (root / "notes.txt").write_text("no image")
-    names = lambda images: set(predict.find_images(str(images), str(root / "out")))
+    names = lambda images: set(image_files.find_images(str(images), str(root / "out")).images)
     assert names(root) == {"a", "b", "deep/er/a", "deep/x.y"}
     assert names(root / "a.jpg") == {"a"}
     assert names(root / "*.jpg") == {"a"}
@@ -283,7 +283,7 @@ def test_images_that_cannot_be_told_apart_are_refused(tmp_path):
     for name in ("in/a.jpg", "in/a.png", "other/x/1.png", "other/y/1.png"):
         save(tmp_path / name, scene(8, 8))
     with pytest.raises(DataError, match=r"a\.jpg and .*a\.png.*rename"):
-        predict.find_images(str(tmp_path / "in"), str(tmp_path / "out"))
+        image_files.find_images(str(tmp_path / "in"), str(tmp_path / "out"))
     target = predict.Targets("out", "palette")
     assert target("x/1") != target("y/1") and target("x/1") == pathlib.Path("out/labels/x/1.png")
     target = predict.Targets("out", "ade20k")
@@ -508,16 +508,29 @@ def test_unreadable_images_are_named_and_the_others_predicted(trained, tmp_path)
     done = _eval(*args, "--config.data.source_dir=gone", "--refine", "spatial", "--config.refine.num_iterations=1")
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert f"error: {tmp_path / 'in' / 'b.png'}: cannot be decoded" in done.stderr
-    assert done.stderr.splitlines()[-1] == f"1 images could not be read: {tmp_path / 'in' / 'b.png'}"
+    assert done.stderr.splitlines()[-1] == f"1 images were not predicted: {tmp_path / 'in' / 'b.png'}"
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["num_images"] == 2 and result["failed"] == [str(tmp_path / "in" / "b.png")]
     assert sorted(p.name for p in (out / "labels").iterdir()) == ["a.png", "c.png"]
     assert Image.open(out / "labels" / "c.png").size == Image.open(out / "overlays" / "c.jpg").size == (20, 300)
 
 
+def test_what_is_no_image_is_named_and_fails_nothing(trained, tmp_path):
+    save(tmp_path / "in" / "a.png", scene(40, 50))
+    (tmp_path / "in" / "two\nlines.txt").write_text("no image")
+    done = _eval("--workdir", trained, "--images", tmp_path / "in", "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert f"left out: {tmp_path}/in/two\\nlines.txt: no image" in done.stderr.splitlines()
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["num_images"] == 1 and result["left_out"] == [f"{tmp_path}/in/two\nlines.txt"]
+
+
 @pytest.mark.parametrize(
     ("args", "match"),
     [
+        (["--images=a", "--images=b", "--output=out"], "--images is given 2 times"),
+        (["--images=", "--output=out"], "--images is empty"),
+        (["--images=a", "--output="], "--output must be given"),
         (["--images=a", "--dataset=val", "--output=out"], "give one"),
         (["--images=a"], "--output must be given"),
         (["--output=out"], "--output is of predictions"),

@@ -247,7 +247,7 @@ def test_damaged_checkpoint(trained, tmp_path):
 @pytest.mark.parametrize("content", [b"{}", b"[1]", b"{", b"\xff\xfe"])
 def test_unreadable_config(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(configs.ConfigError, match="config.json is not a config"):
+    with pytest.raises(configs.ConfigError, match="config.json cannot be used"):
         configs.load(tmp_path / "config.json")
 
 

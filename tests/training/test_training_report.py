@@ -17,7 +17,8 @@ import pytest
 
 import pwcrf_jax as pw
 from pwcrf_jax import segmenter
-from pwcrf_jax.data import DataError, eval_batches
+from pwcrf_jax.data import eval_batches
+from pwcrf_jax.files import FileError
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate, report
 
@@ -374,10 +375,10 @@ def test_numbers_are_rounded_not_clipped():
 
 
 def test_what_cannot_work_is_refused_first(tmp_path):
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(FileError, match="cannot be written"):
         report.Report(str(tmp_path))
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(FileError, match="cannot be written"):
         report.Report(str(tmp_path / "file" / "report.html"))
     with pytest.raises(configs.ConfigError, match="report_inspect=3"):
         report.Report(str(tmp_path / "a.html"), images=2, inspected=3)

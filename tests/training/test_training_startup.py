@@ -1,4 +1,4 @@
-"""What a start pays for: imports, and compilation, which the cache in the workdir saves the next start."""
+"""What a start pays for: imports, and compilation, which the user's cache saves the next start."""
 
 import json
 import logging
@@ -51,9 +51,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def run(script, workdir, *arguments, **env):
-    """({event of JAX: how often}, standard error) of a script that went well."""
-    env = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **env}
+def run(script, workdir, *arguments):
+    """({event of JAX: how often}, standard error) of a script that went well. Caches lie beside the workdir."""
+    caches = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XDG_CACHE_HOME": str(workdir.parent / "caches")}
+    env = {**os.environ, **caches}
     command = [sys.executable, "-c", COUNTING, ROOT / script, f"--workdir={workdir}", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -81,32 +82,38 @@ def train(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def without(train, tmp_path_factory):
-    """Workdir of a run whose cache cannot be: there is a file of that name."""
-    workdir = tmp_path_factory.mktemp("without")
-    (workdir / compilation.FOLDER).write_text("")
-    seen, said = train(workdir)
+    """Workdir of a run whose cache cannot be: there is a file of that name. A cache in the workdir is not read."""
+    folder = tmp_path_factory.mktemp("without")
+    (folder / "caches").write_text("")
+    (folder / "work" / "compile_cache").mkdir(parents=True)
+    (folder / "work" / "compile_cache" / "a-cache").write_text("")
+    seen, said = train(folder / "work")
     assert not seen.get("cache_hits") and not seen.get("cache_misses")
-    assert re.search(rf"no compilation cache: .*{compilation.FOLDER} \(Not a directory\)", said)
-    return workdir
+    assert re.search(r"no compilation cache: .*caches", said)
+    assert os.listdir(folder / "work" / "compile_cache") == ["a-cache"]
+    return folder / "work"
 
 
 @pytest.fixture(scope="module")
 def cold(train, tmp_path_factory):
     """Workdir of a run that filled its cache."""
-    workdir = tmp_path_factory.mktemp("cold")
+    workdir = tmp_path_factory.mktemp("cold") / "work"
     seen, _ = train(workdir)
-    assert seen["cache_misses"] > 3
+    assert seen["cache_misses"] > 3 and not (workdir / "compile_cache").exists()
+    assert programs(workdir).stat().st_mode & 0o777 == 0o700
     return workdir
 
 
+def programs(workdir):
+    return workdir.parent / "caches" / "pwcrf_jax" / "programs"
+
+
 def entries(workdir):
-    return {
-        path.name: path.read_bytes() for path in (workdir / compilation.FOLDER).iterdir() if path.name != "index.json"
-    }
+    return {path.name: path.read_bytes() for path in programs(workdir).iterdir() if path.name != "index.json"}
 
 
 def index(workdir):
-    return json.loads((workdir / compilation.FOLDER / "index.json").read_text())
+    return json.loads((programs(workdir) / "index.json").read_text())
 
 
 def figures(workdir):
@@ -123,10 +130,8 @@ def test_the_cache_changes_no_number(without, cold):
 
 
 def test_a_warm_start_compiles_only_what_was_damaged(train, cold):
-    """In the same folder, as its path is among what JAX tells programs apart by."""
-    expected, before, known, folder = figures(cold), entries(cold), index(cold), cold / compilation.FOLDER
-    for path in set(cold.iterdir()) - {folder}:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    expected, before, known, folder = figures(cold), entries(cold), index(cold), programs(cold)
+    shutil.rmtree(cold)
     torn, flipped, unsealed = sorted(before, key=lambda name: -len(before[name]))[:3]
     (folder / torn).write_bytes(before[torn][:1000])
     middle = bytearray(before[flipped])
@@ -155,12 +160,20 @@ def test_eval_shares_the_cache(cold):
 
 
 @pytest.fixture
-def fresh():
-    """This process without a cache, before and after."""
-    yield
+def home(tmp_path, monkeypatch):
+    """The folder of programs in a cache home of the test's own; this process without a cache, before and after."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    monkeypatch.setattr(compilation.log, "propagate", True)
+    yield tmp_path / "caches" / "pwcrf_jax" / "programs"
     compilation_cache.set_cache_dir(None)
     compilation_cache.reset_cache()
     compilation._folder = None
+
+
+@pytest.fixture
+def said(caplog):
+    caplog.set_level(logging.INFO, "pwcrf_jax")
+    return caplog
 
 
 @pytest.mark.parametrize("wanted", [True, False])
@@ -172,80 +185,151 @@ def test_the_switch(wanted, tmp_path, monkeypatch):
     flags.DEFINE_string("workdir", None, "", flag_values=values)
     cli.parse(sys.argv, values)
     monkeypatch.setattr(cli.flags, "FLAGS", values)
-    monkeypatch.setattr(compilation, "use", used.append)
+    monkeypatch.setattr(compilation, "use", lambda: used.append(1))
     cli._use_cache()
-    assert used == [str(tmp_path / "compile_cache")] * wanted
-
-
-def test_a_cache_of_the_users_own_stays(fresh, tmp_path):
-    compilation_cache.set_cache_dir(str(tmp_path / "own"))  # as JAX_COMPILATION_CACHE_DIR does
-    write(tmp_path / "cache", a=b"1")
-    compilation.use(str(tmp_path / "cache"))
-    compilation.seal()
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
-    assert os.listdir(tmp_path / "cache") == ["a"]
+    assert used == [1] * wanted
 
 
 def write(folder, **files):
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.parent.chmod(0o700)
     for name, content in files.items():
-        (folder / name).write_bytes(content)
-
-
-def test_what_was_not_sealed_is_deleted(fresh, tmp_path):
-    folder = tmp_path / "cache"
-    write(folder, a=b"1", b=b"2")
-    compilation.use(str(folder))
-    assert not entries_of(folder)  # nobody knows them
-    write(folder, a=b"1", b=b"2")
-    compilation.seal()
-    write(folder, b=b"3", c=b"4")
-    compilation.use(str(folder))
-    compilation_cache.set_cache_dir(None)
-    compilation.use(str(folder))
-    assert entries_of(folder) == {"a"}
+        (folder / f"{name}-cache").write_bytes(content)
 
 
 def entries_of(folder):
-    return {path.name for path in folder.iterdir()} - {"index.json"}
+    return {path.name.removesuffix("-cache") for path in folder.iterdir()} - {"index.json"}
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"a": 3}', b"\xff\xfe"])
-def test_an_index_that_cannot_be_read_is_an_empty_one(fresh, tmp_path, content):
-    write(tmp_path, a=b"1", **{"index.json": content})
-    compilation.use(str(tmp_path))
-    assert not entries_of(tmp_path) and jax.config.jax_compilation_cache_dir == str(tmp_path)
-
-
-def test_the_folder_is_not_made_before_it_is_needed(fresh, tmp_path):
-    compilation.use(str(tmp_path / "work" / "cache"))
+def test_a_cache_that_was_named_otherwise_stays(home, tmp_path):
+    compilation_cache.set_cache_dir(str(tmp_path / "own"))  # as JAX_COMPILATION_CACHE_DIR does
+    write(home, a=b"1")
+    compilation.use()
     compilation.seal()
-    assert not list(tmp_path.iterdir())
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
+    assert os.listdir(home) == ["a-cache"]
 
 
-@pytest.mark.parametrize("exists", [False, True])
-def test_a_folder_that_cannot_be_written(fresh, tmp_path, monkeypatch, caplog, exists):
-    def denied(*_):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(compilation.os, "access", lambda *_: False)
-    monkeypatch.setattr(compilation.os, "replace", denied)
-    if exists:
-        (tmp_path / "cache").mkdir()
-    with caplog.at_level(logging.INFO, "pwcrf_jax"):
-        monkeypatch.setattr(compilation.log, "propagate", True)
-        compilation.use(str(tmp_path / "cache"))
-    assert caplog.messages == [f"no compilation cache: {tmp_path}/cache (Permission denied)"]
-    assert jax.config.jax_compilation_cache_dir is None
+def test_what_was_not_sealed_is_deleted(home):
+    write(home, a=b"1", b=b"2")
+    compilation.use()
+    assert not entries_of(home)  # nobody knows them
+    write(home, a=b"1", b=b"2")
     compilation.seal()
+    write(home, b=b"3", c=b"4")
+    compilation_cache.set_cache_dir(None)
+    compilation.use()
+    assert entries_of(home) == {"a"}
 
 
-def test_a_disk_that_is_full_when_sealing(fresh, tmp_path, monkeypatch):
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b'{"a-cache": 3}', b"\xff\xfe", b"[" * 10**5])
+def test_an_index_that_cannot_be_read_is_an_empty_one(home, content):
+    write(home, a=b"1")
+    (home / "index.json").write_bytes(content)
+    compilation.use()
+    assert not entries_of(home) and jax.config.jax_compilation_cache_dir == str(home)
+
+
+def test_the_oldest_programs_go_first(home, monkeypatch):
+    monkeypatch.setattr(compilation, "LIMIT", 25)
+    compilation.use()
+    write(home, a=b"0123456789", b=b"0123456789", c=b"0123456789")
+    for i, name in enumerate("bca"):
+        os.utime(home / f"{name}-cache", (i, i))
+    compilation.seal()
+    compilation_cache.set_cache_dir(None)
+    compilation.use()
+    assert entries_of(home) == {"a", "c"}
+
+
+@pytest.mark.parametrize(
+    "cache, user, expected",
+    [
+        ("/caches", "/home/me", "/caches/pwcrf_jax/programs"),
+        ("", "/home/me", "/home/me/.cache/pwcrf_jax/programs"),
+        ("relative/caches", "/home/me", "/home/me/.cache/pwcrf_jax/programs"),
+        ("~/caches", "/home/me", "/home/me/.cache/pwcrf_jax/programs"),
+        (None, "/", "/.cache/pwcrf_jax/programs"),
+        ("", "", None),
+        (None, "relative", None),
+    ],
+)
+def test_the_folder_is_that_of_the_user(cache, user, expected, monkeypatch):
+    for name, value in (("XDG_CACHE_HOME", cache), ("HOME", user)):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    if expected:
+        assert compilation.user_folder() == expected
+    else:
+        with pytest.raises(OSError, match="you have no home folder"):
+            compilation.user_folder()
+
+
+def _link(home):
+    elsewhere = home.parents[2] / "elsewhere"
+    write(elsewhere, thesis=b"1")
+    home.parent.mkdir(parents=True)
+    home.symlink_to(elsewhere)
+    return elsewhere
+
+
+def _link_above(home):
+    elsewhere = home.parents[2] / "elsewhere"
+    write(elsewhere / "programs", thesis=b"1")
+    home.parents[1].mkdir()
+    home.parent.symlink_to(elsewhere)
+    return elsewhere / "programs"
+
+
+def _open_to_all(home):
+    write(home, thesis=b"1")
+    home.chmod(0o777)
+    return home
+
+
+def _open_to_the_group(home):
+    write(home, thesis=b"1")
+    home.parent.chmod(0o770)
+    return home
+
+
+def _of_another(home):
+    if os.geteuid():
+        pytest.skip("only root can give a folder away")
+    write(home, thesis=b"1")
+    os.chown(home, 12345, 12345)
+    return home
+
+
+@pytest.mark.parametrize("make", [_link, _link_above, _open_to_all, _open_to_the_group, _of_another])
+def test_a_folder_into_which_others_can_write_is_left_alone(home, said, make):
+    folder = make(home)
+    compilation.use()
+    compilation.seal()
+    (line,) = said.messages
+    assert line.startswith("no compilation cache: ") and "nobody else can write" in line
+    assert jax.config.jax_compilation_cache_dir is None and os.listdir(folder) == ["thesis-cache"]
+
+
+@pytest.mark.parametrize("where", ["caches", "caches/pwcrf_jax", "caches/pwcrf_jax/programs"])
+def test_a_file_in_the_place_of_the_folder(home, said, where):
+    place = home.parents[2] / where
+    place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    place.write_text("")
+    compilation.use()
+    assert len(said.messages) == 1 and str(place) in said.text and jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_disk_that_is_full(home, said, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    compilation.use(str(tmp_path))
-    write(tmp_path, a=b"1")
-    monkeypatch.setattr(compilation.os, "replace", full)
-    compilation.seal()
-    assert json.loads((tmp_path / "index.json").read_text()) == {}
+    compilation.use()
+    write(home, a=b"1")
+    with monkeypatch.context() as patch:
+        patch.setattr(compilation.files, "replacing", full)
+        compilation.seal()
+        assert json.loads((home / "index.json").read_text()) == {}
+        compilation_cache.set_cache_dir(None)
+        compilation.use()
+    assert "no compilation cache: [Errno 28] No space left on device" in said.text
+    assert jax.config.jax_compilation_cache_dir is None

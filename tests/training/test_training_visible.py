@@ -21,7 +21,8 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 from tqdm import tqdm
 
-from pwcrf_jax.data import DataError, load_dataset
+from pwcrf_jax.data import load_dataset
+from pwcrf_jax.files import FileError
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import dry_run, evaluate, inference, logs, loop, pictures
 
@@ -260,7 +261,7 @@ def test_dry_run_beside_a_run(trained, config, tmp_path, capsys, caplog, monkeyp
         dry_run.run(config, str(workdir), "a.jpg")
     with pytest.raises(configs.ConfigError, match="name --workdir, or where to write"):
         dry_run.run(config)
-    with pytest.raises(DataError, match="config.json/a.png: cannot be written"):
+    with pytest.raises(FileError, match="config.json cannot be written"):
         dry_run.run(config, picture=str(workdir / "config.json" / "a.png"))
     config.model.hidden = 0
     with pytest.raises(configs.ConfigError, match="model.hidden"):

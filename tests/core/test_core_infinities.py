@@ -1,0 +1,263 @@
+"""NaN and infinities of masked and void nodes reach no others; scores of minus infinity rule out a label, or a pair."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pwcrf_jax as pw
+from pwcrf_jax import mean_field
+from reference import crf_oracle, random_problems
+
+H, W, K = 3, 4, 3
+BOXES = (pw.offsets(pw.SURROUNDING, H, W), pw.offsets(pw.ABOVE_BELOW, H, W))
+MASK = np.ones((H, W), bool)
+MASK[1, 1] = MASK[0, 3] = False
+LABELS = np.where(MASK, random_problems.grid_problem(95, H, W, K).labels, 255)
+WEIGHTS = np.float32([0.3, 0.5])
+ROUTES = ("folded", "table", "auto", "graph")
+routes = pytest.mark.parametrize("route", ROUTES)
+GARBAGE = {
+    "nan": np.nan,
+    "inf": np.inf,
+    "-inf": -np.inf,
+    "mixed": np.where(np.arange(5) % 2, np.nan, np.inf),
+}
+garbage = pytest.mark.parametrize("held", GARBAGE)
+
+
+def parts(held=None, seed=95):
+    """Arrays of a model; what masked nodes hold is replaced by `held`."""
+    x = random_problems.grid_problem(seed, H, W, K, 5)
+    arrays = {name: jnp.asarray(getattr(x, name)) for name in ("unary", "a", "b", "w2", "b2", "evidence")}
+    if held is not None:
+        fill = lambda v: jnp.where(MASK[..., None], v, np.broadcast_to(GARBAGE[held], 5)[: v.shape[-1]])
+        arrays |= {name: fill(arrays[name]) for name in ("unary", "a", "b", "evidence")}
+    return arrays
+
+
+def make(v, route):
+    """(unary, potentials, route, what brings a map into the shape of the nodes)."""
+    potentials = [pw.factored_pairwise(v["a"], v["b"], v["w2"], v["b2"], box, v["evidence"]) for box in BOXES]
+    if route != "graph":
+        return v["unary"], potentials, route, lambda x: x
+    return v["unary"].reshape(-1, K), [pw.to_table(p) for p in potentials], "auto", lambda x: x.reshape(-1)
+
+
+def infer(v, weights, damping, route, mask=MASK, iterations=2, normalize=True):
+    unary, potentials, route, nodes = make(v, route)
+    mask = None if mask is None else nodes(mask)
+    settings = dict(num_iterations=iterations, damping=damping, normalize=normalize, node_mask=mask, route=route)
+    log_q, info = mean_field.run(unary, potentials, weights=weights, **settings)
+    return log_q.reshape(H, W, K), info.change
+
+
+OBJECTIVES = {
+    "unary": lambda v, w, route: pw.unary_log_likelihood(v["unary"], LABELS),
+    "pairs": lambda v, w, route: of_pairs(v, route),
+    "pseudo": lambda v, w, route: of_model(pw.pseudo_log_likelihood, v, w, route),
+    "unrolled": lambda v, w, route: of_model(pw.unrolled_log_likelihood, v, w, route, node_mask=MASK),
+}
+
+
+def of_pairs(v, route):
+    _, potentials, _, nodes = make(v, route)
+    terms = [pw.pairwise_log_likelihood(p, nodes(LABELS)) for p in potentials]
+    return jax.tree.map(lambda *x: sum(x), *terms)
+
+
+def of_model(objective, v, weights, route, **masks):
+    unary, potentials, route, nodes = make(v, route)
+    masks = {name: nodes(mask) for name, mask in masks.items()}
+    return objective(unary, potentials, nodes(LABELS), weights=weights, route=route, **masks)
+
+
+def equal(got, expected, atol=1e-5):
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=atol)
+
+
+@garbage
+@routes
+def test_what_masked_nodes_hold_reaches_no_marginal_and_no_gradient(route, held):
+    @functools.partial(jax.jit, static_argnums=3)
+    @functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
+    def loss(v, weights, damping, route):
+        log_q, change = infer(v, weights, damping, route)
+        return jnp.sum(jnp.where(MASK[..., None], jnp.exp(log_q), 0.0) * jnp.arange(K)), (log_q[MASK], change)
+
+    got, expected = (loss(parts(h), WEIGHTS, jnp.float32(0.25), route) for h in (held, None))
+    equal(got, expected | {} if isinstance(expected, dict) else expected)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(got))
+
+
+@garbage
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("route", ["folded", "table", "graph"])
+def test_what_void_nodes_hold_reaches_no_likelihood_and_no_gradient(route, name, held):
+    if name == "unary" and route != "folded":
+        pytest.skip("has no potentials")
+
+    @functools.partial(jax.jit, static_argnums=2)
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def loss(v, weights, route):
+        return OBJECTIVES[name](v, weights, route)
+
+    got, expected = (loss(parts(h), WEIGHTS, route) for h in (held, None))
+    equal(got[0], expected[0])
+    of_void = lambda g: {k: x[MASK] if k in ("unary", "a", "b", "evidence") else x for k, x in g.items()}
+    equal(of_void(got[1][0]), of_void(expected[1][0]), 1e-4)
+    equal(got[1][1], expected[1][1])
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(got))
+
+
+@garbage
+@pytest.mark.parametrize("prepared_with_mask", [False, True])
+def test_messages_of_stored_scores_hide_what_masked_nodes_hold(held, prepared_with_mask):
+    q = jax.nn.softmax(parts()["unary"])
+
+    def messages(v, q):
+        mask = MASK if prepared_with_mask else None
+        stored = pw.prepare_messages(make(v, "table")[1][0], 1, "table", mask)
+        return pw.messages(stored, jnp.where(MASK[..., None], q, jnp.nan), MASK)
+
+    equal(messages(parts(held), q), messages(parts(), q))
+    grad = jax.grad(lambda q, v: jnp.sum(messages(v, q)[0] ** 2))
+    equal(grad(q, parts(held)), grad(q, parts()))
+
+
+def ruled_out(v, *labels):
+    """A label ruled out everywhere, others at single nodes."""
+    unary = v["unary"].at[..., labels[0]].set(-jnp.inf)
+    for i, label in enumerate(labels[1:]):
+        unary = unary.at[i, i, label].set(-jnp.inf)
+    return v | {"unary": unary}
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.5])
+@pytest.mark.parametrize("labels", [(2,), (0,), (1, 0), (1, 2, 0)], ids=str)
+@routes
+def test_a_label_ruled_out_has_marginal_0(route, labels, damping):
+    @functools.partial(jax.jit, static_argnums=3)
+    @functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
+    def loss(v, weights, damping, route):
+        log_q, change = infer(v, weights, damping, route, mask=None)
+        return jnp.sum(jnp.exp(log_q) * jnp.arange(K) ** 2), (log_q, change)
+
+    v = ruled_out(parts(), *labels)
+    low = v | {"unary": jnp.maximum(v["unary"], -1e4)}
+    (got, (log_q, change)), grads = loss(v, WEIGHTS, jnp.float32(damping), route)
+    (expected, (low_q, low_change)), low_grads = loss(low, WEIGHTS, jnp.float32(damping), route)
+    out = np.isneginf(v["unary"])
+    np.testing.assert_array_equal(np.isneginf(log_q), out)
+    equal((got, log_q[~out], change), (expected, low_q[~out], low_change))
+    equal(grads, low_grads, 1e-4)
+    # And not by way of an oracle alone that has the same number in it.
+    unary, relations = np.asarray(low["unary"], np.float64).reshape(-1, K), []
+    for box in BOXES:
+        relations.append(crf_oracle.grid_edges(*(np.asarray(v[n], np.float64) for n in ("a", "b", "w2", "b2")), box))
+    oracle, _ = crf_oracle.mean_field(unary, relations, 2, weights=WEIGHTS, damping=damping, normalize=True)
+    np.testing.assert_allclose(np.exp(log_q), np.exp(oracle).reshape(H, W, K), atol=1e-4)
+
+
+@pytest.mark.parametrize("pairs", [[(0, 0)], [(2, 1)], [(0, 1), (1, 0)], [(0, 0), (1, 1), (2, 2)]], ids=str)
+@routes
+def test_a_pair_ruled_out_makes_no_nan(route, pairs):
+    """A class that meets a forbidden partner of probability above 0 is ruled out; of probability 0, it is not."""
+    at = tuple(np.transpose(pairs))
+
+    @functools.partial(jax.jit, static_argnums=2)
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
+    def loss(v, weights, route):
+        return jnp.sum(jnp.exp(infer(v, weights, 0.0, route)[0])[MASK] * jnp.arange(K))
+
+    v = parts()
+    v |= {"b2": v["b2"].at[at].set(-jnp.inf)}
+    value, grads = loss(v, WEIGHTS, route)
+    assert np.isfinite(value) and all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+    # Where the partner's label is ruled out too, forbidding its pairs changes nothing.
+    silent = ruled_out(parts(), 2)
+    for pair in [(2, 0), (0, 2), (1, 2), (2, 2)]:
+        forbidden = silent | {"b2": silent["b2"].at[pair].set(-jnp.inf)}
+        equal(infer(forbidden, WEIGHTS, 0.0, route)[0][..., :2], infer(silent, WEIGHTS, 0.0, route)[0][..., :2], 1e-4)
+
+
+@pytest.mark.parametrize("pair", [(0, 0), (2, 1), (1, 1), (0, 2)], ids=str)
+@pytest.mark.parametrize("route", ["folded", "graph"])
+def test_a_pair_ruled_out_has_likelihood_0(route, pair):
+    @functools.partial(jax.jit, static_argnums=2)
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss(v, labels, route):
+        _, potentials, _, nodes = make(v, route)
+        return pw.pairwise_log_likelihood(potentials[0], nodes(labels))
+
+    v = parts()
+    v |= {"b2": v["b2"].at[pair].set(-jnp.inf)}
+    low = v | {"b2": v["b2"].at[pair].set(-1e4)}
+    other = 3 - sum(set(pair)) if len(set(pair)) == 2 else (pair[0] + 1) % K
+    fine = np.where(MASK, other, 255)
+    equal(loss(v, fine, route), loss(low, fine, route), 1e-4)
+    truth = fine.copy()
+    truth[1, 0], truth[0, 0] = pair if route == "folded" else pair
+    truth[0, 1], truth[1, 2] = pair[1], pair[0]
+    got = loss(v, truth, route)[0]
+    assert got[0] == -np.inf or got[0] > -1e3  # impossible where the pair is there, never NaN
+    assert not np.isnan(got[0])
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@routes
+def test_a_node_without_any_label_left_is_as_a_masked_one(route, masked, normalize):
+    mask = MASK if masked else np.ones((H, W), bool)
+    without = mask.copy()
+    without[2, 1] = False
+    v = parts()
+    v |= {"unary": v["unary"].at[2, 1].set(-jnp.inf)}
+    settings = dict(normalize=normalize, iterations=3)
+
+    def loss(v, weights):
+        return jnp.sum(infer(v, weights, 0.0, route, mask, **settings)[0][without] ** 2)
+
+    log_q, change = infer(v, WEIGHTS, 0.0, route, mask if masked else None, **settings)
+    expected, expected_change = infer(parts(), WEIGHTS, 0.0, route, without, **settings)
+    assert np.isnan(log_q[2, 1]).all()
+    equal((log_q[without], change), (expected[without], expected_change))
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(jax.grad(loss, argnums=(0, 1))(v, WEIGHTS)))
+
+
+def test_a_nan_that_no_mask_hides_is_not_swept_under():
+    v = parts()
+    v |= {"unary": v["unary"].at[2, 1, 0].set(jnp.nan)}
+    for route in ROUTES:
+        assert np.isnan(infer(v, WEIGHTS, 0.0, route, None)[0]).sum() > K
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.4])
+def test_step_takes_states_with_zeros(damping):
+    """From certain marginals: log 0 in the state."""
+    v = parts()
+    unary, potentials, _, _ = make(v, "folded")
+    state = jnp.where(jax.nn.one_hot(np.arange(H * W).reshape(H, W) % K, K) > 0, 0.0, -jnp.inf)
+    got, change = mean_field.step(state, unary, potentials, WEIGHTS, damping)
+    expected, expected_change = mean_field.step(jnp.maximum(state, -1e6), unary, potentials, WEIGHTS, damping)
+    np.testing.assert_allclose(np.exp(got), np.exp(expected), atol=1e-6)
+    np.testing.assert_allclose(change, expected_change, atol=1e-6)
+    assert np.isneginf(got).any() == (damping > 0)
+
+
+@pytest.mark.parametrize("weights", [None, [0.0], [0.7], 0.5])
+def test_exact_likelihood_with_labels_and_pairs_ruled_out(weights):
+    unary = jnp.array([[0.3, -jnp.inf, 1.0], [0.1, 0.2, -0.4]])
+    table = pw.PairwiseTable(jnp.zeros((1, 3, 3)).at[0, 0, 0].set(-jnp.inf), np.array([0]), np.array([1]))
+    low = [jnp.maximum(x, -1e5) for x in (unary, table.scores)]
+
+    def value(unary, scores, weights):
+        return pw.exact_log_likelihood(unary, table._replace(scores=scores), np.array([2, 255]), weights)[0]
+
+    got = jax.value_and_grad(value, argnums=(0, 1))(unary, table.scores, weights)
+    equal(got, jax.value_and_grad(value, argnums=(0, 1))(*low, weights))
+    if weights is not None:
+        assert np.isfinite(jax.grad(value, argnums=2)(unary, table.scores, jnp.asarray(weights)).all())
