@@ -78,10 +78,9 @@ def build(features: jax.Array, mask: jax.Array | None = None, capacity: int | No
     features, mask = arguments.points(features, mask)
     d = features.shape[-1]
     num_points = int(np.prod(features.shape[:-1]))
+    arguments.integer("capacity", capacity, 1)
     if capacity is None:
         capacity = min((d + 1) * num_points, max(num_points, 1 << 15))
-    if not (isinstance(capacity, (int, np.integer)) and capacity >= 1):
-        raise ValueError(f"capacity must be at least 1, an integer, got {capacity!r}")
     if (d + 1) * num_points >= _EMPTY:
         raise ValueError(f"{num_points} points in {d} dimensions are too many for 32-bit indices; split the batch")
 

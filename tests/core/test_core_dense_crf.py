@@ -408,8 +408,8 @@ def changed(array, value):
 
 
 REFUSED = {
-    "unary-list": (dict(unary_log_probs=[[[0.0]]]), "unary_log_probs: expected an array; got list"),
-    "image-list": (dict(image=[[[0, 0, 0]]]), "image: expected an array; got list"),
+    "unary-list": (dict(unary_log_probs=[[[0.0], [0.0, 1.0]]]), "unary_log_probs: expected an array; got list"),
+    "image-list": (dict(image=[[[0, 0, 0], None]]), "image: expected an array; got list"),
     "unary-ndim": (dict(unary_log_probs=GOOD_UNARY[0]), r"expected \[..., H, W, K\], classes last; got shape \(3, 3\)"),
     "unary-int": (dict(unary_log_probs=np.zeros((2, 3, 3), np.int32)), "unary_log_probs: expected floats; got int32"),
     "image-size": (dict(image=np.zeros((3, 2, 3), np.uint8)), r"shape \(2, 3, 3\); got shape \(3, 2, 3\)"),
@@ -424,7 +424,7 @@ REFUSED = {
     "iterations-negative": (dict(num_iterations=-1), "num_iterations: expected an integer, 0 or more; got -1"),
     "iterations-float": (dict(num_iterations=2.0), "num_iterations: expected an integer, 0 or more; got 2.0"),
     "method": (dict(method="fast"), r"method: expected one of \('auto', 'lattice', 'exact'\); got 'fast'"),
-    "mask-list": (dict(mask=[[True] * 3] * 2), "mask: expected an array; got list"),
+    "mask-list": (dict(mask=[[True] * 3, [True]]), "mask: expected an array; got list"),
     "no-rows": (
         dict(unary_log_probs=np.zeros((0, 3, 3), np.float32), image=np.zeros((0, 3, 3), np.uint8)),
         r"expected images, pixels and classes; got shape \(0, 3, 3\)",

@@ -258,7 +258,7 @@ REFUSED = {
     "features-ragged": (lambda: permutohedral.build([[0.0], [1.0, 2.0]]), "features: expected an array; got list"),
     "no-points": (lambda: permutohedral.build(POINTS[:0]), r"at least one point .* got shape \(0, 2\)"),
     "no-dimensions": (lambda: gaussian.prepare(POINTS[:, :0]), r"at least one point .* got shape \(5, 0\)"),
-    "capacity-float": (lambda: permutohedral.build(POINTS, capacity=2.5), "capacity must be at least 1, .* got 2.5"),
+    "capacity-float": (lambda: permutohedral.build(POINTS, capacity=2.5), "capacity: expected an integer, .* got 2.5"),
     "exact-mask": (lambda: gaussian.exact(POINTS, np.ones(4, bool), POINTS), r"mask bool \(5,\), got bool \(4,\)"),
     "values-string": (lambda: gaussian.exact(POINTS, None, "values"), "values: expected an array; got str"),
     "sigma-zero": (lambda: gaussian.spatial(GRID, 0), "sigma: expected positive standard deviations; got 0"),

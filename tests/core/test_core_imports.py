@@ -21,6 +21,8 @@ CORE = (
     "piecewise",
     "objectives",
     "mean_field",
+    "arrays",
+    "arguments",
     "permutohedral",
     "gaussian",
     "dense_crf",
