@@ -3,6 +3,7 @@
 import os
 import pathlib
 import pwd
+import re
 import subprocess
 import sys
 
@@ -133,6 +134,17 @@ def test_the_check_command(where, value, tmp_path, monkeypatch, capsys):
     assert check.main(words) == 2
     (line,) = capsys.readouterr().out.splitlines()
     assert f"{where}={value}: " in line and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", ["print('x' * 10)", "print('x' * 10**6)", "print('x', flush=True)", "open('/a/b')"])
+def test_output_that_cannot_be_written(words):
+    """In one line, and not once more when Python ends."""
+    code = "from absl import flags; from pwcrf_jax.training import cli; flags.DEFINE_string('workdir', '', ''); "
+    code += f"flags.DEFINE_string('config', '', ''); cli.run(lambda _: {words})"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    where = r"/a/b cannot be used \(No such" if "open" in words else r"standard output cannot be used \(No space left"
+    assert done.returncode == 2 and re.fullmatch(rf"error: {where}.*; .*\n", done.stderr), done.stderr
 
 
 # --- platforms ----------------------------------------------------------------------------------------------
