@@ -364,6 +364,7 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_
             writer.write(step, {k: v for k, v in numbers.items() if isinstance(v, float)}, "val")
             if panel:
                 writer.picture(step, f"val/image_truth_{'_'.join(panel.rows)}", panel.picture())
+            writer.sync()
         score = result["rows"][configs.final_row(config)]["miou"]
         save_best(score)
         latest.note(step, {"score": score})  # now the evaluation is done
