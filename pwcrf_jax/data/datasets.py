@@ -134,7 +134,12 @@ class Dataset:
         """
         from pwcrf_jax.data import check
 
-        usable = lambda report: check.format_report(report) and report
+        def usable(report):
+            check.format_report(report)
+            if list(report["classes"]) != list(self.class_names) or report["splits"].keys() != self.splits.keys():
+                raise ValueError("it is of another data set")
+            return report
+
         try:
             return read_json(Path(self.folder, check.REPORT), "it is written again", usable)
         except OSError:  # of another shape, or of a run that was killed

@@ -92,6 +92,8 @@ def check_keys(config: ConfigDict) -> None:
     boxes = config.get("relations")
     for problem in schema.problems(dict(_flat(config)), boxes if isinstance(boxes, ConfigDict) else ()):
         raise ConfigError(problem)
+    for name in config.model.relations:
+        _choose("model.relations", name, list(boxes or ()))
 
 
 def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[str, ...] = _BATCHES) -> None:
@@ -125,7 +127,6 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
         if len(set(flat[key])) != len(flat[key]):
             raise ConfigError(f"config.{key} = {flat[key]} names a relation twice")
     for name in config.model.relations:
-        _choose("model.relations", name, list(config.relations))
         kind = config.relations[name].parameterisation
         _choose(f"relations.{name}.parameterisation", kind, ["", *PARAMETERISATIONS])
     for name in config.crf.relations:
@@ -438,7 +439,7 @@ def load_classes(workdir: str):
     """
 
     def check(content):
-        if not isinstance(content, list):
+        if not isinstance(content, list) or not content:
             raise ValueError("expected a list of classes")
         for x in content:
             colour = x["colour"]
