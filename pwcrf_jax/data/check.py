@@ -246,7 +246,7 @@ def bad_value(where: Any, label: np.ndarray, known: np.ndarray, meaning: str, re
     between = np.zeros(label.shape, bool)
     for a, b in ((wide[1:-1, :-2], wide[1:-1, 2:]), (wide[:-2, 1:-1], wide[2:, 1:-1])):
         between |= (np.minimum(a, b) < label) & (label < np.maximum(a, b))
-    if between[bad].mean() > 0.5:
+    if between[bad].mean() > 0.5 and len(values) > 1:  # one may be a thin thing that was drawn
         remedy = "such pixels lie between other labels: was the mask resized or turned with interpolation? " \
                  "Do it with nearest neighbour"  # fmt: skip
     elif len(values) == 1 and values[0] and known[values[0] - 1]:

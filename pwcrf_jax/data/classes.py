@@ -1,54 +1,19 @@
-"""Names of classes as people and annotation tools write them: one parser, of classes.txt and of all files like it.
+"""Classes of a data set by a file that names them: classes.txt, and what tools write beside sets of known layouts."""
 
-A line a class: `road`, or with its colour, `road 128 64 128`, `road,128,64,128`, `128 64 128 road`, CVAT's
-`road:128,64,128::`; or with its value in the masks, `0 road`, `0: road`, `0,road`, `1. road`, `road,0`, `road: 0`. YAML
-and JSON: a list of names, `{0: road}`, `{road: 0}`, `{road: [128, 64, 128]}`, COCO's `[{id: 0, name: road}]`, or one of
-these under `names`, `classes`, `labels` or `categories`; a Python list as mmseg has it, `classes = ("road", "sky")`.
-What looks like a heading, a key, an index or a void marker is taken for what it is, or refused; it becomes no name.
-"""
-
-import ast
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
+from pwcrf_jax.data.class_forms import INT, SYNTAX, Entry, is_heading, plain, read_entries
 from pwcrf_jax.data.common import VOID
-from pwcrf_jax.data.files import DataError, present, read_lines
+from pwcrf_jax.data.files import DataError, present
 
 LABELME_VOID = "__ignore__"
 """labelme's first label, which has no value: its masks hold 255 there, and the next label is 0."""
 
-_VOID_WORDS = {
-    "void", "ignore", "ignored", "ignorelabel", "ignoreindex", "unlabeled", "unlabelled", "notlabeled", "notlabelled",
-    "unannotated", "undefined", "unknown", "dontcare", "null", "none", "nan", "na", "~",
-}  # fmt: skip
-_HEADING = {
-    "id", "ids", "idx", "index", "no", "nr", "number", "num", "value", "values", "pixel", "label", "labels", "class",
-    "classes", "category", "categories", "name", "names", "classname", "classnames", "classid", "labelname", "labelid",
-    "trainid", "color", "colour", "colorrgb", "colors", "colours", "rgb", "hex", "parts", "actions", "description",
-}  # fmt: skip
-_CHANNELS = {"r", "g", "b", "red", "green", "blue"}
-_KEYS = ("names", "classes", "labels", "categories", "class_names", "label_names")
-_SYNTAX = "write 'name' or 'name R G B', one class a line"
-_INT = re.compile(r"[+-]?\d{1,9}")
 _NO_NAME = r"""\s#|,\s*[\d#]|:\s*[\d#]|[:,]\s*$|//|[\[\]{}<>="`|\\;@]|(?i:^(?:id|names?|class(?:es)?|labels?)\s*:)"""
-
-
-class Entry(NamedTuple):
-    """A class, or what is void: `value` in the masks where it is written, `colour` where there is one."""
-
-    line: int
-    name: str
-    value: int | None = None
-    colour: tuple[int, ...] = ()
-
-    @property
-    def void(self) -> bool:
-        return _plain(self.name) in _VOID_WORDS or self.name in ("255", "-1")
 
 
 class Coding(NamedTuple):
@@ -56,11 +21,6 @@ class Coding(NamedTuple):
 
     classes: dict[int, int]
     colours: bool
-
-
-def _plain(word: str) -> str:
-    """What two spellings of a name have in common."""
-    return re.sub(r"[\W_]+", "", word.casefold()) or word.strip()
 
 
 def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...], Coding]:
@@ -110,7 +70,7 @@ def refuse_own_names(folders: Sequence[Path], names: Sequence[str], values: Mapp
                 continue
             entries = [e for e in read_entries(path) if not e.void]
             if entries and all(e.value is not None for e in entries):
-                if all(_plain(e.name) == _plain(values.get(e.value, "")) for e in entries):
+                if all(plain(e.name) == plain(values.get(e.value, "")) for e in entries):
                     continue
                 entries.sort(key=lambda e: e.value)
             refuse_other_names(path, [e.name for e in entries], names, len(names))
@@ -118,7 +78,7 @@ def refuse_own_names(folders: Sequence[Path], names: Sequence[str], values: Mapp
 
 def refuse_other_names(where: Any, found: Sequence[str], names: Sequence[str], least: int) -> None:
     """DataError where fewer than `least` of the names found are those of the classes, place by place."""
-    alike = sum(_plain(a) == _plain(b) for a, b in zip(found, names, strict=False))
+    alike = sum(plain(a) == plain(b) for a, b in zip(found, names, strict=False))
     if alike < least or len(found) > len(names):
         raise DataError(
             f"{where}: names {len(found)} classes of its own ({', '.join(found[:5])}{', ...' * (len(found) > 5)}), but "
@@ -144,7 +104,7 @@ def _check(path: Path, entry: Entry, first: bool) -> None:
         if first and name == LABELME_VOID:
             return
         if entry.value is None and not entry.colour:
-            if _plain(name) != "void":
+            if plain(name) != "void":
                 raise DataError(
                     f"{where}: {name!r} would be a class; write 'void VALUE' or 'void R G B' for what is not trained "
                     "on, or rename it"
@@ -153,17 +113,24 @@ def _check(path: Path, entry: Entry, first: bool) -> None:
         if entry.value is not None and not -1 <= entry.value <= 255:
             raise DataError(f"{where}: {entry.value} is no value of an 8-bit mask; void is 0..255")
         return
-    if re.search(_NO_NAME, name) or (entry.colour and _INT.fullmatch(name.split()[-1])):
+    if re.search(_NO_NAME, name) or (entry.colour and INT.fullmatch(name.split()[-1])):
         raise DataError(
-            f"{where}: {name!r} is no name; {_SYNTAX}, numbers apart by spaces, comments on lines of their own"
+            f"{where}: {name!r} is no name; {SYNTAX}, numbers apart by spaces, comments on lines of their own"
         )
     if entry.value is not None and re.match(r"\d+[\s,;:]", name):
-        raise DataError(f"{where}: {name!r} behind the value {entry.value} is no name; {_SYNTAX}")
-    if not name or not (name[0].isalnum() or name[0] in "_(") or name[-1] in "'(":
-        raise DataError(f"{where}: {name!r} is no name: names start with a letter or a digit; {_SYNTAX}")
+        raise DataError(f"{where}: {name!r} behind the value {entry.value} is no name; {SYNTAX}")
+    if (
+        not name
+        or unicodedata.category(name[0]) == "No"
+        or not (name[0].isalnum() or name[0] in "_(")
+        or name[-1] in "'("
+    ):
+        raise DataError(f"{where}: {name!r} is no name: names start with a letter or a digit; {SYNTAX}")
     if re.fullmatch(r"[\d\s.,:;+-]*", name):
-        raise DataError(f"{where}: {name!r} is a number, no name; {_SYNTAX}")
-    if first and _is_heading(name):
+        raise DataError(f"{where}: {name!r} is a number, no name; {SYNTAX}")
+    if plain(name) in ("nc", "numclasses", "nclasses", "numlabels", "numberofclasses"):
+        raise DataError(f"{where}: {name!r} looks like a key; delete the line, or rename the class")
+    if first and is_heading(name):
         raise DataError(f"{where}: {name!r} looks like a heading; delete the line, or put # before it")
     if entry.value is not None and not 0 <= entry.value <= 254:
         raise DataError(f"{where}: {name!r} has the value {entry.value}; classes of 8-bit masks have 0 to 254, "
@@ -175,6 +142,7 @@ def _check_together(path: Path, classes: list[Entry], void: list[Entry]) -> None
         raise DataError(f"{path}: names no class; write one a line, 'name' or 'name R G B'")
     if len(classes) == 1:
         raise DataError(f"{path}: names one class, expected two or more; what is around an object is a class, too")
+    _refuse_indices(path, classes)
     if len({e.value is None for e in classes}) > 1:
         odd = next(e for e in classes if e.value is None)
         raise DataError(f"{path}, line {odd.line}: {odd.name!r} has no value, other classes have one; give all one")
@@ -205,182 +173,15 @@ def _check_together(path: Path, classes: list[Entry], void: list[Entry]) -> None
         raise DataError(f"{path}: {len(classes)} classes are too many, 8-bit masks have room for 255 and void")
 
 
-# Forms ------------------------------------------------------------------------------------------------
-
-
-def read_entries(path: Path) -> list[Entry]:
-    """What a file of names holds, in its order, whatever its form; nothing of it is checked yet.
-
-    Raises:
-      DataError: it cannot be read, or its form cannot be told for sure.
-    """
-    lines = read_lines(path, 1 << 20)
-    if (structured := _structured(path, "\n".join(lines))) is not None:
-        return structured
-    numbered = [(i, _without_comma(line)) for i, line in enumerate(lines, 1)]
-    numbered = [(i, line) for i, line in numbered if line and not line.startswith("#")]
-    return _from_lines(path, numbered)
-
-
-def _without_comma(line: str) -> str:
-    return re.sub(r"[\s,;]+$", "", line).strip()
-
-
-def _structured(path: Path, text: str) -> list[Entry] | None:
-    """Entries of YAML, JSON or a Python list; None where the text is none of them."""
-    if re.search(r"^[^#\n]+:[\d, ]*:[^:\n]*:[^:\n]*$", text, re.MULTILINE):  # CVAT's, whose last colon YAML would take
-        return None
-    assigned = re.fullmatch(r"\s*[A-Za-z_]\w*\s*=\s*([\[({].*[\])}])\s*,?\s*", text, re.DOTALL)
-    python = re.fullmatch(r"\s*(\(.*\))\s*,?\s*", assigned[1] if assigned else text, re.DOTALL)
-    if python:
-        try:
-            if isinstance(value := ast.literal_eval(python[1]), tuple) and all(isinstance(x, str) for x in value):
-                before = text[: text.index("(")].count("\n")
-                lines = {x.value: x.lineno + before for x in ast.walk(ast.parse(python[1]))
-                         if isinstance(x, ast.Constant)}  # fmt: skip
-                return [Entry(lines[name], name) for name in value]
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            pass
-    try:  # the base loader: "no", "1" and "null" stay what is written
-        node = yaml.compose((assigned[1] if assigned else text).replace("\t", " "), yaml.BaseLoader)
-    except (yaml.YAMLError, RecursionError, ValueError):
-        return None
-    try:
-        return None if node is None or isinstance(node, yaml.ScalarNode) else list(_from_node(path, node))
-    except RecursionError as e:
-        raise DataError(f"{path}: is nested without end; {_SYNTAX}") from e
-
-
-def _from_node(path: Path, node: yaml.Node) -> Iterator[Entry]:
-    if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            fields = _pairs(item)
-            if isinstance(item, yaml.ScalarNode):
-                yield Entry(_line(item), item.value.strip())
-            elif "name" in fields and "" not in fields:
-                index = next((fields[key] for key in ("id", "index", "value") if key in fields), None)
-                yield Entry(_line(item), fields["name"], int(index) if index and _INT.fullmatch(index) else None)
-            else:
-                raise DataError(f"{path}, line {_line(item)}: is no name in the list; {_SYNTAX}")
+def _refuse_indices(path: Path, classes: list[Entry]) -> None:
+    """Names that count from 0 or 1 all through, "(0) road", "label 1 sky", are numbered in a form of their own."""
+    found = [re.search(r"(?<![^\W_])(?:0x)?(\d{1,4})(?![^\W_])", e.name) for e in classes]
+    if not all(found) or any(e.value is not None or re.search(r"_\d+$", e.name) for e in classes):
         return
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        if _plain(str(key.value)) in map(_plain, _KEYS) and not isinstance(value, yaml.ScalarNode):
-            yield from _from_node(path, value)
-            return
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        entry = None
-        if isinstance(key, yaml.ScalarNode) and isinstance(value, yaml.ScalarNode):
-            if _INT.fullmatch(key.value) and not _INT.fullmatch(value.value):
-                entry = Entry(_line(key), value.value.strip(), int(key.value))
-            elif _INT.fullmatch(value.value):
-                entry = Entry(_line(key), key.value.strip(), int(value.value))
-        elif isinstance(key, yaml.ScalarNode) and isinstance(value, yaml.SequenceNode):
-            numbers = [str(x.value) for x in value.value]
-            if len(numbers) == 3 and all(map(_INT.fullmatch, numbers)):
-                entry = Entry(_line(key), key.value.strip(), None, tuple(map(int, numbers)))
-        if entry is None:
-            raise DataError(f"{path}, line {_line(key)}: is neither 'NUMBER: name' nor 'name: NUMBER'; {_SYNTAX}")
-        yield entry
-
-
-def _pairs(node: yaml.Node) -> dict[str, str]:
-    if not isinstance(node, yaml.MappingNode):
-        return {}
-    return {str(k.value): v.value for k, v in node.value if isinstance(v, yaml.ScalarNode)}
-
-
-def _line(node: yaml.Node) -> int:
-    return node.start_mark.line + 1
-
-
-def _is_heading(text: str, channels: bool = False) -> bool:
-    words = {_plain(word) for word in re.split(r"[\s,;:|]+", text) if word}
-    return bool(words) and (_plain(text) in _HEADING or words <= (_HEADING | _CHANNELS if channels else _HEADING))
-
-
-_BY = r"(?P<by>\s*[:,;=|\t]\s*|[.)]\s+|[.)](?=[^\s\d])|\s+-\s+|\s+)"
-_VALUE_FIRST = re.compile(rf"(?P<value>[+-]?\d{{1,9}}){_BY}(?P<name>.*\D.*)")
-_VALUE_LAST = re.compile(r"(?=.*\D)(?P<name>.+?)(?P<by>\s*[:,;=|\t]\s*|\s+)(?P<value>[+-]?\d{1,9})")
-_COLOUR_FIRST = re.compile(r"(?P<r>\d{1,9})[\s,;]+(?P<g>\d{1,9})[\s,;]+(?P<b>\d{1,9})[\s,;:]+(?P<name>\D.*)")
-_COLOUR_LAST = re.compile(  # the end is CVAT's ":parts:actions"
-    r"(?=.*\D)(?P<name>.+?)[\s,;:]+\[?(?P<r>-?\d{1,9})[\s,;]+(?P<g>-?\d{1,9})[\s,;]+(?P<b>-?\d{1,9})\]?(:[^:]*:[^:]*)?"
-)
-_COLOURS, _VALUES = (_COLOUR_FIRST, _COLOUR_LAST), (_VALUE_FIRST, _VALUE_LAST)
-
-
-def _from_lines(path: Path, lines: list[tuple[int, str]]) -> list[Entry]:
-    for i, line in lines:
-        if len(line) > 200:
-            raise DataError(f"{path}, line {i}: is {len(line)} characters long, no name; {_SYNTAX}")
-    quoted = [re.fullmatch(r"""(["'])((?:(?!\1).)*)\1""", line) for _, line in lines]
-    if lines and all(quoted):
-        return [Entry(i, match[2].strip()) for (i, _), match in zip(lines, quoted, strict=True)]
-    heading = len(lines) > 2 and _is_heading(lines[0][1], channels=True)
-    rest = lines[1:] if heading else lines
-    void = [entry for i, line in rest if (entry := _void_entry(path, i, line))]
-    names = [(i, line) for i, line in rest if i not in {e.line for e in void}]
-    found = _of_one_form(path, names)
-    if found is None and len(names) > 1 and all(re.search(r"[,;|\t]", line) for _, line in names):
-        raise DataError(f"{path}, line {names[0][0]}: {names[0][1]!r} has columns that cannot be told apart; {_SYNTAX}")
-    if found is None:  # the heading, if it is one, is refused as a name
-        found = [_plain_entry(i, line) for i, line in (lines[:1] if heading else []) + names]
-    return sorted([*found, *void])
-
-
-def _of_one_form(path: Path, lines: list[tuple[int, str]]) -> list[Entry] | None:
-    """Entries of lines that all have a colour, or all a value; None where they have neither."""
-    matched = lambda form, texts: [form.fullmatch(text) for text in texts]
-    texts = [line for _, line in lines]
-    for form in _COLOURS if lines else ():
-        if all(found := matched(form, texts)):
-            colours = [tuple(int(m[c]) for c in "rgb") for m in found]
-            names = [m["name"].rstrip(" ,;:\t") for m in found]
-            numbered = _of_values(path, [(i, name) for (i, _), name in zip(lines, names, strict=True)], (_VALUE_FIRST,))
-            entries = numbered or [Entry(i, _unquoted(name)) for (i, _), name in zip(lines, names, strict=True)]
-            return [e._replace(colour=colour) for e, colour in zip(entries, colours, strict=True)]
-    return _of_values(path, lines, _VALUES)
-
-
-def _of_values(path: Path, lines: list[tuple[int, str]], forms: Sequence[re.Pattern]) -> list[Entry] | None:
-    for form in forms if lines else ():
-        matches = [form.fullmatch(line) for _, line in lines]
-        if not all(matches):
-            continue
-        entries = [Entry(i, _unquoted(m["name"]), int(m["value"])) for (i, _), m in zip(lines, matches, strict=True)]
-        if any("\t" in m["by"] or not m["by"].isspace() for m in matches):
-            return entries
-        # A number may be part of a name: "2 wheels", "lane 1".
-        values, names = [e.value for e in entries], {e.name for e in entries}
-        part = len(names) < len(entries) or any(re.search(r"\d$", name) for name in names)
-        if part and form is _VALUE_LAST and values == sorted(values):
-            return None
-        if part or sorted(values) not in (list(range(len(values))), list(range(1, len(values) + 1))):
-            raise DataError(
-                f"{path}: every line {'starts' if form is _VALUE_FIRST else 'ends'} with a number, but they are not "
-                "0, 1, 2, ... of different names; if they are the values in the masks write 'NUMBER: name', and "
-                "'name_1' where a number is part of the name"
-            )
-        return entries
-    return None
-
-
-def _unquoted(name: str) -> str:
-    return re.sub(r"""^(["'])(.*)\1$""", r"\2", name.strip()).strip()
-
-
-def _void_entry(path: Path, number: int, line: str) -> Entry | None:
-    """What a line of a void marker, alone or with numbers before or behind it, says; None for other lines."""
-    word = re.sub(r"(?<![\w+-])[+-]?\d+(?!\w)", " ", line).strip(" ,;:=.)|\t")
-    if _plain(word) not in _VOID_WORDS:
-        return None
-    numbers = [int(x) for x in re.findall(r"[+-]?\d{1,9}", line)]
-    if len(numbers) not in (0, 1, 3, 4):
-        raise DataError(f"{path}, line {number}: {line!r} is no void line; write 'void VALUE' or 'void R G B'")
-    return Entry(number, word, numbers[0] if len(numbers) == 1 else None, tuple(numbers[-3:] if numbers[2:] else ()))
-
-
-def _plain_entry(number: int, line: str) -> Entry:
-    """A name, perhaps with a colour."""
-    words = line.split()
-    colour = tuple(map(int, words[-3:])) if len(words) > 3 and all(map(_INT.fullmatch, words[-3:])) else ()
-    return Entry(number, " ".join(words[:-3] if colour else words), None, colour)
+    numbers = [int(m[1]) for m in found]
+    rest = {e.name[: m.start()] + e.name[m.end() :] for e, m in zip(classes, found, strict=True)}
+    if len(rest) == len(classes) and numbers in (list(range(len(classes))), list(range(1, len(classes) + 1))):
+        raise DataError(
+            f"{path}, line {classes[0].line}: {classes[0].name!r}, and so on, are names with an index; write 'NUMBER: "
+            "name' if it is the value in the masks, or leave it out"
+        )

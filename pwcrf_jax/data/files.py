@@ -136,7 +136,7 @@ def image_kind(path: Path) -> str:
         return "image"
     try:
         regular = stat.S_ISREG(os.stat(path).st_mode)
-    except FileNotFoundError:
+    except OSError:  # a link to nothing, or to itself
         regular = False
     if not regular:
         return "foreign" if suffix in _FOREIGN else "other"

@@ -1,6 +1,6 @@
 """Your own images and masks.
 
-    images/a.jpg  images/street/b.png    JPEG, PNG, BMP, WebP or TIFF, suffix in any letter case, subfolders at will
+    images/a.jpg  images/street/b.png    JPEG, PNG, BMP, WebP or TIFF, whatever the suffix, subfolders at will
     masks/a.png   masks/street/b.png     PNG, at the same place under the same name
     classes.txt                          the classes, one a line
     train.txt     val.txt     test.txt   optional: which images make which split, one a line
@@ -21,7 +21,8 @@ classes.txt has either names alone, or a colour behind every name:
 Names alone: masks hold one value a pixel (8-bit grey or palette). The classes have the values 0, 1, 2, ... in the order
 of the lines, less the void values. Void is 255, or what lines `void VALUE` say; with `void 0`, classes count from 1.
 Names with colours: masks are read by their colours, whether RGB, palette or grey. Void are the colours of lines
-`void R G B`. Empty lines and lines that start with # do not count.
+`void R G B`. Empty lines and lines that start with # do not count. Other forms, as annotation tools write them: see
+`pwcrf_jax.data.class_forms`.
 
 An image with an EXIF orientation is taken as stored or as viewers show it, whichever has the size of the mask; where
 both have, it is refused. Without a mask it is taken as viewers show it.

@@ -241,6 +241,58 @@ def test_noise_and_void_borders_are_no_interpolation(examples):
     assert not any("interpolation" in w for w in examples.warnings)
 
 
+def outlined(label, value, width):
+    edges = np.zeros(label.shape, bool)
+    edges[1:] |= label[1:] != label[:-1]
+    edges[:, 1:] |= label[:, 1:] != label[:, :-1]
+    if width == 2:
+        edges[:-1] |= edges[1:]
+        edges[:, :-1] |= edges[:, 1:]
+    return np.where(edges, np.uint8(value), label)
+
+
+def kerbs(rng, width):
+    """A road 3, kerbs of two classes 1 and 2 along its sides, grass 0."""
+    label = np.zeros((60, 80), np.uint8)
+    label[:, 20:60] = 3
+    label[:, 20 : 20 + width], label[:, 60 - width : 60] = 1, 2
+    return label
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda rng, w: outlined((scene(rng, classes=2) * 2).astype(np.uint8), 1, w),
+        lambda rng, w: outlined((scene(rng, classes=3) * 2).astype(np.uint8), 3, w),
+        lambda rng, w: outlined(np.where(scene(rng, classes=2) > 0, 19, 0).astype(np.uint8), 9, w),
+        lambda rng, w: outlined(scene(rng, classes=20), 10, w),
+        kerbs,
+    ],
+    ids=["two classes", "few", "object and background", "many", "kerbs"],
+)
+def test_thin_things_that_were_drawn_are_no_interpolation(width, draw):
+    examples = Examples()
+    examples.guard = check.LabelGuard([f"c{i}" for i in range(20)])
+    for seed in range(3):
+        label = draw(np.random.default_rng(seed), width)
+        examples.add("train", f"drawn{seed}", label)
+    assert not any("interpolation" in w for w in examples.warnings)
+    if width == 1:  # the rule of before would have said so
+        blurred, _, borders = check._blur(label)
+        assert blurred > 0
+
+
+@pytest.mark.parametrize("value", [5, 9, 100, 254])
+def test_a_thin_value_that_is_no_class_is_no_interpolation(value):
+    known = np.arange(256) < 5
+    known[255] = True
+    label = np.zeros((20, 30), np.uint8)
+    label[:, 15:] = 255
+    label[:, 15] = value
+    assert "complete it" in str(check.bad_value("m.png", label, known, "wrong", "complete it"))
+
+
 def test_advice_for_values_that_are_no_class():
     known = np.arange(256) < 5
     error = lambda label: str(check.bad_value("m.png", np.asarray(label, np.uint8), known, "wrong", "mend it"))

@@ -10,7 +10,8 @@ from layouts import image_folder as layout
 from PIL import Image
 
 from pwcrf_jax.data import DataError, load_dataset
-from pwcrf_jax.data.image_folder import ImageFolder, read_classes
+from pwcrf_jax.data.classes import read_classes
+from pwcrf_jax.data.image_folder import ImageFolder
 
 
 @pytest.fixture
