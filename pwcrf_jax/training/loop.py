@@ -187,7 +187,6 @@ def resolve(config, workdir):
         if config.model.input_scaling == "auto":
             config.model.input_scaling = stored.model.input_scaling
         configs.keep_offsets(config, stored)
-        configs.check_edges(config, "data.crop_size")
         return config, None
     configs.keep_offsets(config)
     params, scaling = _fresh_params(config)
