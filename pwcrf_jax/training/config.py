@@ -204,7 +204,10 @@ def relations(config: ConfigDict) -> dict[str, np.ndarray]:
         box, c = _box(config, name), config.relations[name]
         kept = bool(c.row_offsets), bool(c.col_offsets)
         if any(kept) and not all(kept):
-            raise ConfigError(f"config.relations.{name}: set both row_offsets and col_offsets, or leave both empty")
+            given, other = _OFFSETS if kept[0] else _OFFSETS[::-1]
+            raise ConfigError(
+                f"config.relations.{name}.{given} = {c[given]} must be given with {other}: set both, or leave both empty"
+            )
         if (len(c.row_offsets) * len(c.col_offsets) if all(kept) else _num_offsets(box, grid)) > _MAX_OFFSETS:
             raise ConfigError(
                 f"config.relations.{name}: its box holds more than {_MAX_OFFSETS} offsets {where}; make it smaller, or "
