@@ -125,8 +125,8 @@ def _update(state, unary, potentials, weights, shares, takes_part, normalize, ch
     updated = jax.nn.log_softmax(total, axis=-1)
     new, old = (jnp.asarray(share, jnp.float32) for share in shares)
     # Minus infinity times a share of 0 would be NaN.
+    finite = lambda x: jnp.maximum(x, jnp.finfo(jnp.float32).min)
     rules_out = lambda x, share: (x == -jnp.inf) & (share > 0)
-    finite = lambda x: jnp.where(x == -jnp.inf, 0.0, x)
     mixed = new * finite(updated) + old * finite(state)
     mixed = jnp.where(rules_out(updated, new) | rules_out(state, old), -jnp.inf, mixed)
     updated = jax.nn.log_softmax(mixed, axis=-1)

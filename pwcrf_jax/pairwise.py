@@ -197,7 +197,7 @@ def _to_table(potential):
     nodes = lambda x: x.reshape(*x.shape[:-3], height * width, x.shape[-1])
     hidden = jax.nn.relu(nodes(a)[..., p, :] + nodes(b)[..., q, :])
     return PairwiseTable(
-        scores=_last_layer(hidden, potential.w2, potential.b2),
+        scores=_guarded_last_layer(hidden, potential.w2, potential.b2),
         p=jnp.asarray(p, jnp.int32),
         q=jnp.asarray(q, jnp.int32),
         evidence=None if potential.evidence is None else nodes(potential.evidence),
@@ -208,7 +208,15 @@ def _last_layer(hidden, w2, b2):
     """[..., M] -> float32 [..., K, K]; products in the dtype of `hidden`, sums in float32."""
     m, k, _ = w2.shape
     flat = matmul(hidden, w2.reshape(m, k * k).astype(hidden.dtype)).reshape(*hidden.shape[:-1], k, k)
-    return sum(level(flat, b2.astype(jnp.float32)))
+    flat, bias = level(flat, b2.astype(jnp.float32))
+    return flat + bias
+
+
+def _guarded_last_layer(hidden, w2, b2):
+    """NaN without a gradient where a node holds NaN or infinities: a mask may hide them later, and 0 times NaN is NaN."""
+    sound = jnp.isfinite(jnp.max(hidden, axis=-1, initial=0))
+    scores = _last_layer(jnp.where(sound[..., None], hidden, 0), w2, b2)
+    return jnp.where(sound[..., None, None], scores, jnp.nan)
 
 
 # --------------------------------------------------------------------------------------------- likelihood
@@ -465,8 +473,7 @@ def prepare_messages(potential, num_iterations, route="auto", node_mask=None):
       route: "folded": the potential itself. "table": a `GridScores`, whose scores are formed once: cheaper where K is
         small or iterations are many, in memory of num_offsets * nodes * K^2. "auto": the cheaper by the cost model
         `pwcrf_jax.costs.route`, from shapes alone.
-      node_mask: of `messages`. What masked nodes hold is replaced by zeros here, so that `prepared_messages` can do
-        without; needed too for gradients of a "table" where they hold NaN or infinities.
+      node_mask: of `messages`. What masked nodes hold is then replaced by zeros here, as `prepared_messages` needs it.
 
     Returns:
       The potential, or `GridScores` of float32 scores [..., num_offsets, H, W, K, K].
@@ -487,12 +494,13 @@ def prepare_messages(potential, num_iterations, route="auto", node_mask=None):
         route = costs.route(potential.offsets, *shapes, num_iterations)
     if route == "folded" or not potential.offsets:
         return potential
-    return _store_scores(potential)
+    return _store_scores(potential, guarded=node_mask is None)
 
 
-@compiled(lambda potential: jax.P(*batch_spec(potential.a, 3)))
-def _store_scores(potential):
+@compiled(lambda potential, guarded: jax.P(*batch_spec(potential.a, 3)))
+def _store_scores(potential, *, guarded):
     potential = _finite(potential, None)
+    last_layer = _guarded_last_layer if guarded else _last_layer
     shift = _Shift(potential.offsets, *potential.grid)
     box = jnp.asarray(shift.offsets)
     lead = potential.a.shape[:-3]
@@ -501,7 +509,7 @@ def _store_scores(potential):
 
     @jax.checkpoint
     def scores(offset):
-        return _last_layer(jax.nn.relu(a + shift.at(b, offset)), potential.w2, potential.b2)
+        return last_layer(jax.nn.relu(a + shift.at(b, offset)), potential.w2, potential.b2)
 
     def fill(stored, number):
         return jax.lax.dynamic_update_index_in_dim(stored, scores(box[number]), number, axis=1), None

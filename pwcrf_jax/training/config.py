@@ -204,7 +204,10 @@ def relations(config: ConfigDict) -> dict[str, np.ndarray]:
         box, c = _box(config, name), config.relations[name]
         kept = bool(c.row_offsets), bool(c.col_offsets)
         if any(kept) and not all(kept):
-            raise ConfigError(f"config.relations.{name}: set both row_offsets and col_offsets, or leave both empty")
+            given, other = _OFFSETS if kept[0] else _OFFSETS[::-1]
+            raise ConfigError(
+                f"config.relations.{name}.{given} = {c[given]} must be given with {other}: set both, or leave both empty"
+            )
         if (len(c.row_offsets) * len(c.col_offsets) if all(kept) else _num_offsets(box, grid)) > _MAX_OFFSETS:
             raise ConfigError(
                 f"config.relations.{name}: its box holds more than {_MAX_OFFSETS} offsets {where}; make it smaller, or "
@@ -252,13 +255,19 @@ def check_edges(config: ConfigDict, key: str) -> None:
 def keep_offsets(config: ConfigDict, run: ConfigDict | None = None) -> None:
     """Writes the offsets of `relations` into the config, row_offsets and col_offsets of each relation.
 
-    run: the config of a run that goes on, whose offsets are taken where the config names none.
+    run: the config of a run that goes on, whose offsets are taken where the config names none. Of a new run those are
+      left out that leave its crops from every node, as they would never be trained.
+
+    Raises:
+      ConfigError: a relation has no edge on a crop.
     """
     for name, kept in run.relations.items() if run else ():
         if name in config.relations and not any(config.relations[name][key] for key in _OFFSETS):
             config.relations[name].update({key: kept.get(key, ()) for key in _OFFSETS})
+    check_edges(config, "data.crop_size")
+    grid = grid_size(config.data.crop_size, config.model.scales)
     for name, box in relations(config).items():
-        config.relations[name].update(_axes(box))
+        config.relations[name].update(_axes(box if run else box[np.all(np.abs(box) < grid, axis=1)]))
 
 
 def _axes(box) -> dict[str, tuple[int, ...]]:

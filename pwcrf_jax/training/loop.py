@@ -187,7 +187,6 @@ def resolve(config, workdir):
         if config.model.input_scaling == "auto":
             config.model.input_scaling = stored.model.input_scaling
         configs.keep_offsets(config, stored)
-        configs.check_edges(config, "data.crop_size")
         return config, None
     configs.keep_offsets(config)
     params, scaling = _fresh_params(config)
@@ -364,6 +363,7 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_
             writer.write(step, {k: v for k, v in numbers.items() if isinstance(v, float)}, "val")
             if panel:
                 writer.picture(step, f"val/image_truth_{'_'.join(panel.rows)}", panel.picture())
+            writer.sync()
         score = result["rows"][configs.final_row(config)]["miou"]
         save_best(score)
         latest.note(step, {"score": score})  # now the evaluation is done

@@ -21,7 +21,6 @@ CORE = (
     "piecewise",
     "objectives",
     "mean_field",
-    "arrays",
     "arguments",
     "permutohedral",
     "gaussian",

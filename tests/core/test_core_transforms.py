@@ -110,6 +110,10 @@ CASES = {
     "sample_offsets": sample,
     "prepare_messages-folded": lambda v: pairwise.prepare_messages(grid(v), 3, "folded"),
     "prepare_messages-table": stored,
+    "prepare_messages-masked": lambda v: pairwise.prepare_messages(grid(v), 3, "table", v["mask"]),
+    "prepared_messages": lambda v: pairwise.prepared_messages(
+        pairwise.prepare_messages(grid(v), 1, "folded", v["mask"]), jax.nn.softmax(v["unary"]), v["mask"]
+    ),
     "messages-chunks": lambda v: pairwise.messages(grid(v), jax.nn.softmax(v["unary"]), v["mask"], chunk_edges=5),
     "messages-stored": lambda v: pairwise.messages(stored(v), jax.nn.softmax(v["unary"]), v["mask"]),
     "messages-factored": lambda v: pairwise.messages(grid(v), jax.nn.softmax(v["unary"]), v["mask"]),

@@ -1,4 +1,4 @@
-"""Offsets are those of the training crop on every path, at any size; labels are read at pixels in one way."""
+"""A relation's offsets are those of the training crop on every path, at any size."""
 
 import importlib
 import inspect
@@ -15,7 +15,6 @@ import small
 
 from configs import default
 from pwcrf_jax import pairwise, segmenter
-from pwcrf_jax.data.common import MEAN_COLOUR
 from pwcrf_jax.nets import grid_size
 from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING
 from pwcrf_jax.training import (
@@ -28,7 +27,6 @@ from pwcrf_jax.training import (
     report,
     report_parts,
     steps,
-    tiling,
     tuning,
 )
 from pwcrf_jax.training import config as configs
@@ -243,7 +241,7 @@ def test_what_is_kept_of_a_box_is_what_the_crop_has(box, crop, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"row_offsets": (-1, 0)}, "set both row_offsets and col_offsets"),
+        ({"row_offsets": (-1, 0)}, "must be given with col_offsets"),
         ({"row_offsets": (0,), "col_offsets": (0,)}, "relations.surrounding: its box holds no edge"),
         ({"row_offsets": (0.5,), "col_offsets": (1,)}, "row_offsets = .*must be a tuple, each an integer"),
         ({"row_offsets": tuple(range(-900, 900)), "col_offsets": tuple(range(-900, 900))}, "more than 1000000 offsets"),
@@ -284,6 +282,24 @@ def test_nothing_else_makes_offsets_of_the_map_that_comes_in():
     ]
     assert users == ["pwcrf_jax/training/config.py"]
     assert inspect.getsource(configs).count("offsets(box, *grid)") == 1
+
+
+@pytest.mark.parametrize("crop", [(64, 96), (96, 64), (160, 160), (48, 240)])
+def test_a_new_run_keeps_none_that_leave_its_crops(crop, tmp_path):
+    """Of offsets that are given, too, as from the config of a run with larger crops."""
+    config = small.config(tmp_path, **{"data.crop_size": crop, "data.eval_size": (640, 640)})
+    given = tuple(range(-20, 21))
+    for box in config.relations.values():
+        box.row_offsets = box.col_offsets = given
+    configs.keep_offsets(config)
+    for box in config.relations.values():
+        reach = tuple(tuple(x for x in given if abs(x) < n // 16) for n in crop)
+        assert (box.row_offsets, box.col_offsets) == reach
+    config.relations.surrounding.row_offsets = (15, 20)
+    with pytest.raises(
+        configs.ConfigError, match="relations.surrounding: its box holds no edge .* config.data.crop_size"
+    ):
+        configs.keep_offsets(config)
 
 
 # --- runs --------------------------------------------------------------------------------------------
@@ -345,108 +361,3 @@ def test_a_start_from_relations_of_other_distances_is_told(changes, new, config,
     assert len(lines) == len(new)
     for line, (name, number) in zip(lines, new.items(), strict=True):
         assert f"pairwise_{name} " in line and number in line
-
-
-# --- labels at pixels ----------------------------------------------------------------------------------
-
-
-MODELS = {
-    "relations": ({"crf.weights": (0.3,)}, (96, 128)),
-    "several scales, an odd frame": ({"model.scales": (1.2, 0.7), "crf.weights": (0.3,)}, (101, 131)),
-    "no relation": ({"model.relations": (), "crf.num_iterations": 0}, (101, 131)),
-    "refinement convolutions, a map finer than the image": (
-        {"model.scales": (2.6,), "model.refinement_convs.layers": ("conv1",), "model.refinement_convs.width": 4},
-        (53, 67),
-    ),
-}
-
-
-def random_params(model):
-    """Of which every layer has a say: last layers start at zero."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda x: np.asarray(x) + rng.normal(0, 0.4, x.shape).astype(np.float32), evaluate.init_params(model, 0)
-    )
-
-
-def noise(rng, height, width):
-    coarse = rng.integers(0, 256, (-(-height // 9), -(-width // 9), 3)).astype(np.uint8)
-    return coarse.repeat(9, 0).repeat(9, 1)[:height, :width]
-
-
-@pytest.mark.parametrize(("changes", "frame"), MODELS.values(), ids=MODELS)
-def test_scored_labels_are_predicted_labels(changes, frame, tmp_path):
-    """At every pixel of images of odd sizes: by the evaluation step, into files, and by the exported predictor."""
-    config = small.config(tmp_path, **changes, **{"data.eval_size": frame})
-    model = configs.build_model(config)
-    params = random_params(model)
-    rng = np.random.default_rng(1)
-    height, width = frame
-    sizes = [frame, (height - 1, width - 1), (height - 20, 61), (33, width), (height, 17), (1, 1), (5, 64), (17, 3)]
-    images = [noise(rng, *size) for size in sizes]
-    batch = {"image": np.full((8, *frame, 3), MEAN_COLOUR, UINT8), "label": np.zeros((8, *frame), UINT8)}
-    batch["valid_size"] = np.array(sizes, INT32)
-    for framed, image in zip(batch["image"], images, strict=True):
-        framed[: image.shape[0], : image.shape[1]] = image
-    row = configs.final_row(config)
-    fn = parallel.pmap_eval(evaluate.eval_step(config, model, labels_of=(row,)), jax.devices()[:1], per_image=True)
-    scored = np.asarray(fn(params, parallel.split(batch, 1))[1][row])[0]
-    predicted = [
-        marginals.labels() for _, _, marginals in inference.Predictor(config, model, params)(enumerate(images))
-    ]
-    exported = np.asarray(
-        jax.jit(export.make_predictor(config, model, params, frame))(batch["image"], batch["valid_size"])
-    )
-    assert len(np.unique(scored)) >= 3, "few classes would hide everything"
-    for size, *three in zip(sizes, scored, predicted, exported, strict=True):
-        first, second, third = (x[: size[0], : size[1]] for x in three)
-        np.testing.assert_array_equal(first, second, err_msg=f"{size}")
-        np.testing.assert_array_equal(second, third, err_msg=f"{size}")
-
-
-@pytest.mark.parametrize("spread", [1e-6, 1e-7])
-@pytest.mark.parametrize(
-    ("frame", "size", "classes"),
-    [((96, 128), (75, 91), 5), ((101, 131), (101, 131), 21), ((240, 320), (233, 311), 11), ((67, 45), (31, 45), 2)],
-)
-def test_labels_are_read_alike_where_scores_almost_tie(frame, size, classes, spread, monkeypatch):
-    """To the last bit: as evaluation reads them, prediction, in blocks of few rows, and the exported predictor."""
-    monkeypatch.setattr(inference, "BLOCK", 2**13)
-    grid = grid_size(frame, (1.0,))
-    cells = (-1.6 + spread * np.random.default_rng(0).normal(size=(3, *grid, classes))).astype(np.float32)
-    valid = np.array([size] * 3, INT32)
-
-    def labels(cells, valid):
-        mask = segmenter.grid_mask(valid, grid, frame)
-        return jnp.argmax(segmenter.upsample(cells, *frame, mask), axis=-1)
-
-    scored = np.asarray(jax.jit(labels)(cells, valid))[:, : size[0], : size[1]]
-    one = lambda cells, valid: labels(cells[None], valid[None])[0]
-    exported = np.asarray(jax.jit(jax.vmap(one))(cells, valid))[:, : size[0], : size[1]]
-    layout = tiling.layout(size, frame, frame, 0.5, (1.0,))
-    mask = np.asarray(segmenter.grid_mask(valid[:1], grid, frame)[0])
-    predicted = np.stack([inference.Marginals(size, [(x, mask, layout, False)]).labels() for x in cells])
-    np.testing.assert_array_equal(predicted, scored)
-    np.testing.assert_array_equal(exported, scored)
-    assert len(np.unique(scored)) == classes
-
-
-@pytest.mark.parametrize(
-    ("cells", "pixels"), [((3, 4), (48, 64)), ((5, 7), (71, 99)), ((6, 2), (6, 2)), ((1, 9), (13, 5))]
-)
-def test_reading_is_bilinear_interpolation_of_the_valid_cells(cells, pixels):
-    """By loops over pixels and the cells around them; what lies in masked cells is never read."""
-    rng = np.random.default_rng(2)
-    x, mask = rng.normal(size=(*cells, 3)).astype(np.float32), rng.random(cells) > 0.3
-    expected = np.zeros((*pixels, 3))
-    for i, j in np.ndindex(*pixels):
-        at = [(k + 0.5) * n / m - 0.5 for k, n, m in zip((i, j), cells, pixels, strict=True)]
-        total = 0.0
-        for cell in np.ndindex(*cells):
-            weight = np.prod([max(0.0, 1 - abs(a - c)) for a, c in zip(at, cell, strict=True)]) * mask[cell]
-            expected[i, j] += weight * x[cell]
-            total += weight
-        expected[i, j] /= max(total, 1e-6)
-    x[~mask] = np.nan
-    got = segmenter.upsample(jnp.asarray(x)[None], *pixels, jnp.asarray(mask)[None])[0]
-    np.testing.assert_allclose(got, expected, atol=1e-5)

@@ -1,0 +1,269 @@
+"""The core inside other people's programs: their meshes, their strictness, their lists and mappings, no compiling twice."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_core_transforms import BOX, CASES, H, K, M, W, inputs, nodes, table
+
+import pwcrf_jax as pw
+from pwcrf_jax import mean_field, metrics, objectives, pairwise, piecewise
+from reference import random_problems
+
+# What belongs to the dense CRF has its own.
+OWN = [
+    name
+    for name in CASES
+    if not name.startswith(("build", "apply", "prepare-", "exact", "spatial", "pair-", "pixel", "refine"))
+    and name not in ("prepare", "pair")
+]
+OWN += ["exact_log_likelihood"]
+
+
+def equal(got, expected, atol=1e-5):
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=1e-5, atol=atol)
+
+
+# --- strictness ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["rank", "dtype"])
+def strict(request):
+    if request.param == "rank":
+        with jax.numpy_rank_promotion("raise"):
+            yield
+    else:
+        with jax.numpy_dtype_promotion("strict"):
+            yield
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_no_promotion_is_left_to_jax(name, strict):
+    CASES[name](inputs(101))
+
+
+def batch(seed, dtype=np.float32, count=2):
+    x = random_problems.grid_problem(seed, H, W, K, M, batch=(count,))
+    rng = np.random.default_rng(seed)
+    arrays = {name: jnp.asarray(getattr(x, name), dtype) for name in ("unary", "a", "b", "w2", "b2", "evidence")}
+    labels = np.where(rng.random((count, H, W)) < 0.2, 255, x.labels)
+    return arrays | dict(labels=jnp.asarray(labels, jnp.int32), mask=jnp.asarray(rng.random((count, H, W)) > 0.2))
+
+
+def potential(v):
+    return pw.factored_pairwise(v["a"], v["b"], v["w2"], v["b2"], BOX, v["evidence"])
+
+
+def of_graph(v):
+    """The same as a graph: unary, potential, and what brings maps into the shape of its nodes."""
+    at_nodes = lambda x: x.reshape(x.shape[0], H * W, *x.shape[3:])
+    return at_nodes(v["unary"]), pw.to_table(potential(v)), at_nodes
+
+
+def graph_marginals(v):
+    unary, edges, at_nodes = of_graph(v)
+    return mean_field.run(unary, edges, 2, node_mask=at_nodes(v["mask"]))
+
+
+weights_of = lambda v: pw.balance_weights(v["labels"], K, power=0.5)
+run = lambda v, **o: mean_field.run(v["unary"], potential(v), 2, 0.5, 0.2, node_mask=v["mask"], **o)
+BATCHED = {
+    "unary": lambda v: pw.unary_log_likelihood(v["unary"], v["labels"], node_weights=weights_of(v)),
+    "pairs": lambda v: pw.pairwise_log_likelihood(potential(v), v["labels"], node_weights=weights_of(v), chunk_edges=30),
+    "sampled": lambda v: pw.pairwise_log_likelihood(
+        potential(v), v["labels"], sample=pw.sample_offsets(jax.random.key(0), len(BOX), 3)
+    ),
+    "pairs-graph": lambda v: pw.pairwise_log_likelihood(of_graph(v)[1], of_graph(v)[2](v["labels"])),
+    "pseudo": lambda v: pw.pseudo_log_likelihood(v["unary"], potential(v), v["labels"], 0.5, True, route="folded"),
+    "unrolled": lambda v: pw.unrolled_log_likelihood(v["unary"], potential(v), v["labels"], 2, 0.5, 0.2, True),
+    "run-folded": lambda v: run(v, route="folded", normalize=True),
+    "run-table": lambda v: run(v, route="table"),
+    "run-graph": graph_marginals,
+    "step": lambda v: mean_field.step(mean_field.init(v["evidence"]), v["unary"], [potential(v)], [0.5], 0.2),
+    "messages": lambda v: pw.messages(potential(v), jax.nn.softmax(v["unary"]), v["mask"], 30),
+    "messages-stored": lambda v: pw.messages(
+        pw.prepare_messages(potential(v), 2, "table"), jax.nn.softmax(v["unary"]), v["mask"]
+    ),
+    "messages-no-mask": lambda v: pw.messages(potential(v), jax.nn.softmax(v["unary"])),
+    "to_table": lambda v: pw.to_table(potential(v)).scores,
+    "prepare_messages": lambda v: pw.prepare_messages(potential(v), 2, "table").scores,
+    "init": lambda v: mean_field.init(v["unary"]),
+}
+OF_LABELS = {
+    "balance_weights": weights_of,
+    "grid_labels": lambda v: pw.grid_labels(v["labels"], 2, 2),
+    "boundary_band": lambda v: metrics.boundary_band(v["labels"], 1, v["mask"]),
+    "confusion_matrix": lambda v: pw.confusion_matrix(jnp.argmax(v["unary"], -1), v["labels"], K),
+}
+
+
+def gradient(function):
+    floats = lambda v: {k: x for k, x in v.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    number = lambda x: sum(jnp.sum(leaf.astype(jnp.float32) ** 2) for leaf in jax.tree.leaves(x))
+    return lambda v: jax.grad(lambda f: number(function(v | f)))(floats(v))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", BATCHED)
+def test_no_promotion_is_left_to_jax_in_gradients_of_batches(name, dtype, strict):
+    v = batch(102, dtype)
+    assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in jax.tree.leaves(gradient(BATCHED[name])(v)))
+
+
+# --- meshes ----------------------------------------------------------------------------------------
+
+
+def laid_out(v, mesh, *axes):
+    """Batches over the mesh, parameters on all of it."""
+    spec = lambda name: jax.P() if name in ("w2", "b2") else jax.P(*axes)
+    return {name: jax.device_put(x, jax.NamedSharding(mesh, spec(name))) for name, x in v.items()}
+
+
+@pytest.mark.parametrize("axes", [("data",), (("data", "model"),), (None, "data")], ids=str)
+@pytest.mark.parametrize("name", BATCHED | OF_LABELS)
+def test_batches_lie_on_meshes_of_explicit_axes(name, axes):
+    function, v = (BATCHED | OF_LABELS)[name], batch(103, count=4)
+    if axes == (None, "data"):  # rows of the map
+        v = {k: x[:, :2] if x.ndim > 2 and k != "w2" else x for k, x in v.items()}
+        if name not in ("unary", "balance_weights", "confusion_matrix", "grid_labels", "boundary_band", "init"):
+            return
+    mesh = jax.make_mesh((2, 2), ("data", "model"))
+    on_mesh = laid_out(v, mesh, *axes)
+    expected = function(v)
+    got = function(on_mesh)
+    equal(got, expected)
+    equal(jax.jit(function)(on_mesh), expected)
+    for leaf, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        of_images = [i for i, n in enumerate(other.shape[:2]) if n == 4 and other.ndim > 1 and name != "confusion_matrix"]
+        if axes[0] is not None and of_images and not (name == "messages-no-mask" and other.ndim == 2):
+            assert tuple(jax.typeof(leaf).sharding.spec)[of_images[0]] == axes[0]
+    if name in BATCHED:
+        with jax.set_mesh(mesh):
+            equal(jax.jit(gradient(function))(on_mesh), gradient(function)(v), 1e-4)
+
+
+# --- lists, mappings, one of a kind ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda v, p, w: mean_field.run(v["unary"], p, 2, w),
+        lambda v, p, w: mean_field.step(mean_field.init(v["unary"]), v["unary"], p, w),
+        lambda v, p, w: objectives.pseudo_log_likelihood(v["unary"], p, v["labels"], w),
+        lambda v, p, w: objectives.unrolled_log_likelihood(v["unary"], p, v["labels"], 2, w),
+        lambda v, p, w: objectives.exact_log_likelihood(
+            v["unary"][0, :2, :2], jax.tree.map(corner, p, is_leaf=is_potential), v["labels"][0, :2, :2], w
+        ),
+    ],
+    ids=["run", "step", "pseudo", "unrolled", "exact"],
+)
+def test_potentials_and_weights_come_in_any_form(call):
+    v = batch(104)
+    one, other = potential(v), potential(batch(105))
+    both = call(v, [one, other], [0.5, 0.25])
+    mapping = {"a": one, "b": other}
+    for potentials, weights in [
+        ((one, other), (0.5, 0.25)),
+        ([one, other], np.float64([0.5, 0.25])),
+        ((one, other), jnp.array([0.5, 0.25], jnp.bfloat16)),
+        (mapping, [0.5, 0.25]),
+        (mapping, {"b": 0.25, "a": 0.5}),
+        (mapping, {"a": np.float32(0.5), "b": jnp.float32(0.25)}),
+    ]:
+        equal(call(v, potentials, weights), both)
+    same = call(v, [one, other], [0.5, 0.5])
+    for weight in (0.5, np.float32(0.5), jnp.float32(0.5), np.array(0.5)):
+        equal(call(v, mapping, weight), same)
+    alone = call(v, [one], [2.0])
+    for potentials, weights in [(one, 2), (one, [2]), ({"a": one}, {"a": 2.0}), ((one,), jnp.array([2]))]:
+        equal(call(v, potentials, weights), alone)
+    for weights in ({"a": 1.0}, {"a": 1.0, "c": 2.0}, {"a": 1, "b": 2, "c": 3}):
+        with pytest.raises(ValueError, match=r"of the potentials' names \['a', 'b'\], got those of"):
+            call(v, mapping, weights)
+    with pytest.raises(ValueError, match="one a potential, in order"):
+        call(v, [one, other], {"a": 1.0, "b": 2.0})
+
+
+def is_potential(x):
+    return isinstance(x, pairwise.FactoredPairwise)
+
+
+def corner(p):
+    return pw.factored_pairwise(p.a[0, :2, :2], p.b[0, :2, :2], p.w2, p.b2, ((0, 1), (1, 0)))
+
+
+def test_arrays_may_be_nested_lists():
+    listed = lambda v: jax.tree.map(lambda x: x.tolist(), v)
+    v = batch(106)
+    scores, mask = listed(v["unary"]), listed(v["mask"])
+    names = ("a", "b", "w2", "b2")
+    p = pw.factored_pairwise(*(listed(v[n]) for n in names), BOX.tolist(), listed(v["evidence"]))
+    equal(mean_field.run(scores, p, 2, node_mask=mask), mean_field.run(v["unary"], potential(v), 2, node_mask=v["mask"]))
+    weights = weights_of(v)
+    got = piecewise.unary_log_likelihood(scores, v["labels"], node_weights=listed(weights))
+    equal(got, piecewise.unary_log_likelihood(v["unary"], v["labels"], node_weights=weights))
+    edges = pw.PairwiseTable([[[1.0, 0.0], [0.0, 2.0]]], [0], [1])
+    assert pw.messages(edges, [[1.0, 0.0], [0.5, 0.5]])[0].tolist() == [[0.5, 1.0], [1.0, 0.0]]
+    assert pw.pairwise_log_likelihood(edges, (1, 1))[1] == 1
+
+
+@pytest.mark.parametrize("wrong", ["surrounding", None, 3.0, np.zeros(3)], ids=repr)
+def test_what_is_no_potential_is_named(wrong):
+    v = batch(107)
+    with pytest.raises(TypeError, match=f"PairwiseTable or FactoredPairwise or GridScores, got {type(wrong).__name__}"):
+        mean_field.run(v["unary"], [potential(v), wrong])
+
+
+# --- compiling -------------------------------------------------------------------------------------
+
+COMPILED = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, seconds, **_: COMPILED.append(name) if "backend_compile" in name else None
+)
+
+
+def test_the_counter_counts():
+    COMPILED.clear()
+    jax.jit(lambda x: x * 3 + 7)(jnp.arange(13)).block_until_ready()
+    assert COMPILED
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_second_call_compiles_nothing(name):
+    first, second = inputs(108), inputs(109)
+    CASES[name](first)
+    COMPILED.clear()
+    jax.block_until_ready(CASES[name](second))
+    assert not COMPILED
+
+
+@pytest.mark.parametrize("name", [n for n in BATCHED if n not in ("init", "to_table")])
+def test_a_second_gradient_compiles_nothing(name):
+    first, second = batch(110), batch(111)
+    gradient(BATCHED[name])(first)
+    COMPILED.clear()
+    jax.block_until_ready(gradient(BATCHED[name])(second))
+    assert not COMPILED
+
+
+def test_other_numbers_compile_nothing():
+    v = batch(112)
+    edges = table(inputs(113))
+    calls = [
+        lambda x: mean_field.run(v["unary"], potential(v), 2, [x], x),
+        lambda x: mean_field.run(v["unary"], [potential(v)] * 2, 2, x, x),
+        lambda x: mean_field.run(nodes(inputs(113), "unary"), {"a": edges}, 2, {"a": x}, x),
+        lambda x: mean_field.step(mean_field.init(v["unary"]), v["unary"], potential(v), x, x),
+        lambda x: objectives.unrolled_log_likelihood(v["unary"], potential(v), v["labels"], 2, x, x),
+        lambda x: objectives.pseudo_log_likelihood(v["unary"], potential(v), v["labels"], x),
+        lambda x: piecewise.balance_weights(v["labels"], K, power=x),
+    ]
+    for call in calls:
+        one = call(0.25)
+        COMPILED.clear()
+        other = call(0.75)
+        assert not COMPILED
+        assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
