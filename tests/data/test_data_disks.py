@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from layouts import image_folder as layout
 
-from pwcrf_jax.data import DataError, check, disk, load_dataset
+from pwcrf_jax import files
+from pwcrf_jax.data import DataError, disk, load_dataset
 from pwcrf_jax.data.disk import locked, refusal
 from pwcrf_jax.data.synthetic import Synthetic
 
@@ -77,17 +78,23 @@ def test_other_errors_are_not_taken_for_the_disk(error, tmp_path, monkeypatch):
         _load(tmp_path)
 
 
-@pytest.mark.parametrize("function", ["write_text", "replace"])
+@pytest.mark.parametrize("function", ["open", "fsync", "replace"])
 def test_a_report_that_cannot_be_written_leaves_nothing(function, tmp_path, monkeypatch):
-    def refuse(path, *_):
-        if check.REPORT in path.name:
-            path.touch()
+    writing, called = files.write_json, []
+
+    def write_on_a_full_disk(*args):
+        def refuse(*_):
+            called.append(function)
             raise _system("ENOSPC")
 
-    monkeypatch.setattr(Path, function, refuse)
+        with monkeypatch.context() as full:
+            full.setattr(files.os, function, refuse)
+            writing(*args)
+
+    monkeypatch.setattr(files, "write_json", write_on_a_full_disk)
     data = _load(tmp_path)
     monkeypatch.undo()
-    assert not list(Path(data.folder).glob(f"{check.REPORT}*"))
+    assert called and not [name for name in os.listdir(data.folder) if "report" in name or "partial" in name]
     assert data.label_report()["splits"]["train"]["images"] == 3  # made anew
 
 
