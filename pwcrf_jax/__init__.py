@@ -1,7 +1,7 @@
 """Contextual CRFs with CNN unary and pairwise potentials, trained piecewise: the functional API.
 
-Everything named here imports jax and numpy only. What computes with arrays is differentiable and batched, and carries
-no `jit` (but for `dense_crf.refine`); `costs` and `plan` say beforehand what it will cost.
+Everything named here imports jax and numpy only. What computes with arrays is differentiable and batched, and compiles
+itself once for each combination of shapes and settings; `costs` and `plan` say beforehand what it will cost.
 """
 
 from pwcrf_jax import (

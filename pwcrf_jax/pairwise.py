@@ -213,7 +213,7 @@ def _last_layer(hidden, w2, b2):
 
 
 def _guarded_last_layer(hidden, w2, b2):
-    """NaN without a gradient where a node holds NaN or infinities: a mask may hide them later, and 0 times NaN is NaN."""
+    """NaN without a gradient where a node holds NaN or infinities: a mask may hide them later, and 0 NaN is NaN."""
     sound = jnp.isfinite(jnp.max(hidden, axis=-1, initial=0))
     scores = _last_layer(jnp.where(sound[..., None], hidden, 0), w2, b2)
     return jnp.where(sound[..., None, None], scores, jnp.nan)
@@ -638,7 +638,7 @@ def _send(sender, receiver, sent, box, w2, b2, chunk_edges):
         q = read(sent, start) * real[:, None, None]
         folded = einsum("rtl,lmk->rtmk", q, w2).astype(sender.dtype)
         shifts = jnp.asarray(np.concatenate([np.zeros((len(box), 1), np.int32), box + (reach_row, reach_col)], axis=1))
-        ends = (start[:, None] + shifts.astype(jnp.int32)).reshape(-1, 3)
+        ends = (start[:, None] + shifts.astype(jnp.int32)[None]).reshape(-1, 3)
         ends_part = read(receiver, ends).reshape(runs, len(box), run, m)
         hidden = jax.nn.relu(jnp.moveaxis(ends_part, 1, 2) + read(sender, start)[:, :, None])
         message = einsum("rtcm,rtmk->rtck", hidden, folded)

@@ -97,12 +97,12 @@ CASES = {
         grid(v), v["labels"], node_weights=v["weights"]
     ),
     "pairwise_log_likelihood-table": lambda v: piecewise.pairwise_log_likelihood(table(v), nodes(v, "labels")),
-    "edge_log_likelihood": lambda v: pairwise.edge_log_likelihood(grid(v, False), v["labels"], v["mask"]),
+    "edge_log_likelihood": lambda v: pairwise.edge_log_likelihood(grid(v, False), v["labels"], v["mask"], void=255),
     "edge_log_likelihood-chunks": lambda v: pairwise.edge_log_likelihood(
-        grid(v), v["labels"], v["mask"], chunk_edges=5
+        grid(v), v["labels"], v["mask"], chunk_edges=5, void=255
     ),
     "edge_log_likelihood-sample": lambda v: pairwise.edge_log_likelihood(
-        grid(v), v["labels"], v["mask"], v["weights"], sample=sample(v)
+        grid(v), v["labels"], v["mask"], v["weights"], sample=sample(v), void=255
     ),
     "pairwise_log_likelihood-sample": lambda v: piecewise.pairwise_log_likelihood(
         grid(v), v["labels"], chunk_edges=7, sample=sample(v)
