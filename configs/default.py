@@ -77,7 +77,7 @@ def get_config():
     # training: pseudo_likelihood, unrolled_mean_field, unrolled_mean_field_staged, exact (tiny grids)
     config.loss.objective = "piecewise"
     config.loss.unary_share = 0.5  # of the steps, that those in stages train the unary; 0: it comes with init_from
-    config.loss.reduction = "mean"  # mean: of each term's factors [choice]; sum: over all factors of an image
+    config.loss.reduction = "mean"  # mean: of each kind of factor [choice]; sum: over all of an image (the paper's)
     config.loss.pairwise_weight = 1.0
     config.loss.balance_power = 0.0  # 1: per-image inverse class frequency; 0: off
     config.loss.pairwise_balance_power = -1.0  # that of the relations; -1: the same

@@ -174,6 +174,10 @@ def open_mat73(path: Path, *names: str) -> Iterator[tuple[h5py.Dataset | h5py.Gr
         with h5py.File(path, "r") as content:
             variables = tuple(_variable(content, name, path) for name in names)
             for name, variable in zip(names, variables, strict=True):
+                if not isinstance(content.get(name, getlink=True), h5py.HardLink) or (
+                    isinstance(variable, h5py.Dataset) and (variable.is_virtual or variable.external)
+                ):
+                    raise DataError(f"{path}: {name!r} lies in another file; restore it from the original data")
                 # HDF5 2.0 ends the process where a checked chunk is shorter than its checksum; MATLAB writes none.
                 if isinstance(variable, h5py.Dataset) and variable.fletcher32:
                     raise DataError(f"{path}: {name!r} has checksums, as MATLAB never writes; restore it from the "

@@ -1,5 +1,6 @@
 """What train.py and eval.py share: flags in, one readable line out when something is refused."""
 
+import contextlib
 import os
 import re
 import signal
@@ -124,9 +125,14 @@ def run(main, before_parsing=None, before_main=None, interrupted="stopped by Ctr
             distributed.agree(lambda: agreement.of_start(require("config")))
             _use_cache()
             main(argv)
+            sys.stdout.flush()  # here what cannot be written is told in a line
         except OSError as error:
-            named = isinstance(error, files.FileError) or error.filename is None
-            error = error if named else files.refused(error.filename, "cannot be used", error)
+            if isinstance(error, files.FileError):
+                _end(REFUSED, f"error: {_one_line(error)}")
+            if error.filename is None:  # files of ours have names: it is where the output goes
+                with contextlib.suppress(OSError, ValueError):  # or Python tries again when it ends
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            error = files.refused(error.filename or "standard output", "cannot be used", error)
             _end(REFUSED, f"error: {_one_line(error)}")
         except (ConfigError, DataError, WeightsError, CheckpointError) as error:
             _end(REFUSED, f"error: {_one_line(error)}")

@@ -34,7 +34,7 @@ def user_folder() -> str:
     """
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):  # the rules of XDG: it is to be ignored then
-        base = files.expand_path("~/.cache", "no $XDG_CACHE_HOME, and the folder of caches")
+        base = files.expand_path("~/.cache", "no $XDG_CACHE_HOME; its default")
     return os.path.join(base, "pwcrf_jax", "programs")
 
 

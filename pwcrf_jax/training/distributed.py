@@ -173,9 +173,11 @@ def _start_named(options):
         try:
             _wire = wire.Hub(number, port)
         except OSError as error:
+            with contextlib.suppress(ConfigError):
+                wire.Spoke(0, number, [("127.0.0.1", port)], 1)  # ends here where another process 0 has it
             raise ConfigError(
-                f"--coordinator={options.coordinator}: process 0 cannot listen on port {port} ({error.strerror}); end "
-                "the program that has it, or name another port, in all processes"
+                f"--coordinator={options.coordinator}: process 0 cannot listen on port {port} "
+                f"({os.strerror(error.errno)}); end the program that has it, or name another port, in all processes"
             ) from None
         with socket.create_server(("", 0)) as free:
             port = free.getsockname()[1]

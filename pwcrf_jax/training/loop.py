@@ -115,8 +115,9 @@ def checked_dataset(config, workdir=""):
 
 
 def _check_start(config):
-    if config.init_from and not os.path.exists(config.init_from):
-        raise WeightsError(f"config.init_from = {config.init_from!r} does not exist")
+    if config.init_from and not (os.path.isfile(config.init_from) or os.path.isdir(config.init_from)):
+        there = "is neither a file nor a folder" if os.path.exists(config.init_from) else "does not exist"
+        raise WeightsError(f"config.init_from = {config.init_from!r} {there}")
     freezing.check_before_data(config)
 
 
@@ -363,6 +364,7 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_
             writer.write(step, {k: v for k, v in numbers.items() if isinstance(v, float)}, "val")
             if panel:
                 writer.picture(step, f"val/image_truth_{'_'.join(panel.rows)}", panel.picture())
+            writer.sync()
         score = result["rows"][configs.final_row(config)]["miou"]
         save_best(score)
         latest.note(step, {"score": score})  # now the evaluation is done

@@ -295,7 +295,13 @@ def _score_kernels(config, dataset, split, marginals, settings, mode, what):
         mine = marginals[index : index + config.eval.batch_size]
         index += len(mine)
         batch = {k: batch[k][: len(mine)] for k in ("image", "label", "valid_size")}
-        counts, _ = refinement.refine_batch(np.stack([np.load(f) for f in mine]), batch, settings, mode)
+        try:
+            kept = np.stack([np.load(path) for path in mine])
+        except (ValueError, EOFError) as error:
+            raise files.FileError(
+                f"{os.path.dirname(mine[0])} cannot be used ({error}); delete it, tune again"
+            ) from None
+        counts, _ = refinement.refine_batch(kept, batch, settings, mode)
         total = total + counts[0].astype(np.int64)
     return _mean_iou(total, config, dataset, split)
 

@@ -286,7 +286,7 @@ class Spoke(_Wire):
 def _meet(addresses, hello, seconds):
     """(channel, answer) of process 0."""
     since, stranger, why = time.monotonic(), None, ""
-    while (passed := time.monotonic() - since) < (LATE if stranger else seconds):
+    while (passed := time.monotonic() - since) < (min(LATE, seconds) if stranger else seconds):
         for address in addresses:
             try:
                 channel = _Channel(socket.create_connection(address, timeout=_ANSWER))

@@ -151,6 +151,29 @@ def test_damaged_mat_files(old, new, tmp_path, damage):
                     pass
 
 
+@pytest.mark.parametrize("kind", ["external link", "soft link", "virtual", "external bytes"])
+def test_mat_files_that_would_read_others(kind, new, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.arange(6, dtype=np.uint16).tofile("other.bin")
+    with h5py.File("other.mat", "w") as other:
+        other["labels"] = np.arange(6, dtype=np.uint16)
+    with h5py.File(new, "a") as file:
+        file.move("labels", "mine")
+        match kind:
+            case "external link":
+                file["labels"] = h5py.ExternalLink("other.mat", "/labels")
+            case "soft link":
+                file["labels"] = h5py.SoftLink("/mine")
+            case "virtual":
+                layout = h5py.VirtualLayout((6,), np.uint16)
+                layout[:] = h5py.VirtualSource("other.mat", "labels", (6,))
+                file.create_virtual_dataset("labels", layout)
+            case "external bytes":
+                file.create_dataset("labels", (6,), np.uint16, external=[("other.bin", 0, 12)])
+    with pytest.raises(DataError, match=r"new\.mat: 'labels' lies in another file"), open_mat73(new, "labels"):
+        pass
+
+
 def test_voc_palette():
     assert voc_palette(22)[:4] == ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0))
     assert voc_palette(256)[255] == (224, 224, 192) and voc_palette(21)[20] == (0, 64, 128)

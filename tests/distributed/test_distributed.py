@@ -157,6 +157,7 @@ slow = pytest.mark.slow
         (["--config.train.steps=abc"], {}, "config.train.steps = 'abc' must be"),
         pytest.param(["--heartbeat=x"], {}, "flag --heartbeat=x", marks=slow),
         pytest.param(["--num_processes=3"], {}, "--num_processes=3, process 0", marks=slow),
+        pytest.param(["--process_id=0"], {}, "two processes were started with --process_id=0", marks=slow),
         pytest.param(["--config=configs/voc_vgg16.py"], {}, "config.", marks=slow),
         pytest.param([], {"JAX_DEFAULT_MATMUL_PRECISION": "bfloat16"}, "jax_default_matmul_precision", marks=slow),
         pytest.param([], {"JAX_NUM_CPU_DEVICES": "1"}, "the devices: ", marks=slow),
@@ -205,6 +206,28 @@ cli.run(main, before_main=distributed.start)
 """
 
 
+def sums(tmp_path, at, fault, found=False):
+    """Starts `SUMS`: a list of (process, path of its log). found: as in Slurm, else with a coordinator."""
+    script = tmp_path / "sums.py"
+    script.write_text(SUMS)
+    environment = {"FAULT": fault, "AT": str(at), "PYTHONPATH": str(ROOT)}
+    cluster = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    started = []
+    for i in range(2):
+        flags = ["--distributed"] if found else [f"--coordinator={address}", "--num_processes=2", f"--process_id={i}"]
+        flags += ["--heartbeat=5"]
+        of_slurm = cluster | {"SLURM_PROCID": str(i), "SLURM_LOCALID": "0"} if found else {}
+        log = tmp_path / f"{i}.log"
+        with open(log, "w") as file:
+            variables = os.environ | {"JAX_PLATFORMS": "cpu"} | environment | of_slurm
+            command = [sys.executable, script, *flags]
+            started.append((subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT, env=variables), log))
+    return started
+
+
 @pytest.mark.parametrize(
     ("at", "fault", "code", "said"),
     [
@@ -220,27 +243,21 @@ cli.run(main, before_main=distributed.start)
 @pytest.mark.parametrize("found", [False, pytest.param(True, marks=slow)], ids=["coordinator", "slurm"])
 def test_the_end_of_one_is_the_end_of_all(tmp_path, at, fault, code, said, found):
     """With the code and the line of the one that has the fault, while the other waits for it in a sum."""
-    script = tmp_path / "sums.py"
-    script.write_text(SUMS)
-    environment = {"FAULT": fault, "AT": str(at), "PYTHONPATH": str(ROOT)}
-    cluster = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    started = []
-    for i in range(2):
-        flags = ["--distributed"] if found else [f"--coordinator={address}", "--num_processes=2", f"--process_id={i}"]
-        of_slurm = cluster | {"SLURM_PROCID": str(i), "SLURM_LOCALID": "0"} if found else {}
-        log = tmp_path / f"{i}.log"
-        with open(log, "w") as file:
-            variables = os.environ | {"JAX_PLATFORMS": "cpu"} | environment | of_slurm
-            command = [sys.executable, script, *flags]
-            started.append((subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT, env=variables), log))
-    codes, logs = finished(started)
+    codes, logs = finished(sums(tmp_path, at, fault, found))
     assert codes[1 - at] == code and said in logs[1 - at], (codes, logs)
     assert f"error: process {at} on " in logs[1 - at] and "Traceback" not in logs[1 - at]
     if "os." not in fault:
         assert codes[at] == code and said in logs[at]
+
+
+@slow
+def test_one_that_falls_silent_ends_the_others(tmp_path):
+    """Its connections stay, as where a host loses power: JAX's own service tells."""
+    started = sums(tmp_path, 1, "os.kill(os.getpid(), 19)")
+    try:
+        assert started[0][0].wait(HANGS) == -signal.SIGABRT, started[0][1].read_text()
+    finally:
+        started[1][0].kill()
 
 
 @pytest.mark.parametrize("index", [0, pytest.param(1, marks=slow)])

@@ -1,6 +1,7 @@
 """What training leaves as it starts must not start at random: refused before data are prepared, whatever freezes it."""
 
 import importlib
+import os
 import pathlib
 import re
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import small
 
+from pwcrf_jax.nets import WeightsError
 from pwcrf_jax.nets.pretrained import KNOWN_FILES
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate, freezing, loop, optimizer
@@ -96,12 +98,6 @@ def frozen(tmp_path):
     return small.config(tmp_path, **MOBILENET | {"model.mobilenet_v2.freeze_until": "block_3"})
 
 
-def test_a_file_of_weights_makes_it_fit(frozen, tmp_path, mobilenet_file):
-    frozen.init_from = mobilenet_file
-    _, start = loop.resolve(frozen, str(tmp_path / "work"))
-    assert np.any(start()["featmap"]["backbone"]["Conv1"]["kernel"])
-
-
 @pytest.mark.parametrize("given", ["all of it", "the backbone", "but one layer", "nothing frozen"])
 def test_a_run_makes_it_fit_where_it_has_all_that_is_frozen(given, frozen, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
@@ -146,6 +142,24 @@ def test_a_file_of_weights_holds_no_unary(share, tmp_path, monkeypatch):
     (tmp_path / "mobilenet.h5").touch()
     with pytest.raises(configs.ConfigError, match=r"unary_share = .* keeps unary/first .*name the workdir of a run"):
         loop.train_and_evaluate(config, str(tmp_path / "work"))
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "device", "link to nothing", "link round", "nothing"])
+def test_a_start_that_is_no_file(kind, tmp_path, monkeypatch):
+    """Before data are prepared, and without waiting for the other end of a FIFO."""
+    path = tmp_path / "weights.h5"
+    match kind:
+        case "FIFO":
+            os.mkfifo(path)
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "link to nothing":
+            path.symlink_to(tmp_path / "none")
+        case "link round":
+            path.symlink_to(path)
+    monkeypatch.setattr(loop, "load_dataset", lambda **_: pytest.fail("data were prepared"))
+    with pytest.raises(WeightsError, match=f"init_from = '{path}' (does not exist|is neither a file nor a folder)"):
+        loop.train_and_evaluate(small.config(tmp_path, init_from=str(path)), str(tmp_path / "work"))
 
 
 @pytest.mark.parametrize("backbone", KNOWN_FILES)

@@ -28,6 +28,7 @@ from pwcrf_jax.training import (
     report,
     report_parts,
     steps,
+    tiling,
     tuning,
 )
 from pwcrf_jax.training import config as configs
@@ -350,10 +351,13 @@ def test_a_start_from_relations_of_other_distances_is_told(changes, new, config,
 
 
 MODELS = {
-    "relations": {},
-    "no relation": {"model.relations": (), "crf.num_iterations": 0},
-    "several scales": {"model.scales": (1.2, 0.7), "crf.normalize": False, "crf.weights": (0.3,)},
-    "refinement convolutions": {"model.refinement_convs.layers": ("block1",), "model.refinement_convs.width": 4},
+    "relations": ({"crf.weights": (0.3,)}, (96, 128)),
+    "several scales, an odd frame": ({"model.scales": (1.2, 0.7), "crf.weights": (0.3,)}, (101, 131)),
+    "no relation": ({"model.relations": (), "crf.num_iterations": 0}, (101, 131)),
+    "refinement convolutions, a map finer than the image": (
+        {"model.scales": (2.6,), "model.refinement_convs.layers": ("conv1",), "model.refinement_convs.width": 4},
+        (53, 67),
+    ),
 }
 
 
@@ -370,15 +374,15 @@ def noise(rng, height, width):
     return coarse.repeat(9, 0).repeat(9, 1)[:height, :width]
 
 
-@pytest.mark.parametrize("frame", [(96, 128), (101, 131)])
-@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize(("changes", "frame"), MODELS.values(), ids=MODELS)
 def test_scored_labels_are_predicted_labels(changes, frame, tmp_path):
     """At every pixel of images of odd sizes: by the evaluation step, into files, and by the exported predictor."""
     config = small.config(tmp_path, **changes, **{"data.eval_size": frame})
     model = configs.build_model(config)
     params = random_params(model)
     rng = np.random.default_rng(1)
-    sizes = [frame, (95, 127), (75, 91), (33, 128), (96, 17), (1, 1), (5, 64), (17, 3)]
+    height, width = frame
+    sizes = [frame, (height - 1, width - 1), (height - 20, 61), (33, width), (height, 17), (1, 1), (5, 64), (17, 3)]
     images = [noise(rng, *size) for size in sizes]
     batch = {"image": np.full((8, *frame, 3), MEAN_COLOUR, UINT8), "label": np.zeros((8, *frame), UINT8)}
     batch["valid_size"] = np.array(sizes, INT32)
@@ -393,11 +397,38 @@ def test_scored_labels_are_predicted_labels(changes, frame, tmp_path):
     exported = np.asarray(
         jax.jit(export.make_predictor(config, model, params, frame))(batch["image"], batch["valid_size"])
     )
-    assert len(np.unique(scored)) > 3, "few classes would hide everything"
+    assert len(np.unique(scored)) >= 3, "few classes would hide everything"
     for size, *three in zip(sizes, scored, predicted, exported, strict=True):
         first, second, third = (x[: size[0], : size[1]] for x in three)
         np.testing.assert_array_equal(first, second, err_msg=f"{size}")
         np.testing.assert_array_equal(second, third, err_msg=f"{size}")
+
+
+@pytest.mark.parametrize("spread", [1e-6, 1e-7])
+@pytest.mark.parametrize(
+    ("frame", "size", "classes"),
+    [((96, 128), (75, 91), 5), ((101, 131), (101, 131), 21), ((240, 320), (233, 311), 11), ((67, 45), (31, 45), 2)],
+)
+def test_labels_are_read_alike_where_scores_almost_tie(frame, size, classes, spread, monkeypatch):
+    """To the last bit: as evaluation reads them, prediction, in blocks of few rows, and the exported predictor."""
+    monkeypatch.setattr(inference, "BLOCK", 2**13)
+    grid = grid_size(frame, (1.0,))
+    cells = (-1.6 + spread * np.random.default_rng(0).normal(size=(3, *grid, classes))).astype(np.float32)
+    valid = np.array([size] * 3, INT32)
+
+    def labels(cells, valid):
+        mask = segmenter.grid_mask(valid, grid, frame)
+        return jnp.argmax(segmenter.upsample(cells, *frame, mask), axis=-1)
+
+    scored = np.asarray(jax.jit(labels)(cells, valid))[:, : size[0], : size[1]]
+    one = lambda cells, valid: labels(cells[None], valid[None])[0]
+    exported = np.asarray(jax.jit(jax.vmap(one))(cells, valid))[:, : size[0], : size[1]]
+    layout = tiling.layout(size, frame, frame, 0.5, (1.0,))
+    mask = np.asarray(segmenter.grid_mask(valid[:1], grid, frame)[0])
+    predicted = np.stack([inference.Marginals(size, [(x, mask, layout, False)]).labels() for x in cells])
+    np.testing.assert_array_equal(predicted, scored)
+    np.testing.assert_array_equal(exported, scored)
+    assert len(np.unique(scored)) == classes
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import pwd
+import re
 import subprocess
 import sys
 
@@ -44,16 +45,16 @@ USER = pwd.getpwuid(os.getuid())
 @pytest.mark.parametrize(
     "home, text, expected",
     [
-        ("/home/me", "~/run", "/home/me/run"),
-        ("/home/me", "~", "/home/me"),
-        ("/home/me/", "~/a/../b", "/home/me/a/../b"),
+        ("/users/me", "~/run", "/users/me/run"),
+        ("/users/me", "~", "/users/me"),
+        ("/users/me/", "~/a/../b", "/users/me/a/../b"),
         ("/", "~/run", "/run"),
-        ("/home/me", f"~{USER.pw_name}/run", os.path.join(USER.pw_dir.rstrip("/"), "run")),
+        ("/users/me", f"~{USER.pw_name}/run", os.path.join(USER.pw_dir.rstrip("/"), "run")),
         (None, "~/run", os.path.join(USER.pw_dir.rstrip("/"), "run")),
         ("", "~/run", None),
         ("relative", "~/run", None),
-        ("/home/me", "~nobody-of-this-name/run", None),
-        ("/home/me", "~~/run", None),
+        ("/users/me", "~nobody-of-this-name/run", None),
+        ("/users/me", "~~/run", None),
     ],
 )
 def test_homes(home, text, expected, monkeypatch):
@@ -78,10 +79,10 @@ def test_a_user_whom_nobody_knows(monkeypatch):
 @pytest.mark.parametrize("flag", cli.PATHS)
 @pytest.mark.parametrize("dashes", ["-", "--"])
 def test_every_flag_that_names_a_path(flag, dashes, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/users/me")
     argv = ["eval.py", f"{dashes}{flag}=~/a", f"{dashes}{flag}", "~/b", f"{dashes}{flag}=c", f"{dashes}{flag}"]
     cli._expand_paths(argv)
-    assert argv == ["eval.py", f"{dashes}{flag}=/home/me/a", f"{dashes}{flag}", "/home/me/b", f"{dashes}{flag}=c",
+    assert argv == ["eval.py", f"{dashes}{flag}=/users/me/a", f"{dashes}{flag}", "/users/me/b", f"{dashes}{flag}=c",
                     f"{dashes}{flag}"]  # fmt: skip
     for words in ([f"{dashes}{flag}=s3://a/b"], [f"{dashes}{flag}", "s3://a/b"]):
         with pytest.raises(FileError, match=f"{dashes}{flag}=s3://a/b: only local"):
@@ -133,6 +134,17 @@ def test_the_check_command(where, value, tmp_path, monkeypatch, capsys):
     assert check.main(words) == 2
     (line,) = capsys.readouterr().out.splitlines()
     assert f"{where}={value}: " in line and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", ["print('x' * 10)", "print('x' * 10**6)", "print('x', flush=True)", "open('/a/b')"])
+def test_output_that_cannot_be_written(words):
+    """In one line, and not once more when Python ends."""
+    code = "from absl import flags; from pwcrf_jax.training import cli; flags.DEFINE_string('workdir', '', ''); "
+    code += f"flags.DEFINE_string('config', '', ''); cli.run(lambda _: {words})"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    where = r"/a/b cannot be used \(No such" if "open" in words else r"standard output cannot be used \(No space left"
+    assert done.returncode == 2 and re.fullmatch(rf"error: {where}.*; .*\n", done.stderr), done.stderr
 
 
 # --- platforms ----------------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ import optax
 import pytest
 from jax import export
 
-from configs import camvid_mobilenet_v2, demo, voc_vgg16
-from pwcrf_jax import mean_field, piecewise, segmenter
+from configs import camvid_mobilenet_v2, demo, kitti_vgg16, paper, siftflow_vgg16, voc_vgg16
+from pwcrf_jax import mean_field, piecewise, segmenter, validity_mask
+from pwcrf_jax.nets import grid_size
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate, parallel, steps
 from pwcrf_jax.training.optimizer import make_optimizer
@@ -254,3 +255,30 @@ def test_chunks_and_routes_change_no_figure(config):
     assert len(programs) == 4
     for other in got[1:]:
         _assert_trees_close(other, got[0], 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "factors"),
+    [(voc_vgg16, 35.7), (camvid_mobilenet_v2, 36.8), (siftflow_vgg16, 36.3), (kitti_vgg16, 38.2)],
+)
+def test_sums_are_the_papers_and_means_weigh_a_relation_as_the_unary(config, factors):
+    """The number of pair factors to each unary one, which configs/paper.py names, is what sums weigh relations with."""
+    config = config.get_config()
+    grid = grid_size(config.data.crop_size, config.model.scales)
+    counts = {"unary": grid[0] * grid[1]}
+    counts |= {name: validity_mask(box, *grid).sum() for name, box in configs.relations(config).items()}
+    terms = {
+        name: (jnp.float32(-2.0 * n), jnp.float32(n)) for name, n in counts.items()
+    }  # of one image, each factor -2
+    weights = dict.fromkeys(terms, 1.0)
+    assert steps.objective(terms, 1, weights, "mean") == pytest.approx(2.0 * len(terms))
+    total = steps.objective(terms, 1, weights, "sum")
+    assert total == pytest.approx(2.0 * sum(counts.values()))
+    assert total / steps.objective({"unary": terms["unary"]}, 1, {"unary": 1.0}, "sum") - 1 == pytest.approx(
+        factors, abs=0.05
+    )
+    assert config.loss.reduction == "mean"
+
+
+def test_what_the_paper_configs_say_of_their_loss():
+    assert "35.7 to each unary factor" in paper.__doc__.replace("\n", " ") and "reduction=sum" in paper.__doc__
