@@ -224,7 +224,7 @@ def main(_):
         about = export.export_predictor(
             config, workdir, options.export, options.checkpoint, options.export_size, options.overwrite
         )
-        print("\n".join(about["load"]), flush=True)
+        say("\n".join(about["load"]))
         print(json.dumps({"file": options.export} | {k: about[k] for k in ("step", "size", "batch", "bytes")}))
         return
     page = None

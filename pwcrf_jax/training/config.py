@@ -206,7 +206,7 @@ def relations(config: ConfigDict) -> dict[str, np.ndarray]:
         if any(kept) and not all(kept):
             given, other = _OFFSETS if kept[0] else _OFFSETS[::-1]
             raise ConfigError(
-                f"config.relations.{name}.{given} = {c[given]} must be given with {other}: set both, or leave both empty"
+                f"config.relations.{name}.{given} = {c[given]} must be given with {other}: set both, or neither"
             )
         if (len(c.row_offsets) * len(c.col_offsets) if all(kept) else _num_offsets(box, grid)) > _MAX_OFFSETS:
             raise ConfigError(

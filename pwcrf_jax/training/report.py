@@ -301,14 +301,14 @@ def default_file(workdir: str, split: str) -> str:
 def _calibration(bins):
     """Of (number, sum of confidence, number right) in each bin: the curve, and the expected calibration error."""
     number, confidence, right = bins
-    total = max(number.sum(), 1)
-    mean = lambda x: [float(a / n) if n else None for a, n in zip(x, number, strict=True)]
+    total, share = number.sum(), lambda a, n: float(a / n) if n else None
+    mean = lambda x: [share(a, n) for a, n in zip(x, number, strict=True)]
     return dict(
         number=number.astype(int).tolist(),
         confidence=mean(confidence),
         accuracy=mean(right),
-        ece=float(np.abs(right - confidence).sum() / total),
-        mean_confidence=float(confidence.sum() / total),
+        ece=share(np.abs(right - confidence).sum(), total),
+        mean_confidence=share(confidence.sum(), total),
     )
 
 

@@ -10,7 +10,7 @@ import small
 
 import pwcrf_jax as pw
 from pwcrf_jax import segmenter
-from pwcrf_jax.training import checkpoint, evaluate, loop, steps, tuning
+from pwcrf_jax.training import checkpoint, evaluate, loop, report, steps, tuning
 from pwcrf_jax.training import config as configs
 
 NAMES = ("sky", "water", "boat")
@@ -190,6 +190,15 @@ def test_the_best_is_never_one_without_a_figure(figures, config, tmp_path, monke
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         values = json.loads(line, parse_constant=lambda name: pytest.fail(name))
         assert "val/miou_all" not in values or values["val/miou_all"] == 100 * figures[values["step"] - 1]
+
+
+@pytest.mark.parametrize("counts", [[0, 0], [0, 4], [3, 0], [1, 1]], ids=str)
+def test_calibration_is_of_pixels_that_there_are(counts):
+    number = np.array(counts, np.float64)
+    got = strict_json(report._calibration((number, 0.75 * number, 0.5 * number)))
+    assert got["accuracy"] == [0.5 if n else None for n in counts]
+    expected = (0.25, 0.75) if any(counts) else (None, None)
+    assert (got["ece"], got["mean_confidence"]) == expected
 
 
 @pytest.mark.parametrize("place", [(2, 2), (2, 6), (6, 2), (6, 6)], ids=str)
