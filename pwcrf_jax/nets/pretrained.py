@@ -166,7 +166,10 @@ def _architecture(backbone: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     for name, module in (("vgg16", vgg16), ("mobilenet_v2", mobilenet_v2)):
         if module.layer_names()[0] in backbone:
             return name, tuple(layer for layer in module.layer_names() if layer in backbone)
-    raise WeightsError(f"no pretrained weights exist for a backbone with the layers {', '.join(backbone)}")
+    raise WeightsError(
+        f"no pretrained weights exist for a backbone with the layers {', '.join(backbone)}; name the workdir of a run "
+        "with this backbone, or leave config.init_from empty"
+    )
 
 
 def _takes_fc1(name: str, block: Any) -> bool:
