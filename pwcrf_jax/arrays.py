@@ -54,8 +54,8 @@ def einsum(subscripts, x, y):
 def compiled(out=None):
     """Decorator: a function of arrays that is compiled once for each combination of shapes and settings.
 
-    Positional arguments are pytrees of arrays, keyword-only ones are static. Within somebody else's `jit` it leaves no
-    trace of its own.
+    Positional arguments are pytrees of arrays, keyword-only ones are static. It is not inlined: the gradient of an
+    eager call would then be traced, and compiled, anew each time.
 
     Arguments may lie on a mesh whose axes are Explicit, the default of `jax.make_mesh`, where JAX wants the layout of
     every gather and scatter spelt out. The function is then compiled as for Auto axes, where XLA finds them, and only
@@ -78,7 +78,7 @@ def compiled(out=None):
             return jax.sharding.auto_axes(bound, axes=axes, out_sharding=layout)(*args)
 
         static = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        return jax.jit(laid_out, static_argnames=static, inline=True)
+        return jax.jit(laid_out, static_argnames=static)
 
     return decorate
 

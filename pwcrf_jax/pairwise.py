@@ -447,6 +447,11 @@ def prepared_messages(potential, marginals, node_mask, chunk_edges=None):
       ValueError: chunk_edges below 1.
     """
     _check_chunk(chunk_edges)
+    return _prepared_messages(potential, marginals, node_mask, chunk_edges=chunk_edges)
+
+
+@compiled(_messages_layout)
+def _prepared_messages(potential, marginals, node_mask, *, chunk_edges):
     marginals = marginals.astype(jnp.float32)
     table = isinstance(potential, PairwiseTable)
     node_shape = marginals.shape[-2:-1] if table else marginals.shape[-3:-1]
