@@ -18,7 +18,7 @@ from pwcrf_jax.training import cli, loop
 from pwcrf_jax.training import config as configs
 
 ROOT = pathlib.Path(__file__).parents[2]
-URLS = ["gs://bucket/run", "s3://b/k", "hdfs://host:9000/a", "https://x.org/a.h5", "file:///tmp/x", "GS://b", "gs:/b/x",
+URLS = ["gs://bucket/run", "s3://b/k", "hdfs://host:9000/a", "https://x.org/a.h5", "file:///x", "GS://b", "gs:/b/x",
         "abfss://c@a.dfs/x", " gs://b", "hf://user/model", "s3a://b/c"]  # fmt: skip
 LOCAL = ["runs/demo", "/abs/run", "./~", "a~b/c", "C:/x", "run:1/a", "a/b://c", "", "-", "x.py:variant", "./gs:/x"]
 
@@ -45,16 +45,16 @@ USER = pwd.getpwuid(os.getuid())
 @pytest.mark.parametrize(
     "home, text, expected",
     [
-        ("/home/me", "~/run", "/home/me/run"),
-        ("/home/me", "~", "/home/me"),
-        ("/home/me/", "~/a/../b", "/home/me/a/../b"),
+        ("/users/me", "~/run", "/users/me/run"),
+        ("/users/me", "~", "/users/me"),
+        ("/users/me/", "~/a/../b", "/users/me/a/../b"),
         ("/", "~/run", "/run"),
-        ("/home/me", f"~{USER.pw_name}/run", os.path.join(USER.pw_dir.rstrip("/"), "run")),
+        ("/users/me", f"~{USER.pw_name}/run", os.path.join(USER.pw_dir.rstrip("/"), "run")),
         (None, "~/run", os.path.join(USER.pw_dir.rstrip("/"), "run")),
         ("", "~/run", None),
         ("relative", "~/run", None),
-        ("/home/me", "~nobody-of-this-name/run", None),
-        ("/home/me", "~~/run", None),
+        ("/users/me", "~nobody-of-this-name/run", None),
+        ("/users/me", "~~/run", None),
     ],
 )
 def test_homes(home, text, expected, monkeypatch):
@@ -79,10 +79,10 @@ def test_a_user_whom_nobody_knows(monkeypatch):
 @pytest.mark.parametrize("flag", cli.PATHS)
 @pytest.mark.parametrize("dashes", ["-", "--"])
 def test_every_flag_that_names_a_path(flag, dashes, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/users/me")
     argv = ["eval.py", f"{dashes}{flag}=~/a", f"{dashes}{flag}", "~/b", f"{dashes}{flag}=c", f"{dashes}{flag}"]
     cli._expand_paths(argv)
-    assert argv == ["eval.py", f"{dashes}{flag}=/home/me/a", f"{dashes}{flag}", "/home/me/b", f"{dashes}{flag}=c",
+    assert argv == ["eval.py", f"{dashes}{flag}=/users/me/a", f"{dashes}{flag}", "/users/me/b", f"{dashes}{flag}=c",
                     f"{dashes}{flag}"]  # fmt: skip
     for words in ([f"{dashes}{flag}=s3://a/b"], [f"{dashes}{flag}", "s3://a/b"]):
         with pytest.raises(FileError, match=f"{dashes}{flag}=s3://a/b: only local"):

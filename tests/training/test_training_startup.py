@@ -245,10 +245,10 @@ def test_the_oldest_programs_go_first(home, monkeypatch):
 @pytest.mark.parametrize(
     "cache, user, expected",
     [
-        ("/caches", "/home/me", "/caches/pwcrf_jax/programs"),
-        ("", "/home/me", "/home/me/.cache/pwcrf_jax/programs"),
-        ("relative/caches", "/home/me", "/home/me/.cache/pwcrf_jax/programs"),
-        ("~/caches", "/home/me", "/home/me/.cache/pwcrf_jax/programs"),
+        ("/caches", "/users/me", "/caches/pwcrf_jax/programs"),
+        ("", "/users/me", "/users/me/.cache/pwcrf_jax/programs"),
+        ("relative/caches", "/users/me", "/users/me/.cache/pwcrf_jax/programs"),
+        ("~/caches", "/users/me", "/users/me/.cache/pwcrf_jax/programs"),
         (None, "/", "/.cache/pwcrf_jax/programs"),
         ("", "", None),
         (None, "relative", None),
