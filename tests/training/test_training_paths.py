@@ -18,7 +18,7 @@ from pwcrf_jax.training import cli, loop
 from pwcrf_jax.training import config as configs
 
 ROOT = pathlib.Path(__file__).parents[2]
-URLS = ["gs://bucket/run", "s3://b/k", "hdfs://host:9000/a", "https://x.org/a.h5", "file:///tmp/x", "GS://b", "gs:/b/x",
+URLS = ["gs://bucket/run", "s3://b/k", "hdfs://host:9000/a", "https://x.org/a.h5", "file:///x", "GS://b", "gs:/b/x",
         "abfss://c@a.dfs/x", " gs://b", "hf://user/model", "s3a://b/c"]  # fmt: skip
 LOCAL = ["runs/demo", "/abs/run", "./~", "a~b/c", "C:/x", "run:1/a", "a/b://c", "", "-", "x.py:variant", "./gs:/x"]
 
