@@ -94,7 +94,8 @@ def problem(case):
     if case.weights == "random":
         weights = (rng.uniform(0.2, 3, nodes) * (rng.random(nodes) > 0.1)).astype(np.float32)
     elif case.weights == "balance":
-        weights = np.array(piecewise.balance_weights(np.where(labels < case.classes, labels, 255), case.classes))
+        known = np.where((labels >= 0) & (labels < case.classes), labels, 255)
+        weights = np.array(piecewise.balance_weights(known, case.classes))
     if weights is not None and mask is not None:
         weights = np.where(mask, weights, np.nan)  # not read either
     return Problem(
