@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 import small
+from rows import full_row
 
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate
@@ -154,7 +155,7 @@ slow = pytest.mark.slow
     ("other", "environment", "said"),
     [
         (["--config.optimizer.learning_rate=0.02"], {}, "config.optimizer.learning_rate: 0.01 in process 0"),
-        (["--config.train.steps=abc"], {}, "config.train.steps = 'abc' must be"),
+        full_row((["--config.train.steps=abc"], {}, "config.train.steps = 'abc' must be")),
         pytest.param(["--heartbeat=x"], {}, "flag --heartbeat=x", marks=slow),
         pytest.param(["--num_processes=3"], {}, "--num_processes=3, process 0", marks=slow),
         pytest.param(["--process_id=0"], {}, "two processes were started with --process_id=0", marks=slow),
@@ -287,11 +288,11 @@ def test_scripts_are_read_by_bash_and_start_train_py(script):
     ("flags", "said"),
     [
         (["--coordinator=127.0.0.1:2"], "belong together"),
-        (["--num_processes=2", "--process_id=0"], "belong together"),
-        (["--coordinator=nowhere", "--num_processes=2", "--process_id=0"], "must be HOST:PORT"),
-        (["--coordinator=127.0.0.1:99999", "--num_processes=2", "--process_id=0"], "must be HOST:PORT"),
-        (["--coordinator=localhost:1", "--num_processes=2", "--process_id=2"], "count from 0"),
-        (["--distributed", "--process_id=1"], "give it alone"),
+        full_row((["--num_processes=2", "--process_id=0"], "belong together")),
+        full_row((["--coordinator=nowhere", "--num_processes=2", "--process_id=0"], "must be HOST:PORT")),
+        full_row((["--coordinator=127.0.0.1:99999", "--num_processes=2", "--process_id=0"], "must be HOST:PORT")),
+        full_row((["--coordinator=localhost:1", "--num_processes=2", "--process_id=2"], "count from 0")),
+        full_row((["--distributed", "--process_id=1"], "give it alone")),
         (["--distributed"], "JAX finds no cluster here"),
     ],
 )
