@@ -10,6 +10,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 from layouts import voc
 from PIL import Image
 from rows import full_row
@@ -39,7 +40,8 @@ def wide(tmp_path_factory):
     config.optimizer.learning_rate = 1e-2
     config.train.batch_size = config.eval.batch_size = 8
     config.train.steps = config.train.eval_every = config.train.checkpoint_every = 60
-    loop.train_and_evaluate(config, str(base / "work"))
+    with small.programs(tmp_path_factory):
+        loop.train_and_evaluate(config, str(base / "work"))
     return base / "work"
 
 
