@@ -230,16 +230,18 @@ def test_a_node_without_any_label_left_is_as_a_masked_one(route, masked, normali
     without[2, 1] = False
     v = parts()
     v |= {"unary": v["unary"].at[2, 1].set(-jnp.inf)}
-    settings = dict(normalize=normalize, iterations=3)
 
-    def loss(v, weights):
-        return jnp.sum(infer(v, weights, 0.0, route, mask, **settings)[0][without] ** 2)
+    @functools.partial(jax.jit, static_argnums=3)
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def loss(v, weights, mask, route):
+        log_q, change = infer(v, weights, 0.0, route, mask, iterations=3, normalize=normalize)
+        return jnp.sum(log_q[without] ** 2), (log_q, change)
 
-    log_q, change = infer(v, WEIGHTS, 0.0, route, mask if masked else None, **settings)
-    expected, expected_change = infer(parts(), WEIGHTS, 0.0, route, without, **settings)
+    (_, (log_q, change)), grads = loss(v, WEIGHTS, mask if masked else None, route)
+    (_, (expected, expected_change)), _ = loss(parts(), WEIGHTS, without, route)
     assert np.isnan(log_q[2, 1]).all()
     equal((log_q[without], change), (expected[without], expected_change))
-    assert all(np.isfinite(g).all() for g in jax.tree.leaves(jax.grad(loss, argnums=(0, 1))(v, WEIGHTS)))
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
 def test_a_nan_that_no_mask_hides_is_not_swept_under():
