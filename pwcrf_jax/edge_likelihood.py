@@ -128,8 +128,8 @@ def _walk_chunks(reach, a, b, w2, b2, evidence, weight, labels, mask, chunks, gr
         q = {name: shift(x)[:, chunk.q] for name, x in at_q.items()}
         weight_p = weight[:, chunk.p] * chunk.valid[None, :, None]
         edge_weight = edges(weight_p * q["weight"][..., 0])
-        # What masked nodes hold, NaN and infinities too, reaches neither the sum nor gradients.
-        counts = edges(mask[:, chunk.p] & q["mask"][..., 0])[:, None]
+        # What masked nodes hold, NaN and infinities too, reaches neither the sum nor gradients; nor do rows that fill up.
+        counts = edges(mask[:, chunk.p] & q["mask"][..., 0] & (chunk.valid[None, :, None] > 0))[:, None]
         hidden = jax.nn.relu(jnp.where(counts, edges(a[:, chunk.p] + q["b"]), 0))
         scores = matmul(hidden, matrix) + bias[None]
         if evidence is not None:
@@ -142,7 +142,8 @@ def _walk_chunks(reach, a, b, w2, b2, evidence, weight, labels, mask, chunks, gr
         norm = jnp.sum(exp, axis=-1, keepdims=True)
         value = (jnp.take_along_axis(scores, index, axis=-1) - highest - jnp.log(norm))
         value = jnp.where(counts, value, 0.0)[:, 0]
-        total = state["total"] + jnp.sum(edge_weight * value)
+        # Labels that are ruled out have -inf, and an edge that weighs nothing may have them.
+        total = state["total"] + jnp.sum(jnp.where(edge_weight == 0, 0.0, edge_weight * value))
         if not gradient:
             return {"total": total}
         picked = index == jnp.arange(k * k, dtype=jnp.int32)[None]

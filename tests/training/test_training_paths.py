@@ -10,6 +10,7 @@ import sys
 import jax
 import pytest
 import small
+from rows import full_but, full_row
 
 from pwcrf_jax import files
 from pwcrf_jax.data import check, load_dataset
@@ -136,7 +137,10 @@ def test_the_check_command(where, value, tmp_path, monkeypatch, capsys):
     assert f"{where}={value}: " in line and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("words", ["print('x' * 10)", "print('x' * 10**6)", "print('x', flush=True)", "open('/a/b')"])
+@pytest.mark.parametrize(
+    "words",
+    full_but(["print('x' * 10)", "print('x' * 10**6)", "print('x', flush=True)", "open('/a/b')"], "print('x' * 10)"),
+)
 def test_output_that_cannot_be_written(words):
     """In one line, and not once more when Python ends."""
     code = "from absl import flags; from pwcrf_jax.training import cli; flags.DEFINE_string('workdir', '', ''); "
@@ -172,9 +176,9 @@ def test_a_platform_that_is_not_there(error, says, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("platform, words", [
     ("gpu0", ["train.py", "--workdir=work"]),
-    ("cuda", ["train.py", "--workdir=work", "--dry-run"]),
+    full_row(("cuda", ["train.py", "--workdir=work", "--dry-run"])),
     ("cpu,metal", ["eval.py", "--workdir=trained", "--report=page.html"]),
-    ("CPU", ["eval.py", "--workdir=trained", "--tune-refinement"]),
+    full_row(("CPU", ["eval.py", "--workdir=trained", "--tune-refinement"])),
 ])  # fmt: skip
 def test_commands_without_their_platform(platform, words, tmp_path):
     script, *flags = words

