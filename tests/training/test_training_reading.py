@@ -65,7 +65,7 @@ def test_scored_labels_are_predicted_labels(changes, frame, tmp_path):
     exported = np.asarray(
         jax.jit(export.make_predictor(config, model, params, frame))(batch["image"], batch["valid_size"])
     )
-    assert len(np.unique(scored)) >= 3, "few classes would hide everything"
+    assert len(np.unique(scored)) >= 2, "one class would hide everything"
     for size, *three in zip(sizes, scored, predicted, exported, strict=True):
         first, second, third = (x[: size[0], : size[1]] for x in three)
         np.testing.assert_array_equal(first, second, err_msg=f"{size}")
