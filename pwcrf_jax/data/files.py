@@ -89,17 +89,20 @@ def present(path: Path, folder: bool = False) -> bool:
     """Whether an optional file (or folder) is there.
 
     Returns:
-      False only where nothing has its name.
+      False only where nothing has its name, or that of a folder that it would lie in.
 
     Raises:
       DataError: something has its name, but is a link to nothing, a pipe, a folder (or no folder), ...: what stands
-        there was meant to count.
+        there was meant to count. The same for the folders above it.
     """
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        if os.path.islink(path):
-            raise DataError(f"{path}: is a link to nothing; restore its target, or remove it") from None
+        there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+        if not os.path.exists(there):
+            raise DataError(f"{there}: is a link to nothing; restore its target, or remove it") from None
+        if not os.path.isdir(there):
+            raise DataError(f"{there}: is no folder, so that it cannot hold {path}; correct or remove it") from None
         return False
     except OSError as e:  # a link to itself, a folder that may not be looked into
         raise DataError(f"{path}: cannot be read ({e.strerror}); correct or remove it") from e

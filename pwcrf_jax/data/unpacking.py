@@ -23,6 +23,7 @@ from typing import BinaryIO, NamedTuple
 
 from pwcrf_jax.data.common import DataError
 from pwcrf_jax.data.disk import locked, unwritable
+from pwcrf_jax.data.files import open_file
 
 _CHUNK = 1 << 20  # bytes held at a time
 _MAX_RATIO, _SMALL = 100, 1 << 30  # images and masks are packed 1:10 at most; below _SMALL bytes nobody is harmed
@@ -170,8 +171,8 @@ class _Archive:
 
     def __init__(self, path: Path):
         self.path = path
+        self._file = open_file(path)
         with _reading(path):
-            self._file = open(path, "rb")
             self.size = os.fstat(self._file.fileno()).st_size
 
     def __enter__(self) -> "_Archive":
