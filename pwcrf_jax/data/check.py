@@ -2,8 +2,8 @@
 
     python -m pwcrf_jax.data.check image_folder --source_dir DIR [--data_dir DIR] [--partial] [--option seed=1]
 
-prepares the data set, as training would, and prints what the guard saw; exit code 1: refused, 2: a path that cannot be
-used. The guard sees it once, while it is prepared, and keeps `label_report.json` in the prepared folder.
+prepares the data set, as training would, and prints what the guard saw; exit code 2: refused, as flags, data and paths
+are by every command. The guard sees it once, while it is prepared, and keeps `label_report.json` in the prepared folder.
 """
 
 import argparse
@@ -330,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = data.label_report()
     except (DataError, files.FileError) as e:
         say(f"refused: {e}")
-        return 1 if isinstance(e, DataError) else 2
+        return 2
     finally:
         log.setLevel(level)
     say(f"{args.dataset}, prepared in {data.folder}\n{format_report(report)}")

@@ -145,8 +145,8 @@ def _refuse_own_objects(folder: Path, splits: Mapping[str, Sequence[Pair]], name
         own = [name for found in objects if plain(name := (found.findtext("name") or "").strip()) not in known]
         if any(own):
             raise DataError(
-                f"{path}: has objects of classes of its own ({', '.join(dict.fromkeys(own[:5]))}), but data.name stands "
-                f"for VOC's {len(names)}; use data.name=image_folder with the classes and the masks of this set"
+                f"{path}: has objects of classes of its own ({', '.join(dict.fromkeys(own[:5]))}), but data.name "
+                f"stands for VOC's {len(names)}; use data.name=image_folder with the classes and the masks of this set"
             )
 
 

@@ -361,9 +361,9 @@ def test_command(folder, capsys):
     assert "train: 6 images, 24-24 high, 36-36 wide" in out and "test: 1 images" in out and "street lamp" in out
     assert check.main([*arguments, "--option", "seed=3", "--option", "val_fraction=0.5"]) == 0
     capsys.readouterr()
-    assert check.main([*arguments, "--option", "val_fraction=x"]) == 1
+    assert check.main([*arguments, "--option", "val_fraction=x"]) == 2
     assert capsys.readouterr().out.startswith("refused: data.image_folder.val_fraction: 'x' is no float")
-    assert check.main(["image_foldre"]) == 1
+    assert check.main(["image_foldre"]) == 2
     assert "did you mean 'image_folder'" in capsys.readouterr().out
     with pytest.raises(SystemExit) as usage:
         check.main([*arguments, "--option", "seed"])
@@ -406,7 +406,7 @@ def test_command_whatever_standard_output_is(folder, monkeypatch, name):
         patch.setattr(sys, "stdout", stream)
         got = check.main(["image_folder", "--source_dir", str(folder[0]), "--data_dir", str(folder[1])])
         refused = check.main(["no_such_set"])
-    assert got == 0 and refused == 1
+    assert got == 0 and refused == 2
     if read:
         text = read(stream)
         assert "train: 6 images" in text and "street lamp" in text and "refused: " in text
@@ -427,6 +427,6 @@ def test_command_as_a_module(folder):
         folder[1],
     ]
     run = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
-    assert run.returncode == 1 and not run.stderr
+    assert run.returncode == 2 and not run.stderr
     assert run.stdout.startswith("refused: ") and "b.png: label value 3 is neither a class (0..2)" in run.stdout
     assert "off by one?" in run.stdout

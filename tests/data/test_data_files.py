@@ -405,4 +405,4 @@ def test_a_pipe_among_the_images_ends_the_check_command(own, tmp_path):
     os.mkfifo(own / "images/a.jpg")
     command = [sys.executable, "-m", "pwcrf_jax.data.check", "image_folder", "--source_dir", str(own)]
     done = subprocess.run([*command, "--data_dir", str(tmp_path / "p")], capture_output=True, text=True, timeout=300)
-    assert done.returncode and "a.jpg: is a pipe (FIFO)" in done.stdout
+    assert done.returncode == 2 and "a.jpg: is a pipe (FIFO)" in done.stdout
