@@ -34,9 +34,17 @@ _FOREIGN = (
     ".tga", ".psd", ".exr", ".hdr", ".svg", ".ico", ".dng", ".nef", ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".raf",
     ".raw", ".pcx", ".sgi", ".xcf",
 )  # fmt: skip
-_FOREIGN_STARTS = re.compile(
-    rb"GIF8[79]a|....ftyp(hei|hev|mif|msf|avi|crx)|P[1-7]\s|\0\0\0\x0cj(P  |XL )|\xff\x0a|8BPS|v/1\x01", re.DOTALL
-)
+_FOREIGN_STARTS = {
+    "GIF": rb"GIF8[79]a",
+    "HEIC": rb"....ftyp(hei|hev|mif|msf)",
+    "AVIF": rb"....ftypavi",
+    "raw": rb"....ftypcrx",
+    "PNM": rb"P[1-7]\s",
+    "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
+    "JPEG XL": rb"\0\0\0\x0cJXL |\xff\x0a",
+    "Photoshop": rb"8BPS",
+    "OpenEXR": rb"v/1\x01",
+}
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -135,7 +143,7 @@ def image_kind(path: Path) -> str:
       DataError: it cannot be read.
     """
     suffix = os.path.splitext(path)[1].lower()
-    if suffix in SUFFIXES:
+    if suffix in SUFFIXES and not path.name.startswith("._"):  # so macOS calls what it keeps beside a file
         return "image"
     try:
         regular = stat.S_ISREG(os.stat(path).st_mode)
@@ -148,7 +156,12 @@ def image_kind(path: Path) -> str:
     # Raw photographs are TIFF files, of a preview.
     if any(_accepts(name, head) for name in IMAGE_FORMATS if suffix not in _FOREIGN or name != "TIFF"):
         return "image"
-    return "foreign" if suffix in _FOREIGN or _FOREIGN_STARTS.match(head) else "other"
+    return "foreign" if suffix in _FOREIGN or foreign_format(head) else "other"
+
+
+def foreign_format(data: bytes) -> str | None:
+    """The format of an image that is not read, by its first bytes; None for all else."""
+    return next((name for name, start in _FOREIGN_STARTS.items() if re.match(start, data, re.DOTALL)), None)
 
 
 FOREIGN_REMEDY = f"images are {', '.join(IMAGE_FORMATS)} files ({', '.join(SUFFIXES)}); convert it, or remove it"

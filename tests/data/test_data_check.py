@@ -414,6 +414,30 @@ def test_command_whatever_standard_output_is(folder, monkeypatch, name):
         assert name != "latin-file" or "caf\u00e9" in text
 
 
+@pytest.mark.parametrize("key", ["name", "source_dir", "data_dir", "partial", "cls"])
+def test_what_is_no_option_is_refused_in_a_line(folder, capsys, key):
+    with pytest.raises(SystemExit, match="2"):
+        check.main(["image_folder", "--source_dir", str(folder[0]), "--option", f"{key}=x"])
+    assert f"{key!r} is no option of a data set" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["voc", "--source_dir", "nowhere"],
+        ["image_folder", "--option", "max_pixels=True"],
+        ["coco", "--option", "seed=1"],
+        ["synthetic", "--option", "num_train=0"],
+        ["synthetic", "--data_dir", "gs://bucket/x"],
+        ["synthetic", "--data_dir", "/dev/null"],
+    ],
+)
+def test_refusals_end_with_2_and_one_line(capsys, arguments):
+    assert check.main(arguments) == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("refused: ")
+
+
 def test_command_as_a_module(folder):
     layout.write_mask(folder[0] / "masks/b.png", np.full((24, 36), 3, np.uint8))
     command = [
