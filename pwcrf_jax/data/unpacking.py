@@ -259,8 +259,10 @@ def _check_count(found: int, raw: _Archive) -> None:
 
 
 def _tar(raw: _Archive, room: Path) -> Iterator[_Member]:
-    raw.check(0 if raw.path.suffix in (".gz", ".tgz") else raw.size, room)
-    stream = _Blocks(gzip.GzipFile(fileobj=raw, mode="rb") if raw.path.suffix in (".gz", ".tgz") else raw)
+    packed = raw.read(2) == b"\x1f\x8b"  # whatever its name: browsers unpack a .tgz and keep the name
+    raw.seek(0)
+    raw.check(0 if packed else raw.size, room)
+    stream = _Blocks(gzip.GzipFile(fileobj=raw, mode="rb") if packed else raw)
     unpacked = 0
     with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8") as archive:
         while info := archive.next():
