@@ -128,7 +128,7 @@ def _walk_chunks(reach, a, b, w2, b2, evidence, weight, labels, mask, chunks, gr
         q = {name: shift(x)[:, chunk.q] for name, x in at_q.items()}
         weight_p = weight[:, chunk.p] * chunk.valid[None, :, None]
         edge_weight = edges(weight_p * q["weight"][..., 0])
-        # What masked nodes hold, NaN and infinities too, reaches neither the sum nor gradients; nor do rows that fill up.
+        # What masked nodes hold, NaN and infinities too, reaches neither the sum nor gradients; nor do rows beyond.
         counts = edges(mask[:, chunk.p] & q["mask"][..., 0] & (chunk.valid[None, :, None] > 0))[:, None]
         hidden = jax.nn.relu(jnp.where(counts, edges(a[:, chunk.p] + q["b"]), 0))
         scores = matmul(hidden, matrix) + bias[None]

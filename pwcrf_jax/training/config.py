@@ -202,21 +202,11 @@ def relations(config: ConfigDict) -> dict[str, np.ndarray]:
     out = {}
     for name in config.model.relations:
         box, c = _box(config, name), config.relations[name]
-<<<<<<< HEAD
-        kept = bool(c.row_offsets), bool(c.col_offsets)
-        if any(kept) and not all(kept):
-            given, other = _OFFSETS if kept[0] else _OFFSETS[::-1]
-            raise ConfigError(
-                f"config.relations.{name}.{given} = {c[given]} must be given with {other}: set both, or neither"
-            )
-        if (len(c.row_offsets) * len(c.col_offsets) if all(kept) else _num_offsets(box, grid)) > _MAX_OFFSETS:
-=======
         kept = [key for key in _OFFSETS if c[key]]
         if len(kept) == 1:
             (other,) = set(_OFFSETS) - set(kept)
             raise ConfigError(f"config.relations.{name}.{kept[0]} = {c[kept[0]]} must be (), or {other} be set too")
         if (len(c.row_offsets) * len(c.col_offsets) if kept else _num_offsets(box, grid)) > _MAX_OFFSETS:
->>>>>>> offsets
             raise ConfigError(
                 f"config.relations.{name}: its box holds more than {_MAX_OFFSETS} offsets {where}; make it smaller, or "
                 "set its grid, such as 5"

@@ -164,11 +164,7 @@ def test_batches_lie_on_meshes_of_explicit_axes(name, axes):
     if name in BATCHED:
         expected = gradient(function)(v)
         with jax.set_mesh(mesh):
-<<<<<<< HEAD
             equal(jax.jit(gradient(function))(on_mesh), expected, 1e-4)
-=======
-            equal(jax.jit(gradient(function))(on_mesh), jax.jit(gradient(function))(v), 1e-4)
->>>>>>> speed
 
 
 # --- lists, mappings, one of a kind ----------------------------------------------------------------

@@ -245,12 +245,8 @@ def test_what_is_kept_of_a_box_is_what_the_crop_has(box, crop, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-<<<<<<< HEAD
-        ({"row_offsets": (-1, 0)}, "must be given with col_offsets"),
-=======
         ({"row_offsets": (-1, 0)}, r"surrounding.row_offsets = \(-1, 0\) must be \(\), or col_offsets be set too"),
         ({"col_offsets": (2,)}, r"surrounding.col_offsets = \(2,\) must be \(\), or row_offsets be set too"),
->>>>>>> offsets
         ({"row_offsets": (0,), "col_offsets": (0,)}, "relations.surrounding: its box holds no edge"),
         ({"row_offsets": (0.5,), "col_offsets": (1,)}, "row_offsets = .*must be a tuple, each an integer"),
         ({"row_offsets": tuple(range(-900, 900)), "col_offsets": tuple(range(-900, 900))}, "more than 1000000 offsets"),

@@ -121,7 +121,7 @@ def test_a_tilde_in_keys_of_a_config_file(tmp_path, monkeypatch):
     config.data.synthetic.update(num_train=8, num_val=8)
     assert load_dataset(**configs.dataset_options(config)).folder.startswith(str(tmp_path / "sets"))
     with pytest.raises(Exception, match=f"config.init_from = .*{tmp_path}/weights.h5.* does not exist"):
-        loop.resolve(config, str(tmp_path / "work"))
+        loop.checked_dataset(config)
     assert os.listdir(tmp_path) == ["sets"]
 
 

@@ -334,7 +334,13 @@ cli.run(main, interrupted="stopped")
         ("KeyboardInterrupt", 130, "stopped"),
         ("loop.NonFiniteError('step 3: loss nan')", 1, "error: step 3: loss nan"),
         full_row(("cli.ConfigError('config.seed')", 2, "error: config.seed")),
-        full_row(("OSError(28, 'No space left', 'runs/a')", 2, "error: [Errno 28] No space left: 'runs/a'")),
+        full_row(
+            (
+                "OSError(28, 'No space left', 'runs/a')",
+                2,
+                "error: runs/a cannot be used (No space left); make room on its disk",
+            )
+        ),
     ],
 )
 def test_exit_codes(error, code, said):
