@@ -51,6 +51,18 @@ def einsum(subscripts, x, y):
     return jnp.einsum(subscripts, x, y, precision=precision(x, y), preferred_element_type=jnp.float32)
 
 
+def vary_together(*trees):
+    """The trees, each leaf varying over all axes of a `jax.shard_map` over which any of them does.
+
+    A loop wants the carry that it begins with to vary as what it adds to it.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return trees
+    zeros = [jnp.zeros_like(x, shape=(), dtype=jnp.float32) for x in jax.tree.leaves(trees)]
+    varying = functools.reduce(jnp.add, zeros) == 0
+    return jax.tree.map(lambda x: jnp.where(varying, x, x), trees)
+
+
 def compiled(out=None):
     """Decorator: a function of arrays that is compiled once for each combination of shapes and settings.
 
@@ -68,6 +80,7 @@ def compiled(out=None):
     def decorate(function):
         @functools.wraps(function)
         def laid_out(*args, **settings):
+            args = vary_together(*args)
             mesh, axes = _explicit(args)
             if not axes:
                 return function(*args, **settings)

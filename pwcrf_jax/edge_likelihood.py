@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pwcrf_jax import costs
-from pwcrf_jax.arrays import matmul
+from pwcrf_jax.arrays import matmul, vary_together
 
 
 def sum_over_edges(a, b, w2, b2, evidence, weight, labels, mask, offsets, chunk_edges=None, sample=None):
@@ -34,7 +34,8 @@ def sum_over_edges(a, b, w2, b2, evidence, weight, labels, mask, offsets, chunk_
         chunks = _sampled_chunks(box, sample, height, min(height, max(1, chunk_edges // row_edges)))
     reach = int(np.abs(box[:, 1]).max())
     dtypes = tuple(None if x is None else x.dtype for x in (a, b, w2, b2, evidence, weight))
-    total = _chunked_sum((reach, dtypes), a, b, w2, b2, evidence, weight, labels, mask, chunks)
+    arrays = vary_together(a, b, w2, b2, evidence, weight, labels, mask, chunks)
+    total = _chunked_sum((reach, dtypes), *arrays)
     return total if sample is None else total * (len(box) / sample.shape[0])
 
 
@@ -172,12 +173,13 @@ def _walk_chunks(reach, a, b, w2, b2, evidence, weight, labels, mask, chunks, gr
             add("evidence", jnp.sum(pair, axis=2), jnp.sum(pair, axis=1))
         return new
 
-    state = {"total": jnp.float32(0)}
+    zeros = lambda *shape: jnp.zeros_like(a, shape=shape, dtype=jnp.float32)
+    state = {"total": zeros()}
     if gradient:
-        state |= {"matrix": jnp.zeros(matrix.shape, jnp.float32), "bias": jnp.zeros(bias.shape, jnp.float32)}
+        state |= {"matrix": zeros(*matrix.shape), "bias": zeros(*bias.shape)}
         for name, channels in (("hidden", m), ("weight", 1), *([] if evidence is None else [("evidence", k)])):
-            zeros = jnp.zeros((num_images, height, width, channels), jnp.float32)
-            state |= {name + "_p": zeros, name + "_q": border(zeros)}
+            of_nodes = zeros(num_images, height, width, channels)
+            state |= {name + "_p": of_nodes, name + "_q": border(of_nodes)}
     # Rematerialised for the sake of second derivatives.
     step = jax.checkpoint(lambda state, chunk: (body(state, chunk), None))
     state, _ = jax.lax.scan(step, state, chunks)

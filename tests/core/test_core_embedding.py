@@ -167,6 +167,22 @@ def test_batches_lie_on_meshes_of_explicit_axes(name, axes):
             equal(jax.jit(gradient(function))(on_mesh), expected, 1e-4)
 
 
+@pytest.mark.parametrize("name", ["unary", "pairs", "sampled", "pseudo", "unrolled", "run-folded", "run-table"])
+def test_devices_map_over_images_with_shard_map(name):
+    """With its own checks on: parameters that all devices share, loops whose carry begins as zeros."""
+    v = batch(104, count=2)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = {key: jax.P() if key in ("w2", "b2") else jax.P("data") for key in v}
+    number = lambda v: jax.tree.leaves(BATCHED[name](v))[0].sum()
+
+    def of_device(v):
+        value, change = jax.value_and_grad(lambda w2: number(v | {"w2": w2}))(v["w2"])
+        return jax.lax.psum(value, "data"), change  # of shared parameters JAX sums by itself
+
+    got = jax.jit(jax.shard_map(of_device, mesh=mesh, in_specs=(specs,), out_specs=(jax.P(), jax.P())))(v)
+    equal(got, jax.value_and_grad(lambda w2: number(v | {"w2": w2}))(v["w2"]), 1e-5)
+
+
 # --- lists, mappings, one of a kind ----------------------------------------------------------------
 
 
