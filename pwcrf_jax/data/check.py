@@ -19,7 +19,7 @@ import numpy as np
 
 from pwcrf_jax import files
 from pwcrf_jax.data.common import VOID, DataError, orientation, value_counts
-from pwcrf_jax.streams import say
+from pwcrf_jax.streams import naming_stdout, say
 
 REPORT = "label_report.json"
 INTERPOLATED = 0.35
@@ -29,6 +29,8 @@ SPREAD = 0.05
 """Share of borders that values other than the two most frequent ones must blur. Outlines, kerbs and poles are thin too
 and lie between others, but are drawn in few classes; interpolation makes all values between two. With four classes and
 fewer one cannot tell."""
+_ARGUMENTS = {"name": "DATASET"} | {name: f"--{name}" for name in ("source_dir", "data_dir", "partial")}
+"""What `load_dataset` takes beside the options of a data set: how the command has it."""
 EVEN_SIZE = 40
 """Pixels: cells of 16 cover multiples of it evenly at 1.2 times their size, the largest scale."""
 
@@ -293,8 +295,8 @@ def _option(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    if key in ("name", "source_dir", "data_dir", "partial", "cls"):
-        raise argparse.ArgumentTypeError(f"{key!r} is no option of a data set; see --help for the command's own flags")
+    if key in _ARGUMENTS:
+        raise argparse.ArgumentTypeError(f"{key!r} is no option of a data set; give it as {_ARGUMENTS[key]}")
     try:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -339,5 +341,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _command() -> int:
+    try:
+        with naming_stdout():
+            return main()
+    except files.FileError as e:  # of standard output
+        print(f"refused: {e}", file=sys.stderr)
+        return 2
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_command())
