@@ -295,8 +295,9 @@ def _option(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    if key in _ARGUMENTS:
-        raise argparse.ArgumentTypeError(f"{key!r} is no option of a data set; give it as {_ARGUMENTS[key]}")
+    if key in _ARGUMENTS or key == "cls":  # which Python takes itself
+        own = f"; give it as {_ARGUMENTS[key]}" if key in _ARGUMENTS else ""
+        raise argparse.ArgumentTypeError(f"{key!r} is no option of a data set{own}")
     try:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):

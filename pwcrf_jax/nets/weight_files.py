@@ -243,8 +243,8 @@ def _keras_layers(path: Path, file: Any) -> dict[str, dict[str, Any]]:
                 continue
             # Links lead out of the file, or round in circles; Keras writes none.
             if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-                linked = _some(["/".join(where)])
-                raise WeightsError(f"{path}: {linked} is a link, as Keras writes none; download it again")
+                link = _some(["/".join(where)])
+                raise WeightsError(f"{path}: {link} is a link, as Keras writes none; download it again")
             item = group[name]
             if isinstance(item, h5py.Group):
                 visit(item, where)
