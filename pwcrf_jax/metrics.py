@@ -40,7 +40,8 @@ def confusion_matrix(predictions, labels, num_classes, void=VOID):
         raise ValueError(f"expected predictions and labels of one shape, got {predictions.shape} and {labels.shape}")
     labels = checked(labels, num_classes, void)
     if seen(labels):
-        counts = np.asarray(jax.device_get(labels)).astype(np.int64) != void
+        values = np.asarray(jax.device_get(labels)).astype(np.int64)
+        counts = (values >= 0) & (values < num_classes)
         remedy = f"set labels to {void} where there is no prediction"
         checked(predictions, num_classes, None, mask=counts, name="predictions", remedy=remedy)
     return _counts(predictions, labels, num_classes=num_classes)

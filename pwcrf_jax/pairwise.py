@@ -319,19 +319,24 @@ def _table_log_likelihood(potential, labels, mask, weight):
     return jnp.sum(edge_weight * value), jnp.sum(edge_weight)
 
 
+def _floored(scores):
+    """`RULED_OUT` for -inf; in float32 where they come in float16, which has no room for it."""
+    scores = scores.astype(jnp.float32) if scores.dtype == jnp.float16 else scores
+    return jnp.where(scores == -jnp.inf, jnp.asarray(RULED_OUT, scores.dtype), scores)
+
+
 def _finite(potential, node_mask):
     """What may be multiplied by zero: zeros for what masked nodes hold, NaN and infinities too, `RULED_OUT` for -inf.
 
     Neither then reaches messages or gradients of other nodes.
     """
-    floor = lambda x: jnp.where(x == -jnp.inf, jnp.asarray(RULED_OUT, x.dtype), x)
     if isinstance(potential, FactoredPairwise):
         if node_mask is None:
-            return dataclasses.replace(potential, b2=floor(potential.b2))
+            return dataclasses.replace(potential, b2=_floored(potential.b2))
         quiet = lambda x: jnp.where(*level(node_mask[..., None], x), 0)
-        return dataclasses.replace(potential, a=quiet(potential.a), b=quiet(potential.b), b2=floor(potential.b2))
+        return dataclasses.replace(potential, a=quiet(potential.a), b=quiet(potential.b), b2=_floored(potential.b2))
     stored = isinstance(potential, GridScores)  # of scores that were finite when `prepare_messages` made them
-    scores = potential.scores if stored else floor(potential.scores)
+    scores = potential.scores if stored else _floored(potential.scores)
     if node_mask is not None:
         if stored:
             shift = _Shift(potential.offsets, *potential.grid)
