@@ -210,8 +210,11 @@ cli.run(main, before_main=distributed.start)
 """
 
 
-def sums(tmp_path, at, fault, found=False):
-    """Starts `SUMS`: a list of (process, path of its log). found: as in Slurm, else with a coordinator."""
+def sums(tmp_path, at, fault, found=False, platform="cpu"):
+    """Starts `SUMS`: a list of (process, path of its log). found: as in Slurm, else with a coordinator.
+
+    platform: JAX_PLATFORMS of the process `at`.
+    """
     script = tmp_path / "sums.py"
     script.write_text(SUMS)
     environment = {"FAULT": fault, "AT": str(at), "PYTHONPATH": str(ROOT)}
@@ -226,7 +229,7 @@ def sums(tmp_path, at, fault, found=False):
         of_slurm = cluster | {"SLURM_PROCID": str(i), "SLURM_LOCALID": "0"} if found else {}
         log = tmp_path / f"{i}.log"
         with open(log, "w") as file:
-            variables = os.environ | {"JAX_PLATFORMS": "cpu"} | environment | of_slurm
+            variables = os.environ | {"JAX_PLATFORMS": platform if i == at else "cpu"} | environment | of_slurm
             command = [sys.executable, script, *flags]
             started.append((subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT, env=variables), log))
     return started
@@ -252,6 +255,17 @@ def test_the_end_of_one_is_the_end_of_all(tmp_path, at, fault, code, said, found
     assert f"error: process {at} on " in logs[1 - at] and "Traceback" not in logs[1 - at]
     if "os." not in fault:
         assert codes[at] == code and said in logs[at]
+
+
+@slow
+@pytest.mark.parametrize("platform", ["none", "cuda"])
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("found", [False, True], ids=["coordinator", "slurm"])
+def test_one_without_its_platform_ends_all(tmp_path, at, found, platform):
+    codes, logs = finished(sums(tmp_path, at, "", found, platform))
+    assert codes == [2, 2] and f"error: process {at} on " in logs[1 - at], (codes, logs)
+    for log in logs:
+        assert f"JAX_PLATFORMS={platform}: JAX cannot start" in log and "Traceback" not in log
 
 
 @slow

@@ -158,6 +158,14 @@ def test_what_is_cleared_beside_checkpoints_is_not_followed(name, tmp_path, fore
     assert os.path.lexists(tmp_path / "checkpoints" / name) == (name in ("7.damaged", "notes"))
 
 
+def test_damaged_checkpoints_are_set_aside_beside_links_of_that_name(tmp_path):
+    place = tmp_path / "checkpoints"
+    (place / "7").mkdir(parents=True)
+    (place / "7.damaged").symlink_to(tmp_path / "nothing")
+    assert checkpoint.Store(str(place), IDENTITY, 2)._set_aside(7) == str(place / "7.damaged+")
+    assert sorted(os.listdir(place)) == ["7.damaged", "7.damaged+"] and not (tmp_path / "nothing").exists()
+
+
 def test_a_workdir_may_be_a_link_of_the_users_own(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "work").symlink_to(tmp_path / "disk")
