@@ -446,7 +446,7 @@ def prepared_messages(potential, marginals, node_mask, chunk_edges=None):
       potential, marginals, node_mask, chunk_edges: as in `messages`; arrays, or None for the mask.
 
     Returns:
-      As `messages`.
+      (message, count): as `messages`, float32 [..., K] of the nodes and float32 of the nodes.
 
     Raises:
       ValueError: chunk_edges below 1.

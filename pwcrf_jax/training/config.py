@@ -499,7 +499,7 @@ def apply_tuned(config: ConfigDict, workdir: str) -> dict | None:
 
     def check(result):
         for name, kind in {"config": dict, "conditions": dict, "split": str, "step": int}.items():
-            if not isinstance(result[name], kind):
+            if not isinstance(result.get(name, 0) if name == "step" else result[name], kind):
                 raise ValueError(f"{name!r} is no {kind.__name__}")
         for key, value in result["config"].items():
             if not key.startswith(("crf.weights", "crf.num_iterations", "refine.")) or key not in dict(_flat(config)):

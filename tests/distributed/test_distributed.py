@@ -238,7 +238,7 @@ def sums(tmp_path, at, fault, found=False, platform="cpu"):
 @pytest.mark.parametrize(
     ("at", "fault", "code", "said"),
     [
-        (1, "raise OSError(28, 'No space left on device', 'w/best')", 2, "No space left on device: 'w/best'"),
+        (1, "raise OSError(28, 'No space left', 'w/best')", 2, "w/best cannot be used (No space left)"),
         pytest.param(0, "raise WeightsError('x.h5 is damaged')", 2, "x.h5 is damaged", marks=slow),
         pytest.param(1, "raise NonFiniteError('step 7')", 1, "step 7", marks=slow),
         pytest.param(0, "raise KeyError('lost')", 1, "KeyError: ", marks=slow),

@@ -171,19 +171,3 @@ def test_the_log_starts_with_a_plan(config, tmp_path, caplog, monkeypatch):
     with caplog.at_level("INFO", logger=log.name):
         loop.train_and_evaluate(config, str(tmp_path))
     assert re.search(r"planned for 1 images of 96 x 128 a device: parameters .*B, activations .*B", caplog.text)
-
-
-def test_a_config_of_before_keeps_its_meaning(trained, tmp_path):
-    """Version 0.1 wrote no keys for sampling, chunks and routes."""
-    stored = json.loads((trained / "config.json").read_text())
-    for section, key in (
-        ("loss", "sampled_offsets"),
-        ("loss", "chunk_edges"),
-        ("crf", "route"),
-        ("crf", "chunk_edges"),
-    ):
-        del stored[section][key]
-    (tmp_path / "config.json").write_text(json.dumps(stored))
-    config = configs.load(tmp_path / "config.json")
-    configs.validate(config)
-    assert config.to_dict() == configs.load(trained / "config.json").to_dict()
