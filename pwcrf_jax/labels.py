@@ -15,15 +15,18 @@ from pwcrf_jax.arrays import as_array, seen
 VOID = 255
 """The label of nodes and pixels that count for nothing."""
 
-_INT32 = -(2**31), 2**31 - 1
-
-
 def integers(labels, name="labels"):
     """labels as an array; lists and tuples are taken. ValueError: values that are not integers."""
     labels = as_array(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"expected integer {name}, got {labels.dtype}")
     return labels
+
+
+def narrow(labels):
+    """Labels as JAX can take them: of NumPy's 64 bits it keeps 32, which would make class 0 of a void such as -2^63."""
+    wide = isinstance(labels, np.ndarray) and labels.dtype.itemsize == 8
+    return np.clip(labels, -(2**31), 2**31 - 1) if wide else labels
 
 
 def checked(labels, num_classes, void, shape=None, mask=None, name="labels", remedy=None):
@@ -49,9 +52,7 @@ def checked(labels, num_classes, void, shape=None, mask=None, name="labels", rem
     if void is not None and 0 <= operator.index(void) < num_classes:
         known = f"the {num_classes} classes, 0..{num_classes - 1}"
         raise ValueError(f"void={void} is one of {known}: pass another that the labels have, as void=-1")
-    # JAX cuts 64 bits to 32, which would make class 0 of a void such as -2^63.
-    wide = isinstance(labels, np.ndarray) and labels.itemsize == 8
-    kept = np.clip(labels, *_INT32) if wide else labels
+    kept = narrow(labels)
     if not seen(labels) or not (mask is None or seen(mask)):
         return kept
     # 64 bits hold any label and any void; those of 8 may hold neither.

@@ -286,7 +286,17 @@ def edge_log_likelihood(
     if not factored:
         potential = of_arrays(potential)
     labels = checked(labels, potential.num_classes, void, mask=node_mask)
+    _check_nodes(potential, labels)
     return _edge_sums(potential, labels, node_mask, as_array(node_weights), sample, chunk_edges=chunk_edges)
+
+
+def _check_nodes(potential, labels):
+    """ValueError: labels of other nodes; a table without evidence does not know its own."""
+    nodes = potential.grid if isinstance(potential, FactoredPairwise) else ()
+    if not nodes and potential.evidence is not None:
+        nodes = potential.evidence.shape[-2:-1]
+    if nodes and labels.shape[-len(nodes) :] != nodes:
+        raise ValueError(f"expected labels of shape {('...', *nodes)}, one a node, got {labels.shape}")
 
 
 @compiled()

@@ -205,6 +205,29 @@ def of_labels(v, labels, route):
     return pw.pairwise_log_likelihood(potentials[0], nodes(labels))
 
 
+@pytest.mark.parametrize("dtype", [jnp.dtype("float16"), jnp.dtype("bfloat16")], ids=str)
+@routes
+def test_a_pair_ruled_out_in_half_precision_is_ruled_out(route, dtype):
+    """float16 has no room for `RULED_OUT`: it became -inf again."""
+    v = ruled_out({name: x.astype(dtype) for name, x in parts().items()}, 2)
+    v |= {"b2": v["b2"].at[0, 1].set(-jnp.inf)}
+    unary, potentials, route, _ = make(v, route)
+    if isinstance(potentials[0], pw.PairwiseTable):
+        potentials = [p._replace(scores=p.scores.astype(dtype)) for p in potentials]
+
+    @functools.partial(jax.jit, static_argnums=2)
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True, allow_int=True)
+    def loss(unary, potentials, route):
+        q = jnp.exp(mean_field.run(unary, potentials, 2, WEIGHTS, normalize=True, route=route)[0])
+        return jnp.sum(q * jnp.arange(K)), q
+
+    (_, got), grads = loss(unary, potentials, route)
+    assert all(np.isfinite(x.astype(np.float32)).all() for x in jax.tree.leaves(grads) if x.dtype == dtype)
+    widen = lambda x: x.astype(jnp.float32) if x.dtype == dtype else x
+    (_, expected), _ = loss(*jax.tree.map(widen, (unary, potentials)), route)
+    assert float(jnp.max(jnp.abs(got - expected))) < 0.1 and not got[..., 2].any()
+
+
 @pytest.mark.parametrize("pair", [(0, 0), (2, 1), (1, 1), (0, 2)], ids=str)
 @pytest.mark.parametrize("route", ["folded", "graph"])
 def test_a_pair_ruled_out_has_likelihood_0(route, pair):

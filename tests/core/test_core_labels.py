@@ -166,3 +166,35 @@ def test_labels_of_64_bits_do_not_wrap():
     with jax.enable_x64(True):
         for value, dtype in [(2**32 + 1, np.int64), (2**64 - 1, np.uint64), (2**32, np.uint64), (-(2**33), np.int64)]:
             equal(jax.jit(FUNCTIONS["unary"])(labels_with(value, dtype)), FUNCTIONS["unary"](labels_with(255)))
+
+
+@pytest.mark.parametrize(
+    ("void", "dtype"), [(-(2**63), np.int64), (2**32, np.int64), (2**32 + 1, np.uint64), (2**63 - 1, np.uint64)]
+)
+@every
+def test_a_void_of_64_bits_does_not_become_a_class(name, void, dtype):
+    """JAX cuts what it is given to 32 bits, of which these leave 0, 1 or -1."""
+    equal(FUNCTIONS[name](labels_with(void, dtype), void=void), FUNCTIONS[name](labels_with(255)))
+    equal(jax.jit(lambda: FUNCTIONS[name](labels_with(void, dtype), void=void))(), FUNCTIONS[name](labels_with(255)))
+
+
+def test_labels_under_a_mask_that_is_traced_do_not_become_classes():
+    labels, mask = labels_with(2**32, np.int64), np.ones((H, W), bool)
+    run = jax.jit(lambda mask: pairwise.edge_log_likelihood(factored(), labels, mask))
+    equal(run(mask), FUNCTIONS["pairwise"](labels_with(255)))
+
+
+@pytest.mark.parametrize("name", ["unary", "pseudo", "exact", "confusion"])
+def test_void_is_void_without_jit(name):
+    expected = FUNCTIONS[name](labels_with(255))
+    with jax.disable_jit():
+        equal(FUNCTIONS[name](labels_with(255)), expected)
+
+
+@pytest.mark.parametrize("shape", [(W, H), (1,), (2, H + W), (4, H, W, 1), ()])
+def test_edges_take_labels_of_their_nodes_alone(shape):
+    for potential in (factored(), pw.to_table(factored())):
+        with pytest.raises(ValueError, match=r"expected labels of shape \('...', .*one a node, got"):
+            pairwise.edge_log_likelihood(potential, np.zeros(shape, int))
+    with pytest.raises(ValueError, match=r"\('...', 2, 3\), one a node, got \(6,\)"):
+        pairwise.edge_log_likelihood(factored(), np.zeros(H * W, int))

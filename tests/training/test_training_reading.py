@@ -118,3 +118,21 @@ def test_reading_is_bilinear_interpolation_of_the_valid_cells(cells, pixels):
     x[~mask] = np.nan
     got = segmenter.upsample(jnp.asarray(x)[None], *pixels, jnp.asarray(mask)[None])[0]
     np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("cells", "pixels"), [((3, 4), (9, 12)), ((3, 4), (3, 4)), ((5, 7), (71, 99)), ((4, 2), (20, 6)), ((1, 3), (13, 5))]
+)
+def test_a_label_ruled_out_at_a_cell_is_ruled_out_where_the_cell_is_read(cells, pixels):
+    """At a cell's own centre its neighbours count for nothing: minus infinity times 0 was NaN there."""
+    x = np.random.default_rng(3).normal(size=(2, *cells, 3)).astype(np.float32)
+    of_cell = np.zeros((2, *cells, 3), np.float32)
+    of_cell[0, 0, 1, 2] = 1
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        reached = np.asarray(segmenter.upsample(of_cell, *pixels)) > 0
+        got = segmenter.upsample(np.where(of_cell > 0, np.float32(-np.inf), x), *pixels)
+        one = segmenter.upsample(x[0], *pixels, np.ones(cells, bool))
+    plain = segmenter.upsample(x, *pixels)
+    assert reached.any() and not reached.all()
+    np.testing.assert_array_equal(got, np.where(reached, -np.inf, plain))
+    np.testing.assert_array_equal(one, plain[0])
