@@ -15,7 +15,6 @@ from pwcrf_jax.arrays import as_array, seen
 VOID = 255
 """The label of nodes and pixels that count for nothing."""
 
-
 def integers(labels, name="labels"):
     """labels as an array; lists and tuples are taken. ValueError: values that are not integers."""
     labels = as_array(labels)
@@ -24,8 +23,16 @@ def integers(labels, name="labels"):
     return labels
 
 
+def narrow(labels):
+    """Labels as JAX can take them: of NumPy's 64 bits it keeps 32, which would make class 0 of a void such as -2^63."""
+    wide = isinstance(labels, np.ndarray) and labels.dtype.itemsize == 8
+    return np.clip(labels, -(2**31), 2**31 - 1) if wide else labels
+
+
 def checked(labels, num_classes, void, shape=None, mask=None, name="labels", remedy=None):
     """labels as an array, after all of them that can be seen were found to be classes or void.
+
+    Of 64 bits void may come back as another number outside 0..K-1: `split` tells what is a class.
 
     Args:
       labels: int [...], an array or nested lists.
@@ -45,21 +52,22 @@ def checked(labels, num_classes, void, shape=None, mask=None, name="labels", rem
     if void is not None and 0 <= operator.index(void) < num_classes:
         known = f"the {num_classes} classes, 0..{num_classes - 1}"
         raise ValueError(f"void={void} is one of {known}: pass another that the labels have, as void=-1")
+    kept = narrow(labels)
     if not seen(labels) or not (mask is None or seen(mask)):
-        return labels
+        return kept
     # 64 bits hold any label and any void; those of 8 may hold neither.
     values = np.asarray(jax.device_get(labels)).astype(np.int64)
     wrong = (values < 0) | (values >= num_classes)
     if void is not None:
         wrong &= values != operator.index(void)
     if mask is not None:
-        wrong &= np.asarray(jax.device_get(mask))
+        wrong = wrong & np.asarray(jax.device_get(mask))
     if wrong.any():
         value, number = int(values[wrong][0]), int(wrong.sum())
         known = f"0..{num_classes - 1}" + ("" if void is None else f" or void ({void})")
         remedy = remedy or f"pass void={value} if that is what it means, else correct the {name}"
         raise ValueError(f"expected {name} {known}, got {value} ({number} of {wrong.size} are neither); {remedy}")
-    return labels
+    return kept
 
 
 def split(labels, num_classes):

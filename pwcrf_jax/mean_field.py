@@ -79,7 +79,7 @@ def step(
     unary, potentials, weights = inputs.model(unary, potentials, weights)
     inputs.check_schedule(1, damping, route)
     arrays = (as_array(log_marginals), unary, potentials, weights, (1.0 - damping, damping), inputs.mask(node_mask))
-    return _step(*arrays, normalize=normalize, chunk_edges=chunk_edges, route=route)
+    return _step(*arrays, normalize=bool(normalize), chunk_edges=chunk_edges, route=route)
 
 
 def _step_layout(state, unary, potentials, *rest, **settings):
@@ -177,7 +177,7 @@ def run(
     unary, potentials, weights = inputs.model(unary, potentials, weights)
     inputs.check_schedule(num_iterations, damping, route)
     arrays = (unary, potentials, weights, (1.0 - damping, damping), inputs.mask(node_mask))
-    settings = dict(num_iterations=int(num_iterations), normalize=normalize, route=route, chunk_edges=chunk_edges)
+    settings = dict(num_iterations=int(num_iterations), normalize=bool(normalize), route=route, chunk_edges=chunk_edges)
     return _run(*arrays, **settings)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pwcrf_jax.arrays import as_array, batch_spec, compiled, level, seen
-from pwcrf_jax.labels import VOID, checked, integers, split
+from pwcrf_jax.labels import VOID, checked, integers, narrow, split
 
 
 def confusion_matrix(predictions, labels, num_classes, void=VOID):
@@ -40,7 +40,8 @@ def confusion_matrix(predictions, labels, num_classes, void=VOID):
         raise ValueError(f"expected predictions and labels of one shape, got {predictions.shape} and {labels.shape}")
     labels = checked(labels, num_classes, void)
     if seen(labels):
-        counts = np.asarray(jax.device_get(labels)).astype(np.int64) != void
+        values = np.asarray(jax.device_get(labels)).astype(np.int64)
+        counts = (values >= 0) & (values < num_classes)
         remedy = f"set labels to {void} where there is no prediction"
         checked(predictions, num_classes, None, mask=counts, name="predictions", remedy=remedy)
     return _counts(predictions, labels, num_classes=num_classes)
@@ -68,7 +69,7 @@ def boundary_band(labels, width, mask=None):
     Returns:
       bool [..., H, W].
     """
-    return _band(integers(labels), None if mask is None else as_array(mask).astype(bool), width=width)
+    return _band(narrow(integers(labels)), None if mask is None else as_array(mask).astype(bool), width=width)
 
 
 @compiled(lambda labels, mask, width: jax.P(*batch_spec(labels, 2)))
@@ -137,7 +138,7 @@ def scores(confusion, classes=None) -> Scores:
     hit, true, predicted = np.diag(n), n.sum(1), n.sum(0)
     iou = _ratio(hit, true + predicted - hit)
     accuracy = _ratio(hit, true)
-    of = slice(None) if classes is None else np.asarray(classes)
+    of = slice(None) if classes is None else np.asarray(classes, None if len(classes) else int)
     return Scores(
         mean_iou=_mean(iou[of]),
         pixel_accuracy=float(_ratio(hit.sum(), true.sum())),

@@ -58,7 +58,7 @@ def pseudo_log_likelihood(
     inputs.check_schedule(1, 0.0, route)
     labels = checked(labels, unary.shape[-1], void, unary.shape[:-1])
     arrays = (unary, potentials, labels, weights, as_array(node_weights))
-    return _pseudo(*arrays, normalize=normalize, chunk_edges=chunk_edges, route=route)
+    return _pseudo(*arrays, normalize=bool(normalize), chunk_edges=chunk_edges, route=route)
 
 
 @compiled()
@@ -68,7 +68,7 @@ def _pseudo(unary, potentials, labels, weights, node_weights, *, normalize, chun
     # log 0 without an infinity, which damping would multiply by zero.
     truth = jnp.where(one_hot > 0, 0.0, -1e9)
     log_probs, _ = mean_field.step(truth, unary, potentials, weights, 0.0, normalize, known, chunk_edges, route)
-    return piecewise.unary_log_likelihood(log_probs, labels, -1, node_weights)
+    return piecewise.unary_log_likelihood(log_probs, jnp.where(known, safe, -1), -1, node_weights)
 
 
 def unrolled_log_likelihood(

@@ -89,7 +89,7 @@ def pairwise_log_likelihood(potential, labels, void=VOID, node_weights=None, chu
         potential = of_arrays(potential)
         nodes = potential.evidence
     if nodes is not None:
-        labels = checked(labels, potential.num_classes, void, nodes.shape[:-1])
+        checked(labels, potential.num_classes, void, nodes.shape[:-1])
     return pairwise.edge_log_likelihood(potential, labels, None, node_weights, chunk_edges, sample, void)
 
 

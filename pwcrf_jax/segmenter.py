@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pwcrf_jax import mean_field, pairwise
+from pwcrf_jax.arrays import level
 from pwcrf_jax.nets import FeatMapNet, PairwiseNet, RefinementConvs, UnaryNet, grid_size, scale_input
 
 PARAMETERISATIONS = ("free", "residual")
@@ -233,18 +234,24 @@ def read(log_marginals: jax.Array, node_mask: jax.Array, rows, cols) -> jax.Arra
       rows, cols: of `taps`, n and m positions.
 
     Returns:
-      float32 [..., n, m, K]. Pixels that no valid cell reaches get zeros.
+      float32 [..., n, m, K]. Pixels that no valid cell reaches get zeros; a label that a cell rules out (-inf) is
+      ruled out at all pixels that it reaches.
     """
     border = lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 3) + ((1, 1), (1, 1), (0, 0)))  # weights are 0 there
+
+    def part(x, index, share, axis):
+        x, share = level(jnp.take(x, index, axis), share)
+        return jnp.where(share > 0, x * share, 0.0)  # minus infinity times a share of 0 would be NaN
 
     def mix(x):
         for axis, (index, fraction), rest in ((-3, rows, (1, 2)), (-2, cols, (0, 2))):
             fraction = jnp.expand_dims(fraction, rest)
-            x = jnp.take(x, index, axis) * (1 - fraction) + jnp.take(x, index + 1, axis) * fraction
+            x = part(x, index, 1 - fraction, axis) + part(x, index + 1, fraction, axis)
         return x
 
-    x, weight = jnp.where(node_mask[..., None], log_marginals, 0.0), node_mask[..., None].astype(jnp.float32)
-    return mix(border(x)) / jnp.maximum(mix(border(weight)), 1e-6)
+    log_marginals, valid = level(log_marginals, node_mask[..., None])
+    weight = mix(border(valid.astype(jnp.float32)))
+    return mix(border(jnp.where(valid, log_marginals, 0.0))) / jnp.maximum(weight, 1e-6)
 
 
 def grid_mask(valid_size: jax.Array, grid: tuple[int, int], image_size: tuple[int, int]) -> jax.Array:

@@ -2,8 +2,8 @@
 
     python -m pwcrf_jax.data.check image_folder --source_dir DIR [--data_dir DIR] [--partial] [--option seed=1]
 
-prepares the data set, as training would, and prints what the guard saw; exit code 1: refused, 2: a path that cannot be
-used. The guard sees it once, while it is prepared, and keeps `label_report.json` in the prepared folder.
+prepares the data set, as training would, and prints what the guard saw. Exit code 2: data, a flag or a path is refused,
+as by every command. The guard sees it once, while it is prepared, and keeps `label_report.json` in the prepared folder.
 """
 
 import argparse
@@ -295,8 +295,9 @@ def _option(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    if key in _ARGUMENTS:
-        raise argparse.ArgumentTypeError(f"{key!r} is no option of a data set; give it as {_ARGUMENTS[key]}")
+    if key in _ARGUMENTS or key == "cls":  # which Python takes itself
+        own = f"; give it as {_ARGUMENTS[key]}" if key in _ARGUMENTS else ""
+        raise argparse.ArgumentTypeError(f"{key!r} is no option of a data set{own}")
     try:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -334,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = data.label_report()
     except (DataError, files.FileError) as e:
         say(f"refused: {e}")
-        return 1 if isinstance(e, DataError) else 2
+        return 2
     finally:
         log.setLevel(level)
     say(f"{args.dataset}, prepared in {data.folder}\n{format_report(report)}")

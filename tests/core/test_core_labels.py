@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rows import full_but
 
 import pwcrf_jax as pw
 from pwcrf_jax import metrics, pairwise
@@ -48,7 +49,13 @@ def equal(got, expected):
 
 
 @pytest.mark.parametrize(
-    ("value", "dtype"), [(-1, np.int8), (K, np.uint8), (254, np.uint8), (-100, np.int16), (2**32 + 1, np.int64)]
+    ("value", "dtype"),
+    full_but(
+        [(-1, np.int8), (K, np.uint8), (254, np.uint8), (-100, np.int16), (2**32 + 1, np.int64)],
+        (-1, np.int8),
+        (K, np.uint8),
+        (2**32 + 1, np.int64),
+    ),
 )
 @every
 def test_what_can_be_seen_is_refused_with_value_and_remedy(name, value, dtype):
@@ -75,7 +82,12 @@ def test_what_cannot_be_seen_is_void(name):
 
 
 @pytest.mark.parametrize(
-    ("void", "dtype"), [(-1, np.int8), (-1, np.int32), (K, np.uint8), (250, np.int16), (np.int64(-7), np.int64)]
+    ("void", "dtype"),
+    full_but(
+        [(-1, np.int8), (-1, np.int32), (K, np.uint8), (250, np.int16), (np.int64(-7), np.int64)],
+        (-1, np.int32),
+        (K, np.uint8),
+    ),
 )
 @every
 def test_any_void_outside_the_classes_does(name, void, dtype):
@@ -154,3 +166,35 @@ def test_labels_of_64_bits_do_not_wrap():
     with jax.enable_x64(True):
         for value, dtype in [(2**32 + 1, np.int64), (2**64 - 1, np.uint64), (2**32, np.uint64), (-(2**33), np.int64)]:
             equal(jax.jit(FUNCTIONS["unary"])(labels_with(value, dtype)), FUNCTIONS["unary"](labels_with(255)))
+
+
+@pytest.mark.parametrize(
+    ("void", "dtype"), [(-(2**63), np.int64), (2**32, np.int64), (2**32 + 1, np.uint64), (2**63 - 1, np.uint64)]
+)
+@every
+def test_a_void_of_64_bits_does_not_become_a_class(name, void, dtype):
+    """JAX cuts what it is given to 32 bits, of which these leave 0, 1 or -1."""
+    equal(FUNCTIONS[name](labels_with(void, dtype), void=void), FUNCTIONS[name](labels_with(255)))
+    equal(jax.jit(lambda: FUNCTIONS[name](labels_with(void, dtype), void=void))(), FUNCTIONS[name](labels_with(255)))
+
+
+def test_labels_under_a_mask_that_is_traced_do_not_become_classes():
+    labels, mask = labels_with(2**32, np.int64), np.ones((H, W), bool)
+    run = jax.jit(lambda mask: pairwise.edge_log_likelihood(factored(), labels, mask))
+    equal(run(mask), FUNCTIONS["pairwise"](labels_with(255)))
+
+
+@pytest.mark.parametrize("name", ["unary", "pseudo", "exact", "confusion"])
+def test_void_is_void_without_jit(name):
+    expected = FUNCTIONS[name](labels_with(255))
+    with jax.disable_jit():
+        equal(FUNCTIONS[name](labels_with(255)), expected)
+
+
+@pytest.mark.parametrize("shape", [(W, H), (1,), (2, H + W), (4, H, W, 1), ()])
+def test_edges_take_labels_of_their_nodes_alone(shape):
+    for potential in (factored(), pw.to_table(factored())):
+        with pytest.raises(ValueError, match=r"expected labels of shape \('...', .*one a node, got"):
+            pairwise.edge_log_likelihood(potential, np.zeros(shape, int))
+    with pytest.raises(ValueError, match=r"\('...', 2, 3\), one a node, got \(6,\)"):
+        pairwise.edge_log_likelihood(factored(), np.zeros(H * W, int))

