@@ -7,6 +7,7 @@ never goes through a link. What cannot be done is a `FileError` that names the f
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import os
 import re
@@ -123,6 +124,13 @@ def check_replaceable(path: str | os.PathLike) -> None:
             raise OSError(errno.EINVAL, "it is a folder" if os.path.isdir(path) else "it is no file")
 
 
+class _WithoutNumber(io.FileIO):
+    """Does not tell its descriptor: with it Pillow and NumPy write past us, and do not say that a disk was full."""
+
+    def fileno(self):
+        raise io.UnsupportedOperation("fileno")
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     """A binary file to write, which takes the place of `path` when it is whole, and is on the disk then.
@@ -141,9 +149,9 @@ def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         # Mode as the umask says: other users of a group's folder read what is written there.
         number = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
-            with open(number, "wb") as file:
+            with io.BufferedWriter(_WithoutNumber(number, "wb")) as file:
                 with contextlib.suppress(OSError):  # tells `delete_unfinished` that it is being written
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    fcntl.flock(number, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 yield file
                 file.flush()
                 os.fsync(number)

@@ -4,13 +4,16 @@ import contextlib
 import errno
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from faults import states
 from faults.kill import ROOT
+from PIL import Image
 from rows import full_but
 
 from pwcrf_jax import files
@@ -358,3 +361,26 @@ def test_a_run_goes_on_without_its_config(spoiled, whole, config, tmp_path):
     config.train.steps = 7
     loop.train_and_evaluate(config, str(work))
     assert states.read(work)[1]["step"] == 7 and json.loads((work / "config.json").read_text())["train"]["steps"] == 7
+
+
+NOISE = np.random.default_rng(0).integers(0, 255, (300, 300, 3), np.uint8)
+LIBRARIES = {kind: lambda file, kind=kind: Image.fromarray(NOISE).save(file, kind) for kind in ("JPEG", "PNG", "WEBP")}
+LIBRARIES |= {"TIFF": lambda file: Image.fromarray(NOISE).save(file, "TIFF", compression="tiff_lzw")}
+LIBRARIES |= {"npy": lambda file: np.save(file, NOISE), "npz": lambda file: np.savez_compressed(file, a=NOISE)}
+
+
+@pytest.mark.parametrize("room", [100, 1000, 30_000])
+@pytest.mark.parametrize("kind", LIBRARIES)
+def test_what_libraries_write_is_whole_or_refused(kind, room, tmp_path):
+    """Given a descriptor, Pillow cuts a JPEG off without a word, and NumPy forgets why."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    try:
+        with pytest.raises(FileError, match=r"/file cannot be written \(File too large\); raise the limit"):
+            with files.replacing(tmp_path / "file") as file:
+                LIBRARIES[kind](file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert not list(tmp_path.iterdir())
+    with files.replacing(tmp_path / "file") as file:
+        LIBRARIES[kind](file)
+    assert (tmp_path / "file").stat().st_size > 30_000
