@@ -242,6 +242,7 @@ def load_dataset(
     home = Path(data_dir) / builder_cls.name / plan.fingerprint
     with _quiet(), _locked(home) as held:
         with _reading(str(home), "its description"):
+            _check_files(home)
             builder = builder_cls(plan=plan, data_dir=data_dir, max_pixels=max_pixels)
         if not Path(builder.data_dir).is_dir():
             if held:  # else another process may be writing there
@@ -316,9 +317,16 @@ def _reading(folder: str, what: str) -> Iterator[None]:
         raise
     except Exception as e:  # array_record: RuntimeError without a file name; TFDS: many kinds
         raise DataError(
-            f"{folder}: {what} of the prepared data set cannot be read ({e}); "
+            f"{folder}: {what} of the prepared data set cannot be read ({' '.join(str(e).split())}); "
             "delete this folder, it is then prepared again"
         ) from e
+
+
+def _check_files(home: Path) -> None:
+    """TFDS would wait for a FIFO, and read a device without an end. Raises OSError."""
+    for path in home.glob("*/*"):
+        if not path.is_file() and not path.is_dir():
+            raise FileNotFoundError(f"{path.name} is no file")
 
 
 @contextlib.contextmanager

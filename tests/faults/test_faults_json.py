@@ -3,13 +3,14 @@
 import json
 import os
 import pathlib
+import shutil
 
 import pytest
 import small
 from faults import states
 
 from pwcrf_jax import files
-from pwcrf_jax.data import check, load_dataset
+from pwcrf_jax.data import DataError, check, datasets, load_dataset
 from pwcrf_jax.files import FileError
 from pwcrf_jax.training import checkpoint, evaluate, logs, loop
 from pwcrf_jax.training import config as configs
@@ -153,6 +154,27 @@ def test_a_label_report_without_its_parts(change, prepared):
     report = prepared.label_report()
     check.write_report(report | change, prepared.folder)
     assert prepared.label_report() == report
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+@pytest.mark.parametrize(
+    "make",
+    [*(SHAPES[shape] for shape in ("empty", "cut", "nan", "deep", "other keys")), os.mkfifo, os.mkdir, "/dev/zero"],
+)
+def test_a_prepared_set_whose_description_is_damaged(name, make, prepared, tmp_path):
+    """One line, and no wait for a FIFO."""
+    home = pathlib.Path(prepared.folder)
+    copy = tmp_path.joinpath(*home.parts[-3:])
+    shutil.copytree(home, copy)
+    (copy / name).unlink()
+    if callable(make):
+        make(copy / name)
+    else:
+        (copy / name).symlink_to(make) if make.startswith("/dev") else (copy / name).write_text(make)
+    with pytest.raises(DataError, match="of the prepared data set cannot be read .*; delete this folder") as error:
+        found = load_dataset("synthetic", data_dir=str(tmp_path), image_size=(128, 192), num_train=3, num_val=2)
+        datasets._reopened(found.folder, "train")  # as workers do, which read all of it
+    assert str(copy.parent) in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("line", ["[1]", "3", "null", '{"step": null}', '{"step": "1"}', '{"step": 1e999}', "[" * 10**5,

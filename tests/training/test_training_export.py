@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from rows import full_row
 
 from configs import demo
+from pwcrf_jax import files
 from pwcrf_jax.data import DataError
 from pwcrf_jax.training import checkpoint, evaluate, export, inference, predict
 from pwcrf_jax.training import config as configs
@@ -172,6 +174,14 @@ def test_what_cannot_be_exported_is_refused(workdir, tmp_path, monkeypatch):
     assert (tmp_path / "p.json").read_text() == "mine" and not (tmp_path / "p").exists()
     assert write(overwrite=True, size="64x80")["size"] == [64, 80]
     assert sorted(os.listdir(tmp_path)) == ["p", "p.json"]
+    before = {name: (tmp_path / name).read_bytes() for name in ("p", "p.json")}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))  # room for one of the two
+    try:
+        with pytest.raises(files.FileError, match=r"/p cannot be written \(File too large\)"):
+            write(overwrite=True, size="32x32")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
     with monkeypatch.context() as m:
         m.setitem(sys.modules, "flatbuffers", None)
         with pytest.raises(configs.ConfigError, match="pip install flatbuffers"):
