@@ -7,7 +7,7 @@ SEED ?= 0
 JOBS ?= 2
 DEMO := runs/demo-seed$(SEED)
 
-.PHONY: demo test test-slow lint docs clean
+.PHONY: demo test test-full test-slow lint docs clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not v >= (3, 11, 4) and "pwcrf_jax needs Python 3.11.4 or newer (tar archives are unpacked with its filter), $(PYTHON) is %d.%d.%d; try make PYTHON=python3.12" % v[:3])'
@@ -22,7 +22,11 @@ demo: $(VENV)/installed
 	@$(BIN)/python eval.py --workdir $(DEMO)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not full" --numprocesses $(JOBS) --dist loadfile
+
+# More rows of what `make test` tests, and deeper checks; CI runs both.
+test-full: $(VENV)/installed
+	$(BIN)/python -m pytest -m "full and not slow" --numprocesses $(JOBS) --dist loadfile
 
 # The report is tried in Chromium, if there is one on the PATH.
 test-slow: $(VENV)/installed

@@ -53,6 +53,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 from ladder_table import BESIDE, EVAL_SPLIT, RESULTS, RUN_OF, RUNGS, SIZES, pack, scores, sizes_in, summary
 
 from configs import camvid_mobilenet_v2, voc_mobilenet_v2
+from pwcrf_jax import files
 from pwcrf_jax.data import eval_batches
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate, logs, loop, parallel, refinement, tuning
@@ -224,9 +225,7 @@ def pilot(args, rungs):
 
 def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    files.write(path, json.dumps(content, indent=1) + "\n")
 
 
 def of_classes(matrices):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pwcrf_jax import files
 from pwcrf_jax.training import steps
 
 RESULTS = Path(__file__).parent / "results"
@@ -226,5 +227,6 @@ def picture(path, name, found):
     axes.grid(axis="y", alpha=0.3)
     axes.legend(loc="lower right")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with files.replacing(path) as file:
+        figure.savefig(file, dpi=120, format=Path(path).suffix[1:] or None)
     pyplot.close(figure)

@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from pwcrf_jax import metrics, piecewise, segmenter
+from pwcrf_jax import files, metrics, piecewise, segmenter
 from pwcrf_jax.data import eval_batches, load_dataset
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate, logs
@@ -111,8 +111,7 @@ def main():
         )
     summary = dict(split=split, step=trained_steps, miou_unary=round(miou["unary"][2], 2), held_out=held_out, nll=nll)
     if args.output:
-        with open(args.output, "w") as f:
-            json.dump(summary | {"miou": miou}, f, indent=1)
+        files.write(args.output, json.dumps(summary | {"miou": miou}, indent=1))
     print(json.dumps(summary))
 
 

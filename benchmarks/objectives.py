@@ -38,6 +38,7 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 from configs import camvid_mobilenet_v2, demo
+from pwcrf_jax import files
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate, logs, loop, parallel, steps, tuning
 from pwcrf_jax.training.optimizer import make_optimizer
@@ -238,9 +239,7 @@ def main():
         found = {which: measure(which, args) for which in args.models}
     if args.train:
         measured.parent.mkdir(parents=True, exist_ok=True)
-        partial = measured.with_suffix(".partial")
-        partial.write_text(json.dumps([about, found]) + "\n")
-        partial.replace(measured)
+        files.write(measured, json.dumps([about, found]) + "\n")
     out = {}
     for part in ("step", "crf"):
         for name in (x for x in next(iter(found.values()))[part] if x.startswith("piecewise")):
@@ -256,13 +255,13 @@ def main():
         args.results.mkdir(parents=True, exist_ok=True)
         some = "_".join(["", *args.models]) if len(args.models) < len(CONFIGS) else ""
         path = args.results / f"objectives_steps{'_full_box' if args.full_box else ''}{some}.json"
-        path.write_text(json.dumps(about | dict(seconds_and_bytes=found, **out), indent=1) + "\n")
+        files.write(path, json.dumps(about | dict(seconds_and_bytes=found, **out), indent=1) + "\n")
     if args.train:
         seconds = {name: found["demo"]["step"][name][0] for name in OBJECTIVES}
 
         def keep(reached):
             if not args.quick:
-                synthetic.write_text(json.dumps(about | dict(seconds_per_step=seconds, reached=reached)) + "\n")
+                files.write(synthetic, json.dumps(about | dict(seconds_per_step=seconds, reached=reached)) + "\n")
 
         reached = train(args, seconds, keep)
         out["reached"] = {

@@ -43,7 +43,7 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 from configs import voc_vgg16
-from pwcrf_jax import mean_field, pairwise, piecewise, relations
+from pwcrf_jax import files, mean_field, pairwise, piecewise, relations
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import evaluate, parallel, steps
 from pwcrf_jax.training.optimizer import make_optimizer
@@ -586,7 +586,8 @@ def plot(pyplot, swept, title, path):
     for panel in panels:
         panel.set(xlim=0, ylim=0)
     figure.suptitle(title, fontsize="medium")
-    figure.savefig(path, dpi=150)
+    with files.replacing(path) as file:
+        figure.savefig(file, dpi=150, format="png")
     pyplot.close(figure)
 
 
@@ -766,9 +767,7 @@ def main():
     out = rounded(out)
     if args.output and not args.quick:
         os.makedirs(args.output, exist_ok=True)
-        with open(os.path.join(args.output, "pairwise.json"), "w") as file:
-            json.dump(out, file, indent=1)
-            file.write("\n")
+        files.write(os.path.join(args.output, "pairwise.json"), json.dumps(out, indent=1) + "\n")
     print("\n" + json.dumps(out))
 
 

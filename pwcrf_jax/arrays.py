@@ -51,11 +51,23 @@ def einsum(subscripts, x, y):
     return jnp.einsum(subscripts, x, y, precision=precision(x, y), preferred_element_type=jnp.float32)
 
 
+def vary_together(*trees):
+    """The trees, each leaf varying over all axes of a `jax.shard_map` over which any of them does.
+
+    A loop wants the carry that it begins with to vary as what it adds to it.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return trees
+    zeros = [jnp.zeros_like(x, shape=(), dtype=jnp.float32) for x in jax.tree.leaves(trees)]
+    varying = functools.reduce(jnp.add, zeros) == 0
+    return jax.tree.map(lambda x: jnp.where(varying, x, x), trees)
+
+
 def compiled(out=None):
     """Decorator: a function of arrays that is compiled once for each combination of shapes and settings.
 
-    Positional arguments are pytrees of arrays, keyword-only ones are static. Within somebody else's `jit` it leaves no
-    trace of its own.
+    Positional arguments are pytrees of arrays, keyword-only ones are static. It is not inlined: the gradient of an
+    eager call would then be traced, and compiled, anew each time.
 
     Arguments may lie on a mesh whose axes are Explicit, the default of `jax.make_mesh`, where JAX wants the layout of
     every gather and scatter spelt out. The function is then compiled as for Auto axes, where XLA finds them, and only
@@ -68,6 +80,7 @@ def compiled(out=None):
     def decorate(function):
         @functools.wraps(function)
         def laid_out(*args, **settings):
+            args = vary_together(*args)
             mesh, axes = _explicit(args)
             if not axes:
                 return function(*args, **settings)
@@ -78,7 +91,7 @@ def compiled(out=None):
             return jax.sharding.auto_axes(bound, axes=axes, out_sharding=layout)(*args)
 
         static = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        return jax.jit(laid_out, static_argnames=static, inline=True)
+        return jax.jit(laid_out, static_argnames=static)
 
     return decorate
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pwcrf_jax import costs
-from pwcrf_jax.arrays import matmul
+from pwcrf_jax.arrays import matmul, vary_together
 
 
 def sum_over_edges(a, b, w2, b2, evidence, weight, labels, mask, offsets, chunk_edges=None, sample=None):
@@ -34,7 +34,8 @@ def sum_over_edges(a, b, w2, b2, evidence, weight, labels, mask, offsets, chunk_
         chunks = _sampled_chunks(box, sample, height, min(height, max(1, chunk_edges // row_edges)))
     reach = int(np.abs(box[:, 1]).max())
     dtypes = tuple(None if x is None else x.dtype for x in (a, b, w2, b2, evidence, weight))
-    total = _chunked_sum((reach, dtypes), a, b, w2, b2, evidence, weight, labels, mask, chunks)
+    arrays = vary_together(a, b, w2, b2, evidence, weight, labels, mask, chunks)
+    total = _chunked_sum((reach, dtypes), *arrays)
     return total if sample is None else total * (len(box) / sample.shape[0])
 
 
@@ -128,8 +129,8 @@ def _walk_chunks(reach, a, b, w2, b2, evidence, weight, labels, mask, chunks, gr
         q = {name: shift(x)[:, chunk.q] for name, x in at_q.items()}
         weight_p = weight[:, chunk.p] * chunk.valid[None, :, None]
         edge_weight = edges(weight_p * q["weight"][..., 0])
-        # What masked nodes hold, NaN and infinities too, reaches neither the sum nor gradients.
-        counts = edges(mask[:, chunk.p] & q["mask"][..., 0])[:, None]
+        # What masked nodes hold, NaN and infinities too, reaches neither the sum nor gradients; nor do rows beyond.
+        counts = edges(mask[:, chunk.p] & q["mask"][..., 0] & (chunk.valid[None, :, None] > 0))[:, None]
         hidden = jax.nn.relu(jnp.where(counts, edges(a[:, chunk.p] + q["b"]), 0))
         scores = matmul(hidden, matrix) + bias[None]
         if evidence is not None:
@@ -142,7 +143,8 @@ def _walk_chunks(reach, a, b, w2, b2, evidence, weight, labels, mask, chunks, gr
         norm = jnp.sum(exp, axis=-1, keepdims=True)
         value = (jnp.take_along_axis(scores, index, axis=-1) - highest - jnp.log(norm))
         value = jnp.where(counts, value, 0.0)[:, 0]
-        total = state["total"] + jnp.sum(edge_weight * value)
+        # Labels that are ruled out have -inf, and an edge that weighs nothing may have them.
+        total = state["total"] + jnp.sum(jnp.where(edge_weight == 0, 0.0, edge_weight * value))
         if not gradient:
             return {"total": total}
         picked = index == jnp.arange(k * k, dtype=jnp.int32)[None]
@@ -171,12 +173,13 @@ def _walk_chunks(reach, a, b, w2, b2, evidence, weight, labels, mask, chunks, gr
             add("evidence", jnp.sum(pair, axis=2), jnp.sum(pair, axis=1))
         return new
 
-    state = {"total": jnp.float32(0)}
+    zeros = lambda *shape: jnp.zeros_like(a, shape=shape, dtype=jnp.float32)
+    state = {"total": zeros()}
     if gradient:
-        state |= {"matrix": jnp.zeros(matrix.shape, jnp.float32), "bias": jnp.zeros(bias.shape, jnp.float32)}
+        state |= {"matrix": zeros(*matrix.shape), "bias": zeros(*bias.shape)}
         for name, channels in (("hidden", m), ("weight", 1), *([] if evidence is None else [("evidence", k)])):
-            zeros = jnp.zeros((num_images, height, width, channels), jnp.float32)
-            state |= {name + "_p": zeros, name + "_q": border(zeros)}
+            of_nodes = zeros(num_images, height, width, channels)
+            state |= {name + "_p": of_nodes, name + "_q": border(of_nodes)}
     # Rematerialised for the sake of second derivatives.
     step = jax.checkpoint(lambda state, chunk: (body(state, chunk), None))
     state, _ = jax.lax.scan(step, state, chunks)

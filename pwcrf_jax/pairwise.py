@@ -456,12 +456,17 @@ def prepared_messages(potential, marginals, node_mask, chunk_edges=None):
       potential, marginals, node_mask, chunk_edges: as in `messages`; arrays, or None for the mask.
 
     Returns:
-      As `messages`.
+      (message, count): as `messages`, float32 [..., K] of the nodes and float32 of the nodes.
 
     Raises:
       ValueError: chunk_edges below 1.
     """
     _check_chunk(chunk_edges)
+    return _prepared_messages(potential, marginals, node_mask, chunk_edges=chunk_edges)
+
+
+@compiled(_messages_layout)
+def _prepared_messages(potential, marginals, node_mask, *, chunk_edges):
     marginals = marginals.astype(jnp.float32)
     table = isinstance(potential, PairwiseTable)
     node_shape = marginals.shape[-2:-1] if table else marginals.shape[-3:-1]
@@ -529,7 +534,8 @@ def _store_scores(potential, *, guarded):
     def fill(stored, number):
         return jax.lax.dynamic_update_index_in_dim(stored, scores(box[number]), number, axis=1), None
 
-    empty = jnp.zeros((a.shape[0], len(box), *potential.grid, *potential.b2.shape), jnp.float32)
+    shape = (a.shape[0], len(box), *potential.grid, *potential.b2.shape)
+    empty = jnp.zeros_like(a, shape=shape, dtype=jnp.float32)
     stored, _ = jax.lax.scan(fill, empty, jnp.arange(len(box), dtype=jnp.int32))
     return GridScores(stored.reshape(*lead, *stored.shape[1:]), potential.offsets)
 
@@ -596,7 +602,7 @@ def _stored_messages(potential, sent):
         return (to_p, to_q), None
 
     lead = jnp.broadcast_shapes(potential.scores.shape[:-5], sent.shape[:-3])
-    zeros = jnp.zeros((*lead, *sent.shape[-3:]), jnp.float32)
+    zeros = jnp.zeros_like(sent, shape=(*lead, *sent.shape[-3:]), dtype=jnp.float32)
     numbers = jnp.arange(len(shift.offsets), dtype=jnp.int32)
     (to_p, to_q), _ = jax.lax.scan(jax.checkpoint(body), (zeros, shift.border(zeros)), numbers)
     return to_p + shift.crop(to_q)
@@ -638,7 +644,7 @@ def _send(sender, receiver, sent, box, w2, b2, chunk_edges):
     widen = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, fill), (0, 0)))
     border = lambda x: jnp.pad(x, ((0, 0), (reach_row, reach_row), (reach_col, reach_col + fill), (0, 0)))
     sender, sent, receiver = widen(sender), widen(sent), border(receiver)
-    out = jnp.zeros((*receiver.shape[:-1], k), jnp.float32)
+    out = jnp.zeros_like(receiver, shape=(*receiver.shape[:-1], k), dtype=jnp.float32)
     windows = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(1, 2), inserted_window_dims=(0, 1), scatter_dims_to_operand_dims=(0, 1, 2)
     )

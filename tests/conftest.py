@@ -14,6 +14,7 @@ import sys  # noqa: E402
 import tempfile  # noqa: E402
 
 import pytest  # noqa: E402
+import small  # noqa: E402
 
 # What scripts compile goes where nothing of the user's is.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
@@ -32,9 +33,5 @@ def _programs_of_other_modules():
 @pytest.fixture
 def quick_compilation():
     """Programs are compiled fast and run slow: for tests of which most of the time is XLA's."""
-    import jax
-
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    with small.compiled_quickly():
+        yield

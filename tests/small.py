@@ -40,6 +40,16 @@ def flags(data_dir, **changes):
 
 
 @contextlib.contextmanager
+def programs(tmp_path_factory):
+    """In here all runs of a test session share what is compiled, fast: most of their time would be XLA's.
+
+    Runs that are held against one another belong in here alike. Fixtures of a session come before those of a module.
+    """
+    with compiled_once(tmp_path_factory.getbasetemp() / "compiled"), compiled_quickly():
+        yield
+
+
+@contextlib.contextmanager
 def compiled_once(folder):
     """In here JAX keeps what it compiles in a folder, for runs of one config."""
     import jax
@@ -56,3 +66,16 @@ def compiled_once(folder):
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def compiled_quickly():
+    """In here programs are compiled fast and run slow, for tests of which most of the time is XLA's."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)

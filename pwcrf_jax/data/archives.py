@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import scipy.io
 
-from pwcrf_jax.data.common import DataError
+from pwcrf_jax.data.files import DataError, open_file, present, read_file
 from pwcrf_jax.data.unpacking import unpack
 
 
@@ -32,22 +32,22 @@ def locate(source: Path, folders: Sequence[str], archives: Sequence[str], data_d
       The folder, or None where there is neither a folder nor an archive.
 
     Raises:
-      DataError: an archive that is damaged, that holds none of the folders or what is not unpacked (see
-        `pwcrf_jax.data.unpacking`), or a disk that is full.
+      DataError: a folder or an archive that is a link to nothing or another kind of thing; an archive that is damaged,
+        that holds none of the folders or what is not unpacked (see `pwcrf_jax.data.unpacking`), or a disk that is full.
     """
     for folder in folders:
-        if (source / folder).is_dir():
+        if present(source / folder, folder=True):
             return source / folder
-    present = [source / name for name in archives if (source / name).is_file()]
-    if not present:
+    found = [source / name for name in archives if present(source / name)]
+    if not found:
         return None
-    home = Path(data_dir) / "unpacked" / _digest(present)
+    home = Path(data_dir) / "unpacked" / _digest(found)
     if not home.is_dir():
-        unpack(present, home)
+        unpack(found, home)
     for folder in folders:
         if folder and (home / folder).is_dir():
             return home / folder
-    names = ", ".join(map(str, present))
+    names = ", ".join(map(str, found))
     raise DataError(f"{names}: holds none of {', '.join(f for f in folders if f)}; is it the official archive?")
 
 
@@ -63,12 +63,10 @@ def read_mat(path: Path, *names: str) -> tuple[Any, ...]:
     Raises:
       DataError: missing, damaged, of another version (see `open_mat73`), or without one of the variables.
     """
+    data = read_file(path, 1 << 32)
     try:
-        data = path.read_bytes()
         _check_mat(data, names)
         content = scipy.io.loadmat(io.BytesIO(data), simplify_cells=True, variable_names=names)
-    except FileNotFoundError as e:
-        raise DataError(f"{path}: is missing; restore it from the original data") from e
     except Exception as e:  # scipy: MatReadError, ValueError, TypeError, zlib.error, struct.error, ...
         raise DataError(f"{path}: cannot be read as a .mat file ({e}); restore it from the original data") from e
     return tuple(_variable(content, name, path) for name in names)
@@ -170,6 +168,7 @@ def open_mat73(path: Path, *names: str) -> Iterator[tuple[h5py.Dataset | h5py.Gr
       DataError: missing, damaged, not of this version, or without one of the variables; also for any error inside the
         with block, where a damaged file may say anything.
     """
+    open_file(path).close()  # HDF5 would wait for a pipe
     try:
         with h5py.File(path, "r") as content:
             variables = tuple(_variable(content, name, path) for name in names)
@@ -185,8 +184,6 @@ def open_mat73(path: Path, *names: str) -> Iterator[tuple[h5py.Dataset | h5py.Gr
             yield variables
     except DataError:
         raise
-    except FileNotFoundError as e:
-        raise DataError(f"{path}: is missing; restore it from the original data") from e
     except Exception as e:  # h5py: OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, ...
         raise DataError(f"{path}: cannot be read as a .mat file of version 7.3 ({e}); restore it from the original "
                         "data") from e  # fmt: skip

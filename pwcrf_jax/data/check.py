@@ -2,8 +2,8 @@
 
     python -m pwcrf_jax.data.check image_folder --source_dir DIR [--data_dir DIR] [--partial] [--option seed=1]
 
-prepares the data set, as training would, and prints what the guard saw; exit code 1: refused, 2: a path that cannot be
-used. The guard sees it once, while it is prepared, and keeps `label_report.json` in the prepared folder.
+prepares the data set, as training would, and prints what the guard saw. Exit code 2: data, a flag or a path is refused,
+as by every command. The guard sees it once, while it is prepared, and keeps `label_report.json` in the prepared folder.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import numpy as np
 
 from pwcrf_jax import files
 from pwcrf_jax.data.common import VOID, DataError, orientation, value_counts
-from pwcrf_jax.streams import say
+from pwcrf_jax.streams import naming_stdout, say
 
 REPORT = "label_report.json"
 INTERPOLATED = 0.35
@@ -29,6 +29,8 @@ SPREAD = 0.05
 """Share of borders that values other than the two most frequent ones must blur. Outlines, kerbs and poles are thin too
 and lie between others, but are drawn in few classes; interpolation makes all values between two. With four classes and
 fewer one cannot tell."""
+_ARGUMENTS = {"name": "DATASET"} | {name: f"--{name}" for name in ("source_dir", "data_dir", "partial")}
+"""What `load_dataset` takes beside the options of a data set: how the command has it."""
 EVEN_SIZE = 40
 """Pixels: cells of 16 cover multiples of it evenly at 1.2 times their size, the largest scale."""
 
@@ -293,6 +295,9 @@ def _option(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    if key in _ARGUMENTS or key == "cls":  # which Python takes itself
+        own = f"; give it as {_ARGUMENTS[key]}" if key in _ARGUMENTS else ""
+        raise argparse.ArgumentTypeError(f"{key!r} is no option of a data set{own}")
     try:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -330,12 +335,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = data.label_report()
     except (DataError, files.FileError) as e:
         say(f"refused: {e}")
-        return 1 if isinstance(e, DataError) else 2
+        return 2
     finally:
         log.setLevel(level)
     say(f"{args.dataset}, prepared in {data.folder}\n{format_report(report)}")
     return 0
 
 
+def _command() -> int:
+    try:
+        with naming_stdout():
+            return main()
+    except files.FileError as e:  # of standard output
+        print(f"refused: {e}", file=sys.stderr)
+        return 2
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_command())

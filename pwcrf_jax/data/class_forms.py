@@ -19,13 +19,17 @@ from pwcrf_jax.data.files import DataError, read_lines
 
 _VOID_WORDS = {
     "void", "ignore", "ignored", "ignorelabel", "ignoreindex", "unlabeled", "unlabelled", "notlabeled", "notlabelled",
-    "unannotated", "undefined", "unknown", "dontcare", "null", "none", "nan", "na", "~",
+    "unannotated", "notannotated", "undefined", "unknown", "dontcare", "donotcare", "nolabel", "nodata", "novalue",
+    "invalid", "null", "none", "nan", "na", "~",
 }  # fmt: skip
+_VOID_KINDS = {"area", "areas", "class", "label", "mask", "pixel", "pixels", "region", "regions", "value", "zone"}
 _HEADING = {
     "id", "ids", "idx", "index", "no", "nr", "number", "num", "value", "values", "pixel", "label", "labels", "class",
     "classes", "category", "categories", "name", "names", "classname", "classnames", "classid", "labelname", "labelid",
     "trainid", "color", "colour", "colorrgb", "colors", "colours", "rgb", "hex", "parts", "actions", "description",
 }  # fmt: skip
+_ABOUT = {"a", "all", "and", "each", "list", "my", "of", "our", "object", "segmentation", "semantic", "the"}
+_PLURALS = {"classes", "labels", "categories", "classnames"}
 _CHANNELS = {"r", "g", "b", "red", "green", "blue"}
 _KEYS = ("names", "classes", "labels", "categories", "class_names", "label_names")
 SYNTAX = "write 'name' or 'name R G B', one class a line"
@@ -42,12 +46,18 @@ class Entry(NamedTuple):
 
     @property
     def void(self) -> bool:
-        return plain(self.name) in _VOID_WORDS or self.name in ("255", "-1")
+        return _is_void(self.name) or self.name in ("255", "-1")
 
 
 def plain(word: str) -> str:
     """What two spellings of a name have in common."""
     return re.sub(r"[\W_]+", "", word.casefold()) or word.strip()
+
+
+def _is_void(name: str) -> bool:
+    """Whether a name says void: "void", "do not care", "ignore region", "void/unlabelled"."""
+    words = {plain(word) for word in re.split(r"[\W_]+", name) if word} - _VOID_KINDS
+    return plain(name) in _VOID_WORDS or bool(words) and words <= _VOID_WORDS
 
 
 def read_entries(path: Path) -> list[Entry]:
@@ -100,13 +110,7 @@ def _from_node(path: Path, node: yaml.Node) -> Iterator[Entry]:
             if isinstance(item, yaml.ScalarNode):
                 yield Entry(_line(item), item.value.strip())
             elif "name" in fields and "" not in fields:
-                colour = [str(x.value) for k, v in item.value if k.value in ("color", "colour") and not
-                          isinstance(v, yaml.ScalarNode) for x in v.value]  # fmt: skip
-                index = next((fields[key] for key in ("id", "index", "value") if key in fields), None)
-                if index is None and len(colour) == 3 and all(map(INT.fullmatch, colour)):
-                    yield Entry(_line(item), fields["name"], None, tuple(map(int, colour)))
-                else:
-                    yield Entry(_line(item), fields["name"], int(index) if index and INT.fullmatch(index) else None)
+                yield _from_fields(path, item, fields)
             else:
                 raise DataError(f"{path}, line {_line(item)}: is no name in the list; {SYNTAX}")
         return
@@ -121,13 +125,37 @@ def _from_node(path: Path, node: yaml.Node) -> Iterator[Entry]:
                 entry = Entry(_line(key), value.value.strip(), int(key.value))
             elif INT.fullmatch(value.value):
                 entry = Entry(_line(key), key.value.strip(), int(value.value))
-        elif isinstance(key, yaml.ScalarNode) and isinstance(value, yaml.SequenceNode):
-            numbers = [str(x.value) for x in value.value]
-            if len(numbers) == 3 and all(map(INT.fullmatch, numbers)):
-                entry = Entry(_line(key), key.value.strip(), None, tuple(map(int, numbers)))
+            elif colour := _colour(value):
+                entry = Entry(_line(key), key.value.strip(), None, colour)
+        elif isinstance(key, yaml.ScalarNode) and (colour := _colour(value)):
+            entry = Entry(_line(key), key.value.strip(), None, colour)
         if entry is None:
             raise DataError(f"{path}, line {_line(key)}: is neither 'NUMBER: name' nor 'name: NUMBER'; {SYNTAX}")
         yield entry
+
+
+_INDEX = re.compile(r"(?!parent|super|root)\w*(id|idx|index|value|number|label)")
+
+
+def _from_fields(path: Path, item: yaml.MappingNode, fields: dict[str, str]) -> Entry:
+    """An item of a list that has a name, and perhaps a value or a colour among its fields."""
+    found = {key: int(text) for key, text in fields.items() if _INDEX.fullmatch(plain(key)) and INT.fullmatch(text)}
+    if len(set(found.values())) > 1:
+        raise DataError(
+            f"{path}, line {_line(item)}: {fields['name']!r} has {' and '.join(f'{k} {v}' for k, v in found.items())}; "
+            "keep the one that the masks hold"
+        )
+    colours = [_colour(value) for key, value in item.value if plain(str(key.value)) in ("color", "colour", "rgb")]
+    colour = colours[0] if len(colours) == 1 and not found else ()
+    return Entry(_line(item), fields["name"], next(iter(found.values()), None), colour)
+
+
+def _colour(node: yaml.Node) -> tuple[int, ...]:
+    """[128, 64, 128], or "#804080"; () for what is none."""
+    if isinstance(node, yaml.ScalarNode):
+        return tuple(bytes.fromhex(node.value[1:])) if re.fullmatch(r"#[0-9A-Fa-f]{6}", node.value) else ()
+    numbers = [str(x.value) for x in node.value] if isinstance(node, yaml.SequenceNode) else []
+    return tuple(map(int, numbers)) if len(numbers) == 3 and all(map(INT.fullmatch, numbers)) else ()
 
 
 def _pairs(node: yaml.Node) -> dict[str, str]:
@@ -141,8 +169,10 @@ def _line(node: yaml.Node) -> int:
 
 
 def is_heading(text: str, channels: bool = False) -> bool:
-    words = {plain(word) for word in re.split(r"[\s,;:|]+", text) if word}
-    return bool(words) and (plain(text) in _HEADING or words <= (_HEADING | _CHANNELS if channels else _HEADING))
+    """Whether a line is one over names ("Class name", "11 classes", "List of labels") or, `channels`, over columns."""
+    words = {plain(word) for word in re.split(r"[\s,;:|()]+", text) if word}
+    words -= _CHANNELS if channels else set()
+    return plain(text) in _HEADING or bool(words & _HEADING) and words <= _HEADING | _ABOUT or bool(words & _PLURALS)
 
 
 _BY = r"(?P<by>\s*[:,;=|\t]\s*|[.)]\s+|[.)](?=[^\s\d])|\s+-\s+|\s+)"
@@ -226,7 +256,7 @@ def _unquoted(name: str) -> str:
 def _void_entry(path: Path, number: int, line: str) -> Entry | None:
     """What a line of a void marker, alone or with numbers before or behind it, says; None for other lines."""
     word = re.sub(r"(?<![\w+-])[+-]?\d+(?!\w)", " ", line).strip(" ,;:=.)|\t")
-    if plain(word) not in _VOID_WORDS:
+    if not _is_void(word):
         return None
     numbers = [int(x) for x in re.findall(r"[+-]?\d{1,9}", line)]
     if len(numbers) not in (0, 1, 3, 4):

@@ -13,7 +13,13 @@ from pwcrf_jax.data.files import DataError, present
 LABELME_VOID = "__ignore__"
 """labelme's first label, which has no value: its masks hold 255 there, and the next label is 0."""
 
-_NO_NAME = r"""\s#|,\s*[\d#]|:\s*[\d#]|[:,]\s*$|//|[\[\]{}<>="`|\\;@]|(?i:^(?:id|names?|class(?:es)?|labels?)\s*:)"""
+_NO_NAME = (
+    r"""\s#|,\s*[\d#]|:\s*[\d#]|[:,]\s*$|//|[\[\]{}<>="`|\\;@]|(?i:^(?:id|names?|class(?:es)?|labels?)\s*:)"""
+    r"|\b0x[0-9a-fA-F]{6}|(?:^|\s)\d+\s+\d+(?:\s|$)"
+)
+
+
+_KEYS = ("nc", "numclasses", "nclasses", "numlabels", "numberofclasses", "version", "total", "count")
 
 
 class Coding(NamedTuple):
@@ -49,7 +55,8 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[tuple[int, int, int
 
 
 _NAMES_FILES = re.compile(
-    r"((class|label|category)(_?names|_?list|_?map)?|classes|labels|categories|names)\.(txt|json|ya?ml|names|csv)|data\.ya?ml"
+    r"(_|predefined_)?((class|label|category)(_?names|_?list|_?map|_?mapping|_?dict)?|classes|labels|categories|names)"
+    r"\.(txt|json|ya?ml|names|csv)|(data|dataset)\.ya?ml|(id2label|label2id)\.json|obj\.names"
 )
 
 
@@ -113,12 +120,14 @@ def _check(path: Path, entry: Entry, first: bool) -> None:
         if entry.value is not None and not -1 <= entry.value <= 255:
             raise DataError(f"{where}: {entry.value} is no value of an 8-bit mask; void is 0..255")
         return
+    if entry.value is not None and re.match(r"\d+[\s,;:]", name):
+        raise DataError(f"{where}: {name!r} behind the value {entry.value} is no name; {SYNTAX}")
     if re.search(_NO_NAME, name) or (entry.colour and INT.fullmatch(name.split()[-1])):
         raise DataError(
             f"{where}: {name!r} is no name; {SYNTAX}, numbers apart by spaces, comments on lines of their own"
         )
-    if entry.value is not None and re.match(r"\d+[\s,;:]", name):
-        raise DataError(f"{where}: {name!r} behind the value {entry.value} is no name; {SYNTAX}")
+    if entry.value is None and not entry.colour and re.match(r"0\s|\d+\s*[.:,;)]\s*\D", name):
+        raise DataError(f"{where}: {name!r} starts like a numbered line; give every class 'NUMBER: name', or none")
     if (
         not name
         or unicodedata.category(name[0]) == "No"
@@ -128,10 +137,13 @@ def _check(path: Path, entry: Entry, first: bool) -> None:
         raise DataError(f"{where}: {name!r} is no name: names start with a letter or a digit; {SYNTAX}")
     if re.fullmatch(r"[\d\s.,:;+-]*", name):
         raise DataError(f"{where}: {name!r} is a number, no name; {SYNTAX}")
-    if plain(name) in ("nc", "numclasses", "nclasses", "numlabels", "numberofclasses"):
+    if plain(name) in _KEYS:
         raise DataError(f"{where}: {name!r} looks like a key; delete the line, or rename the class")
-    if first and is_heading(name):
-        raise DataError(f"{where}: {name!r} looks like a heading; delete the line, or put # before it")
+    if first and entry.value != 0 and not entry.colour and is_heading(name):
+        raise DataError(
+            f"{where}: {name!r} looks like a heading; delete the line, or put # before it; if it is a class, write its "
+            "value too, '0: NAME'"
+        )
     if entry.value is not None and not 0 <= entry.value <= 254:
         raise DataError(f"{where}: {name!r} has the value {entry.value}; classes of 8-bit masks have 0 to 254, "
                         "and 255 is void")  # fmt: skip
@@ -174,14 +186,33 @@ def _check_together(path: Path, classes: list[Entry], void: list[Entry]) -> None
 
 
 def _refuse_indices(path: Path, classes: list[Entry]) -> None:
-    """Names that count from 0 or 1 all through, "(0) road", "label 1 sky", are numbered in a form of their own."""
+    """Names that count from 0 or 1 all through, "(0) road", "label 1 sky", are numbered in a form of their own; so are
+    "a) road", "b) sky", and "I. road", "II. sky"."""
+    letters = [m[1].casefold() for e in classes if (m := re.match(r"\(?([A-Za-z]{1,4})[.)]\s", e.name))]
+    count = len(classes)
+    if count <= 10 and letters in (list("abcdefghij")[:count], "i ii iii iv v vi vii viii ix x".split()[:count]):
+        raise _index(path, classes[0])
+    if all(e.value is None and not e.colour for e in classes):
+        first = [(k, int(m[1])) for k, e in enumerate(classes) if (m := re.match(r"(\d{1,3})\s", e.name))]
+        if len(first) > 1 and {n - k for k, n in first} in ({0}, {1}):  # "road", "1 sky", "2 tree"
+            raise _index(path, classes[first[0][0]])
+        last = [(e, m[1]) for e in classes if (m := re.search(r"\s(\d+)$", e.name))]
+        if len(last) == 1 and last[0][1] in ("0", "255"):
+            raise DataError(
+                f"{path}, line {last[0][0].line}: {last[0][0].name!r} has a value, other classes have none; give all "
+                "one, or write 'void VALUE' if it is void"
+            )
     found = [re.search(r"(?<![^\W_])(?:0x)?(\d{1,4})(?![^\W_])", e.name) for e in classes]
     if not all(found) or any(e.value is not None or re.search(r"_\d+$", e.name) for e in classes):
         return
     numbers = [int(m[1]) for m in found]
     rest = {e.name[: m.start()] + e.name[m.end() :] for e, m in zip(classes, found, strict=True)}
     if len(rest) == len(classes) and numbers in (list(range(len(classes))), list(range(1, len(classes) + 1))):
-        raise DataError(
-            f"{path}, line {classes[0].line}: {classes[0].name!r}, and so on, are names with an index; write 'NUMBER: "
-            "name' if it is the value in the masks, or leave it out"
-        )
+        raise _index(path, classes[0])
+
+
+def _index(path: Path, first: Entry) -> DataError:
+    return DataError(
+        f"{path}, line {first.line}: {first.name!r}, and so on, are names with an index; write 'NUMBER: name' if it is "
+        "the value in the masks, or leave it out"
+    )

@@ -226,7 +226,7 @@ def _read_instances(path: Path) -> dict[str, _Image]:
     try:
         with open_file(path) as file:
             content = json.load(file, object_hook=compact)
-        _check_categories(path, {x["id"]: str(x["name"]) for x in content["categories"]})
+        _check_categories(path, [(x["id"], str(x["name"])) for x in content["categories"]])
         if unknown:
             raise DataError(
                 f"{path}: annotation {unknown[0][0]} has category_id {unknown[0][1]}, which is none of COCO's 80; "
@@ -246,11 +246,11 @@ def _read_instances(path: Path) -> dict[str, _Image]:
     return dict(images.values())
 
 
-def _check_categories(path: Path, categories: dict[Any, str]) -> None:
-    """DataError where a file has categories of its own."""
+def _check_categories(path: Path, categories: list[tuple[Any, str]]) -> None:
+    """DataError where a file has categories (id, name) of its own."""
     plain = lambda name: name.casefold().replace(" ", "").replace("_", "")
     coco = {i: plain(_NAMES[i - 1]) for i in IDS[:80]}
-    own = [f"{i}: {name}" for i, name in categories.items() if coco.get(i) != plain(name)]
+    own = [f"{i}: {name}" for i, name in categories if coco.get(i) != plain(name)]
     if own or not categories:
         raise DataError(
             f"{path}: its categories are not COCO's 80 but its own ({', '.join(own[:5]) or 'none'}"

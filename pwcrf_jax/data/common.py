@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageChops, UnidentifiedImageError
 
-from pwcrf_jax.data.files import IMAGE_FORMATS, MAX_PIXELS, DataError, read_lines
+from pwcrf_jax.data.files import FOREIGN_REMEDY, IMAGE_FORMATS, MAX_PIXELS, DataError, foreign_format, read_lines
 
 __all__ = [
     "IMAGE_FORMATS", "MAX_PIXELS", "MEAN_COLOUR", "VOID", "DataError", "decode_colour_label", "decode_image",
@@ -81,6 +81,8 @@ def _open(data: bytes, where: str, load: bool = True, max_pixels: float = MAX_PI
         f"{where}: has more pixels than config.data.max_pixels = {max_pixels:.0f} allows; raise that (--option "
         "max_pixels=N of pwcrf_jax.data.check) or cut it into tiles, or, if it should be smaller, restore the file"
     )
+    if foreign := foreign_format(data):
+        raise DataError(f"{where}: is an image of a format that is not read ({foreign}); {FOREIGN_REMEDY}")
     try:
         if data.startswith(b"\x89PNG"):
             data = _checked_png(data)
@@ -316,6 +318,11 @@ def mask_palette(data: bytes, where: str) -> np.ndarray:
 
 def not_png(data: bytes, where: str) -> DataError:
     """The error for a mask that is no PNG file, or not called one; its advice depends on what the file has lost."""
+    if foreign := foreign_format(data):
+        return DataError(
+            f"{where}: mask is an image of another format ({foreign}), masks are PNG files; if it has lost nothing, "
+            "save it as PNG, value for value"
+        )
     im = _open(data, where, load=False, max_pixels=math.inf)
     if im.format == "PNG":
         return DataError(f"{where}: mask is a PNG file by its contents; call it .png, as masks are")

@@ -227,7 +227,7 @@ def load_dataset(
     if name not in DATASETS:
         near = difflib.get_close_matches(str(name), DATASETS, 1, 0)[0]
         raise DataError(f"data.name: unknown data set {name!r}, did you mean {near!r}? Known: {DATASETS}")
-    if not isinstance(max_pixels, int) or max_pixels < 1:
+    if not isinstance(max_pixels, int) or isinstance(max_pixels, bool) or max_pixels < 1:
         raise DataError(f"data.max_pixels: {max_pixels!r} is no number of pixels, such as {MAX_PIXELS}")
     builder_cls = builder_class(name)
     source_dir = expand_path(source_dir, "data.source_dir")

@@ -34,9 +34,17 @@ _FOREIGN = (
     ".tga", ".psd", ".exr", ".hdr", ".svg", ".ico", ".dng", ".nef", ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".raf",
     ".raw", ".pcx", ".sgi", ".xcf",
 )  # fmt: skip
-_FOREIGN_STARTS = re.compile(
-    rb"GIF8[79]a|....ftyp(hei|hev|mif|msf|avi|crx)|P[1-7]\s|\0\0\0\x0cj(P  |XL )|\xff\x0a|8BPS|v/1\x01", re.DOTALL
-)
+_FOREIGN_STARTS = {
+    "GIF": rb"GIF8[79]a",
+    "HEIC": rb"....ftyp(hei|hev|mif|msf)",
+    "AVIF": rb"....ftypavi",
+    "raw": rb"....ftypcrx",
+    "PNM": rb"P[1-7]\s",
+    "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
+    "JPEG XL": rb"\0\0\0\x0cJXL |\xff\x0a",
+    "Photoshop": rb"8BPS",
+    "OpenEXR": rb"v/1\x01",
+}
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -89,17 +97,20 @@ def present(path: Path, folder: bool = False) -> bool:
     """Whether an optional file (or folder) is there.
 
     Returns:
-      False only where nothing has its name.
+      False only where nothing has its name, or that of a folder that it would lie in.
 
     Raises:
       DataError: something has its name, but is a link to nothing, a pipe, a folder (or no folder), ...: what stands
-        there was meant to count.
+        there was meant to count. The same for the folders above it.
     """
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        if os.path.islink(path):
-            raise DataError(f"{path}: is a link to nothing; restore its target, or remove it") from None
+        there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+        if not os.path.exists(there):
+            raise DataError(f"{there}: is a link to nothing; restore its target, or remove it") from None
+        if not os.path.isdir(there):
+            raise DataError(f"{there}: is no folder, so that it cannot hold {path}; correct or remove it") from None
         return False
     except OSError as e:  # a link to itself, a folder that may not be looked into
         raise DataError(f"{path}: cannot be read ({e.strerror}); correct or remove it") from e
@@ -132,7 +143,7 @@ def image_kind(path: Path) -> str:
       DataError: it cannot be read.
     """
     suffix = os.path.splitext(path)[1].lower()
-    if suffix in SUFFIXES:
+    if suffix in SUFFIXES and not path.name.startswith("._"):  # so macOS calls what it keeps beside a file
         return "image"
     try:
         regular = stat.S_ISREG(os.stat(path).st_mode)
@@ -145,7 +156,12 @@ def image_kind(path: Path) -> str:
     # Raw photographs are TIFF files, of a preview.
     if any(_accepts(name, head) for name in IMAGE_FORMATS if suffix not in _FOREIGN or name != "TIFF"):
         return "image"
-    return "foreign" if suffix in _FOREIGN or _FOREIGN_STARTS.match(head) else "other"
+    return "foreign" if suffix in _FOREIGN or foreign_format(head) else "other"
+
+
+def foreign_format(data: bytes) -> str | None:
+    """The format of an image that is not read, by its first bytes; None for all else."""
+    return next((name for name, start in _FOREIGN_STARTS.items() if re.match(start, data, re.DOTALL)), None)
 
 
 FOREIGN_REMEDY = f"images are {', '.join(IMAGE_FORMATS)} files ({', '.join(SUFFIXES)}); convert it, or remove it"

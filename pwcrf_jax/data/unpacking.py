@@ -23,6 +23,7 @@ from typing import BinaryIO, NamedTuple
 
 from pwcrf_jax.data.common import DataError
 from pwcrf_jax.data.disk import locked, unwritable
+from pwcrf_jax.data.files import open_file
 
 _CHUNK = 1 << 20  # bytes held at a time
 _MAX_RATIO, _SMALL = 100, 1 << 30  # images and masks are packed 1:10 at most; below _SMALL bytes nobody is harmed
@@ -170,8 +171,8 @@ class _Archive:
 
     def __init__(self, path: Path):
         self.path = path
+        self._file = open_file(path)
         with _reading(path):
-            self._file = open(path, "rb")
             self.size = os.fstat(self._file.fileno()).st_size
 
     def __enter__(self) -> "_Archive":
@@ -258,8 +259,10 @@ def _check_count(found: int, raw: _Archive) -> None:
 
 
 def _tar(raw: _Archive, room: Path) -> Iterator[_Member]:
-    raw.check(0 if raw.path.suffix in (".gz", ".tgz") else raw.size, room)
-    stream = _Blocks(gzip.GzipFile(fileobj=raw, mode="rb") if raw.path.suffix in (".gz", ".tgz") else raw)
+    packed = raw.read(2) == b"\x1f\x8b"  # whatever its name: browsers unpack a .tgz and keep the name
+    raw.seek(0)
+    raw.check(0 if packed else raw.size, room)
+    stream = _Blocks(gzip.GzipFile(fileobj=raw, mode="rb") if packed else raw)
     unpacked = 0
     with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8") as archive:
         while info := archive.next():

@@ -20,15 +20,18 @@ without a PNG mask. SBD's own lists are no splits: part of its training images a
 
 import logging
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from pwcrf_jax.data.archives import locate, read_mat
 from pwcrf_jax.data.base import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
-from pwcrf_jax.data.files import DataError, present, read_lines, refuse_other_lists
+from pwcrf_jax.data.class_forms import plain
+from pwcrf_jax.data.files import DataError, present, read_file, read_lines, refuse_other_lists
 
 LISTS = "ImageSets/Segmentation"
 
@@ -89,6 +92,7 @@ class Voc(SegmentationBuilder, skip_registration=True):
             )
         for list_file in without_masks:
             log.warning("%s: left out, none of its masks exist in SegmentationClass", list_file)
+        _refuse_own_objects(root / "Annotations", splits, cls.class_names)
         if sbd and not present(lists / "train_aug.txt"):
             splits["train_aug"] = _train_aug(root, sbd)
         return cls.plan_from_pairs(source, splits)
@@ -126,6 +130,24 @@ def _split_name(list_file: Path) -> str:
             "underscores, other than 'all'"
         )
     return list_file.stem
+
+
+def _refuse_own_objects(folder: Path, splits: Mapping[str, Sequence[Pair]], names: Sequence[str]) -> None:
+    """DataError where the boxes that lie beside the masks have other classes; 20 files of a split tell."""
+    known = {plain(name) for name in names}
+    for pair in (pair for pairs in splits.values() for pair in pairs[:20]):
+        if not present(path := folder / f"{pair.id}.xml"):
+            continue
+        try:
+            objects = ElementTree.fromstring(read_file(path, 1 << 20)).findall("object")
+        except (ElementTree.ParseError, ValueError):  # damaged, and not needed
+            continue
+        own = [name for found in objects if plain(name := (found.findtext("name") or "").strip()) not in known]
+        if any(own):
+            raise DataError(
+                f"{path}: has objects of classes of its own ({', '.join(dict.fromkeys(own[:5]))}), but data.name "
+                f"stands for VOC's {len(names)}; use data.name=image_folder with the classes and the masks of this set"
+            )
 
 
 def _pair(root: Path, name: str, listed_in: Path, sbd: Path | None) -> Pair:

@@ -243,7 +243,8 @@ def _keras_layers(path: Path, file: Any) -> dict[str, dict[str, Any]]:
                 continue
             # Links lead out of the file, or round in circles; Keras writes none.
             if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-                raise WeightsError(f"{path}: {'/'.join(where)} is a link, as Keras writes none; download it again")
+                link = _some(["/".join(where)])
+                raise WeightsError(f"{path}: {link} is a link, as Keras writes none; download it again")
             item = group[name]
             if isinstance(item, h5py.Group):
                 visit(item, where)
@@ -262,7 +263,8 @@ def _weight_name(name: str) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(name[:40] for name in names[:4]) or "none"
+    shown = ("".join(c if c.isprintable() else ascii(c)[1:-1] for c in name[:40]) for name in names[:4])
+    return ", ".join(shown) or "none"
 
 
 def _batch_norm_name(layer: str) -> str:

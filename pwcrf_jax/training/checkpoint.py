@@ -326,7 +326,7 @@ class Store:
 
     def _set_aside(self, step):
         target = self._path(step) + _DAMAGED
-        while os.path.exists(target):
+        while os.path.lexists(target):
             target += "+"
         os.replace(self._path(step), target)
         return target

@@ -1,6 +1,5 @@
 """What train.py and eval.py share: flags in, one readable line out when something is refused."""
 
-import contextlib
 import os
 import re
 import signal
@@ -12,7 +11,7 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from pwcrf_jax import files
+from pwcrf_jax import files, streams
 from pwcrf_jax.data import DataError
 from pwcrf_jax.nets import WeightsError
 from pwcrf_jax.training import agreement, compilation, distributed, logs, schema, usage
@@ -83,6 +82,8 @@ def parse(argv, values=flags.FLAGS, before_parsing=None) -> None:
       ConfigError, FileError: whatever is wrong, in one line.
     """
     try:
+        # What a --flagfile holds is of the command line like the rest: its paths, and what is read before the others.
+        argv[1:] = values.read_flags_from_files(argv[1:], force_gnu=False)
         _expand_paths(argv)
         if before_parsing:
             before_parsing(argv)
@@ -106,11 +107,12 @@ def run(main, before_parsing=None, before_main=None, interrupted="stopped by Ctr
     """
 
     def flags_parser(argv):
-        if text := usage.asked(argv):
-            print(text)
-            sys.exit(0)
         logs.setup()
         try:
+            if text := usage.asked(argv):
+                with streams.naming_stdout():
+                    print(text)
+                sys.exit(0)
             parse(argv, before_parsing=before_parsing)
         except (ConfigError, files.FileError) as error:
             print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -120,21 +122,13 @@ def run(main, before_parsing=None, before_main=None, interrupted="stopped by Ctr
 
     def guarded(argv):
         try:
-            if before_main:
-                before_main()
-            distributed.agree(lambda: agreement.of_start(require("config")))
-            _use_cache()
-            main(argv)
-            sys.stdout.flush()  # here what cannot be written is told in a line
-        except OSError as error:
-            if isinstance(error, files.FileError):
-                _end(REFUSED, f"error: {_one_line(error)}")
-            if error.filename is None:  # files of ours have names: it is where the output goes
-                with contextlib.suppress(OSError, ValueError):  # or Python tries again when it ends
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            error = files.refused(error.filename or "standard output", "cannot be used", error)
-            _end(REFUSED, f"error: {_one_line(error)}")
-        except (ConfigError, DataError, WeightsError, CheckpointError) as error:
+            with streams.naming_stdout():
+                if before_main:
+                    before_main()
+                distributed.agree(lambda: agreement.of_start(require("config")))
+                _use_cache()
+                main(argv)
+        except (ConfigError, DataError, WeightsError, CheckpointError, files.FileError) as error:
             _end(REFUSED, f"error: {_one_line(error)}")
         except NonFiniteError as error:
             _end(FAILED, f"error: {_one_line(error)}")
@@ -142,6 +136,8 @@ def run(main, before_parsing=None, before_main=None, interrupted="stopped by Ctr
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one ends what is left without a word
             _end(INTERRUPTED, interrupted)
         except Exception as error:
+            if isinstance(error, OSError) and error.errno:  # by the system; libraries raise some of their own
+                _end(REFUSED, f"error: {_one_line(_of_system(error))}")
             if not distributed.several():
                 raise
             time.sleep(_EXPLAINED)  # where another process has broken a sum, its end is told meanwhile
@@ -151,6 +147,16 @@ def run(main, before_parsing=None, before_main=None, interrupted="stopped by Ctr
             distributed.done()
 
     app.run(guarded, flags_parser=flags_parser)
+
+
+def _of_system(error):
+    """The FileError of what the system refused; where it names no file, such as for a socket, it says who asked."""
+    if error.filename is not None:
+        return files.refused(error.filename, "cannot be used", error)
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{os.path.basename(os.path.dirname(at.filename))}/{os.path.basename(at.filename)}, line {at.lineno}"
+    return files.FileError(f"the system refused what {where} asked for ({error.strerror or error}); see to its limits, "
+                           "memory and network, and start the same command again")  # fmt: skip
 
 
 def _expand_paths(argv):

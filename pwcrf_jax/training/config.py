@@ -202,18 +202,16 @@ def relations(config: ConfigDict) -> dict[str, np.ndarray]:
     out = {}
     for name in config.model.relations:
         box, c = _box(config, name), config.relations[name]
-        kept = bool(c.row_offsets), bool(c.col_offsets)
-        if any(kept) and not all(kept):
-            given, other = _OFFSETS if kept[0] else _OFFSETS[::-1]
-            raise ConfigError(
-                f"config.relations.{name}.{given} = {c[given]} must be given with {other}: set both, or neither"
-            )
-        if (len(c.row_offsets) * len(c.col_offsets) if all(kept) else _num_offsets(box, grid)) > _MAX_OFFSETS:
+        kept = [key for key in _OFFSETS if c[key]]
+        if len(kept) == 1:
+            (other,) = set(_OFFSETS) - set(kept)
+            raise ConfigError(f"config.relations.{name}.{kept[0]} = {c[kept[0]]} must be (), or {other} be set too")
+        if (len(c.row_offsets) * len(c.col_offsets) if kept else _num_offsets(box, grid)) > _MAX_OFFSETS:
             raise ConfigError(
                 f"config.relations.{name}: its box holds more than {_MAX_OFFSETS} offsets {where}; make it smaller, or "
                 "set its grid, such as 5"
             )
-        if all(kept):
+        if kept:
             pairs = itertools.product(*(sorted(set(axis)) for axis in (c.row_offsets, c.col_offsets)))
             out[name] = np.array([pair for pair in pairs if pair != (0, 0)], np.int32).reshape(-1, 2)
         else:
@@ -501,7 +499,7 @@ def apply_tuned(config: ConfigDict, workdir: str) -> dict | None:
 
     def check(result):
         for name, kind in {"config": dict, "conditions": dict, "split": str, "step": int}.items():
-            if not isinstance(result[name], kind):
+            if not isinstance(result.get(name, 0) if name == "step" else result[name], kind):
                 raise ValueError(f"{name!r} is no {kind.__name__}")
         for key, value in result["config"].items():
             if not key.startswith(("crf.weights", "crf.num_iterations", "refine.")) or key not in dict(_flat(config)):

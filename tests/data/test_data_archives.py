@@ -1,8 +1,10 @@
 """Official archives and MATLAB files: found, unpacked once, and refused by name when damaged."""
 
 import io
+import os
 import tarfile
 import zipfile
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -177,3 +179,55 @@ def test_mat_files_that_would_read_others(kind, new, tmp_path, monkeypatch):
 def test_voc_palette():
     assert voc_palette(22)[:4] == ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0))
     assert voc_palette(256)[255] == (224, 224, 192) and voc_palette(21)[20] == (0, 64, 128)
+
+
+def _dangling(path):
+    path.symlink_to(path.with_name("nowhere"))
+
+
+def _loop(path):
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz", "a.tgz"])
+@pytest.mark.parametrize(
+    ("put", "message"),
+    [
+        (_dangling, "is a link to nothing"),
+        (_loop, "cannot be read"),
+        (os.mkfifo, r"is a pipe \(FIFO\), expected a file"),
+        (Path.mkdir, "is a folder, expected a file"),
+    ],
+)
+def test_an_archive_that_is_no_file_never_counts_as_not_there(places, name, put, message):
+    source, data_dir = places
+    put(source / name)
+    with pytest.raises(DataError, match=rf"source/{name}: {message}"):
+        locate(source, ["kit"], [name], data_dir)
+
+
+@pytest.mark.parametrize(
+    ("put", "message"),
+    [
+        (_dangling, "source/kit: is a link to nothing"),
+        (_loop, "source/kit/parts: cannot be read"),
+        (os.mkfifo, "source/kit: is no folder, so that it cannot hold"),
+        (Path.touch, "source/kit: is no folder, so that it cannot hold"),
+        (lambda kit: (kit.mkdir(), _dangling(kit / "parts")), "source/kit/parts: is a link to nothing"),
+        (lambda kit: (kit.mkdir(), (kit / "parts").touch()), "source/kit/parts: is a file, expected a folder"),
+    ],
+)
+def test_a_folder_that_leads_nowhere_never_counts_as_not_there(places, put, message):
+    source, data_dir = places
+    _zip(source / "a.zip", {"kit/parts/list.txt": "one"})
+    put(source / "kit")
+    with pytest.raises(DataError, match=message):
+        locate(source, ["kit/parts"], ["a.zip"], data_dir)
+
+
+@pytest.mark.parametrize("read", [lambda path: read_mat(path, "x"), lambda path: open_mat73(path, "x").__enter__()])
+@pytest.mark.parametrize("put", [_dangling, _loop, os.mkfifo, Path.mkdir])
+def test_matlab_files_that_are_none_are_refused_by_name(tmp_path, read, put):
+    put(tmp_path / "x.mat")
+    with pytest.raises(DataError, match=r"x\.mat: (cannot be read \(|is a (pipe|folder))"):
+        read(tmp_path / "x.mat")

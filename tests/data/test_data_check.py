@@ -361,9 +361,9 @@ def test_command(folder, capsys):
     assert "train: 6 images, 24-24 high, 36-36 wide" in out and "test: 1 images" in out and "street lamp" in out
     assert check.main([*arguments, "--option", "seed=3", "--option", "val_fraction=0.5"]) == 0
     capsys.readouterr()
-    assert check.main([*arguments, "--option", "val_fraction=x"]) == 1
+    assert check.main([*arguments, "--option", "val_fraction=x"]) == 2
     assert capsys.readouterr().out.startswith("refused: data.image_folder.val_fraction: 'x' is no float")
-    assert check.main(["image_foldre"]) == 1
+    assert check.main(["image_foldre"]) == 2
     assert "did you mean 'image_folder'" in capsys.readouterr().out
     with pytest.raises(SystemExit) as usage:
         check.main([*arguments, "--option", "seed"])
@@ -406,12 +406,36 @@ def test_command_whatever_standard_output_is(folder, monkeypatch, name):
         patch.setattr(sys, "stdout", stream)
         got = check.main(["image_folder", "--source_dir", str(folder[0]), "--data_dir", str(folder[1])])
         refused = check.main(["no_such_set"])
-    assert got == 0 and refused == 1
+    assert got == 0 and refused == 2
     if read:
         text = read(stream)
         assert "train: 6 images" in text and "street lamp" in text and "refused: " in text
         assert ("\u8def" in text) == (name in ("notebook", "string")) != ("\\u8def" in text)
         assert name != "latin-file" or "caf\u00e9" in text
+
+
+@pytest.mark.parametrize("key", ["name", "source_dir", "data_dir", "partial", "cls"])
+def test_what_is_no_option_is_refused_in_a_line(folder, capsys, key):
+    with pytest.raises(SystemExit, match="2"):
+        check.main(["image_folder", "--source_dir", str(folder[0]), "--option", f"{key}=x"])
+    assert f"{key!r} is no option of a data set" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["voc", "--source_dir", "nowhere"],
+        ["image_folder", "--option", "max_pixels=True"],
+        ["coco", "--option", "seed=1"],
+        ["synthetic", "--option", "num_train=0"],
+        ["synthetic", "--data_dir", "gs://bucket/x"],
+        ["synthetic", "--data_dir", "/dev/null"],
+    ],
+)
+def test_refusals_end_with_2_and_one_line(capsys, arguments):
+    assert check.main(arguments) == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("refused: ")
 
 
 def test_command_as_a_module(folder):
@@ -427,6 +451,6 @@ def test_command_as_a_module(folder):
         folder[1],
     ]
     run = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
-    assert run.returncode == 1 and not run.stderr
+    assert run.returncode == 2 and not run.stderr
     assert run.stdout.startswith("refused: ") and "b.png: label value 3 is neither a class (0..2)" in run.stdout
     assert "off by one?" in run.stdout

@@ -56,6 +56,10 @@ def read(tmp_path, text):
         ("CLASSES = (\n    'wheat',\n    'bare soil',\n    'drone pad',\n)\n", ZERO),
         ("('wheat', 'bare soil', 'drone pad')", ZERO),
         ("labels = ['wheat', 'bare soil', 'drone pad',]\n", ZERO),
+        ('[{"class_id": 1, "name": "wheat"}, {"class_id": 2, "name": "bare soil"}, '
+         '{"class_id": 3, "parent_id": 2, "name": "drone pad"}]', ONE),
+        ("- {pixel_value: 2, name: bare soil}\n- {pixel_value: 1, name: wheat}\n- {pixel_value: 3, name: drone pad}\n",
+         ONE),
         # Quotes, commas, marks, line ends.
         ("'wheat'\n'bare soil'\n'drone pad'\n", ZERO),
         ('"wheat",\n"bare soil",\n"drone pad"\n', ZERO),
@@ -64,6 +68,8 @@ def read(tmp_path, text):
         ("__ignore__\nwheat\nbare soil\ndrone pad\n", ZERO),
         ("-1 ignore\n0 wheat\n1 bare soil\n2 drone pad\n", ZERO),
         ("wheat\nbare soil\ndrone pad\n255 unlabelled\n", ZERO),
+        ("no data 0\nwheat\nbare soil\ndrone pad\n", FROM_1),
+        ("ignore_region 255\nwheat\nbare soil\ndrone pad\n", ZERO),
         ("0: unlabeled\n1: wheat\n2: bare soil\n3: drone pad\n", FROM_1),
         ("Void 0\nwheat\nbare soil\ndrone pad\n", FROM_1),
         ("dont-care: 3\nwheat: 0\nbare soil: 1\ndrone pad: 2\n", {0: 0, 1: 1, 2: 2, 3: 255}),
@@ -88,6 +94,9 @@ def test_forms_that_are_read(tmp_path, text, classes):
         '{"name": "void", "color": [0, 0, 0]}]',
         "1 bare soil 4 5 6\n0 wheat 1 2 3\nvoid 0 0 0\n",
         "wheat: [1, 2, 3]\nbare soil: [4, 5, 6]\nvoid: [0, 0, 0]\n",
+        "wheat: '#010203'\nbare soil: '#040506'\nvoid: '#000000'\n",
+        '[{"name": "wheat", "color": "#010203"}, {"name": "bare soil", "color": "#040506"}, '
+        '{"name": "void", "color": "#000000"}]',
     ],
 )
 def test_forms_of_colours(tmp_path, text):
@@ -107,6 +116,9 @@ def test_forms_of_colours(tmp_path, text):
         ("building, edifice", "wall", "sky"),
         ("red", "green", "blue"),
         ("background", "label_1", "number plate"),
+        ("class 1", "class 2", "class 3"),
+        ("object", "other classes", "none of the above", "unknown object"),
+        ("E. coli", "S. aureus", "B. subtilis"),
         ("B&W", "50% shade", "A/C unit", "vehicle:car"),
     ],
 )
@@ -160,6 +172,28 @@ def test_names_that_stay_as_they_are(tmp_path, names):
         ("① wheat\n② soil\n", r"line 1: '① wheat' is no name"),
         ("index,name,kind\n0,wheat,crop\n1,soil,ground\n", r"line 1: 'index,name,kind' has columns"),
         ("index,name,color\n0,wheat,red\n1,soil,blue\n", r"line 2: '0,wheat,red' has columns"),
+        ("List of classes\nwheat\nsoil\n", r"line 1: 'List of classes' looks like a heading"),
+        ("Object class\nwheat\nsoil\n", r"line 1: 'Object class' looks like a heading"),
+        ("2 classes\nwheat\nsoil\n", r"line 1: '2 classes' looks like a heading"),
+        ("classes: 2\nwheat: 0\nsoil: 1\n", r"line 1: 'classes' looks like a heading"),
+        ("version: 0\nwheat: 1\nsoil: 2\n", r"line 1: 'version' looks like a key"),
+        ("0 wheat\nsoil\n", r"line 1: '0 wheat' starts like a numbered line"),
+        ("1. wheat\n2. soil\npad\n", r"line 1: '1. wheat' starts like a numbered line"),
+        ("3: wheat\nsoil\n", r"line 1: '3: wheat' starts like a numbered line"),
+        ("wheat\n1 soil\n2 pad\n", r"line 2: '1 soil', and so on, are names with an index"),
+        ("a) wheat\nb) soil\n", r"line 1: 'a\) wheat', and so on, are names with an index"),
+        ("I. wheat\nII. soil\nIII. pad\n", r"line 1: 'I. wheat', and so on, are names with an index"),
+        ("wheat\nsoil\nborder 255\n", r"line 3: 'border 255' has a value, other classes have none"),
+        ("rest 0\nwheat\nsoil\n", r"line 1: 'rest 0' has a value, other classes have none"),
+        ("wheat\nsoil\ndo not care\n", r"line 3: 'do not care' would be a class"),
+        ("wheat\nignore region\nsoil\n", r"line 2: 'ignore region' would be a class"),
+        ("wheat\nsoil\nvoid/unlabelled\n", r"line 3: 'void/unlabelled' would be a class"),
+        ("wheat 7 0 crop\nsoil 8 1 ground\n", r"line 1: 'wheat 7 0 crop' is no name"),
+        ("wheat 0xff0000\nsoil 0x00ff00\n", r"line 1: 'wheat 0xff0000' is no name"),
+        (
+            "- {id: 7, trainId: 0, name: wheat}\n- {id: 8, trainId: 1, name: soil}\n",
+            r"line 1: 'wheat' has id 7 and trainId 0",
+        ),
         ("num_classes: 2\nwheat: 0\nsoil: 1\n", r"line 1: 'num_classes' looks like a key"),
         ("<names>wheat</names>\nsoil\n", r"line 1: .* is no name"),
     ],
@@ -168,6 +202,14 @@ def test_forms_that_are_refused_with_the_line(tmp_path, text, message):
     with pytest.raises(DataError, match=rf"classes\.txt(, |: ).*{message}") as e:
         read(tmp_path, text)
     assert "\n" not in str(e.value).replace(repr(text), "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["0: label\n1: bottle\n", "label 1 2 3\nbottle 4 5 6\n", "- {id: 0, name: label}\n- {id: 1, name: bottle}\n"],
+)
+def test_a_class_called_like_a_heading_is_told_by_its_value(tmp_path, text):
+    assert read(tmp_path, text)[0] == ("label", "bottle")
 
 
 # Files of names beside other sets ----------------------------------------------------------------------
@@ -188,6 +230,10 @@ def voc_plan(voc):
         ("labels.txt", "\n".join(Voc.class_names[1:])),  # all off by one
         ("Labels.txt", "\n".join([*Voc.class_names[:2], *reversed(Voc.class_names[2:])])),
         ("names.txt", "item {\n}\n"),
+        ("_classes.csv", "Pixel Value, Class\n0, background\n1, leaf\n"),
+        ("class_dict.csv", "name,r,g,b\nbackground,0,0,0\nleaf,0,128,0\n"),
+        ("dataset.yaml", "names:\n  0: background\n  1: leaf\n"),
+        ("id2label.json", '{"0": "background", "1": "leaf"}'),
     ],
 )
 @pytest.mark.parametrize("below", [".", "SegmentationClass"])
@@ -233,6 +279,10 @@ def _moved(categories):
     categories[0]["id"], categories[1]["id"] = 2, 1
 
 
+def _hidden(categories):
+    categories.insert(0, {"id": 3, "name": "fruit"})  # of two with one id the later would count
+
+
 def _more(categories):
     categories.append({"id": 91, "name": "leaf"})
 
@@ -242,6 +292,7 @@ def _more(categories):
     [
         (_renamed, r"its own \(3: fruit\)"),
         (_moved, r"its own \(2: person, 1: bicycle\)"),
+        (_hidden, r"its own \(3: fruit\)"),
         (_more, r"its own \(91: leaf\)"),
         (list.clear, r"its own \(none\)"),
     ],

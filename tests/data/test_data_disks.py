@@ -130,7 +130,7 @@ def test_small_disks(packed, options, tmp_path):
     reason = "Read-only file system" if options == "ro" else "are needed" if packed and options == "size=40k" else FULL
     assert line.startswith("refused") and str(small) in line and reason in line and "data.data_dir" in line
     left = [path for path in done.stderr.splitlines() if not path.endswith(".lock")]
-    assert done.returncode and not left, done.stderr
+    assert done.returncode == 2 and not left, done.stderr
 
 
 # --- the lock ------------------------------------------------------------------------------------------------

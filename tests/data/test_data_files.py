@@ -227,6 +227,44 @@ def test_images_of_other_formats_are_refused_by_name(own, file, data):
     assert ImageFolder.plan(str(own)).splits
 
 
+FOREIGN = {
+    "GIF": b"GIF89a" + bytes(20),
+    "HEIC": b"\0\0\0\x18ftypheic" + bytes(20),
+    "AVIF": b"\0\0\0\x1cftypavif" + bytes(20),
+    "JPEG 2000": b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(20),
+    "JPEG XL": b"\xff\x0a" + bytes(20),
+    "PNM": b"P5\n1 1\n255\n1",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("file", ["images/a.jpg", "masks/a.png", "masks/a.gif"])
+def test_other_formats_by_a_wrong_suffix_are_not_called_damaged(own, load, name, file):
+    if file == "masks/a.gif":
+        (own / "masks/a.png").unlink()
+    (own / file).write_bytes(FOREIGN[name])
+    with pytest.raises(DataError, match=rf"{file}: (is|mask is) an image of .* \({name}\)") as e:
+        load()
+    assert "damaged" not in str(e.value) and "restore" not in str(e.value)
+
+
+@pytest.mark.parametrize("file", ["Thumbs.db", "desktop.ini", "classes.txt", "sub/Thumbs.db", "labels.json"])
+def test_stray_files_change_neither_classes_nor_splits(own, file):
+    before = ImageFolder.plan(str(own))
+    (own / "images" / file).parent.mkdir(exist_ok=True)
+    (own / "images" / file).write_text("x\ny\nz\n")
+    after = ImageFolder.plan(str(own))
+    assert after == before and after.class_names == layout.NAMES
+
+
+@pytest.mark.parametrize(("data", "kind"), [(b"\0\5\x16\7\0\2\0\0Mac OS X", "other"), (b"", "other"), (None, "image")])
+def test_what_macos_keeps_beside_an_image_is_none(tmp_path, data, kind):
+    layout.write_image(tmp_path / "._a.jpg", PIXELS)
+    if data is not None:
+        (tmp_path / "._a.jpg").write_bytes(data)
+    assert image_kind(tmp_path / "._a.jpg") == kind
+
+
 @pytest.mark.parametrize("file", ["n.json", "n.txt", "n.mp4", "BM notes", "n.xml"])
 def test_what_is_no_image_is_named_and_left_out(own, caplog, file):
     (own / "images" / file).write_bytes(b"BMW, or P1 and what else there is in it")
@@ -405,4 +443,4 @@ def test_a_pipe_among_the_images_ends_the_check_command(own, tmp_path):
     os.mkfifo(own / "images/a.jpg")
     command = [sys.executable, "-m", "pwcrf_jax.data.check", "image_folder", "--source_dir", str(own)]
     done = subprocess.run([*command, "--data_dir", str(tmp_path / "p")], capture_output=True, text=True, timeout=300)
-    assert done.returncode and "a.jpg: is a pipe (FIFO)" in done.stdout
+    assert done.returncode == 2 and "a.jpg: is a pipe (FIFO)" in done.stdout

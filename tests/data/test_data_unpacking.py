@@ -215,6 +215,14 @@ def test_a_million_empty_files_are_a_bomb(home, tmp_path, monkeypatch):
     refused(tar(tmp_path / "x.tgz", *(member(f"a/{i}", b"") for i in range(2000))), home, "would become")
 
 
+@pytest.mark.parametrize(("name", "called"), [("x.tgz", "y.tar"), ("x.tar", "y.tgz"), ("x.tar", "y.tar.gz")])
+def test_a_tar_archive_is_known_by_what_it_holds(name, called, home, tmp_path):
+    """Some browsers unpack a .tgz while they download it, and keep its name."""
+    tar(tmp_path / name, member("a/b", b"1")).rename(tmp_path / called)
+    unpack([tmp_path / called], home)
+    assert (home / "a/b").read_bytes() == b"1"
+
+
 @pytest.mark.parametrize("name", ["x.tar", "x.tgz"])
 def test_what_is_cut_short_is_not_taken_for_the_end(name, home, tmp_path):
     """tarfile takes a cut between two members, or a header that it cannot read, for the end of the archive."""

@@ -274,3 +274,30 @@ def test_lists_from_windows(load, kit):
     path = kit / "ImageSets/Segmentation/val.txt"
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(name.encode() for name in layout.VAL) + b"\r\n")
     assert load().splits["val"] == 2
+
+
+BOXES = "<annotation><object><name>{}</name><part><name>head</name></part></object></annotation>"
+
+
+@pytest.mark.parametrize("name", ["leaf", "road sign", "Kind 3", "背景"])
+def test_boxes_of_own_classes_are_refused(load, kit, name):
+    (kit / "Annotations").mkdir()
+    (kit / "Annotations/2007_000033.xml").write_text(BOXES.format(name), encoding="utf-8")
+    with pytest.raises(DataError, match=rf"33\.xml: has objects of classes of its own \({name}\).*_folder"):
+        load()
+
+
+@pytest.mark.parametrize("text", [BOXES.format("person"), BOXES.format("TVmonitor"), "<annotation/>", "damaged <", ""])
+def test_boxes_of_vocs_classes_are_taken(load, kit, text):
+    (kit / "Annotations").mkdir()
+    (kit / "Annotations/2007_000033.xml").write_text(text)
+    assert load().splits
+
+
+@pytest.mark.parametrize("name", ["benchmark.tgz", "benchmark_RELEASE"])
+def test_sbd_that_is_a_link_to_nothing_is_not_passed_over(load, source, name):
+    """Without it there would be no train_aug, and no word."""
+    shutil.rmtree(source / "benchmark_RELEASE")
+    (source / name).symlink_to(source / "gone")
+    with pytest.raises(DataError, match=rf"{name}: is a link to nothing"):
+        load()

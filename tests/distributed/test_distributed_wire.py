@@ -1,12 +1,14 @@
 """The wire between processes, both ends of it in this one: ends, losses, agreement, and who may join."""
 
+import json
 import socket
 import threading
 import time
+import types
 
 import pytest
 
-from pwcrf_jax.training import wire
+from pwcrf_jax.training import distributed, wire
 from pwcrf_jax.training.config import ConfigError
 
 
@@ -267,3 +269,44 @@ def test_the_right_one_of_several_addresses_is_found(quick):
         spoke = wire.Spoke(1, 2, addresses, 60, token="ours")
         hub.gather(5)
         spoke.gather()
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_processes_of_a_cluster_meet_before_they_have_devices(index, left, monkeypatch):
+    """So one that has none is heard of, while the others wait for it in JAX."""
+
+    class Store(dict):
+        key_value_set = dict.__setitem__
+
+        def blocking_key_value_get(self, key, milliseconds):
+            _until(lambda: key in self)
+            return self[key]
+
+    store, joined = Store(), {}
+    state = lambda i: types.SimpleNamespace(process_id=i, num_processes=3, client=store)
+    monkeypatch.setattr(distributed, "_initialize", lambda: None)
+    monkeypatch.setattr(distributed.jax, "process_index", None)
+    monkeypatch.setattr(distributed.jax, "device_count", None)
+    monkeypatch.setattr(distributed, "_wire", None)
+
+    if index == 0:
+        monkeypatch.setattr(distributed.jax_distributed, "global_state", state(0))
+        _background(lambda: joined.update({1: _other(store, 1)}))
+        _background(lambda: joined.update({2: _other(store, 2)}))
+    else:
+        hub = wire.Hub(3, token="t")
+        store[distributed._ADDRESS] = json.dumps([["127.0.0.1"], hub.port, "t"])
+        monkeypatch.setattr(distributed.jax_distributed, "global_state", state(index))
+        _background(hub.gather, 10)
+        _background(lambda: joined.update({3 - index: _other(store, 3 - index)}))
+    distributed._start_found(10)
+    _until(lambda: joined)
+    _background(distributed.end, 2, "JAX_PLATFORMS=none")
+    _until(lambda: set(left) == {0, 1, 2})
+    assert set(left.values()) == {2}
+
+
+def _other(store, index):
+    _until(lambda: store)
+    names, port, token = json.loads(next(iter(store.values())))
+    return wire.Spoke(index, 3, [(name, port) for name in names], 10, token)

@@ -128,6 +128,7 @@ def flag(words, name):
 # --- the documents -----------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_readme_examples_run():
     code = blocks((ROOT / "README.md").read_text(), "python")
     assert code
@@ -139,6 +140,7 @@ def test_readme_examples_run():
     assert jax.numpy.isfinite(scope["value"]) and scope["info"].change.shape == (3, 2)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_examples_of_other_pages_run():
     pages = [path for path in DOCS if path.name not in ("README.md", "tutorial.md")]
     run = 0

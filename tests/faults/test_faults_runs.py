@@ -104,7 +104,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(config, work):
     assert states.read(work)[1]["step"] == 1
 
 
-@pytest.mark.parametrize("order", [(3, 6), (6, 3)])
+@pytest.mark.parametrize("order", [(3, 6), pytest.param((6, 3), marks=pytest.mark.full)])
 def test_of_two_best_models_the_better_is_kept(work, config, order):
     """A kill between a save and the deletion of what it replaces leaves two; after a fallback either may be newer."""
     (there,) = (work / "best").iterdir()

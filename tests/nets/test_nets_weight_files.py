@@ -136,6 +136,7 @@ STRUCTURES = {
     "many": lambda file: [file.create_group(f"many/{i}") for i in range(10_001)],
     "a soft link": lambda file: file.__setitem__("block9/kernel:0", h5py.SoftLink(f"/{KERNEL}")),
     "a soft link to nothing": lambda file: file.__setitem__("block9/kernel:0", h5py.SoftLink("/none")),
+    "a link of a name of two lines": lambda file: file.__setitem__("block9/a\nb", h5py.SoftLink("/none")),
     "a soft link round": lambda file: file.__setitem__("block9", h5py.SoftLink("/block9")),
     "a link to another file": lambda file: file.__setitem__("block9", h5py.ExternalLink("other.h5", "/")),
 }
@@ -148,6 +149,17 @@ def test_files_without_end_and_links(case, tmp_path, monkeypatch):
     with h5py.File(_write(tmp_path / "net.h5"), "a") as file:
         STRUCTURES[case](file)
     _refused(tmp_path / "net.h5", "is a link" if "link" in case else "more groups than any network")
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".safetensors"])
+def test_names_of_an_unknown_network_are_one_line(suffix, tmp_path):
+    path = tmp_path / f"net{suffix}"
+    if suffix == ".h5":
+        with h5py.File(path, "w") as file:
+            file["a\nb/kernel:0"] = np.zeros(1, np.float32)
+    else:
+        save_file({"a\nb.weight": np.zeros(1, np.float32)}, path)
+    _refused(path, "not a network known here", r"a\nb")
 
 
 LAYOUTS = {

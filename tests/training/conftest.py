@@ -11,14 +11,18 @@ from pwcrf_jax.nets import MobileNetV2
 
 @pytest.fixture(scope="module", autouse=True)
 def _shared_programs(request, tmp_path_factory):
-    """Compiled once for all runs here and the processes that they start; only the cache's own tests do without."""
+    """Compiled once for all runs here and the processes that they start; only the cache's own tests do without.
+
+    And quickly: most of the time of runs as short as these would be XLA's optimisation.
+    """
     if request.path.stem == "test_training_startup":
         yield
         return
     folder = tmp_path_factory.getbasetemp() / "compiled"
-    with small.compiled_once(folder), pytest.MonkeyPatch.context() as patch:
+    with small.programs(tmp_path_factory), pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         yield
 
 
@@ -38,7 +42,8 @@ def trained(tmp_path_factory):
 
     config, workdir = _config(tmp_path_factory), tmp_path_factory.mktemp("trained") / "work"
     config.train.steps = 1
-    loop.train_and_evaluate(config, str(workdir))
+    with small.programs(tmp_path_factory):
+        loop.train_and_evaluate(config, str(workdir))
     return workdir
 
 

@@ -88,7 +88,9 @@ def test_a_decoding_that_came_later_is_added(choices, trained, tmp_path, monkeyp
     args = options(runs=str(tmp_path), results=tmp_path, seeds=[1], choices=["joint"])
     path, workdir = tmp_path / "choices_animals_joint_1.json", tmp_path / "animals/choices-joint-1"
     workdir.mkdir(parents=True)
-    configs.save(choices.config_of(args, "joint", 1, "train_aug[:80%]"), workdir / "config.json")
+    config = choices.config_of(args, "joint", 1, "train_aug[:80%]")
+    configs.keep_offsets(config)  # as a run does
+    configs.save(config, workdir / "config.json")
     monkeypatch.setattr(choices.loop, "train_and_evaluate", lambda config, workdir: None)
     monkeypatch.setattr(choices, "EACH", (choices.Decoding(), choices.Decoding(2.0)))
     names, unary, asked = list(choices.ladder.ANIMALS), np.ones((2, 1, 3, 7), np.int64), []
@@ -118,11 +120,11 @@ def test_a_decoding_that_came_later_is_added(choices, trained, tmp_path, monkeyp
 def test_decodings_are_those_of_inference(choices, trained):
     config = configs.load(trained / "config.json")
     asked = (
-        choices.Decoding(2.0, 2, 0.25), choices.Decoding(num_iterations=0, temperature=3.0),
-        choices.Decoding(0.1, normalize=False), choices.Decoding(50.0, 1, temperature=4.0),
+        choices.Decoding(50.0, 2, 0.25), choices.Decoding(num_iterations=0, temperature=3.0),
+        choices.Decoding(20.0, normalize=False), choices.Decoding(50.0, 1, temperature=4.0),
     )  # fmt: skip
     assert [str(d) for d in asked] == [
-        "weight 2, num_iterations 2, damping 0.25", "num_iterations 0, temperature 3", "weight 0.1, sums",
+        "weight 50, num_iterations 2, damping 0.25", "num_iterations 0, temperature 3", "weight 20, sums",
         "weight 50, num_iterations 1, temperature 4",
     ]  # fmt: skip
     counts, names = choices.counts_of_images(config, trained, "val", asked)

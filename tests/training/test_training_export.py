@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax import export as jax_export
 from PIL import Image
+from rows import full_row
 
 from configs import demo
 from pwcrf_jax.data import DataError
@@ -133,7 +134,7 @@ BACKBONE = {"model.scales": (1.0, 0.5), "model.block6": ((3, 4),), "model.pyrami
 @pytest.mark.parametrize(
     "keys",
     [
-        {"model.backbone": "vgg16", "model.parameterisation": "free", "crf.route": "folded", **BACKBONE},
+        full_row({"model.backbone": "vgg16", "model.parameterisation": "free", "crf.route": "folded", **BACKBONE}),
         {
             "model.backbone": "mobilenet_v2",
             "model.mobilenet_v2.depthwise": "grouped",
@@ -141,7 +142,7 @@ BACKBONE = {"model.scales": (1.0, 0.5), "model.block6": ((3, 4),), "model.pyrami
             "crf.route": "table",
             **BACKBONE,
         },
-        {"model.backbone": "mobilenet_v2", "model.dtype": "bfloat16", **BACKBONE},
+        full_row({"model.backbone": "mobilenet_v2", "model.dtype": "bfloat16", **BACKBONE}),
         {"model.relations": ()},
     ],
 )
@@ -184,7 +185,7 @@ def test_what_cannot_be_exported_is_refused(workdir, tmp_path, monkeypatch):
     ("args", "match"),
     [
         (["--export=p", "--overwrite", "--refine=full"], "the dense CRF is not part"),
-        (["--export_size=64x64"], "--export_size is of --export"),
+        full_row((["--export_size=64x64"], "--export_size is of --export")),
     ],
 )
 def test_flags_that_do_not_go_together(workdir, args, match):

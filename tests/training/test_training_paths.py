@@ -1,5 +1,7 @@
 """Paths of users: homes, URLs; and platforms that are not there: one line and exit code 2, before anything is made."""
 
+import errno
+import io
 import os
 import pathlib
 import pwd
@@ -10,15 +12,18 @@ import sys
 import jax
 import pytest
 import small
+from absl import flags
+from rows import full_but, full_row
 
 from pwcrf_jax import files
 from pwcrf_jax.data import check, load_dataset
 from pwcrf_jax.files import FileError, expand_path
+from pwcrf_jax.streams import naming_stdout, say
 from pwcrf_jax.training import cli, loop
 from pwcrf_jax.training import config as configs
 
 ROOT = pathlib.Path(__file__).parents[2]
-URLS = ["gs://bucket/run", "s3://b/k", "hdfs://host:9000/a", "https://x.org/a.h5", "file:///tmp/x", "GS://b", "gs:/b/x",
+URLS = ["gs://bucket/run", "s3://b/k", "hdfs://host:9000/a", "https://x.org/a.h5", "file:///x", "GS://b", "gs:/b/x",
         "abfss://c@a.dfs/x", " gs://b", "hf://user/model", "s3a://b/c"]  # fmt: skip
 LOCAL = ["runs/demo", "/abs/run", "./~", "a~b/c", "C:/x", "run:1/a", "a/b://c", "", "-", "x.py:variant", "./gs:/x"]
 
@@ -120,7 +125,7 @@ def test_a_tilde_in_keys_of_a_config_file(tmp_path, monkeypatch):
     config.data.synthetic.update(num_train=8, num_val=8)
     assert load_dataset(**configs.dataset_options(config)).folder.startswith(str(tmp_path / "sets"))
     with pytest.raises(Exception, match=f"config.init_from = .*{tmp_path}/weights.h5.* does not exist"):
-        loop.resolve(config, str(tmp_path / "work"))
+        loop.checked_dataset(config)
     assert os.listdir(tmp_path) == ["sets"]
 
 
@@ -136,15 +141,120 @@ def test_the_check_command(where, value, tmp_path, monkeypatch, capsys):
     assert f"{where}={value}: " in line and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("words", ["print('x' * 10)", "print('x' * 10**6)", "print('x', flush=True)", "open('/a/b')"])
+@pytest.mark.parametrize("given", ["--workdir=~/a", "--workdir\n~/a", "# mine\n\n  -workdir=~/a\n", "--flagfile=other"])
+@pytest.mark.parametrize("form", [["--flagfile=given"], ["--flagfile", "given"], ["--trials=3", "-flagfile=given"]])
+def test_paths_in_a_file_of_flags(given, form, tmp_path, monkeypatch):
+    """They are expanded, and seen by what is read before the other flags, such as the workdir of eval.py."""
+    monkeypatch.setenv("HOME", "/users/me")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").write_text("--workdir=~/a\n")
+    values, seen = _flag_values(), []
+    for text, refusal in ((given, None), (given.replace("~/a", "gs://b/a"), "gs://b/a: only local")):
+        (tmp_path / "given").write_text(text)
+        argv = ["eval.py", *form]
+        if refusal and "flagfile" not in text:
+            with pytest.raises(FileError, match=refusal):
+                cli.parse(argv, _flag_values())
+        else:
+            cli.parse(argv, values if not refusal else _flag_values(), seen.append)
+            assert {"--workdir=/users/me/a", "-workdir=/users/me/a"} & set(seen[0]) or "/users/me/a" in seen[0]
+    assert values.workdir == "/users/me/a"
+
+
+def _flag_values():
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", "", "", flag_values=values)
+    flags.DEFINE_string("flagfile", "", "", flag_values=values)
+    flags.DEFINE_integer("trials", 1, "", flag_values=values)
+    return values
+
+
+def test_a_file_of_flags_that_is_not_there():
+    with pytest.raises(configs.ConfigError, match="flagfile.*gs://x") as error:
+        cli.parse(["eval.py", "--flagfile=gs://x"], _flag_values())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("option", ["data_dir=/x", "source_dir=gs://b", "partial=True", "name=voc"])
+def test_options_of_the_check_command_that_are_arguments(option, capsys):
+    with pytest.raises(SystemExit) as end:
+        check.main(["synthetic", "--option", option])
+    key = option.partition("=")[0]
+    says = f"{key!r} is no option of a data set; give it as {'DATASET' if key == 'name' else f'--{key}'}"
+    assert end.value.code == 2 and says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    full_but(
+        [
+            "print('x' * 10)",
+            "print('x' * 10**6)",
+            "print('x', flush=True)",
+            "open('/a/b')",
+            "os.kill(2**22 + 1, 0)",
+        ],
+        "print('x' * 10)",
+        "os.kill(2**22 + 1, 0)",
+    ),
+)
 def test_output_that_cannot_be_written(words):
-    """In one line, and not once more when Python ends."""
-    code = "from absl import flags; from pwcrf_jax.training import cli; flags.DEFINE_string('workdir', '', ''); "
+    """In one line, and not once more when Python ends. Only what is written there is told by its name."""
+    code = "import os; from absl import flags; from pwcrf_jax.training import cli; "
+    code += "flags.DEFINE_string('workdir', '', ''); "
     code += f"flags.DEFINE_string('config', '', ''); cli.run(lambda _: {words})"
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
-    where = r"/a/b cannot be used \(No such" if "open" in words else r"standard output cannot be used \(No space left"
+    where = {"open": r"/a/b cannot be used \(No such", "os.k": r"the system refused .* \(No such process"}.get(
+        words[:4], r"standard output cannot be used \(No space left"
+    )
     assert done.returncode == 2 and re.fullmatch(rf"error: {where}.*; .*\n", done.stderr), done.stderr
+
+
+class _Full(io.StringIO):
+    def __init__(self, fails):
+        super().__init__()
+        self.fails = fails
+
+    def write(self, text):
+        return self._take("write") or super().write(text)
+
+    def flush(self):
+        self._take("flush")
+
+    def _take(self, name):
+        if name == self.fails:
+            raise OSError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+@pytest.mark.parametrize("fails", ["write", "flush"])
+@pytest.mark.parametrize("kind", [print, say])
+def test_standard_output_is_named(fails, kind, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", _Full(fails))
+    with pytest.raises(FileError, match=r"standard output cannot be used \(Broken pipe\); "), naming_stdout():
+        kind("text")
+
+
+@pytest.mark.parametrize("error", [ConnectionRefusedError(111, "refused"), OSError(24, "Too many open files"),
+                                   TimeoutError("in time"), MemoryError(), OSError("no image")])  # fmt: skip
+def test_what_others_raise_is_not_of_standard_output(error, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with pytest.raises(type(error)) as raised, naming_stdout():
+        print("text")
+        raise error
+    if getattr(error, "errno", None):
+        said = str(cli._of_system(raised.value))
+        assert "test_training_paths.py, line" in said and error.strerror in said and "standard" not in said
+
+
+@pytest.mark.parametrize("stream", [None, "closed"])
+def test_no_standard_output(stream, monkeypatch):
+    if stream:
+        stream = io.StringIO()
+        stream.close()
+    monkeypatch.setattr(sys, "stdout", stream)
+    with naming_stdout():
+        say("text")
 
 
 # --- platforms ----------------------------------------------------------------------------------------------
@@ -172,9 +282,9 @@ def test_a_platform_that_is_not_there(error, says, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("platform, words", [
     ("gpu0", ["train.py", "--workdir=work"]),
-    ("cuda", ["train.py", "--workdir=work", "--dry-run"]),
+    full_row(("cuda", ["train.py", "--workdir=work", "--dry-run"])),
     ("cpu,metal", ["eval.py", "--workdir=trained", "--report=page.html"]),
-    ("CPU", ["eval.py", "--workdir=trained", "--tune-refinement"]),
+    full_row(("CPU", ["eval.py", "--workdir=trained", "--tune-refinement"])),
 ])  # fmt: skip
 def test_commands_without_their_platform(platform, words, tmp_path):
     script, *flags = words

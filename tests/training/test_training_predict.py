@@ -10,8 +10,10 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 from layouts import voc
 from PIL import Image
+from rows import full_row
 
 from configs import voc_vgg16
 from pwcrf_jax import segmenter
@@ -38,7 +40,8 @@ def wide(tmp_path_factory):
     config.optimizer.learning_rate = 1e-2
     config.train.batch_size = config.eval.batch_size = 8
     config.train.steps = config.train.eval_every = config.train.checkpoint_every = 60
-    loop.train_and_evaluate(config, str(base / "work"))
+    with small.programs(tmp_path_factory):
+        loop.train_and_evaluate(config, str(base / "work"))
     return base / "work"
 
 
@@ -529,13 +532,13 @@ def test_what_is_no_image_is_named_and_fails_nothing(trained, tmp_path):
     ("args", "match"),
     [
         (["--images=a", "--images=b", "--output=out"], "--images is given 2 times"),
-        (["--images=", "--output=out"], "--images is empty"),
-        (["--images=a", "--output="], "--output must be given"),
-        (["--images=a", "--dataset=val", "--output=out"], "give one"),
+        full_row((["--images=", "--output=out"], "--images is empty")),
+        full_row((["--images=a", "--output="], "--output must be given")),
+        full_row((["--images=a", "--dataset=val", "--output=out"], "give one")),
         (["--images=a"], "--output must be given"),
-        (["--output=out"], "--output is of predictions"),
-        (["--images=a", "--output=out", "--split=val"], "--split is of evaluation"),
-        (["--dataset=val", "--output=out", "--format=coco"], "format"),
+        full_row((["--output=out"], "--output is of predictions")),
+        full_row((["--images=a", "--output=out", "--split=val"], "--split is of evaluation")),
+        full_row((["--dataset=val", "--output=out", "--format=coco"], "format")),
     ],
 )
 def test_flags_that_do_not_go_together(trained, args, match):

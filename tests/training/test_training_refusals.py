@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from rows import full_row
 
 from configs import camvid_mobilenet_v2
 from pwcrf_jax.data import DataError
@@ -259,12 +260,14 @@ def _run(script, *args):
     "args, match",
     [
         (["--config=configs/demo.py", "--config.model.hiden=3"], "did you mean config.model.hidden?"),
-        (["--config=configs/demo.py", "--config.train.steps=many"], "many"),
-        (["--config=configs/demo.py", "--config.data.nope.x=1"], "nope"),
+        full_row((["--config=configs/demo.py", "--config.train.steps=many"], "many")),
+        full_row((["--config=configs/demo.py", "--config.data.nope.x=1"], "nope")),
         (["--config=configs/nothing.py", "--workdir=somewhere"], "configs/nothing.py: there is no such file; name one"),
-        (["--config=configs/demo.py:x", "--workdir=somewhere"], "configs/demo.py has no variants; leave out :x"),
-        (["--config=configs/camvid_mobilenet_v2.py:x", "--workdir=somewhere"], "known are residual, free, both"),
-        (["--config=configs/demo.py"], "--workdir"),
+        full_row((["--config=configs/demo.py:x", "--workdir=somewhere"], "demo.py has no variants; leave out :x")),
+        full_row(
+            (["--config=configs/camvid_mobilenet_v2.py:x", "--workdir=somewhere"], "known are residual, free, both")
+        ),
+        full_row((["--config=configs/demo.py"], "--workdir")),
         (
             [
                 "--config=configs/demo.py",
@@ -274,7 +277,7 @@ def _run(script, *args):
             ],
             "setup.cfg",
         ),
-        (["--workdir=somewhere"], "--config"),
+        full_row((["--workdir=somewhere"], "--config")),
     ],
 )
 def test_command_line(args, match, tmp_path):
@@ -287,10 +290,10 @@ def test_command_line(args, match, tmp_path):
 @pytest.mark.parametrize(
     "args, match",
     [
-        (["--config.crf.wieghts=(1.0,)"], "did you mean config.crf.weights?"),
-        (["--config.crf.weights=('a',)"], "config.crf.weights"),
+        full_row((["--config.crf.wieghts=(1.0,)"], "did you mean config.crf.weights?")),
+        full_row((["--config.crf.weights=('a',)"], "config.crf.weights")),
         (["--config.model.input_scaling=caffe"], "model.input_scaling is 'tf' in the checkpoint"),
-        (["--split=tset"], "tset"),
+        full_row((["--split=tset"], "tset")),
     ],
 )
 def test_command_line_of_eval(trained, args, match):
@@ -330,8 +333,14 @@ cli.run(main, interrupted="stopped")
     [
         ("KeyboardInterrupt", 130, "stopped"),
         ("loop.NonFiniteError('step 3: loss nan')", 1, "error: step 3: loss nan"),
-        ("cli.ConfigError('config.seed')", 2, "error: config.seed"),
-        ("OSError(28, 'No space left on device', 'runs/a')", 2, "error: [Errno 28] No space left on device: 'runs/a'"),
+        full_row(("cli.ConfigError('config.seed')", 2, "error: config.seed")),
+        full_row(
+            (
+                "OSError(28, 'No space left', 'runs/a')",
+                2,
+                "error: runs/a cannot be used (No space left); make room on its disk",
+            )
+        ),
     ],
 )
 def test_exit_codes(error, code, said):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rows import full_row
 
 import pwcrf_jax as pw
 from pwcrf_jax import segmenter
@@ -405,6 +406,7 @@ def test_from_the_command_line(trained, tmp_path):
     (trained / "eval_val__8_.json").unlink()
 
 
+@pytest.mark.full
 def test_a_small_gallery_needs_no_other_flag(trained, tmp_path):
     file = tmp_path / "page.html"
     words = ("--workdir", trained, "--split", "val[:3]", "--config.compilation_cache=False")
@@ -419,9 +421,11 @@ def test_a_small_gallery_needs_no_other_flag(trained, tmp_path):
     "words, says",
     [
         (("--report_images=3",), "--report_images is of --report"),
-        (("--report", "--images=x", "--output=y"), "does not go with --images"),
-        (("--report", "--report_images=2", "--report_inspect=3"), "--report_inspect=3 is more than --report_images=2"),
-        (("--report=a.html", "--tune-refinement"), "does not go with --tune-refinement"),
+        full_row((("--report", "--images=x", "--output=y"), "does not go with --images")),
+        full_row(
+            (("--report", "--report_images=2", "--report_inspect=3"), "_inspect=3 is more than --report_images=2")
+        ),
+        full_row((("--report=a.html", "--tune-refinement"), "does not go with --tune-refinement")),
     ],
 )
 def test_flags_that_do_not_go_together(trained, words, says):

@@ -13,6 +13,7 @@ import jax
 import pytest
 from absl import flags
 from ml_collections import config_flags
+from rows import full_row
 
 from configs import default
 from pwcrf_jax.training import cli
@@ -267,13 +268,17 @@ def check_refused(done, says):
     "overrides, says",
     [
         (["--config.train.batch_szie=8"], r"did you mean config\.train\.batch_size\?"),
-        (["--config.optimizer.lr=0.1"], r"config\.optimizer has name, learning_rate, "),
-        (["--config.learning_rate=0.1"], r"did you mean config\.optimizer\.learning_rate\?"),
+        full_row((["--config.optimizer.lr=0.1"], r"config\.optimizer has name, learning_rate, ")),
+        full_row((["--config.learning_rate=0.1"], r"did you mean config\.optimizer\.learning_rate\?")),
         (["--config.train.steps=1e3"], r"config\.train\.steps = '1e3' must be an integer from 1"),
-        (["--config.optimizer.learning_rate=nan"], r"config\.optimizer\.learning_rate = nan must be a finite number"),
-        (["--config.model.relations=('left',)"], r"config\.model\.relations = 'left' is not one of 'above_below'"),
-        (["--config.relations.surronding.grid=3"], "Did you mean .surrounding."),
-        (["--noconfig.data.flop"], r"did you mean config\.data\.flip\?"),
+        full_row(
+            (["--config.optimizer.learning_rate=nan"], r"config\.optimizer\.learning_rate = nan must be a finite")
+        ),
+        full_row(
+            (["--config.model.relations=('left',)"], r"config\.model\.relations = 'left' is not one of 'above_below'")
+        ),
+        full_row((["--config.relations.surronding.grid=3"], "Did you mean .surrounding.")),
+        full_row((["--noconfig.data.flop"], r"did you mean config\.data\.flip\?")),
         (["--wrokdir=x"], "Did you mean: workdir"),
     ],
 )

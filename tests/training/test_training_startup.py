@@ -54,7 +54,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def run(script, workdir, *arguments):
     """({event of JAX: how often}, standard error) of a script that went well. Caches lie beside the workdir."""
     caches = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XDG_CACHE_HOME": str(workdir.parent / "caches")}
-    env = {**os.environ, **caches}
+    env = {**os.environ, **caches, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     command = [sys.executable, "-c", COUNTING, ROOT / script, f"--workdir={workdir}", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
