@@ -18,6 +18,9 @@ PARAMETERISATIONS = ("free", "residual")
 PAIRWISE_FEATURES = ("shared", "own")
 """What Pairwise-Nets stand on; see `Segmenter`."""
 
+# Stands for minus infinity while `read` interpolates; and less than any share of a cell that is not 0, of two axes.
+_LOWEST, _LEAST_SHARE = -1e30, 1e-15
+
 
 class Potentials(NamedTuple):
     """What the nets say of a batch.
@@ -239,19 +242,19 @@ def read(log_marginals: jax.Array, node_mask: jax.Array, rows, cols) -> jax.Arra
     """
     border = lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 3) + ((1, 1), (1, 1), (0, 0)))  # weights are 0 there
 
-    def part(x, index, share, axis):
-        x, share = level(jnp.take(x, index, axis), share)
-        return jnp.where(share > 0, x * share, 0.0)  # minus infinity times a share of 0 would be NaN
-
     def mix(x):
         for axis, (index, fraction), rest in ((-3, rows, (1, 2)), (-2, cols, (0, 2))):
-            fraction = jnp.expand_dims(fraction, rest)
-            x = part(x, index, 1 - fraction, axis) + part(x, index + 1, fraction, axis)
+            near, far = jnp.take(x, index, axis), jnp.take(x, index + 1, axis)
+            near, far, fraction = level(near, far, jnp.expand_dims(fraction, rest))
+            x = near * (1 - fraction) + far * fraction
         return x
 
     log_marginals, valid = level(log_marginals, node_mask[..., None])
+    # Minus infinity times a share of 0 would be NaN. A select within `mix` would make programs round differently.
+    finite = jnp.maximum(log_marginals, _LOWEST)
     weight = mix(border(valid.astype(jnp.float32)))
-    return mix(border(jnp.where(valid, log_marginals, 0.0))) / jnp.maximum(weight, 1e-6)
+    out = mix(border(jnp.where(valid, finite, 0.0))) / jnp.maximum(weight, 1e-6)
+    return jnp.where(out < _LOWEST * _LEAST_SHARE, -jnp.inf, out)
 
 
 def grid_mask(valid_size: jax.Array, grid: tuple[int, int], image_size: tuple[int, int]) -> jax.Array:

@@ -251,6 +251,18 @@ def test_arrays_may_be_nested_lists():
     assert pw.pairwise_log_likelihood(edges, (1, 1))[1] == 1
 
 
+@pytest.mark.parametrize("yes", [1, np.bool_(True), np.array(True), jnp.bool_(True)], ids=lambda x: type(x).__name__)
+def test_any_truth_says_whether_to_normalize(yes):
+    """A static setting, which arrays cannot be."""
+    v = batch(112)
+    for call in (
+        lambda n: mean_field.run(v["unary"], potential(v), 1, normalize=n),
+        lambda n: mean_field.step(v["unary"], v["unary"], potential(v), normalize=n),
+        lambda n: objectives.pseudo_log_likelihood(v["unary"], potential(v), v["labels"], normalize=n),
+    ):
+        equal(call(yes), call(True))
+
+
 @pytest.mark.parametrize("wrong", ["surrounding", None, 3.0, np.zeros(3)], ids=repr)
 def test_what_is_no_potential_is_named(wrong):
     v = batch(107)

@@ -148,3 +148,18 @@ def test_means_over_some_classes():
     assert s.frequency_weighted_iou == pytest.approx((8 * 6 / 10 + 4 / 5) / 12)
     assert s.pixel_accuracy == whole.pixel_accuracy
     np.testing.assert_array_equal(s.iou_per_class, whole.iou_per_class)
+
+
+@pytest.mark.parametrize("classes", [[], (), np.zeros(0), np.zeros(0, int)], ids=repr)
+def test_the_mean_over_no_class_is_no_number(classes):
+    got = metrics.scores(np.array([[3, 1], [0, 2]]), classes)
+    assert np.isnan([got.mean_iou, got.mean_accuracy, got.frequency_weighted_iou]).all()
+    assert got.pixel_accuracy == 5 / 6
+
+
+@pytest.mark.parametrize("void", [-(2**63), 2**32, -(2**40), 2**63 - 1])
+def test_a_void_of_64_bits_has_an_outline(void):
+    """Of 32 bits there would be left 0, which is a class."""
+    labels = np.zeros((3, 5), np.int64)
+    labels[:, 3:] = void
+    assert metrics.boundary_band(labels, 1).tolist() == [[False, False, True, True, False]] * 3
