@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def checkpoints(workdir):
         for path in sorted((workdir / kind).glob("*")):
             if path.name.isdecimal():
                 with tempfile.TemporaryDirectory() as alone:
-                    os.symlink(path, pathlib.Path(alone, path.name))
+                    shutil.copytree(path, pathlib.Path(alone, path.name), copy_function=os.link)
                     _, meta = checkpoint.Store(alone, configs.identity(config)).restore(trees)
                 found[kind, meta["step"]] = meta
     return found
