@@ -37,10 +37,13 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 import ladder
 import ladder_table
 
-from pwcrf_jax import metrics, segmenter
+from pwcrf_jax import metrics
+from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import eval_batches
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, logs, loop, parallel
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.model import segmenter
+from pwcrf_jax.runtime import logs, parallel
+from pwcrf_jax.training import loop
 
 
 class Decoding(NamedTuple):

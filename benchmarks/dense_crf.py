@@ -38,10 +38,11 @@ from PIL import Image
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from pwcrf_jax import dense_crf, gaussian, segmenter
+from pwcrf_jax import dense_crf, gaussian
+from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import eval_batches, load_dataset
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.model import segmenter
 
 try:
     import pydensecrf.densecrf as rival

@@ -21,10 +21,11 @@ import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from pwcrf_jax import metrics, nets, piecewise, segmenter
+from pwcrf_jax import metrics, nets, piecewise
+from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import eval_batches
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.model import segmenter
 
 
 def misplaced(found, labels, width, num_classes):

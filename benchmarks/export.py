@@ -22,10 +22,12 @@ from jax import export as jax_export
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
+from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import load_dataset
-from pwcrf_jax.data.common import MEAN_COLOUR
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, export, inference
+from pwcrf_jax.data.readers.image_io import MEAN_COLOUR
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.prediction import export
+from pwcrf_jax.prediction import predictor as inference
 
 
 def main():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pwcrf_jax import files
+from pwcrf_jax.runtime import files
 from pwcrf_jax.training import steps
 
 RESULTS = Path(__file__).parent / "results"

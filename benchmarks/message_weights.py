@@ -19,10 +19,12 @@ import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from pwcrf_jax import files, metrics, piecewise, segmenter
+from pwcrf_jax import metrics, piecewise
+from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import eval_batches, load_dataset
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, logs
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.model import segmenter
+from pwcrf_jax.runtime import files, logs
 
 
 def relation_sets(config):

@@ -38,9 +38,10 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 from configs import camvid_mobilenet_v2, demo
-from pwcrf_jax import files
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, logs, loop, parallel, steps, tuning
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate, tuning
+from pwcrf_jax.runtime import files, logs, parallel
+from pwcrf_jax.training import loop, steps
 from pwcrf_jax.training.optimizer import make_optimizer
 
 RESULTS = Path(__file__).parent / "results"

@@ -43,9 +43,11 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 from configs import voc_vgg16
-from pwcrf_jax import files, mean_field, pairwise, piecewise, relations
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, parallel, steps
+from pwcrf_jax import mean_field, pairwise, piecewise, relations
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.runtime import files, parallel
+from pwcrf_jax.training import steps
 from pwcrf_jax.training.optimizer import make_optimizer
 
 RELATIONS = (relations.SURROUNDING, relations.ABOVE_BELOW)

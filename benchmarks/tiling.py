@@ -18,8 +18,9 @@ from PIL import Image
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, inference
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.prediction import predictor
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 
@@ -64,7 +65,7 @@ def main():
     def labels(**changes):
         changed = config.copy_and_resolve_references()
         changed.tiles.update(changes)
-        return [m.labels() for _, _, m in inference.Predictor(changed, model, params)(images)]
+        return [m.labels() for _, _, m in predictor.Predictor(changed, model, params)(images)]
 
     whole = labels(size=size)
     print(f"{args.workdir}, images of {size[0]} x {size[1]}, % of pixels with the label of the untiled run")

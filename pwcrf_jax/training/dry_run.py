@@ -6,10 +6,12 @@ import os
 import jax
 import numpy as np
 
-from pwcrf_jax import files
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, loop, pictures
-from pwcrf_jax.training.logs import log
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.report import pictures
+from pwcrf_jax.runtime import files
+from pwcrf_jax.runtime.logs import log
+from pwcrf_jax.training import loop
 from pwcrf_jax.training.optimizer import make_optimizer
 
 PICTURE = "dry_run.png"  # in the workdir

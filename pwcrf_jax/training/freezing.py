@@ -6,9 +6,9 @@ import os
 
 import jax
 
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.nets.pretrained import KNOWN_FILES
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate
 from pwcrf_jax.training.optimizer import standing_still
 
 _RUN = "name the workdir of a run there that has trained them"

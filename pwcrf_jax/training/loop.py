@@ -10,26 +10,17 @@ import time
 import jax
 import jax.numpy as jnp
 
-from pwcrf_jax import files
+from pwcrf_jax.config import agreement
+from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import check_sizes, load_dataset, train_batches
-from pwcrf_jax.data.datasets import builder_class
+from pwcrf_jax.data.prepare import builder_class
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.model.plan import plan
 from pwcrf_jax.nets import WeightsError, load_pretrained
-from pwcrf_jax.planning import plan
-from pwcrf_jax.training import (
-    agreement,
-    checkpoint,
-    compilation,
-    distributed,
-    evaluate,
-    freezing,
-    lock,
-    parallel,
-    pictures,
-    preemption,
-    steps,
-)
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training.logs import METRICS, Progress, Writer, last_step, log
+from pwcrf_jax.report import pictures
+from pwcrf_jax.runtime import checkpoint, compilation, distributed, files, lock, parallel, preemption
+from pwcrf_jax.runtime.logs import METRICS, Progress, Writer, last_step, log
+from pwcrf_jax.training import freezing, steps
 from pwcrf_jax.training.optimizer import make_optimizer
 
 
@@ -155,8 +146,6 @@ def _check_new(workdir, latest, best):
             f"{left[0]}, but {latest.folder} has no whole checkpoint, so the run cannot go on; put one there, use "
             "another --workdir, or move what is left of the run away"
         )
-
-
 
 
 def _other_versions(meta):

@@ -1,4 +1,4 @@
-"""The training and the evaluation step, per device (see `pwcrf_jax.training.parallel`), without jit."""
+"""The training and the evaluation step, per device (see `pwcrf_jax.runtime.parallel`), without jit."""
 
 import dataclasses
 
@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pwcrf_jax import metrics, objectives, pairwise, piecewise, segmenter
-from pwcrf_jax.training.parallel import AXIS
+from pwcrf_jax import metrics, objectives, pairwise, piecewise
+from pwcrf_jax.model import segmenter
+from pwcrf_jax.runtime.parallel import AXIS
 
 OBJECTIVES = ("piecewise", "piecewise_staged", "pseudo_likelihood", "unrolled_mean_field")
 OBJECTIVES += ("unrolled_mean_field_staged", "exact")
@@ -178,7 +179,7 @@ def make_potentials_step(model, names):
     """Builds step(params, {"image": uint8 [B, H, W, 3]}) -> ((), (unary [B, h, w, K], {relation: (a, b)}, correction)).
 
     a, b: [B, h, w, M] of `pwcrf_jax.pairwise.FactoredPairwise`, of the named relations. correction: of
-    `pwcrf_jax.segmenter.Potentials`.
+    `pwcrf_jax.model.segmenter.Potentials`.
     """
 
     def step(params, batch):

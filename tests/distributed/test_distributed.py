@@ -16,8 +16,8 @@ import pytest
 import small
 from rows import full_row
 
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DEVICES = 4  # over all processes

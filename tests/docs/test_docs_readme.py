@@ -15,8 +15,8 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import DATASETS, check
-from pwcrf_jax.training import config as configs
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "examples/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -273,7 +273,7 @@ def test_planted_faults_are_found(monkeypatch):
         resolve("pwcrf_jax.metrics.nothing")
     with pytest.raises(AttributeError):
         resolve("pwcrf_jax.nothing.metrics")
-    assert keys("`--config.nothing.here=3` `config.json` `pwcrf_jax.training.config`") == {"nothing.here"}
+    assert keys("`--config.nothing.here=3` `config.json` `pwcrf_jax.config.settings`") == {"nothing.here"}
     block = "```bash\npython train.py --config configs/demo.py \\\n    --config.nothing=3  # a comment\n```\n"
     (words,) = commands(block)
     assert words[-1] == "--config.nothing=3"

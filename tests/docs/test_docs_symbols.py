@@ -1,7 +1,7 @@
 """Every public symbol is documented, with shapes, dtypes or units and refusals, and stands on the site's API pages.
 
 Public is: a name in `__all__` of `pwcrf_jax` and `pwcrf_jax.nets`; in the modules of the functional API and in
-`pwcrf_jax.segmenter` each function, class and constant at the top without a leading underscore; and methods and
+`pwcrf_jax.model.segmenter` each function, class and constant at the top without a leading underscore; and methods and
 properties of those classes without one. Read from the source, so that constants can have docstrings too: the string
 after them, as tools read it.
 """

@@ -5,8 +5,10 @@ import json
 import jax
 import jax.numpy as jnp
 
-from pwcrf_jax.training import checkpoint, evaluate, loop
-from pwcrf_jax.training import config as configs
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.runtime import checkpoint
+from pwcrf_jax.training import loop
 from pwcrf_jax.training.optimizer import make_optimizer
 
 MODEL = {"model.hidden": 4, "model.backbone": "tiny", "model.relations": ["surrounding", "above_below"]}

@@ -10,9 +10,11 @@ import pytest
 from faults import states
 from rows import full_but
 
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, loop, parallel, steps
-from pwcrf_jax.training.logs import log
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.runtime import parallel
+from pwcrf_jax.runtime.logs import log
+from pwcrf_jax.training import loop, steps
 
 MARK = 251  # of the first pixel of an image that the model below fails on
 

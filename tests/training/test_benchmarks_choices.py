@@ -8,9 +8,10 @@ import pathlib
 import numpy as np
 import pytest
 
-from pwcrf_jax import metrics, segmenter
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate
+from pwcrf_jax import metrics
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.model import segmenter
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import pytest
 from rows import full_but
 
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, parallel, steps
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.runtime import parallel
+from pwcrf_jax.training import steps
 from pwcrf_jax.training.optimizer import make_optimizer, schedule
 
 ROOT = pathlib.Path(__file__).parents[2]

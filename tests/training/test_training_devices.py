@@ -12,9 +12,11 @@ import pytest
 import small
 from rows import full_but
 
+from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import load_dataset
-from pwcrf_jax.training import checkpoint, evaluate, loop, parallel, preemption, steps
-from pwcrf_jax.training import config as configs
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.runtime import checkpoint, parallel, preemption
+from pwcrf_jax.training import loop, steps
 
 STEPS = 50
 # Of the samples of a batch: which share of their rows is void. One device has no label at all if there are eight.

@@ -15,10 +15,12 @@ from PIL import Image
 from rows import full_row
 
 from configs import demo
-from pwcrf_jax import files
+from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import DataError
-from pwcrf_jax.training import checkpoint, evaluate, export, inference, predict
-from pwcrf_jax.training import config as configs
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.prediction import export, predict
+from pwcrf_jax.prediction import predictor as inference
+from pwcrf_jax.runtime import checkpoint, files
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = (96, 128)

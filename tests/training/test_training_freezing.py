@@ -11,10 +11,11 @@ import pytest
 import small
 from rows import full_but
 
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.nets import WeightsError
 from pwcrf_jax.nets.pretrained import KNOWN_FILES
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, freezing, loop, optimizer
+from pwcrf_jax.training import freezing, loop, optimizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 MOBILENET = {"model.backbone": "mobilenet_v2", "model.mobilenet_v2.output": "block_6_project"}
@@ -76,9 +77,7 @@ def test_shipped_configs_need_weights_where_they_freeze(name):
     freezing.check_before_data(config)
 
 
-@pytest.mark.parametrize(
-    "case", full_but(FREEZING, "blocks", "all of the tiny backbone", "the unary", "the relations")
-)
+@pytest.mark.parametrize("case", full_but(FREEZING, "blocks", "all of the tiny backbone", "the unary", "the relations"))
 def test_it_is_true_that_it_stays(case, tmp_path):
     """Against the optimizer itself: exactly what is named gets no update from gradients, in any stage."""
     config = small.config(tmp_path, **FREEZING[case][2] | {"train.steps": 2, "optimizer.weight_decay": 0})

@@ -9,9 +9,12 @@ import pytest
 import small
 
 import pwcrf_jax as pw
-from pwcrf_jax import segmenter
-from pwcrf_jax.training import checkpoint, evaluate, loop, report, steps, tuning
-from pwcrf_jax.training import config as configs
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate, tuning
+from pwcrf_jax.model import segmenter
+from pwcrf_jax.report import collect
+from pwcrf_jax.runtime import checkpoint
+from pwcrf_jax.training import loop, steps
 
 NAMES = ("sky", "water", "boat")
 VOID = 255
@@ -195,7 +198,7 @@ def test_the_best_is_never_one_without_a_figure(figures, config, tmp_path, monke
 @pytest.mark.parametrize("counts", [[0, 0], [0, 4], [3, 0], [1, 1]], ids=str)
 def test_calibration_is_of_pixels_that_there_are(counts):
     number = np.array(counts, np.float64)
-    got = strict_json(report._calibration((number, 0.75 * number, 0.5 * number)))
+    got = strict_json(collect._calibration((number, 0.75 * number, 0.5 * number)))
     assert got["accuracy"] == [0.5 if n else None for n in counts]
     expected = (0.25, 0.75) if any(counts) else (None, None)
     assert (got["ece"], got["mean_confidence"]) == expected

@@ -7,8 +7,10 @@ import pytest
 from rows import full_but
 
 from pwcrf_jax import objectives, piecewise
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, loop, parallel, steps
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.runtime import parallel
+from pwcrf_jax.training import loop, steps
 from pwcrf_jax.training.optimizer import make_optimizer
 
 OTHERS = [name for name in steps.OBJECTIVES if not name.startswith("piecewise")]

@@ -16,11 +16,15 @@ from PIL import Image
 from rows import full_row
 
 from configs import voc_vgg16
-from pwcrf_jax import segmenter
+from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import DataError, load_dataset
-from pwcrf_jax.data.synthetic import generate_scene
-from pwcrf_jax.training import checkpoint, evaluate, image_files, inference, loop, predict, refinement, tiling
-from pwcrf_jax.training import config as configs
+from pwcrf_jax.data.sets.synthetic import generate_scene
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.model import segmenter
+from pwcrf_jax.prediction import image_files, predict, refinement, tiling
+from pwcrf_jax.prediction import predictor as inference
+from pwcrf_jax.runtime import checkpoint
+from pwcrf_jax.training import loop
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -7,11 +7,14 @@ import pytest
 import small
 from rows import full_but
 
-from pwcrf_jax import segmenter
-from pwcrf_jax.data.common import MEAN_COLOUR
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.data.readers.image_io import MEAN_COLOUR
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.model import segmenter
 from pwcrf_jax.nets import grid_size
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, export, inference, parallel, tiling
+from pwcrf_jax.prediction import export, tiling
+from pwcrf_jax.prediction import predictor as inference
+from pwcrf_jax.runtime import parallel
 
 UINT8, INT32 = np.uint8, np.int32
 

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 from pwcrf_jax import dense_crf
-from pwcrf_jax.training import checkpoint, evaluate, refinement, steps, tuning
-from pwcrf_jax.training import config as configs
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate, tuning
+from pwcrf_jax.prediction import refinement
+from pwcrf_jax.runtime import checkpoint
+from pwcrf_jax.training import steps
 
 ROOT = pathlib.Path(__file__).parents[2]
 K = 4
@@ -46,7 +49,7 @@ def sample(sizes, frame, grid=(8, 12), seed=0):
 
 def by_hand(marginals, batch, params, num_iterations):
     """One image after the other at its own size, without frames."""
-    from pwcrf_jax import segmenter
+    from pwcrf_jax.model import segmenter
 
     total = 0
     for log_marginals, image, label, size in zip(marginals, *batch.values(), strict=True):

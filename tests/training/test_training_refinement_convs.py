@@ -6,9 +6,13 @@ import numpy as np
 import optax
 import pytest
 
-from pwcrf_jax import nets, piecewise, segmenter
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, inference, loop, parallel, steps, tuning
+from pwcrf_jax import nets, piecewise
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate, tuning
+from pwcrf_jax.model import segmenter
+from pwcrf_jax.prediction import predictor
+from pwcrf_jax.runtime import parallel
+from pwcrf_jax.training import loop, steps
 
 LAYERS = ("conv1", "conv3")
 
@@ -209,7 +213,7 @@ def test_predictions_are_those_of_evaluation(ran):
     log_marginals, _ = segmenter.infer(potentials, list(weights), list(weights.values()), 3, 0.0, True, mask)
     sharp = segmenter.sharpen(log_marginals, potentials.correction, mask)
     want = jax.nn.log_softmax(segmenter.upsample(sharp, height, width))[0]
-    ((_, _, marginals),) = inference.Predictor(config, model, params)([("x", image)])
+    ((_, _, marginals),) = predictor.Predictor(config, model, params)([("x", image)])
     np.testing.assert_allclose(marginals.log_probs(), want, atol=2e-4)
     assert np.abs(np.asarray(sharp - segmenter.upsample(log_marginals, *sharp.shape[1:3]))).max() > 1e-3
 
@@ -229,7 +233,7 @@ def test_tiles_say_what_one_tile_says(ran):
     read = {}
     for size in ((256, 384), (128, 192)):
         config.tiles.size = size
-        ((_, _, marginals),) = inference.Predictor(config, model, params)([("x", image)])
+        ((_, _, marginals),) = predictor.Predictor(config, model, params)([("x", image)])
         read[size] = marginals.log_probs()
     near = np.abs(read[256, 384] - read[128, 192]).max(-1)
     assert np.median(near) < 1e-4

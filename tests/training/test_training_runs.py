@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from rows import full_but
 
-from pwcrf_jax.training import checkpoint, evaluate, loop
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training.logs import log
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.runtime import checkpoint
+from pwcrf_jax.runtime.logs import log
+from pwcrf_jax.training import loop
 
 
 def _params(workdir, config, folder="checkpoints"):

@@ -16,8 +16,8 @@ from ml_collections import config_flags
 from rows import full_row
 
 from configs import default
-from pwcrf_jax.training import cli
-from pwcrf_jax.training import config as configs
+from pwcrf_jax.cli import command as cli
+from pwcrf_jax.config import settings as configs
 
 ROOT = pathlib.Path(__file__).parents[2]
 DEFAULTS = dict(configs._flat(default.get_config()))

@@ -16,8 +16,10 @@ from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import config_flags
 
-from pwcrf_jax.training import cli, compilation, evaluate
-from pwcrf_jax.training import config as configs
+from pwcrf_jax.cli import command as cli
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.runtime import compilation
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -29,7 +31,7 @@ ROOT = pathlib.Path(__file__).parents[2]
             "pwcrf_jax",
             "tensorflow tensorflow_datasets orbax grain matplotlib flax optax tensorboardX h5py PIL absl.flags",
         ),
-        ("pwcrf_jax.training.cli", "tensorflow tensorflow_datasets grain matplotlib"),  # all that a refusal needs
+        ("pwcrf_jax.cli.command", "tensorflow tensorflow_datasets grain matplotlib"),  # all that a refusal needs
     ],
 )
 def test_imports(module, not_loaded):

@@ -9,10 +9,13 @@ from jax import export
 from rows import full_but
 
 from configs import camvid_mobilenet_v2, demo, kitti_vgg16, paper, siftflow_vgg16, voc_vgg16
-from pwcrf_jax import mean_field, piecewise, segmenter, validity_mask
+from pwcrf_jax import mean_field, piecewise, validity_mask
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.model import segmenter
 from pwcrf_jax.nets import grid_size
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, parallel, steps
+from pwcrf_jax.runtime import parallel
+from pwcrf_jax.training import steps
 from pwcrf_jax.training.optimizer import make_optimizer
 
 

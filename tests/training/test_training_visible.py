@@ -21,10 +21,14 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 from tqdm import tqdm
 
+from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import load_dataset
-from pwcrf_jax.files import FileError
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import dry_run, evaluate, inference, logs, loop, pictures
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.prediction import predictor
+from pwcrf_jax.report import pictures
+from pwcrf_jax.runtime import logs
+from pwcrf_jax.runtime.files import FileError
+from pwcrf_jax.training import dry_run, loop
 
 ROOT = Path(__file__).resolve().parents[2]
 TAG = "val/image_truth_unary_all"
@@ -75,7 +79,7 @@ def test_the_panel_shows_images_truth_and_predictions(trained, config, tmp_path)
     assert step == 1
     alone = stored.copy_and_resolve_references()
     alone.crf.num_iterations = 0
-    ways = [inference.Predictor(c, model, params) for c in (alone, stored)]
+    ways = [predictor.Predictor(c, model, params) for c in (alone, stored)]
     for i, row, later in zip(chosen, cells(shown[1], 192, 256), cells(shown[2], 192, 256), strict=True):
         record = source[i]
         assert len(row) == 4
@@ -279,7 +283,7 @@ def test_help_shows_every_flag_with_default_and_example(script, argument):
     usage, _, text = done.stdout.partition("\nFlags:\n\n")
     assert f"    python {script} " in usage
     ours = text.partition("\n\n")[0]
-    sources = (ROOT / script).read_text() + (ROOT / "pwcrf_jax/training/distributed.py").read_text()
+    sources = (ROOT / script).read_text() + (ROOT / "pwcrf_jax/runtime/distributed.py").read_text()
     names = re.findall(r'flags\.DEFINE_\w+\(\s*"([\w-]+)"', sources)
     names = [name for name in names if script == "train.py" or name != "config"]
     assert names
