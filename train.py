@@ -14,8 +14,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from pwcrf_jax.cli import command as cli
-from pwcrf_jax.config.settings import ConfigError
 from pwcrf_jax.runtime import distributed, preemption
+from pwcrf_jax.runtime.errors import ConfigError
 from pwcrf_jax.training import loop
 
 config_flags.DEFINE_config_file(

@@ -19,6 +19,8 @@ import statistics
 import sys
 import time
 
+from pwcrf_jax.prediction import restore
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
@@ -29,7 +31,6 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 from pwcrf_jax.config import settings as configs
-from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.model.plan import plan
 from pwcrf_jax.runtime import parallel
 from pwcrf_jax.training import steps
@@ -78,7 +79,7 @@ def train_step(config, model, tx, num_devices):
 
 
 def initial_state(model, tx):
-    params = evaluate.init_params(model, 0)
+    params = restore.init_params(model, 0)
     return steps.TrainState(jnp.int32(0), params, tx.init(params))
 
 

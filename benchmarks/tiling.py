@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pwcrf_jax.prediction import restore
+
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 from pwcrf_jax.config import settings as configs
-from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.prediction import predictor
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
@@ -54,7 +55,7 @@ def main():
     parser.add_argument("--factor", type=float, default=4.0)
     args = parser.parse_args()
     config = configs.load(os.path.join(args.workdir, "config.json"))
-    model, params, _ = evaluate.restore_params(config, args.workdir)
+    model, params, _ = restore.restore_params(config, args.workdir)
     paths = sorted(p for p in Path(args.images).rglob("*") if p.suffix.lower() in SUFFIXES)
     if not paths:
         parser.error(f"--images {args.images}: no image ({', '.join(sorted(SUFFIXES))})")

@@ -13,11 +13,11 @@ from ml_collections import ConfigDict
 
 from pwcrf_jax.cli import usage
 from pwcrf_jax.config import agreement, schema
-from pwcrf_jax.config.settings import ConfigError
 from pwcrf_jax.data import DataError
 from pwcrf_jax.nets import WeightsError
 from pwcrf_jax.runtime import compilation, distributed, files, logs, streams
 from pwcrf_jax.runtime.checkpoint import CheckpointError
+from pwcrf_jax.runtime.errors import ConfigError
 from pwcrf_jax.runtime.wire import FAILED, REFUSED
 from pwcrf_jax.training.loop import NonFiniteError
 

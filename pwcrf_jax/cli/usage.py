@@ -50,7 +50,7 @@ def _ours():
 
 def _keys():
     """The keys of a configuration; what each means stands in configs/default.py."""
-    defaults = importlib.import_module("configs.default").get_config()
+    defaults = importlib.import_module("pwcrf_jax.configs.default").get_config()
     lines = ["", "Keys of the configuration, with defaults (what they mean stands in configs/default.py):", ""]
     for key, kind in schema.SCHEMA.items():
         value = defaults

@@ -7,24 +7,21 @@ import math
 import os
 import pathlib
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from pwcrf_jax import gaussian, objectives
 from pwcrf_jax.config import schema
 from pwcrf_jax.data import DATASETS
+from pwcrf_jax.model import losses
 from pwcrf_jax.model.segmenter import PAIRWISE_FEATURES, PARAMETERISATIONS, Segmenter
 from pwcrf_jax.nets import BACKBONES, INPUT_SCALINGS, FeatMapNet, grid_size
 from pwcrf_jax.pairwise import ROUTES
 from pwcrf_jax.relations import Relation, offsets
 from pwcrf_jax.runtime import files
+from pwcrf_jax.runtime.errors import ConfigError
 from pwcrf_jax.runtime.logs import log
-from pwcrf_jax.training import steps
-
-
-class ConfigError(ValueError):
-    """A value of the config that cannot work; the message names the key."""
+from pwcrf_jax.runtime.parallel import device_count
 
 
 def _choose(key, value, known):
@@ -82,7 +79,7 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
         "model.input_scaling": ("auto", *INPUT_SCALINGS),
         "model.dtype": ("float32", "bfloat16"),
         "loss.reduction": ("mean", "sum"),
-        "loss.objective": steps.OBJECTIVES,
+        "loss.objective": losses.OBJECTIVES,
         "crf.route": ROUTES,
         "refine.method": gaussian.METHODS,
         "optimizer.name": ("adamw", "sgd"),
@@ -117,18 +114,6 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
             )
 
 
-def device_count() -> int:
-    """Of all processes; ConfigError where JAX has none of the platform that it is told to use."""
-    try:
-        return jax.device_count()
-    except (RuntimeError, AssertionError) as error:  # JAX 0.10 asserts where CUDA finds no device
-        said = " ".join(str(error).partition("(set JAX_PLATFORMS")[0].split()) or "it finds no device of that kind"
-        given = f"JAX_PLATFORMS={jax.config.jax_platforms}" if jax.config.jax_platforms else "devices"
-        raise ConfigError(
-            f"{given}: JAX cannot start ({said}); set JAX_PLATFORMS to what is there, such as cpu"
-        ) from None
-
-
 def _num_offsets(relation, grid):
     """Of a box before it is cut to the map, at most."""
     if relation.grid:
@@ -147,7 +132,7 @@ def _validate_objective(config):
             f"config.model.refinement_convs.layers = {config.model.refinement_convs.layers} are not trained by "
             f"config.loss.objective = {name!r}; take piecewise or piecewise_staged, or set them to ()"
         )
-    if name.endswith(steps.STAGED) and unary_steps(config) >= config.train.steps:
+    if name.endswith(losses.STAGED) and unary_steps(config) >= config.train.steps:
         raise ConfigError(
             f"config.loss.unary_share = {loss.unary_share} leaves none of the {config.train.steps} steps to the "
             "relations; lower it"
@@ -297,7 +282,7 @@ def build_model(config: ConfigDict) -> Segmenter:
             hidden=m.hidden,
             input_scaling="tf" if m.input_scaling == "auto" else m.input_scaling,
             pairwise_features=m.pairwise_features,
-            pairwise_trains_features=m.pairwise_trains_features and not config.loss.objective.endswith(steps.STAGED),
+            pairwise_trains_features=m.pairwise_trains_features and not config.loss.objective.endswith(losses.STAGED),
             refinement_width=m.refinement_convs.width,
             dtype=m.dtype,
         )
@@ -341,7 +326,7 @@ def crf_relations(config: ConfigDict) -> tuple[str, ...]:
 
 
 def crf_settings(config: ConfigDict) -> dict:
-    """What `steps.make_eval_step` needs of config.crf."""
+    """What `eval_steps.make_eval_step` needs of config.crf."""
     names = crf_relations(config)
     weights = config.crf.weights if len(config.crf.weights) == len(names) else config.crf.weights * len(names)
     return dict(
@@ -356,7 +341,7 @@ def crf_settings(config: ConfigDict) -> dict:
 
 def unary_steps(config: ConfigDict) -> int | None:
     """Steps that train the unary alone, None where there are no stages."""
-    staged = config.loss.objective.endswith(steps.STAGED)
+    staged = config.loss.objective.endswith(losses.STAGED)
     return round(config.loss.unary_share * config.train.steps) if staged else None
 
 

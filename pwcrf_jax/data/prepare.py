@@ -261,7 +261,7 @@ def load_dataset(
 def builder_class(name: str) -> Any:
     """The `SegmentationBuilder` of a name; its classes and colours can be read without the data."""
     module, cls = _BUILDERS[name]
-    return getattr(importlib.import_module(f"pwcrf_jax.data.{module}"), cls)
+    return getattr(importlib.import_module(f"pwcrf_jax.data.sets.{module}"), cls)
 
 
 def _clear_leftovers(home: Path) -> None:

@@ -8,24 +8,22 @@ import jax
 import numpy as np
 
 from pwcrf_jax import metrics
-from pwcrf_jax.config import agreement
 from pwcrf_jax.config import settings as configs
-from pwcrf_jax.data import check_sizes, eval_batches, load_dataset
+from pwcrf_jax.data import eval_batches
+from pwcrf_jax.evaluation import steps as eval_steps
 from pwcrf_jax.model import segmenter
+from pwcrf_jax.model.counts import BAND_WIDTHS, confusions
 from pwcrf_jax.prediction import predictor as inference
-from pwcrf_jax.prediction import refinement
-from pwcrf_jax.runtime import checkpoint, distributed, files, parallel
+from pwcrf_jax.prediction import refinement, restore
+from pwcrf_jax.runtime import files, parallel
 from pwcrf_jax.runtime.logs import bar, log
-from pwcrf_jax.training import steps
-
-BEST = "miou_all"  # in the meta of a checkpoint of best/: mean IoU of the final row
 
 
 def eval_step(config, model, marginals_of=None, labels_of=()):
-    """The evaluation step of a config, see `steps.make_eval_step`."""
+    """The evaluation step of a config, see `eval_steps.make_eval_step`."""
     rows, crf, loss = configs.table_rows(config), configs.crf_settings(config), config.loss
     more = marginals_of, labels_of, loss.pairwise_balance_power
-    return steps.make_eval_step(model, rows, crf, loss.balance_power, loss.chunk_edges or None, *more)
+    return eval_steps.make_eval_step(model, rows, crf, loss.balance_power, loss.chunk_edges or None, *more)
 
 
 def make_eval_fn(config, model, refine="off"):
@@ -121,7 +119,7 @@ def _image_by_image(views, batch, num_classes, settings, refine, augmented, repo
     Returns ({row: int32 [1 + bands, K, K]}, {row: change}, {position: {row: `report.Pixels`}}).
     """
     rows = ["tta"] * augmented + ["refined"] * (refine != "off")
-    counts = {row: np.zeros((1 + len(steps.BAND_WIDTHS), num_classes, num_classes), np.int32) for row in rows}
+    counts = {row: np.zeros((1 + len(BAND_WIDTHS), num_classes, num_classes), np.int32) for row in rows}
     change = {"refined": np.zeros(settings["num_iterations"], np.float32)} if refine != "off" else {}
     pixels = {}
     for i, image, marginals in views:
@@ -146,9 +144,9 @@ def _image_by_image(views, batch, num_classes, settings, refine, augmented, repo
 
 @functools.partial(jax.jit, static_argnums=3)
 def _count(predictions, labels, valid_size, num_classes):
-    """`steps.confusions` of one image in a frame [H, W]."""
+    """`confusions` of one image in a frame [H, W]."""
     valid = segmenter.grid_mask(valid_size[None], labels.shape, labels.shape)[0]
-    return steps.confusions(predictions, labels, valid, num_classes)
+    return confusions(predictions, labels, valid, num_classes)
 
 
 def mean_iou(confusion, scored) -> float | None:
@@ -181,7 +179,7 @@ def _figures(confusions, class_names, scored):
         pixel_accuracy=none(whole.pixel_accuracy),
         mean_accuracy=none(whole.mean_accuracy),
         fw_iou=none(whole.frequency_weighted_iou),
-        boundary_iou=dict(zip(map(str, steps.BAND_WIDTHS), bands, strict=True)),
+        boundary_iou=dict(zip(map(str, BAND_WIDTHS), bands, strict=True)),
         iou={name: none(x) for name, x in zip(class_names, whole.iou_per_class, strict=True)},
     )
 
@@ -239,16 +237,6 @@ def _rounded(fraction):
     return None if fraction is None else round(100 * fraction, 3)
 
 
-def abstract_params(model):
-    """Shapes of the parameters, nothing computed."""
-    return jax.eval_shape(lambda: init_params(model, 0))
-
-
-def init_params(model, seed):
-    """Parameters from a seed. They do not depend on the size of images, so a small one is traced."""
-    return model.init(jax.random.key(seed), np.zeros((1, 64, 64, 3), np.uint8))["params"]
-
-
 def evaluate(config, workdir: str, which: str = "best", split: str = "", refine: str = "off", report=None) -> dict:
     """Evaluates a trained workdir; returns `evaluate_params`' dict, with step, checkpoint, refine and config.
 
@@ -257,7 +245,7 @@ def evaluate(config, workdir: str, which: str = "best", split: str = "", refine:
     refine, report: of `evaluate_params`.
     """
     split = split or config.data.eval_split
-    model, params, step, dataset = load(config, workdir, which, split)
+    model, params, step, dataset = restore.load(config, workdir, which, split)
     log.info("%s checkpoint of step %d, split %s", which, step, split)
     predictor = inference.Predictor(config, model, params) if configs.augments(config) else None
     if report:
@@ -266,34 +254,6 @@ def evaluate(config, workdir: str, which: str = "best", split: str = "", refine:
         eval_fn = make_eval_fn(config, model, "off" if predictor else refine)
     result = evaluate_params(eval_fn, params, dataset, split, config, refine, predictor, report=report)
     return result | dict(step=step, checkpoint=which, refine=refine, config=config.to_dict())
-
-
-def load(config, workdir: str, which: str, split: str):
-    """(model, parameters, step, data set), with everything refused that cannot be evaluated."""
-    configs.validate(config, batches=("eval.batch_size",))
-    model, params, step = restore_params(config, workdir, which)
-    dataset = load_dataset(**configs.dataset_options(config))
-    configs.check_classes(config, dataset.class_names)
-    with _store(config, workdir, which, dataset.class_names) as store:
-        store.meta()  # refuses other classes than those of the checkpoint
-    dataset.check_labelled(split)
-    check_sizes(dataset, split, config.data.eval_size)
-    distributed.agree(lambda: {"the step": step} | agreement.of_data(dataset) | agreement.of_arrays({"params": params}))
-    return model, params, step, dataset
-
-
-def restore_params(config, workdir: str, which: str = "best"):
-    """(model, parameters, step) of a trained workdir; which as in `evaluate`."""
-    model = configs.build_model(config)
-    with _store(config, workdir, which) as store:
-        trees, meta = store.restore({"params": abstract_params(model)})
-    return model, trees["params"], meta["step"]
-
-
-def _store(config, workdir, which, class_names=()):
-    folder = os.path.join(workdir, {"best": "best", "latest": "checkpoints"}[which])
-    score = BEST if which == "best" else ""
-    return checkpoint.Store(folder, configs.identity(config), class_names=class_names, score=score)
 
 
 def write(result: dict, workdir: str) -> str:

@@ -21,11 +21,11 @@ from pwcrf_jax import metrics
 from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import eval_batches
 from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.evaluation import steps as eval_steps
 from pwcrf_jax.model import segmenter
-from pwcrf_jax.prediction import refinement
+from pwcrf_jax.prediction import refinement, restore
 from pwcrf_jax.runtime import files, parallel
 from pwcrf_jax.runtime.logs import OTHER_SHAPE, bar, log
-from pwcrf_jax.training import steps
 
 WEIGHT_FACTORS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 ITERATIONS = (1, 2, 3, 5, 10, 20)
@@ -61,7 +61,7 @@ def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: in
             )
     if jax.process_count() > 1:
         raise configs.ConfigError("--tune-refinement runs in one process; start it on one host alone")
-    model, params, step, dataset = evaluate.load(config, workdir, which, split)
+    model, params, step, dataset = restore.load(config, workdir, which, split)
     evaluate.check_scored(config, dataset, split)
     folder = _folder(config, workdir, params, dataset, split, step)
     files.make_folder(folder, inside=workdir)
@@ -232,7 +232,7 @@ def _marginals(config, model, params, dataset, split, folder, weights, iteration
     paths = [os.path.join(home, f"{i:06d}.npy") for i in range(len(dataset.source(split)))]
     if all(map(os.path.exists, paths)):
         return paths
-    step = steps.make_eval_step(model, {"all": names}, crf, marginals_of=row)
+    step = eval_steps.make_eval_step(model, {"all": names}, crf, marginals_of=row)
     fn = parallel.pmap_eval(step, per_image=True)
     batches = bar(_batches(config, dataset, split), "marginals")
     for number, batch in enumerate(batches):

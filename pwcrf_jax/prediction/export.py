@@ -16,9 +16,8 @@ from jax import export
 import pwcrf_jax
 from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data.readers.image_io import MEAN_COLOUR, VOID, DataError
-from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.model import segmenter
-from pwcrf_jax.prediction import predict
+from pwcrf_jax.prediction import predict, restore
 from pwcrf_jax.runtime import files
 from pwcrf_jax.runtime.logs import log
 
@@ -39,7 +38,7 @@ def make_predictor(config, model, params, size):
     images: uint8 [b, H, W, 3], RGB, each image in the upper left corner of its frame; what lies beside it is not read.
     valid_size: int32 [b, 2], height and width of each image, at least 1. labels: uint8 [b, H, W], 255 beside the image.
 
-    config, model, params: of `evaluate.load`, or `evaluate.restore_params`. size: (H, W).
+    config, model, params: of `restore.load`, or `restore.restore_params`. size: (H, W).
     """
     crf = configs.crf_settings(config)
     names, weights = list(crf["relation_weights"]), list(crf["relation_weights"].values())
@@ -133,7 +132,7 @@ def export_predictor(config, workdir: str, file: str, which: str = "best", size:
     for place in (path, about):
         files.check_replaceable(place)
     class_names, palette = predict.class_info(config, workdir)
-    model, params, step = evaluate.restore_params(config, workdir, which)
+    model, params, step = restore.restore_params(config, workdir, which)
     log.info("%s checkpoint of step %d, images up to %d x %d", which, step, height, width)
     exported = lower(make_predictor(config, model, jax.device_get(params), (height, width)), (height, width))
     data = exported.serialize()

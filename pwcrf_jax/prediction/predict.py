@@ -25,8 +25,7 @@ from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import DataError, load_dataset, prepare
 from pwcrf_jax.data.readers.files import read_image_file
 from pwcrf_jax.data.readers.image_io import MAX_PIXELS, decode_image, storable_image, voc_palette
-from pwcrf_jax.evaluation import evaluate
-from pwcrf_jax.prediction import image_files, refinement
+from pwcrf_jax.prediction import image_files, refinement, restore
 from pwcrf_jax.prediction import predictor as inference
 from pwcrf_jax.prediction.image_files import shown
 from pwcrf_jax.runtime import files
@@ -233,7 +232,7 @@ def predict(
     target = Targets(output, format_name, split.split("+")[0].split("[")[0] or "test")
     for name, _ in items.values() if images else ():
         target(name)
-    model, params, step = evaluate.restore_params(config, workdir, which)
+    model, params, step = restore.restore_params(config, workdir, which)
     predictor = inference.Predictor(config, model, params)
     _claim(output, workdir, overwrite)
     log.info("%s checkpoint of step %d, %d images into %s", which, step, len(items), output)

@@ -17,9 +17,9 @@ from pwcrf_jax import pairwise
 from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data.readers.image_io import MEAN_COLOUR
 from pwcrf_jax.model import segmenter
+from pwcrf_jax.prediction import predictor as inference
 from pwcrf_jax.prediction import tiling
 from pwcrf_jax.runtime import parallel
-from pwcrf_jax.training import steps
 
 COLUMNS = 64  # pixels are read in blocks whose width is a multiple of it, so that few programs are compiled
 BLOCK = 2**24  # numbers in such a block, about
@@ -28,7 +28,7 @@ BLOCK = 2**24  # numbers in such a block, about
 class Predictor:
     """Predicts images with a trained model; one tile on each of this host's devices at a time.
 
-    config, model, params: of `evaluate.load`, or `evaluate.restore_params`.
+    config, model, params: of `runs.load`, or `runs.restore_params`.
 
     The offsets of a relation are the model's, whatever the size of the image: they do not grow with it.
 
@@ -49,7 +49,7 @@ class Predictor:
         crf = configs.crf_settings(config)
         names = tuple(crf["relation_weights"])
         self._devices = jax.local_devices()
-        step = steps.make_potentials_step(model, names)
+        step = inference.make_potentials_step(model, names)
         self._networks = parallel.pmap_eval(step, devices=self._devices, per_image=True)
         boxes = {name: box for name, box in model.relations if name in names}
         self._last_layers = {
@@ -233,3 +233,17 @@ def _labels(maps, rows, cols):
     one = len(maps) == 1
     scores = segmenter.read(*maps[0], rows[0], cols[0]) if one else _log_probs(maps, rows, cols)
     return jnp.argmax(scores, axis=-1).astype(jnp.uint8)
+
+
+def make_potentials_step(model, names):
+    """Builds step(params, {"image": uint8 [B, H, W, 3]}) -> ((), (unary [B, h, w, K], {relation: (a, b)}, correction)).
+
+    a, b: [B, h, w, M] of `pwcrf_jax.pairwise.FactoredPairwise`, of the named relations. correction: of
+    `pwcrf_jax.model.segmenter.Potentials`.
+    """
+
+    def step(params, batch):
+        unary, potentials, correction = model.apply({"params": params}, batch["image"])
+        return (), (unary, {name: (potentials[name].a, potentials[name].b) for name in names}, correction)
+
+    return step

@@ -10,7 +10,7 @@ import numpy as np
 
 from pwcrf_jax import dense_crf, gaussian
 from pwcrf_jax.model import segmenter
-from pwcrf_jax.training import steps
+from pwcrf_jax.model.counts import BAND_WIDTHS, confusions
 
 MODES = ("off", "spatial", "full")
 BUCKET = 64  # frames are multiples of it, so that images of many sizes share few compiled programs
@@ -51,7 +51,7 @@ def _compiled(size, frame, num_iterations, method, radius, capacity):
             capacity=capacity,
             radius=radius,
         )
-        confusion = steps.confusions(refined.argmax(-1), label, valid, refined.shape[-1])
+        confusion = confusions(refined.argmax(-1), label, valid, refined.shape[-1])
         return confusion, info.change, info.exceeded
 
     return jax.pmap(refine, in_axes=(0, 0, 0, 0, None), devices=jax.local_devices())
@@ -67,7 +67,7 @@ def refine_batch(log_marginals, batch, settings, mode):
       mode: "spatial" or "full".
 
     Returns:
-      (confusion int32 [1 + bands, K, K] of `steps.confusions`, change float32 [num_iterations], the largest).
+      (confusion int32 [1 + bands, K, K] of `confusions`, change float32 [num_iterations], the largest).
     """
     params = params_of(settings, mode)
     size = batch["label"].shape[1:]
@@ -91,7 +91,7 @@ def refine_batch(log_marginals, batch, settings, mode):
         change = np.maximum(change, np.max(largest[:real], axis=0))
     if not len(wanted):
         num_classes = log_marginals.shape[-1]
-        confusion = np.zeros((1 + len(steps.BAND_WIDTHS), num_classes, num_classes), np.int32)
+        confusion = np.zeros((1 + len(BAND_WIDTHS), num_classes, num_classes), np.int32)
     return confusion, change
 
 

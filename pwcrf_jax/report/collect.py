@@ -282,7 +282,7 @@ class Report:
 
     def write(self, result: dict) -> int:
         """Writes the page, whole or not at all; returns its size in bytes."""
-        page = importlib.resources.files("pwcrf_jax.training") / "report_page"
+        page = importlib.resources.files("pwcrf_jax.report") / "page"
         html = page.joinpath("page.html").read_text("utf-8")
         html = html.replace("/* style */", page.joinpath("page.css").read_text("utf-8"))
         scripts = [page.joinpath(name).read_text("utf-8") for name in ("basics.js", "figures.js", "pictures.js")]

@@ -19,8 +19,9 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from pwcrf_jax.config.settings import ConfigError, device_count
 from pwcrf_jax.runtime import logs, wire
+from pwcrf_jax.runtime.errors import ConfigError
+from pwcrf_jax.runtime.parallel import device_count
 
 JOIN = 300  # seconds in which all processes must come
 _ADDRESSES = 2048  # bytes in which process 0 says where it listens

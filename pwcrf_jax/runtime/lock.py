@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import jax
 
-from pwcrf_jax.config.settings import ConfigError
 from pwcrf_jax.runtime import files
+from pwcrf_jax.runtime.errors import ConfigError
 from pwcrf_jax.runtime.logs import log
 
 FILE = "train.lock"  # in a workdir; the lock is the kernel's, so the file alone locks nothing

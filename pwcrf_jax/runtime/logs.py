@@ -15,8 +15,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import image, scalar
 from tqdm import tqdm
 
+from pwcrf_jax.model import losses
 from pwcrf_jax.runtime import files, streams
-from pwcrf_jax.training import steps
 
 log = logging.getLogger("pwcrf_jax")
 METRICS = "metrics.jsonl"  # in a workdir
@@ -183,7 +183,7 @@ class Progress:
         others = ", ".join(f"{k[4:]} {v:.3f}" for k, v in metrics.items() if k.startswith("nll_") and k != "nll_unary")
         loss, terms = f"loss {number(metrics.get('loss'), 4)}", f"nll unary {number(unary, 3)}"
         if others:
-            edges = {k[4:] for k in metrics if k.startswith("nll_")} - {"unary", "refinement_convs", *steps.OBJECTIVES}
+            edges = {k[4:] for k in metrics if k.startswith("nll_")} - {"unary", "refinement_convs", *losses.OBJECTIVES}
             terms += f"  {others}" + (f" (2 x unary {2 * unary:.3f})" if edges and unary is not None else "")
         if self._bar is not None:
             self._bar.set_postfix_str("  ".join(filter(None, (loss, speed, terms))), refresh=False)

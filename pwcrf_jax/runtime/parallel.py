@@ -9,6 +9,8 @@ import functools
 import jax
 import numpy as np
 
+from pwcrf_jax.runtime.errors import ConfigError
+
 AXIS = "data"
 
 
@@ -56,3 +58,15 @@ def split(batch, num_devices=None):
     """[local batch, ...] arrays -> [local devices, batch a device, ...]."""
     n = num_devices or jax.local_device_count()
     return {k: v.reshape(n, v.shape[0] // n, *v.shape[1:]) for k, v in batch.items()}
+
+
+def device_count() -> int:
+    """Of all processes; ConfigError where JAX has none of the platform that it is told to use."""
+    try:
+        return jax.device_count()
+    except (RuntimeError, AssertionError) as error:  # JAX 0.10 asserts where CUDA finds no device
+        said = " ".join(str(error).partition("(set JAX_PLATFORMS")[0].split()) or "it finds no device of that kind"
+        given = f"JAX_PLATFORMS={jax.config.jax_platforms}" if jax.config.jax_platforms else "devices"
+        raise ConfigError(
+            f"{given}: JAX cannot start ({said}); set JAX_PLATFORMS to what is there, such as cpu"
+        ) from None

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 
-from pwcrf_jax.config.settings import ConfigError
+from pwcrf_jax.runtime.errors import ConfigError
 
 REFUSED, FAILED = 2, 1
 LATE = 10.0  # seconds for which a process that ends waits for others that are still on their way

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from pwcrf_jax.config import settings as configs
-from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.prediction import restore
 from pwcrf_jax.report import pictures
 from pwcrf_jax.runtime import files
 from pwcrf_jax.runtime.logs import log
@@ -24,7 +24,7 @@ def summary(model, images) -> str:
     images: an array or its shape and dtype, uint8 [B, H, W, 3]. A module that is called several times (the backbone,
     for each scale) is shown with its first output.
     """
-    params = evaluate.abstract_params(model)
+    params = restore.abstract_params(model)
     outputs = lambda params, images: model.apply(
         {"params": params}, images, capture_intermediates=True, mutable="intermediates"
     )[1]["intermediates"]

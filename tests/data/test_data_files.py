@@ -344,7 +344,7 @@ def test_a_limit_that_is_none(load, value):
 
 
 def test_the_key_of_a_config_is_the_limit():
-    import configs.default as default
+    import pwcrf_jax.configs.default as default
     from pwcrf_jax.config import schema
     from pwcrf_jax.config import settings as configs
 

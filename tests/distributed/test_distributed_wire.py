@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from pwcrf_jax.config.settings import ConfigError
 from pwcrf_jax.runtime import wire
+from pwcrf_jax.runtime.errors import ConfigError
 
 
 def _lose(end):

@@ -195,7 +195,7 @@ def test_design_names_every_module():
 
 @each_document
 def test_config_keys_exist(path):
-    config = importlib.import_module("configs.default").get_config()
+    config = importlib.import_module("pwcrf_jax.configs.default").get_config()
     assert not {key for key in keys(path.read_text()) if not _has(config, key)}
 
 

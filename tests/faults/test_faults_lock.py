@@ -12,8 +12,8 @@ import pytest
 from faults import kill
 from rows import full_but
 
-from pwcrf_jax.config.settings import ConfigError
 from pwcrf_jax.runtime import lock
+from pwcrf_jax.runtime.errors import ConfigError
 from pwcrf_jax.runtime.files import FileError
 
 HOLDER = """

@@ -13,7 +13,7 @@ import pytest
 from rows import full_but
 
 from pwcrf_jax.config import settings as configs
-from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.prediction import restore
 from pwcrf_jax.runtime import parallel
 from pwcrf_jax.training import steps
 from pwcrf_jax.training.optimizer import make_optimizer, schedule
@@ -28,7 +28,7 @@ def test_config_builds_and_its_step_is_traced(name):
     configs.validate(config, num_devices=1)
     model = configs.build_model(config)
     tx = make_optimizer(config.optimizer, config.model, config.train.steps)
-    params = evaluate.abstract_params(model)
+    params = restore.abstract_params(model)
     state = jax.eval_shape(lambda p: steps.TrainState(jnp.int32(0), p, tx.init(p)), params)
     batch = {
         "image": jax.ShapeDtypeStruct((1, 1, *config.data.crop_size, 3), jnp.uint8),

@@ -14,13 +14,13 @@ import pytest
 import small
 from rows import full_but
 
-from configs import default
 from pwcrf_jax import pairwise
 from pwcrf_jax.config import settings as configs
+from pwcrf_jax.configs import default
 from pwcrf_jax.evaluation import evaluate, tuning
 from pwcrf_jax.model import segmenter
 from pwcrf_jax.nets import grid_size
-from pwcrf_jax.prediction import export
+from pwcrf_jax.prediction import export, restore
 from pwcrf_jax.prediction import predictor as inference
 from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING
 from pwcrf_jax.report import collect
@@ -165,7 +165,7 @@ def test_every_path_of_a_shipped_config_has_the_offsets_of_the_crop(name, varian
     configs.save(config, tmp_path / "config.json")
     config = configs.load(tmp_path / "config.json")
     model = configs.build_model(config)
-    params = evaluate.abstract_params(model)
+    params = restore.abstract_params(model)
     for path in PATHS:
         seen.clear()
         path(config, model, params)
@@ -185,7 +185,7 @@ def test_every_objective_has_the_offsets_of_the_run(objective, seen):
     configs.keep_offsets(config)
     config.loss.objective, config.data.crop_size = objective, (160, 240)
     model = configs.build_model(config)
-    trains(config, model, evaluate.abstract_params(model))
+    trains(config, model, restore.abstract_params(model))
     assert set(seen) == wanted
 
 

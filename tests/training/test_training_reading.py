@@ -12,7 +12,7 @@ from pwcrf_jax.data.readers.image_io import MEAN_COLOUR
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.model import segmenter
 from pwcrf_jax.nets import grid_size
-from pwcrf_jax.prediction import export, tiling
+from pwcrf_jax.prediction import export, restore, tiling
 from pwcrf_jax.prediction import predictor as inference
 from pwcrf_jax.runtime import parallel
 
@@ -33,7 +33,7 @@ def random_params(model):
     """Of which every layer has a say: last layers start at zero."""
     rng = np.random.default_rng(0)
     return jax.tree.map(
-        lambda x: np.asarray(x) + rng.normal(0, 0.4, x.shape).astype(np.float32), evaluate.init_params(model, 0)
+        lambda x: np.asarray(x) + rng.normal(0, 0.4, x.shape).astype(np.float32), restore.init_params(model, 0)
     )
 
 

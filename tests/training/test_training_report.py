@@ -51,7 +51,7 @@ def run(trained):
     """(config, model, params, data set) of a run whose pair networks say something."""
     config = configs.load(trained / "config.json")
     config.crf.weights = (0.5, 2.0)
-    model, params, _, dataset = evaluate.load(config, str(trained), "best", "val")
+    model, params, _, dataset = trained.load(config, str(trained), "best", "val")
     rng = np.random.default_rng(0)
     for name in config.model.relations:
         layer = params[f"pairwise_{name}"]

@@ -43,7 +43,7 @@ def chromium():
 @pytest.fixture(scope="module")
 def run(trained):
     config = configs.load(trained / "config.json")
-    model, params, _, dataset = evaluate.load(config, str(trained), "best", "val")
+    model, params, _, dataset = trained.load(config, str(trained), "best", "val")
     rng = np.random.default_rng(0)
     for name in config.model.relations:
         layer = params[f"pairwise_{name}"]

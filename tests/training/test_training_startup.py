@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from pwcrf_jax.cli import command as cli
 from pwcrf_jax.config import settings as configs
-from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.prediction import restore
 from pwcrf_jax.runtime import compilation
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -120,7 +120,7 @@ def index(workdir):
 
 def figures(workdir):
     """Parameters and logged losses, to the last bit."""
-    params = evaluate.restore_params(configs.load(workdir / "config.json"), str(workdir), "latest")[1]
+    params = restore.restore_params(configs.load(workdir / "config.json"), str(workdir), "latest")[1]
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     lines = [{k: v for k, v in line.items() if "per_second" not in k} for line in lines]
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(params)], lines

@@ -23,8 +23,7 @@ from tqdm import tqdm
 
 from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import load_dataset
-from pwcrf_jax.evaluation import evaluate
-from pwcrf_jax.prediction import predictor
+from pwcrf_jax.prediction import predictor, restore
 from pwcrf_jax.report import pictures
 from pwcrf_jax.runtime import logs
 from pwcrf_jax.runtime.files import FileError
@@ -75,7 +74,7 @@ def test_the_panel_shows_images_truth_and_predictions(trained, config, tmp_path)
     chosen = pictures.chosen(len(source), config.eval.batch_size, 4)
     assert chosen == [0, 1, 8, 9]
     stored = configs.load(trained / "config.json")
-    model, params, step = evaluate.restore_params(stored, str(trained), "latest")
+    model, params, step = restore.restore_params(stored, str(trained), "latest")
     assert step == 1
     alone = stored.copy_and_resolve_references()
     alone.crf.num_iterations = 0
@@ -233,7 +232,7 @@ def test_dry_run_leaves_its_picture_alone(config, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [p.name for p in (tmp_path / "work").iterdir()] == ["dry_run.png"]
     model = configs.build_model(config)
-    leaves = jax.tree.leaves(evaluate.abstract_params(model))
+    leaves = jax.tree.leaves(restore.abstract_params(model))
     assert re.search(rf"^all +{sum(x.size for x in leaves):,}$", done.stdout, re.MULTILINE)
     hidden = rf"{config.train.batch_size // jax.device_count()} x 6 x 8 x {config.model.hidden} float32"
     assert re.search(rf"^unary/first +{hidden} +bias 8, kernel 8 x 8 +72$", done.stdout, re.MULTILINE)
@@ -295,7 +294,7 @@ def test_help_shows_every_flag_with_default_and_example(script, argument):
         assert re.search(rf"--(no)?{name}\b", example), block
         assert {re.sub("^no", "", x) for x in re.findall(r"--([\w-]+)", example)} <= {*names, "config", "tuned"}
     if argument == "--helpfull":
-        for key, value in configs._flat(__import__("configs.default").default.get_config()):
+        for key, value in configs._flat(__import__("pwcrf_jax.configs.default").default.get_config()):
             if not key.startswith("relations."):
                 assert f"--config.{key}=" in text, (key, value)
         assert "Flags of libraries" in text and "--verbosity" in text

@@ -33,7 +33,7 @@ def locate(source: Path, folders: Sequence[str], archives: Sequence[str], data_d
 
     Raises:
       DataError: a folder or an archive that is a link to nothing or another kind of thing; an archive that is damaged,
-        that holds none of the folders or what is not unpacked (see `pwcrf_jax.data.readers.unpacking`), or a disk that is full.
+        that holds none of the folders or what is not unpacked (see `pwcrf_jax.data.readers.unpacking`), or a full disk.
     """
     for folder in folders:
         if present(source / folder, folder=True):
