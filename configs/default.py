@@ -74,7 +74,7 @@ def get_config():
 
     config.loss = ConfigDict()
     # piecewise; piecewise_staged: the unary first, then the relations on its features, frozen. With config.crf in
-    # training: pseudo_likelihood, unrolled_mean_field, unrolled_mean_field_staged, exact (tiny grids)
+    # training: pseudo_likelihood, unrolled_mean_field, unrolled_mean_field_staged
     config.loss.objective = "piecewise"
     config.loss.unary_share = 0.5  # of the steps, that those in stages train the unary; 0: it comes with init_from
     config.loss.reduction = "mean"  # mean: of each kind of factor [choice]; sum: over all of an image (the paper's)

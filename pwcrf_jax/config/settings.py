@@ -1,5 +1,6 @@
 """Configs: checked before any compute is spent, stored beside the checkpoints, read back."""
 
+import dataclasses
 import difflib
 import itertools
 import json
@@ -10,7 +11,7 @@ import pathlib
 import numpy as np
 from ml_collections import ConfigDict
 
-from pwcrf_jax import gaussian, objectives
+from pwcrf_jax import gaussian
 from pwcrf_jax.config import schema
 from pwcrf_jax.data import DATASETS
 from pwcrf_jax.model import losses
@@ -123,37 +124,26 @@ def _num_offsets(relation, grid):
 
 
 def _validate_objective(config):
-    name, loss = config.loss.objective, config.loss
-    later = name == "piecewise_staged" and config.model.refinement_convs.layers  # its second stage trains these alone
-    if name != "piecewise" and not crf_relations(config) and not later:
+    name, convs = config.loss.objective, config.model.refinement_convs.layers
+    chosen = objective(config)
+    if chosen.needs_relations and not crf_relations(config) and not (chosen.trains_refinement_convs and convs):
         raise ConfigError(f"config.loss.objective = {name!r} needs relations, there are none")
-    if config.model.refinement_convs.layers and not name.startswith("piecewise"):
+    if convs and not chosen.trains_refinement_convs:
+        others = " or ".join(k for k, other in losses.OBJECTIVES.items() if other.trains_refinement_convs)
         raise ConfigError(
-            f"config.model.refinement_convs.layers = {config.model.refinement_convs.layers} are not trained by "
-            f"config.loss.objective = {name!r}; take piecewise or piecewise_staged, or set them to ()"
+            f"config.model.refinement_convs.layers = {convs} are not trained by config.loss.objective = {name!r}; "
+            f"take {others}, or set them to ()"
         )
-    if name.endswith(losses.STAGED) and unary_steps(config) >= config.train.steps:
+    if chosen.staged and unary_steps(config) >= config.train.steps:
         raise ConfigError(
-            f"config.loss.unary_share = {loss.unary_share} leaves none of the {config.train.steps} steps to the "
+            f"config.loss.unary_share = {config.loss.unary_share} leaves none of the {config.train.steps} steps to the "
             "relations; lower it"
         )
-    of_pairs = [("loss.sampled_offsets", 0), ("loss.pairwise_weight", 1), ("loss.pairwise_balance_power", -1)]
-    unused = [] if name.startswith("piecewise") else of_pairs
-    if name == "exact":  # what it has no meaning for: it is the likelihood of one model, with sums of messages
-        unused += [("crf.normalize", False), ("loss.balance_power", 0)]
-    for key, value in unused:
-        section, field = key.split(".")
-        if config[section][field] != value:
+    for key in chosen.unused:
+        value, default = getattr(loss_settings(config), key), getattr(losses.DEFAULT_SETTINGS, key)
+        if value != default:
             raise ConfigError(
-                f"config.{key} = {config[section][field]} does nothing with config.loss.objective = {name!r}; "
-                f"set it to {value}"
-            )
-    if name == "exact":
-        height, width = grid_size(config.data.crop_size, config.model.scales)
-        if height * width * math.log2(config.data.num_classes) > math.log2(objectives.MAX_LABELLINGS):
-            raise ConfigError(
-                f"config.loss.objective = 'exact' enumerates {config.data.num_classes}^{height * width} labellings of "
-                f"the grid of config.data.crop_size = {tuple(config.data.crop_size)}; it is for tiny grids, use another"
+                f"config.loss.{key} = {value} does nothing with config.loss.objective = {name!r}; set it to {default}"
             )
 
 
@@ -282,7 +272,7 @@ def build_model(config: ConfigDict) -> Segmenter:
             hidden=m.hidden,
             input_scaling="tf" if m.input_scaling == "auto" else m.input_scaling,
             pairwise_features=m.pairwise_features,
-            pairwise_trains_features=m.pairwise_trains_features and not config.loss.objective.endswith(losses.STAGED),
+            pairwise_trains_features=m.pairwise_trains_features and not objective(config).staged,
             refinement_width=m.refinement_convs.width,
             dtype=m.dtype,
         )
@@ -339,10 +329,20 @@ def crf_settings(config: ConfigDict) -> dict:
     )
 
 
+def objective(config: ConfigDict) -> losses.Objective:
+    """The objective of training that config.loss names."""
+    return losses.OBJECTIVES[config.loss.objective]
+
+
+def loss_settings(config: ConfigDict) -> losses.Settings:
+    """Settings of the loss, from config.loss."""
+    names = [field.name for field in dataclasses.fields(losses.Settings)]
+    return losses.Settings(**{n: config.loss[n] for n in names} | {"chunk_edges": config.loss.chunk_edges or None})
+
+
 def unary_steps(config: ConfigDict) -> int | None:
     """Steps that train the unary alone, None where there are no stages."""
-    staged = config.loss.objective.endswith(losses.STAGED)
-    return round(config.loss.unary_share * config.train.steps) if staged else None
+    return round(config.loss.unary_share * config.train.steps) if objective(config).staged else None
 
 
 def augments(config: ConfigDict) -> bool:

@@ -3,9 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from pwcrf_jax.model import segmenter
+from pwcrf_jax.model import losses, segmenter
 from pwcrf_jax.model.counts import confusions
-from pwcrf_jax.model.losses import piecewise_terms
 from pwcrf_jax.runtime.parallel import AXIS
 
 
@@ -62,13 +61,9 @@ def make_eval_step(
                 confusion["convs"] = confusions(labels, batch["label"], valid, model.num_classes)
                 shown["convs"] = labels
                 kept = sharp if marginals_of == "convs" else kept
-        terms = piecewise_terms(
-            potentials,
-            batch["label"],
-            balance_power,
-            loss_chunk_edges,
-            pairwise_balance_power=pairwise_balance_power,
-        )
+        balance = dict(balance_power=balance_power, pairwise_balance_power=pairwise_balance_power)
+        settings = losses.Settings(chunk_edges=loss_chunk_edges, **balance)
+        terms = losses.piecewise_terms(potentials, batch["label"], settings)
         confusion, terms = jax.lax.psum((confusion, terms), AXIS)
         sums = {"confusion": confusion, "terms": terms, "change": change}
         if labels_of:

@@ -16,7 +16,7 @@ from pwcrf_jax.model.counts import confusions
 from pwcrf_jax.prediction import restore
 from pwcrf_jax.report import collect
 from pwcrf_jax.runtime import checkpoint
-from pwcrf_jax.training import loop
+from pwcrf_jax.training import checks, initial, loop
 
 NAMES = ("sky", "water", "boat")
 VOID = 255
@@ -154,11 +154,11 @@ def test_nothing_is_chosen_by_no_mean_iou(name):
 
 
 def test_training_with_such_a_validation_split_is_refused_before_compute(config, tmp_path, monkeypatch):
-    dataset = loop.load_dataset(**configs.dataset_options(config))
+    dataset = checks.load_dataset(**configs.dataset_options(config))
     about = dataset.label_report()
     about["splits"]["val"]["pixels"] = [0] * len(dataset.class_names)
     monkeypatch.setattr(type(dataset), "label_report", lambda self: about)
-    monkeypatch.setattr(loop, "resolve", None)
+    monkeypatch.setattr(initial, "resolve_init", None)
     with pytest.raises(configs.ConfigError, match="split 'val' has no pixel that is not void"):
         loop.train_and_evaluate(config, str(tmp_path / "run"))
     assert not list((tmp_path / "run").glob("**/best/*"))

@@ -11,10 +11,10 @@ from pwcrf_jax.config import settings as configs
 from pwcrf_jax.model import losses
 from pwcrf_jax.prediction import restore
 from pwcrf_jax.runtime import parallel
-from pwcrf_jax.training import loop, steps
+from pwcrf_jax.training import checks, loop, steps
 from pwcrf_jax.training.optimizer import make_optimizer
 
-OTHERS = [name for name in losses.OBJECTIVES if not name.startswith("piecewise")]
+OTHERS = [name for name, objective in losses.OBJECTIVES.items() if objective.contains_inference]
 
 
 def batch_of(rng, count, size=(32, 48), classes=6):
@@ -31,9 +31,8 @@ def started(config, seed=0, kinds=None):
     unary_steps = configs.unary_steps(config)
     tx = make_optimizer(config.optimizer, config.model, config.train.steps, unary_steps)
     params = restore.init_params(model, seed)
-    crf = configs.crf_settings(config)
-    kinds = kinds or (losses.KINDS if unary_steps is None else ("unary",))
-    step = steps.make_train_step(model, tx, config.loss.to_dict(), 0, crf, kinds)
+    kinds = kinds or configs.objective(config).stages[0]
+    step = steps.from_config(config, model, tx, kinds)
     return step, steps.TrainState(jnp.int32(0), params, tx.init(params))
 
 
@@ -118,23 +117,6 @@ def test_the_terms_are_those_of_the_core(small):
         assert got["nll_unary"] != pytest.approx(got["loss"], rel=1e-4)
 
 
-def test_exact_on_a_tiny_grid(small):
-    small.data.crop_size, small.data.num_classes, small.loss.objective = (32, 48), 3, "exact"
-    small.crf.normalize = False
-    configs.validate(small, num_devices=1)
-    batch = batch_of(np.random.default_rng(4), 2, classes=3)
-    step, state = started(small)
-    potentials = configs.build_model(small).apply({"params": state.params}, batch["image"])
-    grid = piecewise.grid_labels(batch["label"], 2, 3)
-    total = count = 0
-    for i in range(2):
-        chosen = [type(p)(p.a[i], p.b[i], p.w2, p.b2, p.evidence[i], p.offsets) for p in potentials.pairwise.values()]
-        one, nodes = objectives.exact_log_likelihood(potentials.unary[i], chosen, grid[i], (1.0, 1.0))
-        total, count = total + one, count + nodes
-    losses = [metrics["loss"] for _, metrics in run(step, state, [batch] * 6)]
-    assert losses[0] == pytest.approx(float(-total / count), rel=1e-4) and losses[-1] < losses[0]
-
-
 @pytest.mark.parametrize(
     "name, features",
     full_but(
@@ -149,7 +131,7 @@ def test_stages(small, name, features):
     small.model.pairwise_trains_features = True  # staged training does not let them
     small.optimizer.weight_decay = 0.1
     assert configs.unary_steps(small) == 4
-    (first, state), (second, _) = (started(small, kinds=(kind,)) for kind in losses.KINDS)
+    (first, state), (second, _) = (started(small, kinds=(kind,)) for kind in losses.TRAINED_FACTORS)
     batches = [batch_of(np.random.default_rng(i), 2) for i in range(12)]
     out = run(first, state, batches[:4])
     out += run(second, out[-1][0], batches[4:])
@@ -241,15 +223,6 @@ def test_a_run_from_start_to_table(config, tmp_path, name):
 
 
 def test_refused(small):
-    small.loss.objective = "exact"
-    with pytest.raises(
-        configs.ConfigError, match=r"crf\.normalize = True does nothing with .*'exact'; set it to False"
-    ):
-        configs.validate(small, num_devices=1)
-    small.crf.normalize = False
-    small.data.crop_size = small.data.eval_size = (96, 128)
-    with pytest.raises(configs.ConfigError, match=r"enumerates 6\^48 labellings.*crop_size = \(96, 128\)"):
-        configs.validate(small, num_devices=1)
     small.loss.objective, small.loss.sampled_offsets = "pseudo_likelihood", 3
     with pytest.raises(configs.ConfigError, match=r"loss\.sampled_offsets = 3 does nothing"):
         configs.validate(small, num_devices=1)
@@ -282,7 +255,7 @@ def test_relations_out_of_reach_are_refused_in_training_alone(small, tmp_path, n
     assert not list(tmp_path.iterdir())
     configs.validate(small, num_devices=1)  # as evaluation does: decoding so is no mistake
     small.loss.objective, small.data.eval_size = "piecewise", (192, 256)
-    loop.checked_dataset(small)  # trains them each by itself
+    checks.load_and_validate(small)  # trains them each by itself
 
 
 @pytest.mark.parametrize("features", full_but(["shared", "own"], "own"))

@@ -27,7 +27,7 @@ from pwcrf_jax.report import collect
 from pwcrf_jax.report import parts as report_parts
 from pwcrf_jax.runtime import checkpoint, parallel
 from pwcrf_jax.runtime.logs import log
-from pwcrf_jax.training import loop, steps
+from pwcrf_jax.training import initial, loop, steps
 from pwcrf_jax.training.optimizer import make_optimizer
 from reference import crf_oracle
 
@@ -83,9 +83,9 @@ def trains(config, model, params):
     state = jax.eval_shape(lambda p: steps.TrainState(jnp.int32(0), p, tx.init(p)), params)
     size = config.data.crop_size
     batch = {"image": spec(UINT8, 1, 1, *size, 3), "label": spec(UINT8, 1, 1, *size), "inside": spec(INT32, 1, 1, 4)}
-    step = steps.make_train_step(model, tx, config.loss.to_dict(), 0, configs.crf_settings(config))
+    step = steps.from_config(config, model, tx)
     jax.eval_shape(parallel.pmap_train(step, devices=jax.devices()[:1]), state, batch)
-    loop.planned(config, model, tx)
+    loop.estimate_cost(config, model, tx)
 
 
 def evaluation_batch(config):
@@ -357,7 +357,7 @@ def test_a_start_from_relations_of_other_distances_is_told(changes, new, config,
     """Of nets that are taken: those of another width begin anew. Fewer distances than there are none that is new."""
     config.init_from = str(trained)
     config.update_from_flattened_dict(changes)
-    loop.resolve(config, str(tmp_path / "new"))
+    initial.resolve_init(config, str(tmp_path / "new"))
     lines = [x for x in told.messages if "trained at other distances" in x]
     assert len(lines) == len(new)
     for line, (name, number) in zip(lines, new.items(), strict=True):

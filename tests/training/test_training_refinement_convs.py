@@ -153,7 +153,7 @@ def test_relations_have_a_class_balance_of_their_own(fine):
     def terms(balance, of_pairs):
         fine.loss.balance_power, fine.loss.pairwise_balance_power = balance, of_pairs
         configs.validate(fine, num_devices=1)
-        step = parallel.pmap_train(steps.make_train_step(model, tx, fine.loss.to_dict()), devices=jax.devices()[:1])
+        step = parallel.pmap_train(steps.from_config(fine, model, tx), devices=jax.devices()[:1])
         copy = jax.tree.map(jnp.copy, params)
         _, seen = step(steps.TrainState(jnp.int32(0), copy, tx.init(copy)), parallel.split(batch, 1))
         fn = parallel.pmap_eval(evaluate.eval_step(fine, model), devices=jax.devices()[:1])

@@ -48,7 +48,7 @@ def test_eight_devices_equal_one(config, reduction):
     model, tx = configs.build_model(config), optax.sgd(1e-3 if reduction == "sum" else 0.1)
     batch, out = _batch(np.random.default_rng(0), 8), {}
     for n in (1, 8):
-        step = parallel.pmap_train(steps.make_train_step(model, tx, config.loss.to_dict()), devices=jax.devices()[:n])
+        step = parallel.pmap_train(steps.from_config(config, model, tx), devices=jax.devices()[:n])
         state, losses = _state(model, tx), []
         for _ in range(3):
             state, metrics = step(state, parallel.split(batch, n))
@@ -63,7 +63,7 @@ def test_loss_is_the_mean_over_all_valid_factors(config):
     # Against one plain evaluation of the whole batch, without devices.
     model, tx = configs.build_model(config), optax.sgd(0.0)
     batch = _batch(np.random.default_rng(1), 8)
-    step = parallel.pmap_train(steps.make_train_step(model, tx, config.loss.to_dict()))
+    step = parallel.pmap_train(steps.from_config(config, model, tx))
     state = _state(model, tx)
     potentials = model.apply({"params": state.params}, batch["image"])
     terms = losses.piecewise_terms(potentials, jnp.asarray(batch["label"]))
@@ -102,7 +102,7 @@ def test_steps_lower_for_accelerators(name):
         "label": jax.ShapeDtypeStruct((1, 2, height, width), jnp.uint8),
     }
     one = jax.devices()[:1]
-    train = parallel.pmap_train(steps.make_train_step(model, tx, config.loss.to_dict()), devices=one)
+    train = parallel.pmap_train(steps.from_config(config, model, tx), devices=one)
     platforms = ("tpu", "cuda")
     assert export.export(jax.jit(train), platforms=platforms)(state, batch).platforms == platforms
     evaluation = parallel.pmap_eval(
@@ -221,7 +221,8 @@ def test_sampled_offsets_follow_from_seed_and_step_alone(config):
     batch = _batch(np.random.default_rng(4), 8)
 
     def losses(seed, devices, first_step=0):
-        step = steps.make_train_step(model, tx, config.loss.to_dict(), seed)
+        config.seed = seed
+        step = steps.from_config(config, model, tx)
         step = parallel.pmap_train(step, devices=jax.devices()[:devices])
         state, out = _state(model, tx).replace(step=jnp.int32(first_step)), []
         for _ in range(3):
@@ -250,7 +251,7 @@ def test_chunks_and_routes_change_no_figure(config):
     for loss_chunk, route, crf_chunk in ((0, "table", 0), (0, "folded", 0), (0, "folded", 5), (7, "folded", 0)):
         config.loss.chunk_edges, config.crf.route, config.crf.chunk_edges = loss_chunk, route, crf_chunk
         model, tx = configs.build_model(config), optax.sgd(0.0)
-        train = parallel.pmap_train(steps.make_train_step(model, tx, config.loss.to_dict()), devices=one)
+        train = parallel.pmap_train(steps.from_config(config, model, tx), devices=one)
         evaluation = parallel.pmap_eval(evaluate.eval_step(config, model), devices=one)
         state, all_of_it = _state(model, tx), parallel.split(batch, 1)
         shared = {k: all_of_it[k] for k in ("image", "label")}
@@ -276,12 +277,11 @@ def test_sums_are_the_papers_and_means_weigh_a_relation_as_the_unary(config, fac
         name: (jnp.float32(-2.0 * n), jnp.float32(n)) for name, n in counts.items()
     }  # of one image, each factor -2
     weights = dict.fromkeys(terms, 1.0)
-    assert losses.objective(terms, 1, weights, "mean") == pytest.approx(2.0 * len(terms))
-    total = losses.objective(terms, 1, weights, "sum")
+    assert losses.negative_log_likelihood(terms, 1, weights, "mean") == pytest.approx(2.0 * len(terms))
+    total = losses.negative_log_likelihood(terms, 1, weights, "sum")
     assert total == pytest.approx(2.0 * sum(counts.values()))
-    assert total / losses.objective({"unary": terms["unary"]}, 1, {"unary": 1.0}, "sum") - 1 == pytest.approx(
-        factors, abs=0.05
-    )
+    alone = losses.negative_log_likelihood(terms, 1, {"unary": 1.0}, "sum")
+    assert total / alone - 1 == pytest.approx(factors, abs=0.05)
     assert config.loss.reduction == "mean"
 
 

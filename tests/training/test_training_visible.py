@@ -134,7 +134,7 @@ def test_the_bar_tells_loss_speed_and_time_left_on_any_terminal(monkeypatch, col
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
     with open(theirs, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
-        progress = logs.Progress(0, 900, 16)
+        progress = logs.Progress(0, 900, 16, ("surrounding", "above_below"))
         numbers = dict(loss=9.452, nll_unary=1.895, nll_above_below=3.7, nll_surrounding=3.8)
         assert progress.report(20, numbers) > 0
         progress.close()
@@ -152,7 +152,7 @@ def test_the_bar_tells_loss_speed_and_time_left_on_any_terminal(monkeypatch, col
 @pytest.mark.parametrize("name", ["unrolled_mean_field", "refinement_convs"])
 def test_what_is_of_nodes_is_not_held_against_twice_the_unary(caplog, name):
     with caplog.at_level("INFO", logger="pwcrf_jax"):
-        logs.Progress(0, 9, 1).report(1, {"loss": 1.0, "nll_unary": 1.5, f"nll_{name}": 1.25})
+        logs.Progress(0, 9, 1, ("surrounding",)).report(1, {"loss": 1.0, "nll_unary": 1.5, f"nll_{name}": 1.25})
     assert f"{name} 1.250" in caplog.text and "2 x unary" not in caplog.text
 
 
@@ -197,7 +197,7 @@ def test_standard_error_may_be_anything(monkeypatch, make):
 )
 def test_a_batch_without_a_valid_pixel_has_no_unary_figure(caplog, metrics):
     with caplog.at_level("INFO", logger="pwcrf_jax"):
-        logs.Progress(0, 9, 1).report(1, metrics)
+        logs.Progress(0, 9, 1, ("surrounding", "above_below")).report(1, metrics)
     assert "nll unary -" in caplog.text and "nan" not in caplog.text and "2 x unary" not in caplog.text
 
 
