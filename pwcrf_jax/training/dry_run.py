@@ -34,14 +34,14 @@ def summary(model, images) -> str:
     for (*path, name), leaf in jax.tree_util.tree_leaves_with_path(params):
         modules.setdefault(tuple(key.key for key in path), {})[name.key] = leaf
     lines = [("module", "output", "parameters", "number")]
-    for path, leaves in modules.items():
+    for module, leaves in modules.items():
         found = captured
-        for name in (*path, "__call__"):
+        for name in (*module, "__call__"):
             found = found[name]
         out = jax.tree.leaves(found[0])[0]
         described = ", ".join(f"{name} {shape(leaf)}" for name, leaf in leaves.items())
         number = sum(leaf.size for leaf in leaves.values())
-        lines.append(("/".join(path), f"{shape(out)} {out.dtype}", described, f"{number:,}"))
+        lines.append(("/".join(module), f"{shape(out)} {out.dtype}", described, f"{number:,}"))
     total = sum(x.size for x in jax.tree.leaves(params))
     lines.append(("all", "", "", f"{total:,}"))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
