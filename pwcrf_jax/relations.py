@@ -50,7 +50,7 @@ class Relation:
     unit: str = "short_side"
     grid: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.unit not in _UNITS:
             raise ValueError(f"relation {self.name!r}: unit must be one of {_UNITS}, got {self.unit!r}")
         for axis, bounds in (("rows", self.rows), ("cols", self.cols)):

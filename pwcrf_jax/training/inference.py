@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from pwcrf_jax import pairwise, segmenter
+from pwcrf_jax import segmenter
 from pwcrf_jax.data.common import MEAN_COLOUR
+from pwcrf_jax.potentials import factored_pairwise
 from pwcrf_jax.training import config as configs
 from pwcrf_jax.training import parallel, steps, tiling
 
@@ -44,7 +45,7 @@ class Predictor:
         # Refused here rather than at the first large image.
         self._layout(tuple(n + 2 * side for n, side in zip(self._frame, self._tile, strict=True)))
         crf = configs.crf_settings(config)
-        names = tuple(crf["relation_weights"])
+        names = tuple(crf.weights)
         self._devices = jax.local_devices()
         step = steps.make_potentials_step(model, names)
         self._networks = parallel.pmap_eval(step, devices=self._devices, per_image=True)
@@ -113,20 +114,9 @@ class Predictor:
 def _infer(unary, parts, correction, last_layers, mask, boxes, crf):
     """Mean field on the potentials of one image, and its correction: log marginals float32 [h, w, K]."""
     potentials = {
-        name: pairwise.factored_pairwise(a[None], b[None], *last_layers[name], boxes[name])
-        for name, (a, b) in parts.items()
+        name: factored_pairwise(p[None], q[None], *last_layers[name], boxes[name]) for name, (p, q) in parts.items()
     }
-    log_marginals, _ = segmenter.infer(
-        segmenter.Potentials(unary[None], potentials),
-        list(crf["relation_weights"]),
-        list(crf["relation_weights"].values()),
-        crf["num_iterations"],
-        crf["damping"],
-        crf["normalize"],
-        mask[None],
-        crf["route"],
-        crf["chunk_edges"],
-    )
+    log_marginals, _ = segmenter.infer(segmenter.Potentials(unary[None], potentials), crf, node_mask=mask[None])
     return segmenter.sharpen(log_marginals, None if correction is None else correction[None], mask[None])[0]
 
 

@@ -157,8 +157,6 @@ def _check_new(workdir, latest, best):
         )
 
 
-
-
 def _other_versions(meta):
     now = checkpoint.versions()
     others = [f"{name} {x}, now {now[name]}" for name, x in meta.get("versions", now).items() if x != now.get(name)]
@@ -459,11 +457,11 @@ def planned(config, model, tx):
         model,
         config.data.crop_size,
         config.train.batch_size // jax.device_count(),
-        num_iterations=crf["num_iterations"],
+        num_iterations=crf.num_iterations,
         num_sampled_offsets=config.loss.sampled_offsets,
         chunk_edges=config.loss.chunk_edges or None,
-        message_chunk_edges=crf["chunk_edges"],
-        route=crf["route"],
-        message_relations=tuple(crf["relation_weights"]),
+        message_chunk_edges=crf.chunk_edges,
+        algorithm=crf.algorithm,
+        message_relations=tuple(crf.weights),
         optimizer=tx,
     )

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pwcrf_jax import metrics, objectives, pairwise, piecewise, segmenter
+from pwcrf_jax import metrics, objectives, piecewise, segmenter
+from pwcrf_jax.likelihood import sample_offsets
 from pwcrf_jax.training.parallel import AXIS
 
 OBJECTIVES = ("piecewise", "piecewise_staged", "pseudo_likelihood", "unrolled_mean_field")
-OBJECTIVES += ("unrolled_mean_field_staged", "exact")
+OBJECTIVES += ("unrolled_mean_field_staged",)
 STAGED = "_staged"  # how the names of objectives end that train the unary first, then what stands on it
 
 
@@ -45,7 +46,7 @@ def piecewise_terms(
     for i, (name, potential) in enumerate(potentials.pairwise.items()):
         sample = None
         if 0 < sampled_offsets < len(potential.offsets):
-            sample = pairwise.sample_offsets(jax.random.fold_in(key, i), len(potential.offsets), sampled_offsets)
+            sample = sample_offsets(jax.random.fold_in(key, i), len(potential.offsets), sampled_offsets)
         terms[name] = piecewise.pairwise_log_likelihood(
             potential, grid, node_weights=weights, chunk_edges=chunk_edges, sample=sample
         )
@@ -58,33 +59,22 @@ def piecewise_terms(
     return terms
 
 
-def joint_term(potentials, labels, name, crf_config, balance_power=0.0, chunk_edges=None, inside=None):
-    """(sum, count) of one of the objectives of `pwcrf_jax.objectives`, as inference with crf_config would decode.
+def joint_term(potentials, labels, name, crf, balance_power=0.0, inside=None):
+    """(sum, count) of one of the objectives of `pwcrf_jax.objectives`, with the settings that inference would have.
 
-    name: "pseudo_likelihood", "unrolled_mean_field" or "exact". Others as in `piecewise_terms`, `make_eval_step`.
+    name: "pseudo_likelihood" or "unrolled_mean_field". crf: `mean_field.Settings`, as in `make_eval_step`. Others as in
+      `piecewise_terms`.
     inside: int [B, 4], top, left, bottom and right of the image in its crop: cells beyond it are padding; None: all is
       image.
     """
     unary = potentials.unary
     grid = piecewise.grid_labels(labels, *unary.shape[1:3])
-    names, weights = tuple(crf_config["relation_weights"]), tuple(crf_config["relation_weights"].values())
-    chosen = [potentials.pairwise[n] for n in names]
-    if name == "exact":
-        one = lambda unary, chosen, grid: objectives.exact_log_likelihood(unary, chosen, grid, weights)
-        # Of each image: its nodes. The last layer is shared by all.
-        nodes = lambda p: dataclasses.replace(p, a=0, b=0, w2=None, b2=None, evidence=None if p.evidence is None else 0)
-        return jax.tree.map(jnp.sum, jax.vmap(one, in_axes=(0, [nodes(p) for p in chosen], 0))(unary, chosen, grid))
+    chosen = {name: potentials.pairwise[name] for name in crf.weights}
     node_weights = piecewise.balance_weights(grid, unary.shape[-1], power=balance_power) if balance_power else None
-    shared = dict(
-        normalize=crf_config["normalize"], node_weights=node_weights, chunk_edges=chunk_edges, route=crf_config["route"]
-    )
     if name == "pseudo_likelihood":
-        return objectives.pseudo_log_likelihood(unary, chosen, grid, weights, **shared)
-    iterations, damping = crf_config["num_iterations"], crf_config["damping"]
+        return objectives.pseudo_log_likelihood(unary, chosen, grid, crf, node_weights=node_weights)
     mask = None if inside is None else _cells_inside(inside, unary.shape[1:3], labels.shape[1:3])
-    return objectives.unrolled_log_likelihood(
-        unary, chosen, grid, iterations, weights, damping, node_mask=mask, **shared
-    )
+    return objectives.unrolled_log_likelihood(unary, chosen, grid, crf, node_mask=mask, node_weights=node_weights)
 
 
 def _cells_inside(inside, grid, size):
@@ -113,11 +103,11 @@ def objective(terms, num_images, weights, reduction="mean"):
 KINDS = ("unary", "pairwise")  # of factors; with the second go the refinement convolutions
 
 
-def make_train_step(model, tx, loss_config, seed=0, crf_config=None, kinds=KINDS):
+def make_train_step(model, tx, loss_config, seed=0, crf=None, kinds=KINDS):
     """Builds step(state, batch) -> (state, metrics).
 
     seed: of the sampled offsets, which follow from it and from the number of the step alone.
-    crf_config: of `make_eval_step`, for the objectives that contain inference.
+    crf: of `make_eval_step`, for the objectives that contain inference.
     kinds: of the factors that train: both, or one, which is a stage of an objective in stages.
 
     batch: image uint8 [B, H, W, 3], label uint8 [B, H, W] and, where it may hold padding, inside int32 [B, 4], see
@@ -146,7 +136,7 @@ def make_train_step(model, tx, loss_config, seed=0, crf_config=None, kinds=KINDS
             terms |= {k: (jnp.float32(0), jnp.float32(0)) for k in names if k not in terms}
         else:
             unary = piecewise_terms(potentials._replace(pairwise={}), batch["label"], balance)
-            joint = joint_term(potentials, batch["label"], name, crf_config, balance, chunk_edges, batch.get("inside"))
+            joint = joint_term(potentials, batch["label"], name, crf, balance, batch.get("inside"))
             terms = unary | {name: joint}
             weights = {name: 1.0}
         # Counts are of labels, not of parameters: summing them here puts no collective into the backward pass.
@@ -175,15 +165,15 @@ def make_train_step(model, tx, loss_config, seed=0, crf_config=None, kinds=KINDS
 
 
 def make_potentials_step(model, names):
-    """Builds step(params, {"image": uint8 [B, H, W, 3]}) -> ((), (unary [B, h, w, K], {relation: (a, b)}, correction)).
+    """Builds step(params, {"image": uint8 [B, H, W, 3]}) -> ((), (unary [B, h, w, K], {relation: (p, q)}, correction)).
 
-    a, b: [B, h, w, M] of `pwcrf_jax.pairwise.FactoredPairwise`, of the named relations. correction: of
+    p, q: hidden_p and hidden_q [B, h, w, M] of the potentials of the named relations. correction: of
     `pwcrf_jax.segmenter.Potentials`.
     """
 
     def step(params, batch):
         unary, potentials, correction = model.apply({"params": params}, batch["image"])
-        return (), (unary, {name: (potentials[name].a, potentials[name].b) for name in names}, correction)
+        return (), (unary, {name: (potentials[name].hidden_p, potentials[name].hidden_q) for name in names}, correction)
 
     return step
 
@@ -200,7 +190,7 @@ def confusions(predictions, labels, valid, num_classes):
 def make_eval_step(
     model,
     rows,
-    crf_config,
+    crf,
     balance_power=0.0,
     loss_chunk_edges=None,
     marginals_of=None,
@@ -209,8 +199,8 @@ def make_eval_step(
 ):
     """Builds step(params, batch) -> sums over all devices.
 
-    rows: {row of the table: names of the relations whose messages count}; weights of all relations come with crf_config
-    as `relation_weights`, a mapping.
+    rows: {row of the table: names of the relations whose messages count}.
+    crf: `mean_field.Settings`, with the weights of all of these by name.
     batch: image, label as in training and valid_size int32 [B, 2].
     A model with refinement convolutions has one row more, "convs": what "all" says, sharpened.
     Returns {"confusion": {row: int32 [1 + bands, K, K], see `confusions`}, "terms": {kind of factor: (sum, count)},
@@ -227,17 +217,8 @@ def make_eval_step(
         valid = segmenter.grid_mask(batch["valid_size"], size, size)
         confusion, change, kept, shown = {}, {}, None, {}
         for row, names in rows.items():
-            log_marginals, info = segmenter.infer(
-                potentials,
-                names,
-                [crf_config["relation_weights"][name] for name in names],
-                crf_config["num_iterations"],
-                crf_config["damping"],
-                crf_config["normalize"],
-                mask,
-                crf_config["route"],
-                crf_config["chunk_edges"],
-            )
+            settings = dataclasses.replace(crf, weights={name: crf.weights[name] for name in names})
+            log_marginals, info = segmenter.infer(potentials, settings, node_mask=mask)
             labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask), axis=-1)
             confusion[row] = confusions(labels, batch["label"], valid, model.num_classes)
             shown[row] = labels

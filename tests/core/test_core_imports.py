@@ -16,8 +16,10 @@ CORE = (
     "inputs",
     "relations",
     "costs",
+    "potentials",
+    "likelihood",
     "edge_likelihood",
-    "pairwise",
+    "messages",
     "piecewise",
     "objectives",
     "mean_field",
@@ -126,7 +128,7 @@ def test_data_knows_no_jax():
     found = {(p.name, n) for p in files("data") for n in imports_of(p) if top(n) in ("jax", "jaxlib", "flax")}
     assert not found
     # Nor by way of our own core, which imports it.
-    core = tuple(f"pwcrf_jax.{m}" for m in ("pairwise", "piecewise", "mean_field", "metrics", "nets", "training"))
+    core = tuple(f"pwcrf_jax.{m}" for m in ("potentials", "piecewise", "mean_field", "metrics", "nets", "training"))
     found = {(p.name, n) for p in files("data") for n in imports_of(p) if below(n, *core)}
     assert not found
 
@@ -188,6 +190,6 @@ def test_imports_outside_the_core_are_found(source):
 
 
 def test_imports_within_the_core_are_allowed():
-    assert not outside_core(imported("import math\nimport jax.numpy as jnp\nfrom pwcrf_jax import pairwise, relations"))
-    assert not outside_core(imported("from pwcrf_jax.pairwise import PairwiseTable\nfrom . import relations"))
+    assert not outside_core(imported("import math\nimport jax.numpy as jnp\nfrom pwcrf_jax import messages, relations"))
+    assert not outside_core(imported("from pwcrf_jax.potentials import PairwiseTable\nfrom . import relations"))
     assert imported("from ..piecewise import x", "pwcrf_jax.nets") >= {"pwcrf_jax.piecewise"}

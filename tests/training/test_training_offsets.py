@@ -14,8 +14,9 @@ import pytest
 import small
 from rows import full_but
 
+import pwcrf_jax as pw
 from configs import default
-from pwcrf_jax import pairwise, segmenter
+from pwcrf_jax import segmenter
 from pwcrf_jax.nets import grid_size
 from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING
 from pwcrf_jax.training import (
@@ -71,14 +72,15 @@ def of_crop(config):
 @pytest.fixture
 def seen(monkeypatch):
     """Offsets of every potential that is made, in order, as a list of sets of pairs."""
-    made, build = [], pairwise.factored_pairwise
+    made, build = [], pw.factored_pairwise
 
     def record(*args, **options):
         potential = build(*args, **options)
         made.append(frozenset(potential.offsets))
         return potential
 
-    monkeypatch.setattr(pairwise, "factored_pairwise", record)
+    for module in (segmenter, inference, report_parts):
+        monkeypatch.setattr(module, "factored_pairwise", record)
     return made
 
 
