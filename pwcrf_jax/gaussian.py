@@ -39,7 +39,7 @@ class Points(NamedTuple):
 
 
 def prepare(
-    features: ArrayLike, mask: ArrayLike | None = None, *, method: str = "auto", capacity: int | None = None
+    features: ArrayLike, mask: ArrayLike | None = None, method: str = "auto", capacity: int | None = None
 ) -> Points | permutohedral.Lattice:
     """The filter of points.
 
@@ -85,9 +85,7 @@ def apply(prepared: Points | permutohedral.Lattice, values: ArrayLike) -> jax.Ar
     return exact(*prepared, values)
 
 
-def exact(
-    features: ArrayLike, mask: ArrayLike | None, values: ArrayLike, *, tile: tuple[int, int] = _TILE
-) -> jax.Array:
+def exact(features: ArrayLike, mask: ArrayLike | None, values: ArrayLike, tile: tuple[int, int] = _TILE) -> jax.Array:
     """The sum itself, in tiles. Differentiable in values and features, to any order.
 
     Args:

@@ -162,7 +162,7 @@ def edge_list(relation: Relation, height: int, width: int) -> EdgeList:
       height, width: size of the map in cells; Python integers.
 
     Returns:
-      `EdgeList` of int32 [num_edges] each, ordered by offset, then by p: as in `pwcrf_jax.pairwise.to_table`.
+      `EdgeList` of int32 [num_edges] each, ordered by offset, then by p: as in `pwcrf_jax.potentials.to_table`.
 
     Raises:
       ValueError: height or width below 1.

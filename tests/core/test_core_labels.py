@@ -30,7 +30,7 @@ FUNCTIONS = {
     "edges": lambda y, void=255: pw.likelihood.edge_log_likelihood(factored(), y, void=void),
     "balance": lambda y, **o: pw.balance_weights(y, K, **o),
     "pseudo": lambda y, **o: pw.pseudo_log_likelihood(X.unary, [factored()], y, **o),
-    "unrolled": lambda y, **o: pw.unrolled_log_likelihood(X.unary, [factored()], y, 2, **o),
+    "unrolled": lambda y, **o: pw.unrolled_log_likelihood(X.unary, [factored()], y, **o),
     "exact": lambda y, **o: pw.exact_log_likelihood(X.unary, [factored()], y, **o),
     "confusion": lambda y, **o: pw.confusion_matrix(np.zeros((H, W), int), y, K, **o),
 }

@@ -176,10 +176,10 @@ CASES = {
     "build": lattice,
     "apply-lattice": lambda v: permutohedral.apply(lattice(v), nodes(v, "unary")),
     "apply-points": lambda v: gaussian.apply(
-        gaussian.prepare(nodes(v, "hidden_p"), nodes(v, "mask"), method="exact"), nodes(v, "unary")
+        gaussian.prepare(nodes(v, "hidden_p"), nodes(v, "mask"), "exact"), nodes(v, "unary")
     ),
     "prepare": lambda v: gaussian.prepare(nodes(v, "hidden_p"), nodes(v, "mask")),
-    "exact": lambda v: gaussian.exact(nodes(v, "hidden_p"), nodes(v, "mask"), nodes(v, "unary"), tile=(5, 4)),
+    "exact": lambda v: gaussian.exact(nodes(v, "hidden_p"), nodes(v, "mask"), nodes(v, "unary"), (5, 4)),
     "spatial-matrix": lambda v: gaussian.spatial(v["unary"], v["sigmas"], v["mask"]),
     "spatial-taps": lambda v: gaussian.spatial(v["unary"], v["sigmas"], v["mask"], radius=2),
     "pair": lambda v: gaussian.pair(v["sigmas"]),
