@@ -20,10 +20,10 @@ from pwcrf_jax import (
     objectives,
     permutohedral,
     piecewise,
-    planning,
     potentials,
     relations,
 )
+from pwcrf_jax.model import plan
 from reference import random_problems
 
 H, W, K, M = 3, 4, 3, 4
@@ -198,13 +198,13 @@ def public_functions(*modules):
 
 
 # Static geometry, costs and figures on the host: nothing to trace.
-HOST = {"offsets", "edge_list", "validity_mask", "scores", "radius_of", *public_functions(costs, planning)}
+HOST = {"offsets", "edge_list", "validity_mask", "scores", "radius_of", *public_functions(costs, plan)}
 
 
 def test_every_public_function_is_in_the_battery():
     covered = {name.split("-")[0] for name in CASES} | HOST
     modules = (
-        relations, costs, potentials, likelihood, messages, piecewise, objectives, mean_field, metrics, planning,
+        relations, costs, potentials, likelihood, messages, piecewise, objectives, mean_field, metrics, plan,
         permutohedral, gaussian, dense_crf,
     )  # fmt: skip
     assert set(public_functions(*modules)) == covered

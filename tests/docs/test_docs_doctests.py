@@ -19,8 +19,8 @@ SHOWN = {
     "objectives": ["exact_log_likelihood"],
     "messages": ["compute_messages"],
     "piecewise": ["balance_weights", "grid_labels", "pairwise_log_likelihood", "unary_log_likelihood"],
-    "planning": ["plan"],
     "potentials": ["factored_pairwise"],
+    "model.plan": ["plan"],
     "relations": ["edge_list", "offsets"],
 }
 NAMES = {"jax": jax, "jnp": jnp, "np": np, "pw": pw}  # as docs/api/index.md says
