@@ -96,14 +96,11 @@ def compiled_crf(config, name, batch):
     params = restore.init_params(model, 0)
     potentials = jax.jit(lambda: model.apply({"params": params}, batch["image"]))()
     crf, labels = configs.crf_settings(config), jnp.asarray(batch["label"])
-    settings, key = configs.loss_settings(config), jax.random.key(0)
+    objective, settings, key = configs.objective(config), configs.loss_settings(config), jax.random.key(0)
 
     def loss(potentials):
-        if name.startswith("piecewise"):
-            terms = losses.piecewise_terms(potentials, labels, settings, key=key)
-            return sum(-total / count for total, count in terms.values())
-        total, count = losses.OBJECTIVES[name].log_likelihood(potentials, labels, settings, crf)
-        return -total / count
+        terms = objective.terms(potentials, labels, settings, crf, key=key)
+        return losses.negative_log_likelihood(terms, len(labels), objective.weights(terms, settings))
 
     compiled = jax.jit(jax.value_and_grad(loss, allow_int=True)).lower(potentials).compile()
     return lambda: jax.block_until_ready(compiled(potentials)), compiled.memory_analysis().temp_size_in_bytes

@@ -108,9 +108,9 @@ def get_config():
     config.crf.num_iterations = 3
     config.crf.weights = (1.0,)  # of the messages, one for all or one a relation
     config.crf.damping = 0.0
-    config.crf.normalize = True  # mean of a node's messages a relation; False: the paper's plain sum
-    config.crf.route = "auto"  # how messages are computed: folded, table; auto: the cheaper by the cost model
-    config.crf.chunk_edges = 0  # folded route: edges whose hidden units are held at a time; 0: chosen from the shapes
+    config.crf.average_messages = True  # mean of a node's messages a relation; False: the paper's plain sum
+    config.crf.algorithm = "auto"  # how messages are computed: factored, table; auto: the cheaper by the cost model
+    config.crf.chunk_edges = 0  # factored: edges whose hidden units are held at a time; 0: chosen from the shapes
 
     config.refine = ConfigDict()  # of eval.py --refine; see pwcrf_jax.dense_crf.Params, defaults are pydensecrf's usual
     config.refine.num_iterations = 10

@@ -4,15 +4,16 @@ An objective is data, one of `OBJECTIVES`: its terms, their weights, its stages,
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from pwcrf_jax import objectives, pairwise, piecewise
+from pwcrf_jax import mean_field, objectives, piecewise
+from pwcrf_jax.likelihood import Sums, sample_offsets
 from pwcrf_jax.model import segmenter
 
-Terms = dict[str, tuple[jax.Array, jax.Array]]
+Terms = dict[str, Sums]
 """{kind of factor: (sum, count) of log-likelihoods, float32 scalars}."""
 
 TRAINED_FACTORS = ("unary", "pairwise")
@@ -41,7 +42,7 @@ class Settings:
     chunk_edges: int | None = None
 
 
-DEFAULT_SETTINGS = Settings()
+DEFAULT_SETTINGS, DEFAULT_INFERENCE = Settings(), mean_field.DEFAULT_SETTINGS
 
 
 def piecewise_terms(
@@ -71,7 +72,7 @@ def piecewise_terms(
     for i, (name, potential) in enumerate(potentials.pairwise.items()):
         sample, num_offsets = None, len(potential.offsets)
         if key is not None and 0 < settings.sampled_offsets < num_offsets:
-            sample = pairwise.sample_offsets(jax.random.fold_in(key, i), num_offsets, settings.sampled_offsets)
+            sample = sample_offsets(jax.random.fold_in(key, i), num_offsets, settings.sampled_offsets)
         terms[name] = piecewise.pairwise_log_likelihood(
             potential, grid, node_weights=weights, chunk_edges=settings.chunk_edges, sample=sample
         )
@@ -125,7 +126,7 @@ class Objective:
         potentials: segmenter.Potentials,
         labels: jax.Array,
         settings: Settings = DEFAULT_SETTINGS,
-        inference: Any = None,
+        inference: mean_field.Settings = DEFAULT_INFERENCE,
         *,
         valid_box: jax.Array | None = None,
         key: jax.Array | None = None,
@@ -134,7 +135,7 @@ class Objective:
 
         Args:
           potentials, labels, settings, key: of `piecewise_terms`.
-          inference: settings of inference, with a weight for each relation that it uses by name.
+          inference: settings of mean field; its weights name the relations that take part.
           valid_box: int [B, 4], top, left, bottom and right of the image in its crop: cells beyond it are padding;
             None: all is image.
         """
@@ -147,70 +148,88 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class Piecewise(Objective):
-    """Every factor by itself (the paper's, section 4): no inference in training."""
+    """Every factor by itself (Lin et al., CVPR 2016, section 4.2): no inference in training."""
 
     trains_refinement_convs = True
 
-    def term_names(self, potentials):
+    def term_names(self, potentials: segmenter.Potentials) -> tuple[str, ...]:
         return ("unary", *potentials.pairwise, *["refinement_convs"] * (potentials.correction is not None))
 
-    def terms(self, potentials, labels, settings=DEFAULT_SETTINGS, inference=None, *, valid_box=None, key=None):
+    def terms(
+        self, potentials, labels, settings=DEFAULT_SETTINGS, inference=DEFAULT_INFERENCE, *, valid_box=None, key=None
+    ):
         return piecewise_terms(potentials, labels, settings, key=key)
 
-    def weights(self, terms, settings=DEFAULT_SETTINGS):
+    def weights(self, terms: Terms, settings: Settings = DEFAULT_SETTINGS) -> dict[str, float]:
         return {k: 1.0 if k in ("unary", "refinement_convs") else settings.pairwise_weight for k in terms}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Joint(Objective):
-    """One likelihood of all factors together, beside which the unary's own is watched."""
+class Joint(Objective):
+    """One likelihood of all factors together, beside which the unary's own is watched.
+
+    Attributes:
+      term: its name among the terms.
+    """
 
     term: ClassVar[str]
     contains_inference = True
     unused = ("sampled_offsets", "pairwise_weight", "pairwise_balance_power")
 
-    def term_names(self, potentials):
+    def term_names(self, potentials: segmenter.Potentials) -> tuple[str, ...]:
         return "unary", self.term
 
-    def terms(self, potentials, labels, settings=DEFAULT_SETTINGS, inference=None, *, valid_box=None, key=None):
+    def terms(
+        self, potentials, labels, settings=DEFAULT_SETTINGS, inference=DEFAULT_INFERENCE, *, valid_box=None, key=None
+    ):
         alone = piecewise_terms(potentials._replace(pairwise={}), labels, settings)
-        joint = self.log_likelihood(potentials, labels, settings, inference, valid_box=valid_box)
-        return alone | {self.term: joint}
+        grid = piecewise.grid_labels(labels, *potentials.unary.shape[1:3])
+        mask = None
+        if valid_box is not None:
+            mask = _cells_inside(valid_box, grid.shape[1:], labels.shape[1:3])
+        weights = _balance(grid, potentials.unary.shape[-1], settings.balance_power)
+        chosen = potentials._replace(pairwise={name: potentials.pairwise[name] for name in inference.weights})
+        return alone | {self.term: self.log_likelihood(chosen, grid, inference, node_mask=mask, node_weights=weights)}
 
-    def weights(self, terms, settings=DEFAULT_SETTINGS):
+    def weights(self, terms: Terms, settings: Settings = DEFAULT_SETTINGS) -> dict[str, float]:
         return {self.term: 1.0}
 
-    def log_likelihood(self, potentials, labels, settings, inference, *, valid_box=None):
-        """(sum, count) of its own term; arguments as in `terms`."""
+    def log_likelihood(
+        self,
+        potentials: segmenter.Potentials,
+        grid: jax.Array,
+        inference: mean_field.Settings,
+        *,
+        node_mask: jax.Array | None = None,
+        node_weights: jax.Array | None = None,
+    ) -> Sums:
+        """(sum, count) of its own term; grid: int [B, h, w], the labels of the cells."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
-class PseudoLikelihood(_Joint):
+class PseudoLikelihood(Joint):
     """Each label given its neighbours' (`pwcrf_jax.objectives.pseudo_log_likelihood`)."""
 
     term = "pseudo_likelihood"
 
-    def log_likelihood(self, potentials, labels, settings, inference, *, valid_box=None):
-        return objectives.pseudo_log_likelihood(**_joint(potentials, labels, settings, inference))
+    def log_likelihood(self, potentials, grid, inference, *, node_mask=None, node_weights=None):
+        # Padding is void, which sends nothing.
+        return objectives.pseudo_log_likelihood(
+            potentials.unary, potentials.pairwise, grid, inference, node_weights=node_weights
+        )
 
 
 @dataclasses.dataclass(frozen=True)
-class UnrolledMeanField(_Joint):
+class UnrolledMeanField(Joint):
     """Marginals after mean field (`pwcrf_jax.objectives.unrolled_log_likelihood`)."""
 
     term = "unrolled_mean_field"
     iterates = True
 
-    def log_likelihood(self, potentials, labels, settings, inference, *, valid_box=None):
-        mask = None
-        if valid_box is not None:
-            mask = _cells_inside(valid_box, potentials.unary.shape[1:3], labels.shape[1:3])
+    def log_likelihood(self, potentials, grid, inference, *, node_mask=None, node_weights=None):
         return objectives.unrolled_log_likelihood(
-            **_joint(potentials, labels, settings, inference),
-            num_iterations=inference["num_iterations"],
-            damping=inference["damping"],
-            node_mask=mask,
+            potentials.unary, potentials.pairwise, grid, inference, node_mask=node_mask, node_weights=node_weights
         )
 
 
@@ -222,22 +241,6 @@ OBJECTIVES = {
     "unrolled_mean_field_staged": UnrolledMeanField(staged=True),
 }
 """By the name that config.loss.objective has for it."""
-
-
-def _joint(potentials, labels, settings, inference):
-    """Arguments that the likelihoods of `pwcrf_jax.objectives` share."""
-    unary = potentials.unary
-    grid = piecewise.grid_labels(labels, *unary.shape[1:3])
-    return dict(
-        unary=unary,
-        potentials=[potentials.pairwise[name] for name in inference["relation_weights"]],
-        labels=grid,
-        weights=tuple(inference["relation_weights"].values()),
-        normalize=inference["normalize"],
-        node_weights=_balance(grid, unary.shape[-1], settings.balance_power),
-        chunk_edges=settings.chunk_edges,
-        route=inference["route"],
-    )
 
 
 def _cells_inside(inside, grid, size):

@@ -303,16 +303,13 @@ def _finite_values(metrics: dict[str, Any]) -> dict[str, float]:
 
 def estimate_cost(config: ConfigDict, model: Segmenter, tx: optax.GradientTransformation) -> Plan:
     """Multiply-adds and memory of a device, inference at the size and batch of training."""
-    crf = configs.crf_settings(config)
+    loss = configs.loss_settings(config)
     return plan(
         model,
         config.data.crop_size,
         config.train.batch_size // jax.device_count(),
-        num_iterations=crf["num_iterations"],
-        num_sampled_offsets=config.loss.sampled_offsets,
-        chunk_edges=config.loss.chunk_edges or None,
-        message_chunk_edges=crf["chunk_edges"],
-        route=crf["route"],
-        message_relations=tuple(crf["relation_weights"]),
+        inference=configs.crf_settings(config),
+        num_sampled_offsets=loss.sampled_offsets,
+        chunk_edges=loss.chunk_edges,
         optimizer=tx,
     )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from pwcrf_jax import mean_field
 from pwcrf_jax.config import settings as configs
 from pwcrf_jax.model import losses
 from pwcrf_jax.runtime.parallel import AXIS
@@ -64,7 +65,7 @@ def make_train_step(
     objective: losses.Objective,
     settings: losses.Settings = losses.DEFAULT_SETTINGS,
     *,
-    inference: Any = None,
+    inference: mean_field.Settings = mean_field.DEFAULT_SETTINGS,
     seed: int = 0,
     trained: tuple[str, ...] = losses.TRAINED_FACTORS,
 ) -> TrainStep:

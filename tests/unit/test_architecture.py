@@ -31,25 +31,10 @@ PRIVATE = ("jax._src", "jax.lib", "jax.config.update")
 FILE, FUNCTION, PARAMETERS = 400, 60, 7  # lines, lines without docstring, positional parameters
 KNOWN = {
     "config/settings.py",
-    "costs.py:folded_messages",
-    "costs.py:pairwise_loss",
-    "edge_likelihood.py:_chunked_sum",
-    "edge_likelihood.py:_chunked_sum_forward",
-    "edge_likelihood.py:_walk_chunks",
-    "edge_likelihood.py:sum_over_edges",
     "evaluation/evaluate.py:evaluate_params",
     "evaluation/steps.py:make_eval_step",
     "evaluation/tuning.py:_marginals",
     "evaluation/tuning.py:_score_messages",
-    "mean_field.py:_update",
-    "mean_field.py:run",
-    "mean_field.py:step",
-    "model/plan.py",
-    "model/plan.py:plan",
-    "model/segmenter.py:infer",
-    "objectives.py:pseudo_log_likelihood",
-    "objectives.py:unrolled_log_likelihood",
-    "pairwise.py",
     "prediction/predict.py:predict",
 }
 
