@@ -4,6 +4,7 @@ An objective is data, one of `OBJECTIVES`: its terms, their weights, its stages,
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
@@ -135,7 +136,7 @@ class Objective:
 
         Args:
           potentials, labels, settings, key: of `piecewise_terms`.
-          inference: settings of mean field; its weights name the relations that take part.
+          inference: settings of mean field; where its weights are a mapping, they name the relations that take part.
           valid_box: int [B, 4], top, left, bottom and right of the image in its crop: cells beyond it are padding;
             None: all is image.
         """
@@ -148,7 +149,7 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class Piecewise(Objective):
-    """Every factor by itself (Lin et al., CVPR 2016, section 4.2): no inference in training."""
+    """Every factor by itself (Lin et al., CVPR 2016, section 4): no inference in training."""
 
     trains_refinement_convs = True
 
@@ -188,8 +189,10 @@ class Joint(Objective):
         if valid_box is not None:
             mask = _cells_inside(valid_box, grid.shape[1:], labels.shape[1:3])
         weights = _balance(grid, potentials.unary.shape[-1], settings.balance_power)
-        chosen = potentials._replace(pairwise={name: potentials.pairwise[name] for name in inference.weights})
-        return alone | {self.term: self.log_likelihood(chosen, grid, inference, node_mask=mask, node_weights=weights)}
+        if isinstance(inference.weights, Mapping):
+            potentials = potentials._replace(pairwise={name: potentials.pairwise[name] for name in inference.weights})
+        own = self.log_likelihood(potentials, grid, inference, node_mask=mask, node_weights=weights)
+        return alone | {self.term: own}
 
     def weights(self, terms: Terms, settings: Settings = DEFAULT_SETTINGS) -> dict[str, float]:
         return {self.term: 1.0}
