@@ -42,7 +42,7 @@ import ladder_table
 from pwcrf_jax import metrics
 from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import eval_batches
-from pwcrf_jax.model import segmenter
+from pwcrf_jax.model import decode
 from pwcrf_jax.runtime import logs, parallel
 from pwcrf_jax.training import loop
 
@@ -127,33 +127,31 @@ def counts_of_images(config, workdir, split, decodings):
     def step(params, batch):
         potentials = model.apply({"params": params}, batch["image"])
         size = batch["label"].shape[1:3]
-        mask = segmenter.grid_mask(batch["valid_size"], potentials.unary.shape[1:3], size)
+        box, logits = batch["valid_box"], potentials.refinement_logits
+        potentials = potentials._replace(refinement_logits=None)
 
-        def confusion(log_marginals, mask):
-            labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask), axis=-1)
-            return metrics.confusion_matrix(labels, batch["label"], model.num_classes)
+        def confusion(decoded):
+            return metrics.confusion_matrix(decode.frame_labels(decoded, size), batch["label"], model.num_classes)
 
-        out = {"unary": confusion(jax.nn.log_softmax(potentials.unary), mask)}
+        out = {"unary": confusion(decode.decode(potentials, box, size, crf | {"relation_weights": {}}))}
         for d in decodings:
             pairwise = potentials.pairwise
             if d.potts:
                 same = dict(b2=jnp.eye(model.num_classes), evidence=None)
                 pairwise = {k: dataclasses.replace(p, w2=0 * p.w2, **same) for k, p in pairwise.items()}
             scaled = potentials._replace(unary=potentials.unary / d.temperature, pairwise=pairwise)
-            weights = [d.weight / d.temperature] * len(names)
-            settings = d.num_iterations, d.damping, d.normalize, mask, crf["route"], crf["chunk_edges"]
-            log_marginals, _ = segmenter.infer(scaled, names, weights, *settings)
-            out[str(d)] = confusion(log_marginals, mask)
-            if potentials.correction is not None:
-                sharp = segmenter.sharpen(log_marginals, potentials.correction, mask)
-                fine = segmenter.grid_mask(batch["valid_size"], sharp.shape[1:3], size)
-                out[f"{d}, sharpened"] = confusion(sharp, fine)
+            weights = dict.fromkeys(names, d.weight / d.temperature)
+            changed = dict(num_iterations=d.num_iterations, damping=d.damping, normalize=d.normalize)
+            decoded = decode.decode(scaled, box, size, crf | changed | {"relation_weights": weights})
+            out[str(d)] = confusion(decoded)
+            if logits is not None:
+                out[f"{d}, sharpened"] = confusion(decode.with_refinement_convs(decoded, logits, box, size))
         return jax.lax.psum(out, parallel.AXIS)
 
     fn, counts = parallel.pmap_eval(step, devices=jax.devices()[:1]), {}
     batches = eval_batches(dataset, split, batch_size=1, size=config.data.eval_size)
     for batch in tqdm(batches, desc=str(workdir), disable=None, leave=False):
-        matrices = fn(params, parallel.split({k: batch[k] for k in ("image", "label", "valid_size")}, 1))
+        matrices = fn(params, parallel.split({k: batch[k] for k in ("image", "label", "valid_box")}, 1))
         for row, matrix in matrices.items():
             counts.setdefault(row, []).append(ladder.of_classes(np.asarray(matrix, np.int64)[None]))
     rows = sorted(counts, key=["unary", *(f"{d}{end}" for d in decodings for end in ("", ", sharpened"))].index)

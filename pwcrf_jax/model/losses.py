@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pwcrf_jax import objectives, pairwise, piecewise
-from pwcrf_jax.model import segmenter
+from pwcrf_jax.model import decode
 
 OBJECTIVES = ("piecewise", "piecewise_staged", "pseudo_likelihood", "unrolled_mean_field")
 OBJECTIVES += ("unrolled_mean_field_staged", "exact")
@@ -18,7 +18,7 @@ def piecewise_terms(
 ):
     """(sum, count) of the log-likelihood of every kind of factor: {"unary": ..., relation name: ...}.
 
-    And of "refinement_convs", of models that have them: of the unary's own marginals, sharpened, at the cells of the
+    And of "refinement_convs", of models that have them: of the unary's own marginals, refined, at the cells of the
     finer grid. No inference runs for them either.
 
     labels: int [B, H, W] of the image; read at the centres of the grid's cells.
@@ -40,21 +40,20 @@ def piecewise_terms(
         terms[name] = piecewise.pairwise_log_likelihood(
             potential, grid, node_weights=weights, chunk_edges=chunk_edges, sample=sample
         )
-    if potentials.correction is not None:
+    if potentials.refinement_logits is not None:
         log_marginals = jax.lax.stop_gradient(jax.nn.log_softmax(potentials.unary, axis=-1))
-        scores = segmenter.sharpen(log_marginals, potentials.correction)
+        scores = decode.apply_refinement(log_marginals, potentials.refinement_logits)
         fine = piecewise.grid_labels(labels, *scores.shape[1:3])
         weights = balance(fine, balance_power)
         terms["refinement_convs"] = piecewise.unary_log_likelihood(scores, fine, node_weights=weights)
     return terms
 
 
-def joint_term(potentials, labels, name, crf_config, balance_power=0.0, chunk_edges=None, inside=None):
+def joint_term(potentials, labels, name, crf_config, balance_power=0.0, chunk_edges=None, valid_box=None):
     """(sum, count) of one of the objectives of `pwcrf_jax.objectives`, as inference with crf_config would decode.
 
     name: "pseudo_likelihood", "unrolled_mean_field" or "exact". Others as in `piecewise_terms`, `make_eval_step`.
-    inside: int [B, 4], top, left, bottom and right of the image in its crop: cells beyond it are padding; None: all is
-      image.
+    valid_box: int [B, 4], where the image lies in its crop, of `pwcrf_jax.model.decode`; None: all is image.
     """
     unary = potentials.unary
     grid = piecewise.grid_labels(labels, *unary.shape[1:3])
@@ -72,19 +71,10 @@ def joint_term(potentials, labels, name, crf_config, balance_power=0.0, chunk_ed
     if name == "pseudo_likelihood":
         return objectives.pseudo_log_likelihood(unary, chosen, grid, weights, **shared)
     iterations, damping = crf_config["num_iterations"], crf_config["damping"]
-    mask = None if inside is None else _cells_inside(inside, unary.shape[1:3], labels.shape[1:3])
+    mask = None if valid_box is None else decode.grid_mask(valid_box, unary.shape[1:3], labels.shape[1:3])
     return objectives.unrolled_log_likelihood(
         unary, chosen, grid, iterations, weights, damping, node_mask=mask, **shared
     )
-
-
-def _cells_inside(inside, grid, size):
-    """bool [B, h, w]: cells whose centre lies in the box inside [B, 4] of a crop of a size."""
-    axes = []
-    for axis in (0, 1):
-        centres = (jnp.arange(grid[axis]) + 0.5) * (size[axis] / grid[axis])
-        axes.append((centres >= inside[:, axis, None]) & (centres < inside[:, 2 + axis, None]))
-    return axes[0][:, :, None] & axes[1][:, None, :]
 
 
 def objective(terms, num_images, weights, reduction="mean"):

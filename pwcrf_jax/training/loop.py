@@ -347,7 +347,9 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_
             panel = pictures.Panel(indices if writer else (), batch_size, rows, dataset.palette)
         try:
             with preemption.nothing_to_save():
-                result = evaluate.evaluate_params(interruptible, state.params, dataset, split, config, panel=panel)
+                result = evaluate.evaluate_params(
+                    interruptible, state.params, dataset, split, config, [panel] if panel else []
+                )
         except preemption.Preempted:
             return False
         log.info("step %d, %s\n%s", step, result["split"], evaluate.table(result))
@@ -373,7 +375,7 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_
             stop = not evaluation()
         while step < c.steps and not stop:
             batch = next(batches)
-            state, metrics = train_step(state, parallel.split({k: batch[k] for k in ("image", "label", "inside")}))
+            state, metrics = train_step(state, parallel.split({k: batch[k] for k in ("image", "label", "valid_box")}))
             step, samples_seen = step + 1, samples_seen + c.batch_size
             guard.add(step, batch["id"], metrics)
             latest.check()

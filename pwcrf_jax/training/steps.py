@@ -23,7 +23,7 @@ def make_train_step(model, tx, loss_config, seed=0, crf_config=None, kinds=KINDS
     crf_config: of `make_eval_step`, for the objectives that contain inference.
     kinds: of the factors that train: both, or one, which is a stage of an objective in stages.
 
-    batch: image uint8 [B, H, W, 3], label uint8 [B, H, W] and, where it may hold padding, inside int32 [B, 4], see
+    batch: image uint8 [B, H, W, 3], label uint8 [B, H, W] and, where it may hold padding, valid_box int32 [B, 4], see
     `joint_term`. metrics: loss, grad_norm, and nll_NAME of every term, -1 where a step has no factor of this kind;
     skipped: loss or gradient are not finite, the state, its step too, is what it was; finite: all of the new state is.
     """
@@ -32,7 +32,7 @@ def make_train_step(model, tx, loss_config, seed=0, crf_config=None, kinds=KINDS
     def loss_fn(params, batch, step):
         potentials = model.apply({"params": params}, batch["image"])
         if "pairwise" not in kinds:
-            potentials = potentials._replace(pairwise={}, correction=None)
+            potentials = potentials._replace(pairwise={}, refinement_logits=None)
         if "unary" not in kinds:
             potentials = potentials._replace(unary=jax.lax.stop_gradient(potentials.unary))
         balance, chunk_edges = loss_config["balance_power"], loss_config["chunk_edges"] or None
@@ -49,7 +49,9 @@ def make_train_step(model, tx, loss_config, seed=0, crf_config=None, kinds=KINDS
             terms |= {k: (jnp.float32(0), jnp.float32(0)) for k in names if k not in terms}
         else:
             unary = piecewise_terms(potentials._replace(pairwise={}), batch["label"], balance)
-            joint = joint_term(potentials, batch["label"], name, crf_config, balance, chunk_edges, batch.get("inside"))
+            joint = joint_term(
+                potentials, batch["label"], name, crf_config, balance, chunk_edges, batch.get("valid_box")
+            )
             terms = unary | {name: joint}
             weights = {name: 1.0}
         # Counts are of labels, not of parameters: summing them here puts no collective into the backward pass.
