@@ -22,7 +22,7 @@ from pwcrf_jax.config import settings as configs
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.evaluation.evaluators import Seen, inside, without_devices
 from pwcrf_jax.nets import grid_size
-from pwcrf_jax.report.parts import Pixels, last_update, make_figures
+from pwcrf_jax.report.parts import Pixels, last_update, make_figures, pixels_of
 from pwcrf_jax.report.pictures import VOID_COLOUR
 from pwcrf_jax.runtime import files
 
@@ -111,9 +111,7 @@ class Report:
 
     def watch(self, i: int, row: str, log_probs: np.ndarray) -> None:
         """Takes a row that is made image by image, of image i of the batch that `add` sees next: float32 [H, W, K]."""
-        probs = np.exp(log_probs)
-        entropy = -(probs * np.where(probs > 0, log_probs, 0)).sum(-1) / np.log(max(2, probs.shape[-1]))
-        self._watched[i][row] = Pixels(log_probs.argmax(-1).astype(np.uint8), probs.max(-1), entropy)
+        self._watched[i][row] = pixels_of(log_probs)
 
     def add(self, seen: Seen) -> None:
         """One batch, with the figures of `make_figures`; the potentials stay on the devices."""

@@ -21,6 +21,13 @@ class Pixels(NamedTuple):
     entropy: np.ndarray
 
 
+def pixels_of(log_probs: np.ndarray) -> Pixels:
+    """`Pixels` of log-probabilities float32 [H, W, K], in NumPy."""
+    probs = np.exp(log_probs)
+    entropy = -(probs * np.where(probs > 0, log_probs, 0)).sum(-1) / np.log(max(2, probs.shape[-1]))
+    return Pixels(log_probs.argmax(-1).astype(np.uint8), probs.max(-1), entropy)
+
+
 def make_figures(rows, names):
     """Builds figures(potentials, batch, decoded) of each image, for `evaluation.steps.make_eval_step`.
 

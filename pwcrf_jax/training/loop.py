@@ -348,7 +348,7 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_
         try:
             with preemption.nothing_to_save():
                 result = evaluate.evaluate_params(
-                    interruptible, state.params, dataset, split, config, [panel] if panel else []
+                    interruptible, state.params, dataset, split, config, more=[panel] if panel else []
                 )
         except preemption.Preempted:
             return False
