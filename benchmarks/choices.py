@@ -55,19 +55,19 @@ class Decoding(NamedTuple):
     num_iterations: int = 3
     damping: float = 0.0
     temperature: float = 1.0
-    normalize: bool = True
+    average_messages: bool = True
     potts: bool = False
 
     def __str__(self):
         numbers = ("weight", "num_iterations", "damping", "temperature")
         said = [f"{k} {getattr(self, k):g}" for k in numbers if getattr(self, k) != self._field_defaults[k]]
-        said += ["sums"] * (not self.normalize) + ["Potts"] * self.potts
+        said += ["sums"] * (not self.average_messages) + ["Potts"] * self.potts
         return ", ".join(said) or "weight 1"
 
 
 LADDER = "as in the ladder"
 EACH = (*map(Decoding, (0.1, 0.5, 1.0, 2.0, 4.0)), Decoding(num_iterations=10))
-SUMS = tuple(Decoding(weight, n, normalize=False) for weight in (0.02, 0.1) for n in (3, 10))
+SUMS = tuple(Decoding(weight, n, average_messages=False) for weight in (0.02, 0.1) for n in (3, 10))
 DECODED = (
     *(Decoding(num_iterations=n) for n in (1, 2, 5, 20)),
     Decoding(0.5, 10), Decoding(2.0, 10), Decoding(0.5, 20),
@@ -122,7 +122,6 @@ def counts_of_images(config, workdir, split, decodings):
     """As ladder.counts_of_images, of the unary and each decoding, without bands: ({row: counts}, names of classes)."""
     model, params, _, dataset = restore.load(config, str(workdir), "latest", split)
     crf = configs.crf_settings(config)
-    names = list(crf["relation_weights"])
 
     def step(params, batch):
         potentials = model.apply({"params": params}, batch["image"])
@@ -133,16 +132,21 @@ def counts_of_images(config, workdir, split, decodings):
         def confusion(decoded):
             return metrics.confusion_matrix(decode.frame_labels(decoded, size), batch["label"], model.num_classes)
 
-        out = {"unary": confusion(decode.decode(potentials, box, size, crf | {"relation_weights": {}}))}
+        out = {"unary": confusion(decode.decode(potentials, box, size, dataclasses.replace(crf, weights={})))}
         for d in decodings:
             pairwise = potentials.pairwise
             if d.potts:
-                same = dict(b2=jnp.eye(model.num_classes), evidence=None)
-                pairwise = {k: dataclasses.replace(p, w2=0 * p.w2, **same) for k, p in pairwise.items()}
+                same = dict(bias=jnp.eye(model.num_classes), unary_log_probs=None)
+                pairwise = {k: dataclasses.replace(p, kernel=0 * p.kernel, **same) for k, p in pairwise.items()}
             scaled = potentials._replace(unary=potentials.unary / d.temperature, pairwise=pairwise)
-            weights = dict.fromkeys(names, d.weight / d.temperature)
-            changed = dict(num_iterations=d.num_iterations, damping=d.damping, normalize=d.normalize)
-            decoded = decode.decode(scaled, box, size, crf | changed | {"relation_weights": weights})
+            settings = dataclasses.replace(
+                crf,
+                weights=dict.fromkeys(crf.weights, d.weight / d.temperature),
+                num_iterations=d.num_iterations,
+                damping=d.damping,
+                average_messages=d.average_messages,
+            )
+            decoded = decode.decode(scaled, box, size, settings)
             out[str(d)] = confusion(decoded)
             if logits is not None:
                 out[f"{d}, sharpened"] = confusion(decode.with_refinement_convs(decoded, logits, box, size))

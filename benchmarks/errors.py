@@ -23,7 +23,7 @@ from pwcrf_jax.prediction import restore
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from pwcrf_jax import metrics, nets, piecewise
+from pwcrf_jax import mean_field, metrics, nets, piecewise
 from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import eval_batches
 from pwcrf_jax.model import decode
@@ -39,7 +39,7 @@ def misplaced(found, labels, width, num_classes):
 def step_of(config, model, width):
     """(params, batch) -> confusion matrices as they are and with either kind mended, counts of wrong pixels."""
 
-    unary_alone = configs.crf_settings(config) | {"relation_weights": {}}
+    unary_alone = mean_field.Settings(weights={})
 
     def step(params, batch):
         potentials = model.apply({"params": params}, batch["image"])

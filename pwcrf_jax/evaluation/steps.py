@@ -1,11 +1,13 @@
 """The evaluation step, per device (see `pwcrf_jax.runtime.parallel`), without jit."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pwcrf_jax import mean_field
 from pwcrf_jax.model import decode
 from pwcrf_jax.model.counts import confusions
 from pwcrf_jax.model.losses import piecewise_terms
@@ -44,7 +46,7 @@ class PerImage(NamedTuple):
 def make_eval_step(
     model: Any,
     rows: Mapping[str, Sequence[str]],
-    settings: Any,
+    settings: mean_field.Settings,
     *,
     keep: Sequence[str] = (),
     terms: Callable[..., dict] = piecewise_terms,
@@ -82,8 +84,7 @@ def make_eval_step(
 def decode_rows(potentials, rows, settings, valid_box, size) -> dict[str, decode.Decoded]:
     """`decode.decode` with the relations of each row; and "convs", if the potentials are of such a model."""
     coarse = potentials._replace(refinement_logits=None)
-    weights = settings["relation_weights"]
-    of = lambda names: settings | {"relation_weights": {name: weights[name] for name in names}}
+    of = lambda names: dataclasses.replace(settings, weights={name: settings.weights[name] for name in names})
     decoded = {row: decode.decode(coarse, valid_box, size, of(names)) for row, names in rows.items()}
     if potentials.refinement_logits is not None:
         logits = potentials.refinement_logits

@@ -7,6 +7,7 @@ down at once under WORKDIR/tuning, so that a search that was stopped goes on whe
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -143,9 +144,9 @@ class _Trials:
 def _tune_messages(config, model, params, dataset, split, folder):
     """(best weights and number of iterations, mean IoU as configured, mean IoU of the best)."""
     crf = configs.crf_settings(config)
-    relations = tuple(crf["relation_weights"])
+    relations = tuple(crf.weights)
     names = (*relations, "num_iterations")
-    configured = best = (*crf["relation_weights"].values(), crf["num_iterations"])
+    configured = best = (*crf.weights.values(), crf.num_iterations)
     trials = _Trials(os.path.join(folder, "messages.jsonl"), names)
 
     def score(candidates, what):
@@ -215,8 +216,8 @@ def _with_messages(config, values):
     """Settings of inference with other message weights, one a relation, and the number of iterations after them."""
     *weights, num_iterations = values
     names = configs.crf_relations(config)
-    changed = dict(relation_weights=dict(zip(names, weights, strict=True)), num_iterations=num_iterations)
-    return configs.crf_settings(config) | changed
+    weights = dict(zip(names, weights, strict=True))
+    return dataclasses.replace(configs.crf_settings(config), weights=weights, num_iterations=num_iterations)
 
 
 def _marginals(config, model, params, dataset, split, *, folder, messages, row):

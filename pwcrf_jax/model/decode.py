@@ -7,8 +7,8 @@ Where an image lies inside its frame is its valid box, int32 [4]: top, left, bot
 exclusive. Cells beyond it are padding: they send and receive no message and lend nothing to any pixel.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,14 +39,17 @@ class Decoded(NamedTuple):
     change: jax.Array | None = None
 
 
-def decode(potentials: Potentials, valid_box: jax.Array, size: tuple[int, int], settings: Any) -> Decoded:
+def decode(
+    potentials: Potentials, valid_box: jax.Array, size: tuple[int, int], settings: mean_field.Settings
+) -> Decoded:
     """Mean field over the unary and the relations, then the refinement convolutions.
 
     Args:
       potentials: of a `pwcrf_jax.model.segmenter.Segmenter`; with refinement_logits None nothing is refined.
       valid_box: int [B, 4].
       size: (height, width) of the frame in pixels; static.
-      settings: `pwcrf_jax.mean_field.Settings`, whose weights name the relations whose messages count; may be none.
+      settings: `pwcrf_jax.mean_field.Settings`; weights by name of the relations whose messages count, or one number,
+        or None (1), for all relations of the potentials.
 
     Returns:
       `Decoded`. Without relations: the log softmax of the unary.
@@ -56,24 +59,12 @@ def decode(potentials: Potentials, valid_box: jax.Array, size: tuple[int, int], 
       ValueError: as `pwcrf_jax.mean_field.run`.
     """
     mask = grid_mask(valid_box, potentials.unary.shape[1:3], size)
-    log_marginals, info = _infer(potentials, settings, mask)
+    chosen = potentials.pairwise
+    if isinstance(settings.weights, Mapping):
+        chosen = {name: chosen[name] for name in settings.weights}
+    log_marginals, info = mean_field.run(potentials.unary, chosen, settings, node_mask=mask)
     decoded = Decoded(log_marginals, mask, info.change)
     return with_refinement_convs(decoded, potentials.refinement_logits, valid_box, size)
-
-
-def _infer(potentials, settings, mask):
-    names = list(settings["relation_weights"])
-    return mean_field.run(
-        potentials.unary,
-        [potentials.pairwise[name] for name in names],
-        settings["num_iterations"],
-        [settings["relation_weights"][name] for name in names],
-        settings["damping"],
-        settings["normalize"],
-        mask,
-        settings["route"],
-        settings["chunk_edges"],
-    )
 
 
 def with_refinement_convs(

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pwcrf_jax import pairwise
 from pwcrf_jax.nets import FeatMapNet, PairwiseNet, RefinementConvs, UnaryNet, grid_size, scale_input
+from pwcrf_jax.potentials import FactoredPairwise, factored_pairwise
 
 PARAMETERISATIONS = ("free", "residual")
 """Forms of the score of a pair of labels; see `Segmenter`."""
@@ -29,7 +29,7 @@ class Potentials(NamedTuple):
     """
 
     unary: jax.Array
-    pairwise: dict[str, pairwise.FactoredPairwise]
+    pairwise: dict[str, FactoredPairwise]
     refinement_logits: jax.Array | None = None
 
 
@@ -98,7 +98,7 @@ class Segmenter(nn.Module):
         features = FeatMapNet(**dict(self.featmap), dtype=self.dtype, joined=False, name="featmap")(scaled)
         features, middle = features if isinstance(features, tuple) else (features, None)
         unary = UnaryNet(self.num_classes, hidden=self.hidden, dtype=self.dtype, name="unary")(features)
-        evidence = jax.lax.stop_gradient(jax.nn.log_softmax(unary, axis=-1))
+        unary_log_probs = jax.lax.stop_gradient(jax.nn.log_softmax(unary, axis=-1))
         if self.pairwise_features == "own" and self.relations:
             options = dict(self.featmap) | {"middle": ()}
             features = FeatMapNet(**options, dtype=self.dtype, joined=False, name="featmap_pairwise")(scaled)
@@ -114,7 +114,7 @@ class Segmenter(nn.Module):
                 dtype=self.dtype,
                 name=f"pairwise_{name}",
             )(features)
-            potentials[name] = pairwise.factored_pairwise(*parts, offsets, evidence=evidence if residual else None)
+            potentials[name] = factored_pairwise(*parts, offsets, unary_log_probs if residual else None)
         refinement_logits = None
         if middle:
             convs = RefinementConvs(self.num_classes, self.refinement_width, self.dtype, name="refinement_convs")

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from pwcrf_jax import pairwise
 from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data.readers.image_io import MEAN_COLOUR
 from pwcrf_jax.model import decode
 from pwcrf_jax.model.segmenter import Potentials
+from pwcrf_jax.potentials import factored_pairwise
 from pwcrf_jax.prediction import tiling
 from pwcrf_jax.runtime import parallel
 
@@ -49,7 +49,7 @@ class Predictor:
         # Refused here rather than at the first large image.
         self._layout(tuple(n + 2 * side for n, side in zip(self._frame, self._tile, strict=True)))
         crf = configs.crf_settings(config)
-        names = tuple(crf["relation_weights"])
+        names = tuple(crf.weights)
         self._devices = jax.local_devices()
         step = make_potentials_step(model, names)
         self._networks = parallel.pmap_eval(step, devices=self._devices, per_image=True)
@@ -114,11 +114,10 @@ class Predictor:
         return key, image, Marginals(image.shape[:2], read)
 
 
-def _decode(unary, parts, refinement_logits, last_layers, valid_box, boxes, settings, canvas):
+def _decode(unary, parts, refinement_logits, last_layers, valid_box, *, boxes, settings, canvas):
     """`decode.Decoded` of one image, without its axis, from what the networks say of its canvas."""
     pairs = {
-        name: pairwise.factored_pairwise(a[None], b[None], *last_layers[name], boxes[name])
-        for name, (a, b) in parts.items()
+        name: factored_pairwise(p[None], q[None], *last_layers[name], boxes[name]) for name, (p, q) in parts.items()
     }
     one = lambda x: None if x is None else x[None]
     decoded = decode.decode(Potentials(unary[None], pairs, one(refinement_logits)), valid_box, canvas, settings)
@@ -241,14 +240,14 @@ def _labels(maps, rows, cols):
 
 
 def make_potentials_step(model, names):
-    """Builds step(params, {"image": uint8 [B, H, W, 3]}) -> ((), (unary [B, h, w, K], {relation: (a, b)}, logits)).
+    """Builds step(params, {"image": uint8 [B, H, W, 3]}) -> ((), (unary [B, h, w, K], {relation: (p, q)}, logits)).
 
-    a, b: [B, h, w, M] of `pwcrf_jax.pairwise.FactoredPairwise`, of the named relations. logits: refinement_logits of
+    p, q: hidden_p and hidden_q [B, h, w, M] of the potentials of the named relations. logits: refinement_logits of
     `pwcrf_jax.model.segmenter.Potentials`.
     """
 
     def step(params, batch):
         unary, pairs, logits = model.apply({"params": params}, batch["image"])
-        return (), (unary, {name: (pairs[name].a, pairs[name].b) for name in names}, logits)
+        return (), (unary, {name: (pairs[name].hidden_p, pairs[name].hidden_q) for name in names}, logits)
 
     return step

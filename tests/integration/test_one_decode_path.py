@@ -1,4 +1,4 @@
-"""One way from potentials to labels: what eval scores, predict writes, the exported program returns, the report shows."""
+"""One way from potentials to labels: those that eval scores, predict writes, export returns and the report shows."""
 
 import jax
 import jax.numpy as jnp

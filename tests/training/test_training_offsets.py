@@ -15,7 +15,7 @@ import pytest
 import small
 from rows import full_but
 
-from pwcrf_jax import pairwise
+import pwcrf_jax as pw
 from pwcrf_jax.config import settings as configs
 from pwcrf_jax.configs import default
 from pwcrf_jax.evaluation import evaluate, tuning
@@ -25,6 +25,7 @@ from pwcrf_jax.prediction import export, restore
 from pwcrf_jax.prediction import predictor as inference
 from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING
 from pwcrf_jax.report import collect
+from pwcrf_jax.report import parts as report_parts
 from pwcrf_jax.runtime import checkpoint, parallel
 from pwcrf_jax.runtime.logs import log
 from pwcrf_jax.training import loop, steps
@@ -67,14 +68,15 @@ def of_crop(config):
 @pytest.fixture
 def seen(monkeypatch):
     """Offsets of every potential that is made, in order, as a list of sets of pairs."""
-    made, build = [], pairwise.factored_pairwise
+    made, build = [], pw.factored_pairwise
 
     def record(*args, **options):
         potential = build(*args, **options)
         made.append(frozenset(potential.offsets))
         return potential
 
-    monkeypatch.setattr(pairwise, "factored_pairwise", record)
+    for module in (segmenter, inference, report_parts):
+        monkeypatch.setattr(module, "factored_pairwise", record)
     return made
 
 

@@ -208,8 +208,7 @@ def test_predictions_are_those_of_evaluation(ran):
     height, width = config.data.eval_size
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     potentials = model.apply({"params": params}, image[None])
-    chosen = [potentials.pairwise[name] for name in config.model.relations]
-    log_marginals, _ = mean_field.run(potentials.unary, chosen, 3, normalize=True)
+    log_marginals, _ = mean_field.run(potentials.unary, potentials.pairwise, configs.crf_settings(config))
     sharp = decode.apply_refinement(log_marginals, potentials.refinement_logits)
     want = jax.nn.log_softmax(decode.upsample(sharp, (height, width)))[0]
     ((_, _, marginals),) = predictor.Predictor(config, model, params)([("x", image)])
