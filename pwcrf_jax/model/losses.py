@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from pwcrf_jax import mean_field, objectives, piecewise
 from pwcrf_jax.likelihood import Sums, sample_offsets
-from pwcrf_jax.model import segmenter
+from pwcrf_jax.model import decode
+from pwcrf_jax.model.segmenter import Potentials
 
 Terms = dict[str, Sums]
 """{kind of factor: (sum, count) of log-likelihoods, float32 scalars}."""
@@ -47,7 +48,7 @@ DEFAULT_SETTINGS, DEFAULT_INFERENCE = Settings(), mean_field.DEFAULT_SETTINGS
 
 
 def piecewise_terms(
-    potentials: segmenter.Potentials,
+    potentials: Potentials,
     labels: jax.Array,
     settings: Settings = DEFAULT_SETTINGS,
     *,
@@ -55,7 +56,7 @@ def piecewise_terms(
 ) -> Terms:
     """(sum, count) of the log-likelihood of every kind of factor: {"unary": ..., relation name: ...}.
 
-    And of "refinement_convs", of models that have them: of the unary's own marginals, sharpened, at the cells of the
+    And of "refinement_convs", of models that have them: of the unary's own marginals, refined, at the cells of the
     finer grid. No inference runs for them either.
 
     Args:
@@ -77,9 +78,9 @@ def piecewise_terms(
         terms[name] = piecewise.pairwise_log_likelihood(
             potential, grid, node_weights=weights, chunk_edges=settings.chunk_edges, sample=sample
         )
-    if potentials.correction is not None:
+    if potentials.refinement_logits is not None:
         log_marginals = jax.lax.stop_gradient(jax.nn.log_softmax(potentials.unary, axis=-1))
-        scores = segmenter.sharpen(log_marginals, potentials.correction)
+        scores = decode.apply_refinement(log_marginals, potentials.refinement_logits)
         fine = piecewise.grid_labels(labels, *scores.shape[1:3])
         weights = _balance(fine, num_classes, settings.balance_power)
         terms["refinement_convs"] = piecewise.unary_log_likelihood(scores, fine, node_weights=weights)
@@ -118,13 +119,13 @@ class Objective:
         """What each stage trains, of `TRAINED_FACTORS`, in order."""
         return tuple((kind,) for kind in TRAINED_FACTORS) if self.staged else (TRAINED_FACTORS,)
 
-    def term_names(self, potentials: segmenter.Potentials) -> tuple[str, ...]:
+    def term_names(self, potentials: Potentials) -> tuple[str, ...]:
         """Names of all terms of a model with these potentials, whichever the stage."""
         raise NotImplementedError
 
     def terms(
         self,
-        potentials: segmenter.Potentials,
+        potentials: Potentials,
         labels: jax.Array,
         settings: Settings = DEFAULT_SETTINGS,
         inference: mean_field.Settings = DEFAULT_INFERENCE,
@@ -137,8 +138,7 @@ class Objective:
         Args:
           potentials, labels, settings, key: of `piecewise_terms`.
           inference: settings of mean field; where its weights are a mapping, they name the relations that take part.
-          valid_box: int [B, 4], top, left, bottom and right of the image in its crop: cells beyond it are padding;
-            None: all is image.
+          valid_box: int [B, 4], where the image lies in its crop (`pwcrf_jax.model.decode`); None: all is image.
         """
         raise NotImplementedError
 
@@ -153,8 +153,8 @@ class Piecewise(Objective):
 
     trains_refinement_convs = True
 
-    def term_names(self, potentials: segmenter.Potentials) -> tuple[str, ...]:
-        return ("unary", *potentials.pairwise, *["refinement_convs"] * (potentials.correction is not None))
+    def term_names(self, potentials: Potentials) -> tuple[str, ...]:
+        return ("unary", *potentials.pairwise, *["refinement_convs"] * (potentials.refinement_logits is not None))
 
     def terms(
         self, potentials, labels, settings=DEFAULT_SETTINGS, inference=DEFAULT_INFERENCE, *, valid_box=None, key=None
@@ -177,7 +177,7 @@ class Joint(Objective):
     contains_inference = True
     unused = ("sampled_offsets", "pairwise_weight", "pairwise_balance_power")
 
-    def term_names(self, potentials: segmenter.Potentials) -> tuple[str, ...]:
+    def term_names(self, potentials: Potentials) -> tuple[str, ...]:
         return "unary", self.term
 
     def terms(
@@ -185,9 +185,7 @@ class Joint(Objective):
     ):
         alone = piecewise_terms(potentials._replace(pairwise={}), labels, settings)
         grid = piecewise.grid_labels(labels, *potentials.unary.shape[1:3])
-        mask = None
-        if valid_box is not None:
-            mask = _cells_inside(valid_box, grid.shape[1:], labels.shape[1:3])
+        mask = None if valid_box is None else decode.grid_mask(valid_box, grid.shape[1:], labels.shape[1:3])
         weights = _balance(grid, potentials.unary.shape[-1], settings.balance_power)
         if isinstance(inference.weights, Mapping):
             potentials = potentials._replace(pairwise={name: potentials.pairwise[name] for name in inference.weights})
@@ -199,7 +197,7 @@ class Joint(Objective):
 
     def log_likelihood(
         self,
-        potentials: segmenter.Potentials,
+        potentials: Potentials,
         grid: jax.Array,
         inference: mean_field.Settings,
         *,
@@ -244,15 +242,6 @@ OBJECTIVES = {
     "unrolled_mean_field_staged": UnrolledMeanField(staged=True),
 }
 """By the name that config.loss.objective has for it."""
-
-
-def _cells_inside(inside, grid, size):
-    """bool [B, h, w]: cells whose centre lies in the box inside [B, 4] of a crop of a size."""
-    axes = []
-    for axis in (0, 1):
-        centres = (jnp.arange(grid[axis]) + 0.5) * (size[axis] / grid[axis])
-        axes.append((centres >= inside[:, axis, None]) & (centres < inside[:, 2 + axis, None]))
-    return axes[0][:, :, None] & axes[1][:, None, :]
 
 
 def negative_log_likelihood(

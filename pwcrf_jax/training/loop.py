@@ -179,7 +179,7 @@ class Run:
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
         """One step on this process' share of a batch; returns its metrics."""
-        arrays = parallel.split({k: batch[k] for k in ("image", "label", "inside")})
+        arrays = parallel.split({k: batch[k] for k in ("image", "label", "valid_box")})
         self.state, metrics = self._steps[self._stage()](self.state, arrays)
         self.step, self.samples_seen = self.step + 1, self.samples_seen + self.config.train.batch_size
         self._guard.add(self.step, batch["id"], metrics)
@@ -227,7 +227,8 @@ class Run:
 
         try:
             with preemption.nothing_to_save():
-                result = evaluate.evaluate_params(interruptible, self.state.params, dataset, split, config, panel=panel)
+                more = [panel] if panel else []
+                result = evaluate.evaluate_params(interruptible, self.state.params, dataset, split, config, more)
         except preemption.Preempted:
             return False
         self.result = result

@@ -81,8 +81,8 @@ def make_train_step(
       trained: a stage of the objective.
 
     Returns:
-      step. batch: image uint8 [B, H, W, 3], label uint8 [B, H, W] and, where it may hold padding, inside int32 [B, 4],
-      the valid_box of `losses.Objective.terms`. metrics: loss, grad_norm, and nll_NAME of every term, -1 where a step
+      step. batch: image uint8 [B, H, W, 3], label uint8 [B, H, W] and, where it may hold padding, valid_box int32
+      [B, 4] of `losses.Objective.terms`. metrics: loss, grad_norm, and nll_NAME of every term, -1 where a step
       has no factor of this kind; skipped: loss or gradient are not finite, the state, its step too, is what it was;
       finite: all of the new state is.
     """
@@ -93,11 +93,11 @@ def make_train_step(
         potentials = model.apply({"params": params}, batch["image"])
         names = objective.term_names(potentials)
         if "pairwise" not in trained:
-            potentials = potentials._replace(pairwise={}, correction=None)
+            potentials = potentials._replace(pairwise={}, refinement_logits=None)
         if "unary" not in trained:
             potentials = potentials._replace(unary=jax.lax.stop_gradient(potentials.unary))
         key = jax.random.fold_in(jax.random.key(seed), step)
-        box = batch.get("inside")
+        box = batch.get("valid_box")
         terms = of_stage.terms(potentials, batch["label"], settings, inference, valid_box=box, key=key)
         weights = of_stage.weights(terms, settings)
         if "unary" not in trained:

@@ -16,6 +16,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from pwcrf_jax.config import settings as configs
 from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.prediction import restore
 from pwcrf_jax.runtime import checkpoint, logs, preemption
 from pwcrf_jax.runtime.files import FileError
 from pwcrf_jax.runtime.logs import log
@@ -171,7 +172,7 @@ def test_tensorboard_hides_what_is_done_again(tmp_path):
     assert [(e.step, e.session_log.status) for e in (events[1] for events in found)] == [(1, SessionLog.START), (2, 1)]
 
 
-@pytest.mark.parametrize("module", [checks, evaluate])
+@pytest.mark.parametrize("module", [checks, restore])
 def test_other_classes_of_the_same_number(config, work, monkeypatch, module):
     load = module.load_dataset
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from rows import full_but
 
-from pwcrf_jax.mean_field import DEFAULT_SETTINGS, Settings
+from pwcrf_jax.mean_field import Settings
 from pwcrf_jax.model import plan as planning
 from pwcrf_jax.model.jaxprs import multiply_adds
 from pwcrf_jax.model.plan import plan
@@ -79,8 +79,8 @@ def test_nets_are_as_xla_has_them(name):
 
 def test_training_step_and_inference_are_as_xla_has_them():
     optax = pytest.importorskip("optax")
+    from pwcrf_jax import mean_field
     from pwcrf_jax.model import losses
-    from pwcrf_jax.model import segmenter as assembly
     from pwcrf_jax.runtime import parallel
     from pwcrf_jax.training import steps
 
@@ -98,7 +98,7 @@ def test_training_step_and_inference_are_as_xla_has_them():
 
     def infer(params, images):
         potentials = model.apply({"params": params}, images)
-        return assembly.infer(potentials, DEFAULT_SETTINGS)[0]
+        return mean_field.run(potentials.unary, list(potentials.pairwise.values()))[0]
 
     memory = compiled(infer, params, images).memory_analysis()
     assert near(planned["inference"].bytes, memory.argument_size_in_bytes + memory.temp_size_in_bytes)

@@ -171,7 +171,7 @@ def test_a_padded_last_batch_over_devices_counts_as_images_one_by_one(config, mo
 
             def counting(params, batch, eval_fn=eval_fn, confusion=confusion):
                 out = eval_fn(params, batch)
-                for row, counts in out[0]["confusion"].items():
+                for row, counts in out[0].confusion.items():
                     assert counts.dtype == jnp.int32
                     confusion[row] = confusion.get(row, 0) + np.asarray(counts, np.int64)
                 return out

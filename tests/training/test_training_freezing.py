@@ -12,7 +12,6 @@ import small
 from rows import full_but
 
 from pwcrf_jax.config import settings as configs
-from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.nets import WeightsError
 from pwcrf_jax.nets.pretrained import KNOWN_FILES
 from pwcrf_jax.prediction import restore
@@ -121,7 +120,7 @@ def test_a_run_makes_it_fit_where_it_has_all_that_is_frozen(given, frozen, tmp_p
             del trained["featmap"]["backbone"]["block_1_project"]
         case "nothing frozen":
             del trained["featmap"]
-    monkeypatch.setattr(evaluate, "restore_params", lambda *_: (None, trained, 7))
+    monkeypatch.setattr(restore, "restore_params", lambda *_: (None, trained, 7))
     frozen.init_from = str(tmp_path / "run")
     if given in ("all of it", "the backbone"):
         initial.resolve_init(frozen, str(tmp_path / "work"))

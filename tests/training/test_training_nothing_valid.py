@@ -11,6 +11,7 @@ import small
 import pwcrf_jax as pw
 from pwcrf_jax.config import settings as configs
 from pwcrf_jax.evaluation import evaluate, tuning
+from pwcrf_jax.evaluation import steps as eval_steps
 from pwcrf_jax.model import losses, segmenter
 from pwcrf_jax.model.counts import confusions
 from pwcrf_jax.prediction import restore
@@ -55,15 +56,14 @@ def confusion_of(label, predicted):
 def evaluated(monkeypatch, label, classes=(), predicted=1, factors=(), split="val"):
     """`evaluate_params` of one image whose pixels are all predicted alike, with these (sum, count) of factors."""
     config = small.config("unused", **{"eval.classes": classes, "data.num_classes": len(NAMES)})
-    size = np.array([label.shape], np.int32)
-    batch = dict(image=np.zeros((1, *label.shape, 3), np.uint8), label=label[None], valid_size=size)
+    box = np.array([[0, 0, *label.shape]], np.int32)
+    batch = dict(image=np.zeros((1, *label.shape, 3), np.uint8), label=label[None], valid_box=box)
     monkeypatch.setattr(evaluate, "eval_batches", lambda *_, **__: [batch])
-    monkeypatch.setattr(evaluate.parallel, "split", lambda x: x)
     counts = confusion_of(label, predicted)
     rows = dict.fromkeys([*configs.table_rows(config), configs.final_row(config)], counts)
     terms = {"unary": (0.0, 0), "surrounding": (0.0, 0), **dict(factors)}
-    out = {"confusion": rows, "terms": terms, "change": {}}
-    return evaluate.evaluate_params(lambda *_: (out, {}), None, Split(label), split, config)
+    sums = eval_steps.Sums(rows, terms, {})
+    return evaluate.evaluate_params(lambda *_: (sums, None), None, Split(label), split, config)
 
 
 def strict_json(value):

@@ -188,8 +188,8 @@ def test_padding_of_a_crop_takes_no_part(small):
         Settings(average_messages=True),
         node_mask=jnp.asarray(mask),
     )
-    inside = np.array([[0, 0, 32, 64]] * 2, np.int32)
-    got = run(step, state, [batch | {"inside": inside}])[0][1]["loss"]
+    valid_box = np.array([[0, 0, 32, 64]] * 2, np.int32)
+    got = run(step, state, [batch | {"valid_box": valid_box}])[0][1]["loss"]
     assert got == pytest.approx(float(-total / count), rel=1e-4)
     assert got != pytest.approx(run(step, state, [batch])[0][1]["loss"], rel=1e-4)
 

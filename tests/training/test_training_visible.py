@@ -23,6 +23,8 @@ from tqdm import tqdm
 
 from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import load_dataset
+from pwcrf_jax.evaluation import evaluators
+from pwcrf_jax.evaluation import steps as eval_steps
 from pwcrf_jax.prediction import predictor, restore
 from pwcrf_jax.report import pictures
 from pwcrf_jax.runtime import logs
@@ -105,11 +107,11 @@ def test_a_panel_has_what_its_process_has():
     palette = [(10, 0, 0), (0, 20, 0)]
     rng = np.random.default_rng(0)
     image, label = rng.integers(0, 256, (2, 8, 6, 3)).astype(np.uint8), rng.integers(0, 2, (2, 8, 6)).astype(np.uint8)
-    batch = {"image": image, "label": label, "valid_size": np.array([[8, 6], [5, 4]]), "id": ["a", "b"]}
-    labels = {"unary": 1 - label.reshape(2, 1, 8, 6)}  # of two devices
+    batch = {"image": image, "label": label, "valid_box": np.array([[0, 0, 8, 6], [0, 0, 5, 4]]), "id": ["a", "b"]}
+    kept = eval_steps.PerImage({"unary": eval_steps.Row(1 - label.reshape(2, 1, 8, 6), None)}, ())  # of two devices
     panel = pictures.Panel([4, 5, 6], 4, ("unary",), palette)  # the second of two batches; 6 is another process's
-    panel.add(0, batch, labels)
-    panel.add(1, batch, labels)
+    for number in (0, 1):
+        panel.add(evaluators.Seen(number, batch, kept, {}, {}, {}))
     picture = panel.picture()
     assert picture.shape == (2 * 8 + 4, 3 * 6 + 2 * 4, 3)
     first, second = cells(picture, 8, 6)

@@ -31,11 +31,6 @@ PRIVATE = ("jax._src", "jax.lib", "jax.config.update")
 FILE, FUNCTION, PARAMETERS = 400, 60, 7  # lines, lines without docstring, positional parameters
 KNOWN = {
     "config/settings.py",
-    "evaluation/evaluate.py:evaluate_params",
-    "evaluation/steps.py:make_eval_step",
-    "evaluation/tuning.py:_marginals",
-    "evaluation/tuning.py:_score_messages",
-    "prediction/predict.py:predict",
 }
 
 
