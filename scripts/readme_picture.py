@@ -1,8 +1,9 @@
 """Draws the picture of the README: validation images of a run with their labels, stage by stage.
 
-    python scripts/readme_picture.py runs/demo-seed0 docs/demo.png
+    python scripts/readme_picture.py runs/demo-seed0 docs/demo.png --split "val[50%:]"
 
-A row is an image: image, truth, unary alone, all relations, refined by the dense CRF. Void is white.
+A row is an image: image, truth, unary alone, all relations, refined by the dense CRF with the values of tuned.json, if
+the workdir has it. Void is white.
 """
 
 import argparse
@@ -20,14 +21,16 @@ from pwcrf_jax.training import evaluate, inference, pictures, refinement
 
 TITLES = ("image", "truth", "unary", "with relations", "refined")
 HEADING = 24  # pixels above the pictures
+COLOURS = 64  # of the file, which noise would make large
 
 
-def rows(workdir, count):
-    """`count` rows of five pictures, uint8 [H, W, 3]: the first images of the run's validation split."""
+def rows(workdir, split, count):
+    """`count` rows of five pictures, uint8 [H, W, 3]: the first images of a split; "": config.data.eval_split."""
     config = configs.load_checked(workdir)
     configs.apply_tuned(config, workdir)
-    model, params, _, dataset = evaluate.load(config, workdir, "best", config.data.eval_split)
-    source = dataset.source(config.data.eval_split)
+    split = split or config.data.eval_split
+    model, params, _, dataset = evaluate.load(config, workdir, "best", split)
+    source = dataset.source(split)
     records = [source[i] for i in range(min(count, len(source)))]
     images = list(enumerate(record["image"] for record in records))
     with_relations = inference.Predictor(config, model, params)
@@ -57,10 +60,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", help="of a trained run")
     parser.add_argument("output", type=Path, help="the picture's file")
-    parser.add_argument("--images", type=int, default=4, help="rows of the picture")
+    parser.add_argument("--split", default="", help="of the images; none: config.data.eval_split of the run")
+    parser.add_argument("--images", type=int, default=3, help="rows of the picture")
     args = parser.parse_args()
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    titled(pictures.mosaic(list(rows(args.workdir, args.images)))).save(args.output, optimize=True)
+    picture = titled(pictures.mosaic(list(rows(args.workdir, args.split, args.images))))
+    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(args.output, optimize=True)
 
 
 if __name__ == "__main__":
