@@ -111,7 +111,7 @@ def small(words):
         return [*kept, *(f"--config.{key}={value}" for key, value in values.items() if key not in given)]
     if words[1:3] == ["-m", "pwcrf_jax.data.check"]:
         return [*source(words, words[3]), "--partial"]
-    if "--tune-refinement" in words:
+    if "--tune-refinement" in words and "--trials" not in words:  # a flag is given once
         return [*words, "--trials=2"]
     if words[1] == "benchmarks/message_weights.py":
         return [*words, "--weights=1,2"]
