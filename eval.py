@@ -35,10 +35,13 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from pwcrf_jax.streams import say
-from pwcrf_jax.training import cli, distributed, evaluate, image_files, predict, refinement, tuning
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training.logs import log
+from pwcrf_jax.cli import command
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate, tuning
+from pwcrf_jax.prediction import image_files, predict, refinement
+from pwcrf_jax.runtime import distributed
+from pwcrf_jax.runtime.logs import log
+from pwcrf_jax.runtime.streams import say
 
 flags.DEFINE_string("workdir", None, "Folder of a training run; must be given. Example: --workdir runs/demo")
 flags.DEFINE_string(
@@ -199,7 +202,7 @@ def _check_export(options):
 
 
 def main(_):
-    workdir, config = cli.require("workdir"), cli.require("config")
+    workdir, config = command.require("workdir"), command.require("config")
     options = flags.FLAGS
     predicting = _check_flags(options)
     configs.validate(config, batches=())
@@ -219,7 +222,7 @@ def main(_):
         _predict(config, workdir, options)
         return
     if options.export:
-        from pwcrf_jax.training import export
+        from pwcrf_jax.prediction import export
 
         about = export.export_predictor(
             config, workdir, options.export, options.checkpoint, options.export_size, options.overwrite
@@ -229,10 +232,10 @@ def main(_):
         return
     page = None
     if options.report:
-        from pwcrf_jax.training import report
+        from pwcrf_jax.report import collect
 
-        file = options.report_file or report.default_file(workdir, options.split or config.data.eval_split)
-        page = report.Report(file, options.report_images, options.report_inspect)
+        file = options.report_file or collect.default_file(workdir, options.split or config.data.eval_split)
+        page = collect.Report(file, options.report_images, options.report_inspect)
     result = evaluate.evaluate(config, workdir, options.checkpoint, options.split, options.refine, page)
     result["tuned_on"] = _TUNED.get("split")
     if _TUNED and result["step"] != _TUNED.get("step"):
@@ -251,7 +254,7 @@ def _predict(config, workdir, options):
     result = predict.predict(
         config,
         workdir,
-        cli.require("output"),
+        command.require("output"),
         images=options.images,
         split=options.dataset,
         which=options.checkpoint,
@@ -266,7 +269,7 @@ def _predict(config, workdir, options):
         log.info("%d images were not predicted: %s", len(result["failed"]), ", ".join(named))
     print(json.dumps(result))
     if result["failed"]:
-        sys.exit(cli.FAILED)
+        sys.exit(command.FAILED)
 
 
 def _name_report(argv):
@@ -293,4 +296,4 @@ def _define_config(argv):
 
 
 if __name__ == "__main__":
-    cli.run(main, before_parsing=_define_config, before_main=distributed.start)
+    command.run(main, before_parsing=_define_config, before_main=distributed.start)

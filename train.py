@@ -13,8 +13,10 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from pwcrf_jax.training import cli, distributed, loop, preemption
-from pwcrf_jax.training.config import ConfigError
+from pwcrf_jax.cli import command as cli
+from pwcrf_jax.runtime import distributed, preemption
+from pwcrf_jax.runtime.errors import ConfigError
+from pwcrf_jax.training import loop
 
 config_flags.DEFINE_config_file(
     "config",

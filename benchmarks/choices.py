@@ -32,15 +32,19 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from pwcrf_jax.prediction import restore
+
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import ladder
 import ladder_table
 
-from pwcrf_jax import metrics, segmenter
+from pwcrf_jax import metrics
+from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import eval_batches
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, logs, loop, parallel
+from pwcrf_jax.model import segmenter
+from pwcrf_jax.runtime import logs, parallel
+from pwcrf_jax.training import loop
 
 
 class Decoding(NamedTuple):
@@ -116,7 +120,7 @@ def config_of(args, name, seed, split):
 
 def counts_of_images(config, workdir, split, decodings):
     """As ladder.counts_of_images, of the unary and each decoding, without bands: ({row: counts}, names of classes)."""
-    model, params, _, dataset = evaluate.load(config, str(workdir), "latest", split)
+    model, params, _, dataset = restore.load(config, str(workdir), "latest", split)
     crf = configs.crf_settings(config)
     names = list(crf["relation_weights"])
 

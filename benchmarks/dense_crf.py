@@ -36,12 +36,14 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from pwcrf_jax.prediction import restore
+
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from pwcrf_jax import dense_crf, gaussian, segmenter
+from pwcrf_jax import dense_crf, gaussian
+from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import eval_batches, load_dataset
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate
+from pwcrf_jax.model import segmenter
 
 try:
     import pydensecrf.densecrf as rival
@@ -115,7 +117,7 @@ def colour_classes(image, num_classes, seed=0):
 def model_unaries(workdir, count, folder=None):
     """Yields (log P [H, W, K], image) of a workdir's validation images, or of images in a folder."""
     config = configs.load(os.path.join(workdir, "config.json"))
-    model, params, _ = evaluate.restore_params(config, workdir)
+    model, params, _ = restore.restore_params(config, workdir)
     frame = tuple(config.data.eval_size)
 
     @jax.jit

@@ -19,12 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pwcrf_jax.prediction import restore
+
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from pwcrf_jax import metrics, nets, piecewise, segmenter
+from pwcrf_jax import metrics, nets, piecewise
+from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import eval_batches
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate
+from pwcrf_jax.model import segmenter
 
 
 def misplaced(found, labels, width, num_classes):
@@ -60,7 +62,7 @@ def main():
     args = parser.parse_args()
     config = configs.load(os.path.join(args.workdir, "config.json"))
     split = args.split or config.data.eval_split
-    model, params, _, dataset = evaluate.load(config, args.workdir, "latest", split)
+    model, params, _, dataset = restore.load(config, args.workdir, "latest", split)
     step, total = step_of(model, args.width), None
     for batch in eval_batches(dataset, split, batch_size=1, size=config.data.eval_size):
         out = step(params, {k: batch[k] for k in ("image", "label", "valid_size")})

@@ -13,8 +13,9 @@ import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from pwcrf_jax import metrics, piecewise, segmenter
+from pwcrf_jax import metrics, piecewise
 from pwcrf_jax.data import VOID, eval_batches, load_dataset
+from pwcrf_jax.model import segmenter
 from pwcrf_jax.nets import grid_size
 
 

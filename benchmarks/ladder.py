@@ -48,15 +48,19 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from pwcrf_jax.prediction import restore
+
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 from ladder_table import BESIDE, EVAL_SPLIT, RESULTS, RUN_OF, RUNGS, SIZES, pack, scores, sizes_in, summary
 
-from configs import camvid_mobilenet_v2, voc_mobilenet_v2
-from pwcrf_jax import files
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.configs import camvid_mobilenet_v2, voc_mobilenet_v2
 from pwcrf_jax.data import eval_batches
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, logs, loop, parallel, refinement, tuning
+from pwcrf_jax.evaluation import evaluate, tuning
+from pwcrf_jax.prediction import refinement
+from pwcrf_jax.runtime import files, logs, parallel
+from pwcrf_jax.training import loop
 
 ON_UNARY = {"contextual": "piecewise_staged", "unrolled": "unrolled_mean_field_staged"}  # objectives of these rungs
 MIDDLE = ("block_3_expand", "block_6_expand")
@@ -238,7 +242,7 @@ def counts_of_images(config, workdir, refined=""):
 
     refined: a row, "all" or "convs"; the dense CRF on it is one more row, "refined".
     """
-    model, params, _, dataset = evaluate.load(config, str(workdir), "latest", EVAL_SPLIT)
+    model, params, _, dataset = restore.load(config, str(workdir), "latest", EVAL_SPLIT)
     one = jax.devices()[:1]
     step = evaluate.eval_step(config, model, marginals_of=refined or "all")
     step = parallel.pmap_eval(step, devices=one, per_image=True)

@@ -17,12 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pwcrf_jax.prediction import restore
+
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from pwcrf_jax import files, metrics, piecewise, segmenter
+from pwcrf_jax import metrics, piecewise
+from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import eval_batches, load_dataset
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, logs
+from pwcrf_jax.model import segmenter
+from pwcrf_jax.runtime import files, logs
 
 
 def relation_sets(config):
@@ -44,7 +47,7 @@ def main():
     args = parser.parse_args()
     logs.setup()
     config = configs.load(os.path.join(args.workdir, "config.json"))
-    model, params, trained_steps = evaluate.restore_params(config, args.workdir, args.checkpoint)
+    model, params, trained_steps = restore.restore_params(config, args.workdir, args.checkpoint)
     dataset = load_dataset(**configs.dataset_options(config))
     weights = [float(w) for w in args.weights.split(",")]
     rows = {"unary": ((), 0.0)}

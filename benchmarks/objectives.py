@@ -35,12 +35,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pwcrf_jax.model import losses
+from pwcrf_jax.prediction import restore
+
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from configs import camvid_mobilenet_v2, demo
-from pwcrf_jax import files
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, logs, loop, parallel, steps, tuning
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.configs import camvid_mobilenet_v2, demo
+from pwcrf_jax.evaluation import evaluate, tuning
+from pwcrf_jax.runtime import files, logs, parallel
+from pwcrf_jax.training import loop, steps
 from pwcrf_jax.training.optimizer import make_optimizer
 
 RESULTS = Path(__file__).parent / "results"
@@ -62,7 +66,7 @@ def batch_of(config):
     return {"image": rng.integers(0, 256, (*size, 3), np.uint8), "label": labels}
 
 
-def compiled_step(config, name, batch, kinds=steps.KINDS):
+def compiled_step(config, name, batch, kinds=losses.KINDS):
     """(function of no arguments that runs a step on fresh state, bytes of temporaries)."""
     _choose(config, name)
     model = configs.build_model(config)
@@ -81,7 +85,7 @@ def _choose(config, name):
 
 
 def _fresh(config, model, tx):
-    params = evaluate.init_params(model, 0)
+    params = restore.init_params(model, 0)
     return steps.TrainState(jnp.int32(0), params, tx.init(params))
 
 
@@ -89,16 +93,16 @@ def compiled_crf(config, name, batch):
     """The same for loss and gradient from the nets' outputs on."""
     _choose(config, name)
     model = configs.build_model(config)
-    params = evaluate.init_params(model, 0)
+    params = restore.init_params(model, 0)
     potentials = jax.jit(lambda: model.apply({"params": params}, batch["image"]))()
     crf, labels = configs.crf_settings(config), jnp.asarray(batch["label"])
     sampled, key = config.loss.sampled_offsets, jax.random.key(0)
 
     def loss(potentials):
         if name.startswith("piecewise"):
-            terms = steps.piecewise_terms(potentials, labels, sampled_offsets=sampled, key=key)
+            terms = losses.piecewise_terms(potentials, labels, sampled_offsets=sampled, key=key)
             return sum(-total / count for total, count in terms.values())
-        total, count = steps.joint_term(potentials, labels, name, crf)
+        total, count = losses.joint_term(potentials, labels, name, crf)
         return -total / count
 
     compiled = jax.jit(jax.value_and_grad(loss, allow_int=True)).lower(potentials).compile()

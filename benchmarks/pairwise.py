@@ -40,12 +40,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pwcrf_jax.prediction import restore
+
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from configs import voc_vgg16
-from pwcrf_jax import files, mean_field, pairwise, piecewise, relations
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, parallel, steps
+from pwcrf_jax import mean_field, pairwise, piecewise, relations
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.configs import voc_vgg16
+from pwcrf_jax.runtime import files, parallel
+from pwcrf_jax.training import steps
 from pwcrf_jax.training.optimizer import make_optimizer
 
 RELATIONS = (relations.SURROUNDING, relations.ABOVE_BELOW)
@@ -613,7 +616,7 @@ def train_step_rows(config, image_size=(375, 500), dtypes=("float32", "bfloat16"
         model = configs.build_model(config)
         tx = make_optimizer(config.optimizer, config.model, config.train.steps)
         step = parallel.pmap_train(steps.make_train_step(model, tx, config.loss.to_dict()), devices=[device])
-        params = jax.jit(lambda model=model: evaluate.init_params(model, config.seed))()
+        params = jax.jit(lambda model=model: restore.init_params(model, config.seed))()
         state = steps.TrainState(jnp.int32(0), params, jax.jit(tx.init)(params))
         del params  # donated with the state
         batch = 1

@@ -8,7 +8,7 @@
 parameterisation beside the residual ones, on the same features, so that one run compares them.
 """
 
-from configs import default
+from pwcrf_jax.configs import default
 
 
 def get_config(variant="residual"):

@@ -39,7 +39,7 @@ def get_config():
     config.data.synthetic = ConfigDict(dict(num_train=400, num_val=100, image_size=(192, 256), seed=0))
     # Of the data set image_folder, where it has no lists.
     config.data.image_folder = ConfigDict(dict(val_fraction=0.1, seed=0))
-    config.data.tfds = ConfigDict()  # of the data set tfds, see pwcrf_jax/data/tfds_set.py
+    config.data.tfds = ConfigDict()  # of the data set tfds, see pwcrf_jax/data/sets/tfds_set.py
     config.data.tfds.dataset = "oxford_iiit_pet"  # TFDS' name of it: "name", "name/config" or "name/config:1.0.0"
     config.data.tfds.image_key = "image"
     config.data.tfds.label_key = "segmentation_mask"

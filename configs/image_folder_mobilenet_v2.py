@@ -9,7 +9,7 @@ The folder is described in docs/datasets.md. K is the number of classes in class
 height and width of your images, and times 1.2 multiples of 16. The first command prints both flags.
 """
 
-from configs import default
+from pwcrf_jax.configs import default
 
 
 def get_config():

@@ -9,7 +9,7 @@ The folder is described in docs/datasets.md. K is the number of classes in class
 height and width of your images, which the first command prints, and times 1.2 multiples of 16: 400, 520, 640, 800.
 """
 
-from configs import paper
+from pwcrf_jax.configs import paper
 
 
 def get_config():

@@ -8,7 +8,7 @@ There is no official validation split: a fifth of the training images is held ou
 --config.data.train_split=train.
 """
 
-from configs import kitti_vgg16
+from pwcrf_jax.configs import kitti_vgg16
 
 
 def get_config():

@@ -7,7 +7,7 @@
 Results are reported on the 46 images of val. To tune without them, train on train[:80%] and evaluate on train[80%:].
 """
 
-from configs import paper
+from pwcrf_jax.configs import paper
 
 
 def get_config():

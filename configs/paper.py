@@ -11,7 +11,7 @@ so that a relation weighs as much as the unary, whatever its box and the crop. T
 factors, for which the learning rate and the norm of clipping below are not chosen and no run was measured.
 """
 
-from configs import default
+from pwcrf_jax.configs import default
 
 
 def get_config():

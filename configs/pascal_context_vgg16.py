@@ -5,7 +5,7 @@
         --config.init_from=PATH/vgg16_weights_tf_dim_ordering_tf_kernels.h5
 """
 
-from configs import paper
+from pwcrf_jax.configs import paper
 
 
 def get_config():

@@ -8,7 +8,7 @@ PATH of the data holds oxford_iiit_pet/4.0.0. Without --config.data.source_dir i
 data.data_dir. For any other set of the TFDS catalogue change config.data.tfds.
 """
 
-from configs import paper
+from pwcrf_jax.configs import paper
 
 
 def get_config():

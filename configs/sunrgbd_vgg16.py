@@ -8,7 +8,7 @@ There is no validation split and results are reported on test, so nothing may be
 weights, dense CRF), train on train[:90%] and evaluate on train[90%:]; then train on all of train.
 """
 
-from configs import paper
+from pwcrf_jax.configs import paper
 
 
 def get_config():

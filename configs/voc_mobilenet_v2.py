@@ -5,7 +5,7 @@
         --config.init_from=PATH/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5
 """
 
-from configs import image_folder_mobilenet_v2
+from pwcrf_jax.configs import image_folder_mobilenet_v2
 
 
 def get_config():

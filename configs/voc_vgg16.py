@@ -8,7 +8,7 @@ PATH of the data holds VOCtrainval_11-May-2012.tar and SBD's benchmark.tgz, pack
 SBD: --config.data.train_split=train, 1,464 images.
 """
 
-from configs import paper
+from pwcrf_jax.configs import paper
 
 
 def get_config():

@@ -18,6 +18,7 @@ from pwcrf_jax import (
 )
 from pwcrf_jax.mean_field import MeanFieldInfo
 from pwcrf_jax.metrics import confusion_matrix, scores
+from pwcrf_jax.model.plan import Plan, plan
 from pwcrf_jax.objectives import exact_log_likelihood, pseudo_log_likelihood, unrolled_log_likelihood
 from pwcrf_jax.pairwise import (
     FactoredPairwise,
@@ -30,7 +31,6 @@ from pwcrf_jax.pairwise import (
     to_table,
 )
 from pwcrf_jax.piecewise import balance_weights, grid_labels, pairwise_log_likelihood, unary_log_likelihood
-from pwcrf_jax.planning import Plan, plan
 from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING, EdgeList, Relation, edge_list, offsets, validity_mask
 
 __version__ = "0.2.0"

@@ -141,7 +141,7 @@ def _walk_chunks(reach, a, b, w2, b2, evidence, weight, labels, mask, chunks, gr
         highest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
         exp = jnp.exp(scores - highest)
         norm = jnp.sum(exp, axis=-1, keepdims=True)
-        value = (jnp.take_along_axis(scores, index, axis=-1) - highest - jnp.log(norm))
+        value = jnp.take_along_axis(scores, index, axis=-1) - highest - jnp.log(norm)
         value = jnp.where(counts, value, 0.0)[:, 0]
         # Labels that are ruled out have -inf, and an edge that weighs nothing may have them.
         total = state["total"] + jnp.sum(jnp.where(edge_weight == 0, 0.0, edge_weight * value))

@@ -15,6 +15,7 @@ from pwcrf_jax.arrays import as_array, seen
 VOID = 255
 """The label of nodes and pixels that count for nothing."""
 
+
 def integers(labels, name="labels"):
     """labels as an array; lists and tuples are taken. ValueError: values that are not integers."""
     labels = as_array(labels)

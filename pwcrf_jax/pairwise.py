@@ -241,9 +241,7 @@ def sample_offsets(key, num_offsets: int, num_sampled: int):
     return jax.random.choice(key, num_offsets, (num_sampled,), replace=False).astype(jnp.int32)
 
 
-def edge_log_likelihood(
-    potential, labels, node_mask=None, node_weights=None, chunk_edges=None, sample=None, void=None
-):
+def edge_log_likelihood(potential, labels, node_mask=None, node_weights=None, chunk_edges=None, sample=None, void=None):
     """Sum and count of log P_V(y_p, y_q | x) over the edges of one relation (Lin et al., CVPR 2016, section 4).
 
         log P_V(y_p, y_q | x) = s_pq[y_p, y_q] - log sum_{k,l} exp s_pq[k, l],   s = z + evidence_p + evidence_q.

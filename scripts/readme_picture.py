@@ -16,8 +16,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, inference, pictures, refinement
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.prediction import predictor, refinement, restore
+from pwcrf_jax.report import pictures
 
 TITLES = ("image", "truth", "unary", "with relations", "refined")
 HEADING = 24  # pixels above the pictures
@@ -29,14 +30,14 @@ def rows(workdir, split, count):
     config = configs.load_checked(workdir)
     configs.apply_tuned(config, workdir)
     split = split or config.data.eval_split
-    model, params, _, dataset = evaluate.load(config, workdir, "best", split)
+    model, params, _, dataset = restore.load(config, workdir, "best", split)
     source = dataset.source(split)
     records = [source[i] for i in range(min(count, len(source)))]
     images = list(enumerate(record["image"] for record in records))
-    with_relations = inference.Predictor(config, model, params)
+    with_relations = predictor.Predictor(config, model, params)
     silent = config.copy_and_resolve_references()
     silent.crf.weights = (0.0,)  # messages of weight 0 leave the unary
-    unary = inference.Predictor(silent, model, params)
+    unary = predictor.Predictor(silent, model, params)
     for record, (_, image, marginals), (_, _, alone) in zip(
         records, with_relations(images), unary(images), strict=True
     ):

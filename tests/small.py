@@ -2,7 +2,7 @@
 
 import contextlib
 
-from configs import demo
+from pwcrf_jax.configs import demo
 
 KEYS = {
     "data.synthetic.num_train": 24,

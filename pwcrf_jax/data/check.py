@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from pwcrf_jax import files
-from pwcrf_jax.data.common import VOID, DataError, orientation, value_counts
-from pwcrf_jax.streams import naming_stdout, say
+from pwcrf_jax.data.readers.image_io import VOID, DataError, orientation, value_counts
+from pwcrf_jax.runtime import files
+from pwcrf_jax.runtime.streams import naming_stdout, say
 
 REPORT = "label_report.json"
 INTERPOLATED = 0.35
@@ -321,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from pwcrf_jax.data import load_dataset
 
     args = parser().parse_args(arguments)
-    log = logging.getLogger("pwcrf_jax.data.datasets")
+    log = logging.getLogger("pwcrf_jax.data.prepare")
     level = log.level
     log.setLevel(logging.ERROR)  # the report has its warnings
     try:

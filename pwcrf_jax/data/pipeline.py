@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pwcrf_jax.data.common import MEAN_COLOUR, VOID, DataError
-from pwcrf_jax.data.datasets import Dataset, Source
+from pwcrf_jax.data.prepare import Dataset, Source
+from pwcrf_jax.data.readers.image_io import MEAN_COLOUR, VOID, DataError
 from pwcrf_jax.data.workers import Workers
 
 _ENDLESS = 2**60  # length of the training stream

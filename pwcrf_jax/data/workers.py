@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from pwcrf_jax.data.common import DataError
+from pwcrf_jax.data.readers.image_io import DataError
 
 _START = "import sys; sys.path[:] = {path!r}; from pwcrf_jax.data import workers; workers.serve({fd})"
 _OF_THE_RUN = {signal.SIGINT, signal.SIGTERM}  # may go to all processes; what they mean is the parent's to decide

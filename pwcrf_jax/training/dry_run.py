@@ -6,10 +6,12 @@ import os
 import jax
 import numpy as np
 
-from pwcrf_jax import files
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, loop, pictures
-from pwcrf_jax.training.logs import log
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.prediction import restore
+from pwcrf_jax.report import pictures
+from pwcrf_jax.runtime import files
+from pwcrf_jax.runtime.logs import log
+from pwcrf_jax.training import loop
 from pwcrf_jax.training.optimizer import make_optimizer
 
 PICTURE = "dry_run.png"  # in the workdir
@@ -22,7 +24,7 @@ def summary(model, images) -> str:
     images: an array or its shape and dtype, uint8 [B, H, W, 3]. A module that is called several times (the backbone,
     for each scale) is shown with its first output.
     """
-    params = evaluate.abstract_params(model)
+    params = restore.abstract_params(model)
     outputs = lambda params, images: model.apply(
         {"params": params}, images, capture_intermediates=True, mutable="intermediates"
     )[1]["intermediates"]

@@ -6,9 +6,9 @@ import os
 
 import jax
 
+from pwcrf_jax.config import settings as configs
 from pwcrf_jax.nets.pretrained import KNOWN_FILES
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate
+from pwcrf_jax.prediction import restore
 from pwcrf_jax.training.optimizer import standing_still
 
 _RUN = "name the workdir of a run there that has trained them"
@@ -58,6 +58,6 @@ def check_before_data(config) -> None:
     """
     if os.path.isdir(config.init_from):
         return
-    params = evaluate.abstract_params(configs.build_model(config))
+    params = restore.abstract_params(configs.build_model(config))
     from_file = lambda path, _: bool(config.init_from) and path[1].key == "backbone"
     check(config, params, jax.tree_util.tree_map_with_path(lambda *leaf: not from_file(*leaf), params))

@@ -10,26 +10,19 @@ import time
 import jax
 import jax.numpy as jnp
 
-from pwcrf_jax import files
+from pwcrf_jax.config import agreement
+from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import check_sizes, load_dataset, train_batches
-from pwcrf_jax.data.datasets import builder_class
+from pwcrf_jax.data.prepare import builder_class
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.model import losses
+from pwcrf_jax.model.plan import plan
 from pwcrf_jax.nets import WeightsError, load_pretrained
-from pwcrf_jax.planning import plan
-from pwcrf_jax.training import (
-    agreement,
-    checkpoint,
-    compilation,
-    distributed,
-    evaluate,
-    freezing,
-    lock,
-    parallel,
-    pictures,
-    preemption,
-    steps,
-)
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training.logs import METRICS, Progress, Writer, last_step, log
+from pwcrf_jax.prediction import restore
+from pwcrf_jax.report import pictures
+from pwcrf_jax.runtime import checkpoint, compilation, distributed, files, lock, parallel, preemption
+from pwcrf_jax.runtime.logs import METRICS, Progress, Writer, last_step, log
+from pwcrf_jax.training import freezing, steps
 from pwcrf_jax.training.optimizer import make_optimizer
 
 
@@ -65,19 +58,19 @@ def _run(config, workdir, dataset):
     store = lambda name, keep, score="": checkpoint.Store(
         os.path.join(workdir, name), configs.identity(config), keep, dataset.class_names, score
     )
-    with store("checkpoints", config.train.keep_checkpoints) as latest, store("best", 1, evaluate.BEST) as best:
+    with store("checkpoints", config.train.keep_checkpoints) as latest, store("best", 1, restore.BEST) as best:
         model = configs.build_model(config)
         tx = make_optimizer(config.optimizer, config.model, config.train.steps, configs.unary_steps(config))
         best_meta = None
         if best.latest is not None:
-            best_meta = best.restore({"params": evaluate.abstract_params(model)})[1]
+            best_meta = best.restore({"params": restore.abstract_params(model)})[1]
             best.keep_only(best_meta["step"])
         if latest.latest is None:
             _check_new(workdir, latest, best)
             state, meta = _fresh(model, tx, fresh_params()), {"step": 0, "samples_seen": 0}
         else:
             _check_stages(config, latest.meta())
-            abstract = jax.eval_shape(lambda: _fresh(model, tx, evaluate.init_params(model, config.seed)))
+            abstract = jax.eval_shape(lambda: _fresh(model, tx, restore.init_params(model, config.seed)))
             state, meta = _restore(latest, abstract)
             unread = "; config.init_from is not read again" if config.init_from else ""
             log.info("resumed from step %d of %s%s%s", meta["step"], latest.folder, unread, _other_versions(meta))
@@ -88,7 +81,7 @@ def _run(config, workdir, dataset):
 def _facts(config, dataset, state, meta, best_meta):
     """What processes that were started alike may still have found otherwise."""
     at = {"the step to go on from": meta["step"], "its samples": meta["samples_seen"], "its score": meta.get("score")}
-    at |= {f"the best model's {key}": best_meta and best_meta[key] for key in ("step", evaluate.BEST)}
+    at |= {f"the best model's {key}": best_meta and best_meta[key] for key in ("step", restore.BEST)}
     at["config.model.input_scaling"] = config.model.input_scaling
     return at | agreement.of_data(dataset) | agreement.of_arrays(_trees(state))
 
@@ -157,8 +150,6 @@ def _check_new(workdir, latest, best):
         )
 
 
-
-
 def _other_versions(meta):
     now = checkpoint.versions()
     others = [f"{name} {x}, now {now[name]}" for name, x in meta.get("versions", now).items() if x != now.get(name)]
@@ -200,7 +191,7 @@ def resolve(config, workdir):
 def _fresh_params(config):
     """Random parameters with the pretrained weights read into them, and the input scaling of those."""
     model = configs.build_model(config)
-    params = jax.jit(lambda: evaluate.init_params(model, config.seed))()
+    params = jax.jit(lambda: restore.init_params(model, config.seed))()
     if not config.init_from:
         return params, "tf"
     if os.path.isdir(config.init_from):
@@ -225,7 +216,7 @@ def _from_run(folder, params, relations):
     where a relation has offsets, relations[name], at which its net was not trained there.
     """
     source = configs.load_checked(folder)
-    _, trained, step = evaluate.restore_params(source, folder)
+    _, trained, step = restore.restore_params(source, folder)
     known = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trained)}
     new = []
     if "featmap_pairwise" in trained and "featmap_pairwise" not in params:
@@ -291,7 +282,7 @@ def batches_from(config, dataset, step):
 def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_meta):
     c = config.train
     step, samples_seen = meta["step"], meta["samples_seen"]
-    best_score = best_meta and best_meta[evaluate.BEST]
+    best_score = best_meta and best_meta[restore.BEST]
     unary_steps = configs.unary_steps(config)
     about = {"config": json.loads(json.dumps(config.to_dict())), "unary_steps": unary_steps}
     evaluates = lambda step: step == c.steps or bool(c.eval_every) and step % c.eval_every == 0
@@ -301,7 +292,7 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_
         # Of a run that fell back to an older state, the step may be there already.
         if score is not None and (best_score is None or score > best_score) and step != best.latest:
             best_score = score
-            best.save(step, {"params": state.params}, about | {evaluate.BEST: score})
+            best.save(step, {"params": state.params}, about | {restore.BEST: score})
             best.wait()
 
     save_best(meta.get("score"))  # of the state to go on from, where that was lost
@@ -318,7 +309,7 @@ def _train(config, workdir, model, tx, state, meta, dataset, latest, best, best_
     step_of = lambda *kinds: parallel.pmap_train(
         steps.make_train_step(model, tx, config.loss.to_dict(), config.seed, crf, kinds)
     )
-    both, unary_alone, pairwise_alone = step_of(*steps.KINDS), *map(step_of, steps.KINDS)
+    both, unary_alone, pairwise_alone = step_of(*losses.KINDS), *map(step_of, losses.KINDS)
     state = parallel.replicated(state)
     eval_fn = evaluate.make_eval_fn(config, model)
     writer = Writer(workdir, step, not evaluate_first) if jax.process_index() == 0 else None

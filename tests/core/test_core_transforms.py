@@ -19,9 +19,9 @@ from pwcrf_jax import (
     pairwise,
     permutohedral,
     piecewise,
-    planning,
     relations,
 )
+from pwcrf_jax.model import plan
 from reference import random_problems
 
 H, W, K, M = 3, 4, 3, 4
@@ -175,13 +175,13 @@ def public_functions(*modules):
 
 
 # Static geometry, costs and figures on the host: nothing to trace.
-HOST = {"offsets", "edge_list", "validity_mask", "scores", "radius_of", *public_functions(costs, planning)}
+HOST = {"offsets", "edge_list", "validity_mask", "scores", "radius_of", *public_functions(costs, plan)}
 
 
 def test_every_public_function_is_in_the_battery():
     covered = {name.split("-")[0] for name in CASES} | HOST
     modules = (
-        relations, costs, pairwise, piecewise, objectives, mean_field, metrics, planning, permutohedral, gaussian,
+        relations, costs, pairwise, piecewise, objectives, mean_field, metrics, plan, permutohedral, gaussian,
         dense_crf,
     )  # fmt: skip
     assert set(public_functions(*modules)) == covered

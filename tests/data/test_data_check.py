@@ -15,7 +15,7 @@ from layouts import image_folder as layout
 from PIL import Image
 
 from pwcrf_jax.data import DataError, check, load_dataset
-from pwcrf_jax.data.common import encode_png
+from pwcrf_jax.data.readers.image_io import encode_png
 
 REPO = Path(__file__).resolve().parents[2]
 CLASSES = ("sky", "road", "car", "tree")

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from layouts import image_folder as layout
 
-from pwcrf_jax import files
-from pwcrf_jax.data import DataError, disk, load_dataset
-from pwcrf_jax.data.disk import locked, refusal
-from pwcrf_jax.data.synthetic import Synthetic
+from pwcrf_jax.data import DataError, load_dataset
+from pwcrf_jax.data.readers import disk
+from pwcrf_jax.data.readers.disk import locked, refusal
+from pwcrf_jax.data.sets.synthetic import Synthetic
+from pwcrf_jax.runtime import files
 
 ROOT = Path(__file__).parents[2]
 FULL = os.strerror(errno.ENOSPC)

@@ -14,11 +14,11 @@ from layouts import image_folder as layout
 from PIL import Image, PngImagePlugin
 
 from pwcrf_jax.data import DataError, load_dataset
-from pwcrf_jax.data.camvid import CamVid
-from pwcrf_jax.data.common import decode_colour_label, decode_image, decode_label, orientation, storable_image
-from pwcrf_jax.data.files import image_kind, open_file, present, read_file, read_lines
-from pwcrf_jax.data.image_folder import ImageFolder
-from pwcrf_jax.data.voc import Voc
+from pwcrf_jax.data.readers.files import image_kind, open_file, present, read_file, read_lines
+from pwcrf_jax.data.readers.image_io import decode_colour_label, decode_image, decode_label, orientation, storable_image
+from pwcrf_jax.data.sets.camvid import CamVid
+from pwcrf_jax.data.sets.image_folder import ImageFolder
+from pwcrf_jax.data.sets.voc import Voc
 
 RNG = np.random.default_rng(5)
 PIXELS = RNG.integers(0, 256, (24, 36, 3), dtype=np.uint8)
@@ -344,9 +344,9 @@ def test_a_limit_that_is_none(load, value):
 
 
 def test_the_key_of_a_config_is_the_limit():
-    import configs.default as default
-    from pwcrf_jax.training import config as configs
-    from pwcrf_jax.training import schema
+    import pwcrf_jax.configs.default as default
+    from pwcrf_jax.config import schema
+    from pwcrf_jax.config import settings as configs
 
     config = default.get_config()
     config.data.max_pixels = 123

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from pwcrf_jax.data import VOID, DataError, eval_batches, load_dataset, train_batches
-from pwcrf_jax.data.common import MEAN_COLOUR
 from pwcrf_jax.data.pipeline import _Augment
+from pwcrf_jax.data.readers.image_io import MEAN_COLOUR
 
 
 class Memory:

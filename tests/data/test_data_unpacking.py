@@ -17,9 +17,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from pwcrf_jax.data import disk, unpacking
-from pwcrf_jax.data.common import DataError
-from pwcrf_jax.data.unpacking import unpack
+from pwcrf_jax.data.readers import disk, unpacking
+from pwcrf_jax.data.readers.image_io import DataError
+from pwcrf_jax.data.readers.unpacking import unpack
 
 DIGEST = "0123456789abcdef"
 

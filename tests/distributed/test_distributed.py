@@ -16,8 +16,9 @@ import pytest
 import small
 from rows import full_row
 
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.prediction import restore
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DEVICES = 4  # over all processes
@@ -84,7 +85,7 @@ def losses(workdir):
 
 
 def params_of(workdir):
-    return evaluate.restore_params(configs.load(workdir / "config.json"), str(workdir), "latest")[1]
+    return restore.restore_params(configs.load(workdir / "config.json"), str(workdir), "latest")[1]
 
 
 def assert_same_run(one, other):

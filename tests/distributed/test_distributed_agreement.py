@@ -12,9 +12,11 @@ from absl import flags
 from ml_collections import config_flags
 from PIL import Image
 
+from pwcrf_jax.config import agreement, schema
+from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import load_dataset
-from pwcrf_jax.training import agreement, loop, schema, wire
-from pwcrf_jax.training import config as configs
+from pwcrf_jax.runtime import wire
+from pwcrf_jax.training import loop
 
 
 def _differs(facts, others):

@@ -19,7 +19,7 @@ SHOWN = {
     "objectives": ["exact_log_likelihood"],
     "pairwise": ["factored_pairwise", "messages"],
     "piecewise": ["balance_weights", "grid_labels", "pairwise_log_likelihood", "unary_log_likelihood"],
-    "planning": ["plan"],
+    "model.plan": ["plan"],
     "relations": ["edge_list", "offsets"],
 }
 NAMES = {"jax": jax, "jnp": jnp, "np": np, "pw": pw}  # as docs/api/index.md says

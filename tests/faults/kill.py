@@ -33,8 +33,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import small  # noqa: E402
 from faults import states  # noqa: E402
 
-from pwcrf_jax.training import checkpoint  # noqa: E402
-from pwcrf_jax.training import config as configs  # noqa: E402
+from pwcrf_jax.config import settings as configs  # noqa: E402
+from pwcrf_jax.runtime import checkpoint  # noqa: E402
 
 KEYS = {
     "data.synthetic.num_val": 8,

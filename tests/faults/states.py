@@ -5,8 +5,10 @@ import json
 import jax
 import jax.numpy as jnp
 
-from pwcrf_jax.training import checkpoint, evaluate, loop
-from pwcrf_jax.training import config as configs
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.prediction import restore
+from pwcrf_jax.runtime import checkpoint
+from pwcrf_jax.training import loop
 from pwcrf_jax.training.optimizer import make_optimizer
 
 MODEL = {"model.hidden": 4, "model.backbone": "tiny", "model.relations": ["surrounding", "above_below"]}
@@ -33,7 +35,7 @@ def abstract_of(config):
     """{"checkpoints": ..., "best": ...}: what the checkpoints of a run hold."""
     model = configs.build_model(config)
     tx = make_optimizer(config.optimizer, config.model, config.train.steps, configs.unary_steps(config))
-    state = jax.eval_shape(lambda: loop._fresh(model, tx, evaluate.init_params(model, 0)))
+    state = jax.eval_shape(lambda: loop._fresh(model, tx, restore.init_params(model, 0)))
     return {"checkpoints": loop._trees(state), "best": {"params": state.params}}
 
 

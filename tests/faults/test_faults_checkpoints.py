@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from faults.states import CLASSES, MODEL, abstract, store, trees
 
-from pwcrf_jax.training import checkpoint
-from pwcrf_jax.training.checkpoint import CheckpointError
-from pwcrf_jax.training.logs import log
+from pwcrf_jax.runtime import checkpoint
+from pwcrf_jax.runtime.checkpoint import CheckpointError
+from pwcrf_jax.runtime.logs import log
 
 
 @pytest.fixture(autouse=True)

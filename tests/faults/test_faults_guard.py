@@ -10,9 +10,11 @@ import pytest
 from faults import states
 from rows import full_but
 
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, loop, parallel, steps
-from pwcrf_jax.training.logs import log
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.prediction import restore
+from pwcrf_jax.runtime import parallel
+from pwcrf_jax.runtime.logs import log
+from pwcrf_jax.training import loop, steps
 
 MARK = 251  # of the first pixel of an image that the model below fails on
 
@@ -52,7 +54,7 @@ def test_all_devices_skip_what_one_of_them_cannot(config, what):
     config.model.relations = ("surrounding",)
     model, tx = configs.build_model(config), optax.adam(1e-2)
     step = parallel.pmap_train(steps.make_train_step(Failing(model, what), tx, config.loss.to_dict()))
-    params = evaluate.init_params(model, 0)
+    params = restore.init_params(model, 0)
     state = steps.TrainState(jnp.int32(0), params, tx.init(params))
     rng = np.random.default_rng(0)
     state, metrics = step(state, parallel.split(_batch(rng)))

@@ -9,11 +9,12 @@ import pytest
 import small
 from faults import states
 
-from pwcrf_jax import files
-from pwcrf_jax.data import DataError, check, datasets, load_dataset
-from pwcrf_jax.files import FileError
-from pwcrf_jax.training import checkpoint, evaluate, logs, loop
-from pwcrf_jax.training import config as configs
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.data import DataError, check, load_dataset, prepare
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.runtime import checkpoint, files, logs
+from pwcrf_jax.runtime.files import FileError
+from pwcrf_jax.training import loop
 
 SHAPES = {
     "empty": "",
@@ -173,7 +174,7 @@ def test_a_prepared_set_whose_description_is_damaged(name, make, prepared, tmp_p
         (copy / name).symlink_to(make) if make.startswith("/dev") else (copy / name).write_text(make)
     with pytest.raises(DataError, match="of the prepared data set cannot be read .*; delete this folder") as error:
         found = load_dataset("synthetic", data_dir=str(tmp_path), image_size=(128, 192), num_train=3, num_val=2)
-        datasets._reopened(found.folder, "train")  # as workers do, which read all of it
+        prepare._reopened(found.folder, "train")  # as workers do, which read all of it
     assert str(copy.parent) in str(error.value) and "\n" not in str(error.value)
 
 

@@ -12,9 +12,9 @@ import pytest
 from faults import kill
 from rows import full_but
 
-from pwcrf_jax.files import FileError
-from pwcrf_jax.training import lock
-from pwcrf_jax.training.config import ConfigError
+from pwcrf_jax.runtime import lock
+from pwcrf_jax.runtime.errors import ConfigError
+from pwcrf_jax.runtime.files import FileError
 
 HOLDER = """
 import sys, time

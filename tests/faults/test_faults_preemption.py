@@ -9,7 +9,7 @@ import time
 
 from faults.kill import ROOT
 
-from pwcrf_jax.training import preemption
+from pwcrf_jax.runtime import preemption
 
 LIMIT = 300  # seconds; against hangs
 

@@ -14,10 +14,12 @@ from faults import states
 from faults.kill import KEYS, ROOT
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from pwcrf_jax.files import FileError
-from pwcrf_jax.training import checkpoint, evaluate, logs, loop, preemption
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training.logs import log
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.runtime import checkpoint, logs, preemption
+from pwcrf_jax.runtime.files import FileError
+from pwcrf_jax.runtime.logs import log
+from pwcrf_jax.training import loop
 
 
 @pytest.fixture(autouse=True)

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import pytest
 from rows import full_but
 
-from pwcrf_jax import planning
+from pwcrf_jax.model import plan as planning
+from pwcrf_jax.model.plan import multiply_adds, plan
+from pwcrf_jax.model.segmenter import Segmenter
 from pwcrf_jax.nets import FeatMapNet
-from pwcrf_jax.planning import multiply_adds, plan
 from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING, offsets
-from pwcrf_jax.segmenter import Segmenter
 
 PLAIN = {"scales": (1.0,), "block6": (), "pyramid_windows": ()}
 CASES = {
@@ -77,8 +77,9 @@ def test_nets_are_as_xla_has_them(name):
 
 def test_training_step_and_inference_are_as_xla_has_them():
     optax = pytest.importorskip("optax")
-    from pwcrf_jax import segmenter as assembly
-    from pwcrf_jax.training import parallel, steps
+    from pwcrf_jax.model import segmenter as assembly
+    from pwcrf_jax.runtime import parallel
+    from pwcrf_jax.training import steps
 
     model, size, batch, optimizer = segmenter(), (192, 256), 4, optax.adam(1e-3)
     params, images = shapes(model, size, batch)

@@ -8,9 +8,10 @@ import pathlib
 import numpy as np
 import pytest
 
-from pwcrf_jax import metrics, segmenter
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate
+from pwcrf_jax import metrics
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.model import segmenter
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -151,7 +152,7 @@ def test_potts_scores_are_means_of_the_neighbours(choices, trained):
     """Mean field written out in NumPy: what a node hears is the mean of its neighbours' marginals."""
     config = configs.load(trained / "config.json")
     counts, _ = choices.counts_of_images(config, trained, "val", [choices.Decoding(3.0, 2, potts=True)])
-    model, params, _, dataset = evaluate.load(config, str(trained), "latest", "val")
+    model, params, _, dataset = trained.load(config, str(trained), "latest", "val")
     boxes = dict(model.relations)
     batches = choices.eval_batches(dataset, "val", batch_size=1, size=config.data.eval_size)
     changed = 0

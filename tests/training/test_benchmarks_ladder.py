@@ -14,7 +14,7 @@ import pytest
 import small
 
 from pwcrf_jax import metrics
-from pwcrf_jax.training import config as configs
+from pwcrf_jax.config import settings as configs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CLASSES, IMAGES, K = [0, 2, 3], 30, 4

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import pytest
 from rows import full_but
 
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, parallel, steps
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.prediction import restore
+from pwcrf_jax.runtime import parallel
+from pwcrf_jax.training import steps
 from pwcrf_jax.training.optimizer import make_optimizer, schedule
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -26,7 +28,7 @@ def test_config_builds_and_its_step_is_traced(name):
     configs.validate(config, num_devices=1)
     model = configs.build_model(config)
     tx = make_optimizer(config.optimizer, config.model, config.train.steps)
-    params = evaluate.abstract_params(model)
+    params = restore.abstract_params(model)
     state = jax.eval_shape(lambda p: steps.TrainState(jnp.int32(0), p, tx.init(p)), params)
     batch = {
         "image": jax.ShapeDtypeStruct((1, 1, *config.data.crop_size, 3), jnp.uint8),

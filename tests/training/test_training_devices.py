@@ -12,9 +12,13 @@ import pytest
 import small
 from rows import full_but
 
+from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import load_dataset
-from pwcrf_jax.training import checkpoint, evaluate, loop, parallel, preemption, steps
-from pwcrf_jax.training import config as configs
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.model import losses
+from pwcrf_jax.prediction import restore
+from pwcrf_jax.runtime import checkpoint, parallel, preemption
+from pwcrf_jax.training import loop, steps
 
 STEPS = 50
 # Of the samples of a batch: which share of their rows is void. One device has no label at all if there are eight.
@@ -129,7 +133,7 @@ def _model_and_params(config):
     """With parameters that leave nothing at zero."""
     model = configs.build_model(config)
     noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
-    return model, jax.tree.map(noise, evaluate.init_params(model, 0))
+    return model, jax.tree.map(noise, restore.init_params(model, 0))
 
 
 def test_raw_gradients_against_a_single_device_without_pmap(config):
@@ -140,7 +144,7 @@ def test_raw_gradients_against_a_single_device_without_pmap(config):
 
     def loss(params):
         potentials = model.apply({"params": params}, batch["image"])
-        terms = steps.piecewise_terms(potentials, jnp.asarray(batch["label"]))
+        terms = losses.piecewise_terms(potentials, jnp.asarray(batch["label"]))
         return -sum(total / count for total, count in terms.values())
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(params)

@@ -14,11 +14,12 @@ from jax import export as jax_export
 from PIL import Image
 from rows import full_row
 
-from configs import demo
-from pwcrf_jax import files
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.configs import demo
 from pwcrf_jax.data import DataError
-from pwcrf_jax.training import checkpoint, evaluate, export, inference, predict
-from pwcrf_jax.training import config as configs
+from pwcrf_jax.prediction import export, predict, restore
+from pwcrf_jax.prediction import predictor as inference
+from pwcrf_jax.runtime import checkpoint, files
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = (96, 128)
@@ -35,7 +36,7 @@ def small(**keys):
 
 def random_params(config, seed=0):
     """Of which every layer has a say: pair scores would start at zero."""
-    params = evaluate.init_params(configs.build_model(config), seed)
+    params = restore.init_params(configs.build_model(config), seed)
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
     return jax.tree.unflatten(tree, [x + 0.5 * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
@@ -114,7 +115,7 @@ def test_the_file_gives_the_labels_of_eval_without_the_package(workdir, tmp_path
     assert len(np.unique(loaded["batch"])) > 3
     # The CRF has a say in them.
     config.crf.num_iterations = 0
-    predictor = inference.Predictor(config, *evaluate.restore_params(config, str(workdir))[:2])
+    predictor = inference.Predictor(config, *restore.restore_params(config, str(workdir))[:2])
     assert (next(predictor([(None, images[0])]))[2].labels() != loaded["batch"][0]).mean() > 0.05
 
 
@@ -151,7 +152,7 @@ BACKBONE = {"model.scales": (1.0, 0.5), "model.block6": ((3, 4),), "model.pyrami
 def test_every_model_lowers_for_every_platform(keys):
     config = small(**keys)
     model = configs.build_model(config)
-    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), evaluate.abstract_params(model))
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), restore.abstract_params(model))
     exported = export.lower(export.make_predictor(config, model, params, SIZE), SIZE)
     assert exported.platforms == ("cpu", "cuda", "tpu")
     assert not exported.disabled_safety_checks

@@ -11,10 +11,12 @@ import pytest
 import small
 from rows import full_but
 
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.nets import WeightsError
 from pwcrf_jax.nets.pretrained import KNOWN_FILES
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, freezing, loop, optimizer
+from pwcrf_jax.prediction import restore
+from pwcrf_jax.training import freezing, loop, optimizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 MOBILENET = {"model.backbone": "mobilenet_v2", "model.mobilenet_v2.output": "block_6_project"}
@@ -76,14 +78,12 @@ def test_shipped_configs_need_weights_where_they_freeze(name):
     freezing.check_before_data(config)
 
 
-@pytest.mark.parametrize(
-    "case", full_but(FREEZING, "blocks", "all of the tiny backbone", "the unary", "the relations")
-)
+@pytest.mark.parametrize("case", full_but(FREEZING, "blocks", "all of the tiny backbone", "the unary", "the relations"))
 def test_it_is_true_that_it_stays(case, tmp_path):
     """Against the optimizer itself: exactly what is named gets no update from gradients, in any stage."""
     config = small.config(tmp_path, **FREEZING[case][2] | {"train.steps": 2, "optimizer.weight_decay": 0})
     steps, unary_steps = config.train.steps, configs.unary_steps(config)
-    params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), evaluate.abstract_params(configs.build_model(config)))
+    params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), restore.abstract_params(configs.build_model(config)))
     keys = optimizer.standing_still(config, params, unary_steps)
     moved = jax.tree.map(lambda _: False, params)
     no_relations = config.loss.pairwise_weight == 0  # then they have no gradient
@@ -112,7 +112,7 @@ def test_a_run_makes_it_fit_where_it_has_all_that_is_frozen(given, frozen, tmp_p
     (tmp_path / "run").mkdir()
     frozen.model.input_scaling = "tf"
     configs.save(frozen, tmp_path / "run/config.json")
-    abstract = evaluate.abstract_params(configs.build_model(frozen))
+    abstract = restore.abstract_params(configs.build_model(frozen))
     trained = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
     match given:
         case "the backbone":

@@ -7,11 +7,14 @@ import pytest
 from rows import full_but
 
 from pwcrf_jax import objectives, piecewise
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, loop, parallel, steps
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.model import losses
+from pwcrf_jax.prediction import restore
+from pwcrf_jax.runtime import parallel
+from pwcrf_jax.training import loop, steps
 from pwcrf_jax.training.optimizer import make_optimizer
 
-OTHERS = [name for name in steps.OBJECTIVES if not name.startswith("piecewise")]
+OTHERS = [name for name in losses.OBJECTIVES if not name.startswith("piecewise")]
 
 
 def batch_of(rng, count, size=(32, 48), classes=6):
@@ -27,9 +30,9 @@ def started(config, seed=0, kinds=None):
     model = configs.build_model(config)
     unary_steps = configs.unary_steps(config)
     tx = make_optimizer(config.optimizer, config.model, config.train.steps, unary_steps)
-    params = evaluate.init_params(model, seed)
+    params = restore.init_params(model, seed)
     crf = configs.crf_settings(config)
-    kinds = kinds or (steps.KINDS if unary_steps is None else ("unary",))
+    kinds = kinds or (losses.KINDS if unary_steps is None else ("unary",))
     step = steps.make_train_step(model, tx, config.loss.to_dict(), 0, crf, kinds)
     return step, steps.TrainState(jnp.int32(0), params, tx.init(params))
 
@@ -146,7 +149,7 @@ def test_stages(small, name, features):
     small.model.pairwise_trains_features = True  # staged training does not let them
     small.optimizer.weight_decay = 0.1
     assert configs.unary_steps(small) == 4
-    (first, state), (second, _) = (started(small, kinds=(kind,)) for kind in steps.KINDS)
+    (first, state), (second, _) = (started(small, kinds=(kind,)) for kind in losses.KINDS)
     batches = [batch_of(np.random.default_rng(i), 2) for i in range(12)]
     out = run(first, state, batches[:4])
     out += run(second, out[-1][0], batches[4:])
@@ -167,7 +170,7 @@ def test_stages(small, name, features):
 def test_the_second_stage_starts_as_a_run_does(small, rule):
     """Moments and schedule of the relations begin with their stage, as in a run of their own."""
     small.loss.objective, small.loss.unary_share, small.optimizer.name = "piecewise_staged", 1 / 3, rule
-    params = evaluate.init_params(configs.build_model(small), 0)
+    params = restore.init_params(configs.build_model(small), 0)
     ones = jax.tree.map(jnp.ones_like, params)
     relations = lambda tree: {k: v for k, v in tree.items() if k.startswith("pairwise_")}
     staged = make_optimizer(small.optimizer, small.model, 12, 4)
@@ -288,14 +291,14 @@ def test_relations_on_the_unary_of_another_run(config, trained, tmp_path, featur
 
     Features of their own start as that run's, near which two small steps leave them.
     """
-    source = evaluate.restore_params(configs.load(trained / "config.json"), str(trained))[1]
+    source = restore.restore_params(configs.load(trained / "config.json"), str(trained))[1]
     config.init_from, config.loss.objective, config.loss.unary_share = str(trained), "piecewise_staged", 0.0
     config.model.pairwise_features = features
     config.relations.around = config.relations.surrounding
     config.model.relations = ("above_below", "around")
     config.train.steps, config.train.eval_every, config.optimizer.weight_decay = 2, 0, 0.1
     loop.train_and_evaluate(config, str(tmp_path / "work"))
-    params = evaluate.restore_params(configs.load(tmp_path / "work" / "config.json"), str(tmp_path / "work"))[1]
+    params = restore.restore_params(configs.load(tmp_path / "work" / "config.json"), str(tmp_path / "work"))[1]
     same = lambda name: all(
         np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (source[name], params[name])), strict=True)
     )

@@ -14,24 +14,20 @@ import pytest
 import small
 from rows import full_but
 
-from configs import default
-from pwcrf_jax import pairwise, segmenter
+from pwcrf_jax import pairwise
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.configs import default
+from pwcrf_jax.evaluation import evaluate, tuning
+from pwcrf_jax.model import segmenter
 from pwcrf_jax.nets import grid_size
+from pwcrf_jax.prediction import export, restore
+from pwcrf_jax.prediction import predictor as inference
 from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING
-from pwcrf_jax.training import (
-    checkpoint,
-    evaluate,
-    export,
-    inference,
-    loop,
-    parallel,
-    report,
-    report_parts,
-    steps,
-    tuning,
-)
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training.logs import log
+from pwcrf_jax.report import collect
+from pwcrf_jax.report import parts as report_parts
+from pwcrf_jax.runtime import checkpoint, parallel
+from pwcrf_jax.runtime.logs import log
+from pwcrf_jax.training import loop, steps
 from pwcrf_jax.training.optimizer import make_optimizer
 from reference import crf_oracle
 
@@ -106,7 +102,7 @@ def reports(config, model, params):
     fn = parallel.pmap_eval(report_parts.make_step(config, model), devices=jax.devices()[:1], per_image=True)
     _, figures = jax.eval_shape(fn, params, evaluation_batch(config))
     unary, parts, mask = jax.tree.map(lambda x: spec(x.dtype, *x.shape[2:]), figures["nodes"])
-    page = report.Report.__new__(report.Report)
+    page = collect.Report.__new__(collect.Report)
     page._wanted = 1
     page.start(config, model, params, types.SimpleNamespace(num_classes=config.data.num_classes))
     layers = {
@@ -169,7 +165,7 @@ def test_every_path_of_a_shipped_config_has_the_offsets_of_the_crop(name, varian
     configs.save(config, tmp_path / "config.json")
     config = configs.load(tmp_path / "config.json")
     model = configs.build_model(config)
-    params = evaluate.abstract_params(model)
+    params = restore.abstract_params(model)
     for path in PATHS:
         seen.clear()
         path(config, model, params)
@@ -189,7 +185,7 @@ def test_every_objective_has_the_offsets_of_the_run(objective, seen):
     configs.keep_offsets(config)
     config.loss.objective, config.data.crop_size = objective, (160, 240)
     model = configs.build_model(config)
-    trains(config, model, evaluate.abstract_params(model))
+    trains(config, model, restore.abstract_params(model))
     assert set(seen) == wanted
 
 
@@ -285,7 +281,7 @@ def test_nothing_else_makes_offsets_of_the_map_that_comes_in():
         for path in (ROOT / "pwcrf_jax").rglob("*.py")
         if "relations import" in (text := path.read_text()) and "offsets(" in text.replace("_offsets(", "")
     ]
-    assert users == ["pwcrf_jax/training/config.py"]
+    assert users == ["pwcrf_jax/config/settings.py"]
     assert inspect.getsource(configs).count("offsets(box, *grid)") == 1
 
 

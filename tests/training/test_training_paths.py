@@ -15,12 +15,13 @@ import small
 from absl import flags
 from rows import full_but, full_row
 
-from pwcrf_jax import files
+from pwcrf_jax.cli import command
+from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import check, load_dataset
-from pwcrf_jax.files import FileError, expand_path
-from pwcrf_jax.streams import naming_stdout, say
-from pwcrf_jax.training import cli, loop
-from pwcrf_jax.training import config as configs
+from pwcrf_jax.runtime import files
+from pwcrf_jax.runtime.files import FileError, expand_path
+from pwcrf_jax.runtime.streams import naming_stdout, say
+from pwcrf_jax.training import loop
 
 ROOT = pathlib.Path(__file__).parents[2]
 URLS = ["gs://bucket/run", "s3://b/k", "hdfs://host:9000/a", "https://x.org/a.h5", "file:///x", "GS://b", "gs:/b/x",
@@ -81,17 +82,17 @@ def test_a_user_whom_nobody_knows(monkeypatch):
         expand_path("~/run", "--workdir")
 
 
-@pytest.mark.parametrize("flag", cli.PATHS)
+@pytest.mark.parametrize("flag", command.PATHS)
 @pytest.mark.parametrize("dashes", ["-", "--"])
 def test_every_flag_that_names_a_path(flag, dashes, monkeypatch):
     monkeypatch.setenv("HOME", "/users/me")
     argv = ["eval.py", f"{dashes}{flag}=~/a", f"{dashes}{flag}", "~/b", f"{dashes}{flag}=c", f"{dashes}{flag}"]
-    cli._expand_paths(argv)
+    command._expand_paths(argv)
     assert argv == ["eval.py", f"{dashes}{flag}=/users/me/a", f"{dashes}{flag}", "/users/me/b", f"{dashes}{flag}=c",
                     f"{dashes}{flag}"]  # fmt: skip
     for words in ([f"{dashes}{flag}=s3://a/b"], [f"{dashes}{flag}", "s3://a/b"]):
         with pytest.raises(FileError, match=f"{dashes}{flag}=s3://a/b: only local"):
-            cli.parse(["eval.py", *words])
+            command.parse(["eval.py", *words])
 
 
 def test_no_flag_that_names_a_path_is_forgotten():
@@ -104,9 +105,9 @@ def test_no_flag_that_names_a_path_is_forgotten():
             [sys.executable, "-c", code.format(script)], cwd=ROOT, capture_output=True, text=True, check=True
         )
         found |= set(done.stdout.split())
-    assert {"workdir", "output", "images"} <= found <= {*cli.PATHS, "export_size"}
+    assert {"workdir", "output", "images"} <= found <= {*command.PATHS, "export_size"}
     keys = {f"config.{key}" for key, kind in configs.schema.SCHEMA.items() if isinstance(kind, configs.schema.Path)}
-    assert keys == {name for name in cli.PATHS if "." in name}
+    assert keys == {name for name in command.PATHS if "." in name}
 
 
 @pytest.mark.parametrize("key", ["init_from", "data.source_dir", "data.data_dir"])
@@ -154,9 +155,9 @@ def test_paths_in_a_file_of_flags(given, form, tmp_path, monkeypatch):
         argv = ["eval.py", *form]
         if refusal and "flagfile" not in text:
             with pytest.raises(FileError, match=refusal):
-                cli.parse(argv, _flag_values())
+                command.parse(argv, _flag_values())
         else:
-            cli.parse(argv, values if not refusal else _flag_values(), seen.append)
+            command.parse(argv, values if not refusal else _flag_values(), seen.append)
             assert {"--workdir=/users/me/a", "-workdir=/users/me/a"} & set(seen[0]) or "/users/me/a" in seen[0]
     assert values.workdir == "/users/me/a"
 
@@ -171,7 +172,7 @@ def _flag_values():
 
 def test_a_file_of_flags_that_is_not_there():
     with pytest.raises(configs.ConfigError, match="flagfile.*gs://x") as error:
-        cli.parse(["eval.py", "--flagfile=gs://x"], _flag_values())
+        command.parse(["eval.py", "--flagfile=gs://x"], _flag_values())
     assert "\n" not in str(error.value)
 
 
@@ -202,7 +203,7 @@ def test_output_that_cannot_be_written(words):
     """In one line, and not once more when Python ends. Only what is written there is told by its name."""
     code = "import os; from absl import flags; from pwcrf_jax.training import cli; "
     code += "flags.DEFINE_string('workdir', '', ''); "
-    code += f"flags.DEFINE_string('config', '', ''); cli.run(lambda _: {words})"
+    code += f"flags.DEFINE_string('config', '', ''); command.run(lambda _: {words})"
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
     where = {"open": r"/a/b cannot be used \(No such", "os.k": r"the system refused .* \(No such process"}.get(
@@ -243,7 +244,7 @@ def test_what_others_raise_is_not_of_standard_output(error, monkeypatch):
         print("text")
         raise error
     if getattr(error, "errno", None):
-        said = str(cli._of_system(raised.value))
+        said = str(command._of_system(raised.value))
         assert "test_training_paths.py, line" in said and error.strerror in said and "standard" not in said
 
 

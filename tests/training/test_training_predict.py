@@ -15,12 +15,16 @@ from layouts import voc
 from PIL import Image
 from rows import full_row
 
-from configs import voc_vgg16
-from pwcrf_jax import segmenter
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.configs import voc_vgg16
 from pwcrf_jax.data import DataError, load_dataset
-from pwcrf_jax.data.synthetic import generate_scene
-from pwcrf_jax.training import checkpoint, evaluate, image_files, inference, loop, predict, refinement, tiling
-from pwcrf_jax.training import config as configs
+from pwcrf_jax.data.sets.synthetic import generate_scene
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.model import segmenter
+from pwcrf_jax.prediction import image_files, predict, refinement, restore, tiling
+from pwcrf_jax.prediction import predictor as inference
+from pwcrf_jax.runtime import checkpoint
+from pwcrf_jax.training import loop
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -28,7 +32,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 @pytest.fixture(scope="session")
 def wide(tmp_path_factory):
     """Workdir of a short run of a network whose cells see far beyond themselves, on crops of 96 x 128."""
-    from configs import demo
+    from pwcrf_jax.configs import demo
 
     config, base = demo.get_config(), tmp_path_factory.mktemp("wide")
     config.data.data_dir = str(base / "prepared")
@@ -53,7 +57,7 @@ def predictor_of(workdir, **changes):
 def _predictor(workdir, changes):
     config = configs.load(workdir / "config.json")
     config.update_from_flattened_dict(dict(changes))
-    model, params, _ = evaluate.restore_params(config, str(workdir))
+    model, params, _ = restore.restore_params(config, str(workdir))
     return inference.Predictor(config, model, params)
 
 
@@ -479,7 +483,7 @@ def test_submission_of_a_split_without_labels(tmp_path):
     config.model.backbone, config.model.hidden, config.model.scales, config.model.block6 = "tiny", 4, (1.0,), ()
     config.model.input_scaling = "tf"
     work = tmp_path / "work"
-    params = evaluate.init_params(configs.build_model(config), 0)
+    params = restore.init_params(configs.build_model(config), 0)
     with checkpoint.Store(str(work / "best"), configs.identity(config), 1) as store:
         store.save(1, {"params": params}, {})
         store.wait()

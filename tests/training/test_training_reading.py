@@ -7,11 +7,14 @@ import pytest
 import small
 from rows import full_but
 
-from pwcrf_jax import segmenter
-from pwcrf_jax.data.common import MEAN_COLOUR
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.data.readers.image_io import MEAN_COLOUR
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.model import segmenter
 from pwcrf_jax.nets import grid_size
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, export, inference, parallel, tiling
+from pwcrf_jax.prediction import export, restore, tiling
+from pwcrf_jax.prediction import predictor as inference
+from pwcrf_jax.runtime import parallel
 
 UINT8, INT32 = np.uint8, np.int32
 
@@ -30,7 +33,7 @@ def random_params(model):
     """Of which every layer has a say: last layers start at zero."""
     rng = np.random.default_rng(0)
     return jax.tree.map(
-        lambda x: np.asarray(x) + rng.normal(0, 0.4, x.shape).astype(np.float32), evaluate.init_params(model, 0)
+        lambda x: np.asarray(x) + rng.normal(0, 0.4, x.shape).astype(np.float32), restore.init_params(model, 0)
     )
 
 

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 from pwcrf_jax import dense_crf
-from pwcrf_jax.training import checkpoint, evaluate, refinement, steps, tuning
-from pwcrf_jax.training import config as configs
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate, tuning
+from pwcrf_jax.prediction import refinement, restore
+from pwcrf_jax.runtime import checkpoint
+from pwcrf_jax.training import steps
 
 ROOT = pathlib.Path(__file__).parents[2]
 K = 4
@@ -46,7 +49,7 @@ def sample(sizes, frame, grid=(8, 12), seed=0):
 
 def by_hand(marginals, batch, params, num_iterations):
     """One image after the other at its own size, without frames."""
-    from pwcrf_jax import segmenter
+    from pwcrf_jax.model import segmenter
 
     total = 0
     for log_marginals, image, label, size in zip(marginals, *batch.values(), strict=True):
@@ -217,7 +220,7 @@ def test_kernels_tried_again_are_no_trials(config, tmp_path, monkeypatch, max_tr
 
 def test_each_candidate_is_scored_with_its_own_weights_and_iterations(searched):
     config, workdir = searched
-    model, params, _, dataset = evaluate.load(config, str(workdir), "best", "val[:8]")
+    model, params, _, dataset = restore.load(config, str(workdir), "best", "val[:8]")
     names = configs.crf_relations(config)
     candidates = [(0.0, 3.0, 2), (50.0, 50.0, 1), (50.0, 50.0, 5), (0.0, 0.0, 2), (7.0, 90.0, 2)]
     found = tuning._score_messages(config, model, params, dataset, "val[:8]", names, candidates, "")
@@ -266,7 +269,7 @@ def test_other_settings_start_another_search(searched):
     config.crf.num_iterations = 1
     tuning.tune(config, str(workdir), "best", "val[8:]", "spatial", 1)
     assert len(list((workdir / "tuning").iterdir())) == 3
-    _, params, step, dataset = evaluate.load(config, str(workdir), "best", "val")
+    _, params, step, dataset = restore.load(config, str(workdir), "best", "val")
     folder = lambda p: tuning._folder(config, str(workdir), p, dataset, "val", step)
     assert folder(params) == folder(jax.tree.map(np.copy, params))
     assert folder(params) != folder(jax.tree.map(lambda x: x + 1, params)), "trained again, with as many steps"
@@ -283,7 +286,7 @@ def test_nothing_is_chosen_on_a_test_split(searched, split):
 def test_the_kept_marginals_are_those_of_the_chosen_weights(searched):
     config, workdir = searched
     weights = (0.0, 3.0)
-    model, params, _, dataset = evaluate.load(config, str(workdir), "best", "val[:8]")
+    model, params, _, dataset = restore.load(config, str(workdir), "best", "val[:8]")
     (workdir / "kept").mkdir()
     files = tuning._marginals(config, model, params, dataset, "val[:8]", str(workdir / "kept"), weights, 2, "all")
     config.crf.weights, config.crf.num_iterations = weights, 2

@@ -6,9 +6,13 @@ import numpy as np
 import optax
 import pytest
 
-from pwcrf_jax import nets, piecewise, segmenter
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, inference, loop, parallel, steps, tuning
+from pwcrf_jax import nets, piecewise
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate, tuning
+from pwcrf_jax.model import losses, segmenter
+from pwcrf_jax.prediction import predictor, restore
+from pwcrf_jax.runtime import parallel
+from pwcrf_jax.training import loop, steps
 
 LAYERS = ("conv1", "conv3")
 
@@ -110,7 +114,7 @@ def test_refused_with_objectives_that_do_not_train_them(fine):
 def test_their_loss_moves_nothing_else(fine):
     """The term is the log-likelihood of sharpened unary marginals at fine cells; its gradient stays in the convs."""
     model = configs.build_model(fine)
-    params = evaluate.init_params(model, 0)
+    params = restore.init_params(model, 0)
     rng = np.random.default_rng(0)
     params["refinement_convs"] = jax.tree.map(
         lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), params["refinement_convs"]
@@ -120,7 +124,7 @@ def test_their_loss_moves_nothing_else(fine):
 
     def term(params):
         potentials = model.apply({"params": params}, image)
-        total, count = steps.piecewise_terms(potentials, labels)["refinement_convs"]
+        total, count = losses.piecewise_terms(potentials, labels)["refinement_convs"]
         return total, (count, potentials)
 
     (total, (count, potentials)), grads = jax.jit(jax.value_and_grad(term, has_aux=True, allow_int=True))(params)
@@ -142,7 +146,7 @@ def test_relations_have_a_class_balance_of_their_own(fine):
     batch["valid_size"] = np.array([[64, 96]] * 2, np.int32)
     fine.crf.num_iterations = 1
     model = configs.build_model(fine)
-    params = evaluate.init_params(model, 0)
+    params = restore.init_params(model, 0)
     params = jax.tree.map(lambda x: x + rng.normal(0, 0.3, x.shape).astype(x.dtype), params)
     tx = optax.sgd(0.0)
 
@@ -175,12 +179,12 @@ def test_relations_have_a_class_balance_of_their_own(fine):
 
 def test_staged_they_train_with_the_relations(fine, trained, tmp_path):
     """On a run without them: its unary stands still; a model without relations may train them alone."""
-    source = evaluate.restore_params(configs.load(trained / "config.json"), str(trained))[1]
+    source = restore.restore_params(configs.load(trained / "config.json"), str(trained))[1]
     fine.init_from, fine.loss.objective, fine.loss.unary_share = str(trained), "piecewise_staged", 0.0
     fine.model.relations = ()
     fine.train.steps, fine.train.eval_every, fine.optimizer.weight_decay = 2, 0, 0.1
     loop.train_and_evaluate(fine, str(tmp_path / "work"))
-    params = evaluate.restore_params(configs.load(tmp_path / "work" / "config.json"), str(tmp_path / "work"))[1]
+    params = restore.restore_params(configs.load(tmp_path / "work" / "config.json"), str(tmp_path / "work"))[1]
     for name in ("featmap", "unary"):
         jax.tree.map(np.testing.assert_array_equal, source[name], params[name])
     assert np.any(params["refinement_convs"]["last"]["kernel"])
@@ -199,7 +203,7 @@ def test_evaluation_has_a_row_and_the_best_is_by_it(ran):
 def test_predictions_are_those_of_evaluation(ran):
     """One tile: log-probabilities of the pixels against the model applied by hand."""
     workdir, config = ran
-    model, params, _ = evaluate.restore_params(config, str(workdir), "latest")
+    model, params, _ = restore.restore_params(config, str(workdir), "latest")
     height, width = config.data.eval_size
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     potentials = model.apply({"params": params}, image[None])
@@ -209,7 +213,7 @@ def test_predictions_are_those_of_evaluation(ran):
     log_marginals, _ = segmenter.infer(potentials, list(weights), list(weights.values()), 3, 0.0, True, mask)
     sharp = segmenter.sharpen(log_marginals, potentials.correction, mask)
     want = jax.nn.log_softmax(segmenter.upsample(sharp, height, width))[0]
-    ((_, _, marginals),) = inference.Predictor(config, model, params)([("x", image)])
+    ((_, _, marginals),) = predictor.Predictor(config, model, params)([("x", image)])
     np.testing.assert_allclose(marginals.log_probs(), want, atol=2e-4)
     assert np.abs(np.asarray(sharp - segmenter.upsample(log_marginals, *sharp.shape[1:3]))).max() > 1e-3
 
@@ -220,7 +224,7 @@ def test_tiles_say_what_one_tile_says(ran):
     config = config.copy_and_resolve_references()
     config.model.scales = (1.0,)
     model = configs.build_model(config)
-    params = evaluate.init_params(model, 1)
+    params = restore.init_params(model, 1)
     rng = np.random.default_rng(1)
     params["refinement_convs"]["last"]["kernel"] = rng.normal(0, 1, (4, 6)).astype(np.float32)
     params = jax.tree.map(jnp.asarray, params)
@@ -229,7 +233,7 @@ def test_tiles_say_what_one_tile_says(ran):
     read = {}
     for size in ((256, 384), (128, 192)):
         config.tiles.size = size
-        ((_, _, marginals),) = inference.Predictor(config, model, params)([("x", image)])
+        ((_, _, marginals),) = predictor.Predictor(config, model, params)([("x", image)])
         read[size] = marginals.log_probs()
     near = np.abs(read[256, 384] - read[128, 192]).max(-1)
     assert np.median(near) < 1e-4

@@ -11,11 +11,13 @@ import pytest
 from PIL import Image
 from rows import full_row
 
-from configs import camvid_mobilenet_v2
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.configs import camvid_mobilenet_v2
 from pwcrf_jax.data import DataError
+from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.nets import WeightsError
-from pwcrf_jax.training import checkpoint, evaluate, loop, steps
-from pwcrf_jax.training import config as configs
+from pwcrf_jax.runtime import checkpoint
+from pwcrf_jax.training import loop, steps
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -17,11 +17,12 @@ import pytest
 from rows import full_row
 
 import pwcrf_jax as pw
-from pwcrf_jax import segmenter
+from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import eval_batches
-from pwcrf_jax.files import FileError
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, report
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.model import segmenter
+from pwcrf_jax.report import collect
+from pwcrf_jax.runtime.files import FileError
 
 ROOT = pathlib.Path(__file__).parents[2]
 ABOUT = dict(step=1, checkpoint="best", refine="off")
@@ -38,7 +39,7 @@ def unpacked(packed, *shape):
 
 
 def collected(config, model, params, dataset, file, refine="off", **options):
-    page = report.Report(str(file), **options)
+    page = collect.Report(str(file), **options)
     fn = page.start(config, model, params, dataset)
     result = evaluate.evaluate_params(fn, params, dataset, "val", config, refine, report=page) | ABOUT
     page.write(result | dict(refine=refine))
@@ -50,7 +51,7 @@ def run(trained):
     """(config, model, params, data set) of a run whose pair networks say something."""
     config = configs.load(trained / "config.json")
     config.crf.weights = (0.5, 2.0)
-    model, params, _, dataset = evaluate.load(config, str(trained), "best", "val")
+    model, params, _, dataset = trained.load(config, str(trained), "best", "val")
     rng = np.random.default_rng(0)
     for name in config.model.relations:
         layer = params[f"pairwise_{name}"]
@@ -61,7 +62,7 @@ def run(trained):
 
 @pytest.fixture(scope="module")
 def page(run, tmp_path_factory):
-    """(result, embedded data, `report.Report`) of the run."""
+    """(result, embedded data, `collect.Report`) of the run."""
     file = tmp_path_factory.mktemp("page") / "new" / "report.html"
     return collected(*run, file, images=6, inspected=3)
 
@@ -139,16 +140,16 @@ def test_compatibilities_are_mean_scores(run, page, by_api):
 
 def test_padding_has_no_edges(by_api):
     """Hidden units are summed where both ends are in the mask, whatever the other cells hold."""
-    from pwcrf_jax.training import report_parts
+    from pwcrf_jax.report import parts
 
     *_, potentials, mask = by_api
     potential = potentials.pairwise["above_below"]
     cut = np.asarray(mask).copy()
     cut[:, 7:] = cut[:, :, 5:] = False
     poisoned = jnp.where(cut[..., None], potential.a, jnp.nan)
-    total, count = report_parts._sum_of_hidden(dataclasses.replace(potential, a=poisoned), jnp.asarray(cut))
+    total, count = parts._sum_of_hidden(dataclasses.replace(potential, a=poisoned), jnp.asarray(cut))
     small = dataclasses.replace(potential, a=potential.a[:, :7, :5], b=potential.b[:, :7, :5])
-    whole, fewer = report_parts._sum_of_hidden(small, jnp.ones((10, 7, 5), bool))
+    whole, fewer = parts._sum_of_hidden(small, jnp.ones((10, 7, 5), bool))
     np.testing.assert_allclose(total, whole, rtol=1e-5)
     np.testing.assert_array_equal(count, fewer)
 
@@ -258,9 +259,9 @@ def test_one_relation_and_augmentation(run, tmp_path):
     config, model, params, dataset = run
     config = config.copy_and_resolve_references()
     config.crf.relations, config.crf.weights, config.tta.flip = ("above_below",), (1.0,), True
-    from pwcrf_jax.training import inference
+    from pwcrf_jax.prediction import predictor as inference
 
-    page = report.Report(str(tmp_path / "a.html"))
+    page = collect.Report(str(tmp_path / "a.html"))
     fn = page.start(config, model, params, dataset)
     predictor = inference.Predictor(config, model, params)
     result = evaluate.evaluate_params(fn, params, dataset, "val", config, predictor=predictor, report=page)
@@ -285,18 +286,18 @@ def test_without_relations(run, tmp_path):
 
 
 def test_without_iterations(run, by_api):
-    from pwcrf_jax.training import report_parts
+    from pwcrf_jax.report import parts
 
     crf = configs.crf_settings(run[0]) | dict(num_iterations=0)
     *_, potentials, mask = by_api
-    before, after, added, counts = report_parts.last_update(potentials.unary[0], {}, mask[0], {}, {}, crf)
+    before, after, added, counts = parts.last_update(potentials.unary[0], {}, mask[0], {}, {}, crf)
     np.testing.assert_allclose(before, jax.nn.log_softmax(potentials.unary[0]), rtol=1e-6)
     assert np.all(before == after) and not added and not counts
 
 
 def test_many_classes_leave_fewer_images_to_inspect(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "INSPECTOR_BYTES", 30_000)
-    page = report.Report(str(tmp_path / "a.html"), images=4, inspected=4)
+    monkeypatch.setattr(collect, "INSPECTOR_BYTES", 30_000)
+    page = collect.Report(str(tmp_path / "a.html"), images=4, inspected=4)
     page.start(*run)
     # 12 x 16 cells, 6 classes, unary, after and two relations, two bytes each, in base64.
     assert page._room == 30_000 // (12 * 16 * 6 * 4 * 2 * 4 // 3) == 2
@@ -315,12 +316,12 @@ def test_a_page_of_noisy_images_stays_small(run, tmp_path):
     names, colours = [f"class {i}" for i in range(k)], rng.integers(0, 256, (k, 3))
     palette = colours.tolist()
     dataset = types.SimpleNamespace(name="made up", num_classes=k, class_names=names, palette=palette)
-    page = report.Report(str(tmp_path / "a.html"))
+    page = collect.Report(str(tmp_path / "a.html"))
     page.start(config, model, params, dataset)
     page._order, grid = stages[:3], page._grid
 
     def cells():
-        packed = lambda low, high, scale, *more: report._packed(rng.integers(low, high, (*grid, *more)) / scale, scale)
+        packed = lambda low, high, scale, *more: collect._packed(rng.integers(low, high, (*grid, *more)) / scale, scale)
         return dict(
             grid=list(grid),
             **{key: packed(0, 1001, 1000, k) for key in ("unary", "after")},
@@ -358,7 +359,7 @@ def test_a_page_of_noisy_images_stays_small(run, tmp_path):
 def test_extremes(limit):
     rng, made = np.random.default_rng(limit), []
     for number in (0, 1, 4, 30):
-        kept, gains = report.Extremes(limit), rng.integers(0, 9, number).astype(float)
+        kept, gains = collect.Extremes(limit), rng.integers(0, 9, number).astype(float)
         for i, gain in enumerate(gains):
             kept.offer(gain, i, lambda i=i: made.append(i) or i)
         order = sorted(range(number), key=lambda i: (gains[i], i))
@@ -370,23 +371,23 @@ def test_extremes(limit):
 
 def test_numbers_are_rounded_not_clipped():
     for x, kind in (([0, 2.554], "uint8"), ([-1.256, 300.0], "int16"), ([-400.0, 1], "int32")):
-        packed = report._packed(x, 100)
+        packed = collect._packed(x, 100)
         assert packed["type"] == kind
         np.testing.assert_allclose(unpacked(packed, 2), x, atol=0.00501)
 
 
 def test_what_cannot_work_is_refused_first(tmp_path):
     with pytest.raises(FileError, match="cannot be written"):
-        report.Report(str(tmp_path))
+        collect.Report(str(tmp_path))
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match="cannot be written"):
-        report.Report(str(tmp_path / "file" / "report.html"))
+        collect.Report(str(tmp_path / "file" / "report.html"))
     with pytest.raises(configs.ConfigError, match="report_inspect=3"):
-        report.Report(str(tmp_path / "a.html"), images=2, inspected=3)
-    page = lambda **options: report.Report(str(tmp_path / "a.html"), **options)
+        collect.Report(str(tmp_path / "a.html"), images=2, inspected=3)
+    page = lambda **options: collect.Report(str(tmp_path / "a.html"), **options)
     assert [page(images=n)._wanted for n in (0, 3, 12, 100)] == [0, 3, 12, 12], "the default fits the gallery"
     assert page(inspected=20)._wanted == 20
-    assert report.default_file("work", "val[:20]") == "work/report_val__20_.html"
+    assert collect.default_file("work", "val[:20]") == "work/report_val__20_.html"
 
 
 def script(*words):

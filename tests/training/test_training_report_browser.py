@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 import pwcrf_jax as pw
-from pwcrf_jax import segmenter
+from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import eval_batches
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, report
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.model import segmenter
+from pwcrf_jax.report import collect
 
 pytestmark = pytest.mark.slow
 LONG_NAME = "a_class_whose_name_has_no_space_and_sixty_characters_in_total"
@@ -42,7 +43,7 @@ def chromium():
 @pytest.fixture(scope="module")
 def run(trained):
     config = configs.load(trained / "config.json")
-    model, params, _, dataset = evaluate.load(config, str(trained), "best", "val")
+    model, params, _, dataset = trained.load(config, str(trained), "best", "val")
     rng = np.random.default_rng(0)
     for name in config.model.relations:
         layer = params[f"pairwise_{name}"]
@@ -58,7 +59,7 @@ def written(run, tmp_path_factory):
     dataset.class_names = (*dataset.class_names[:2], LONG_NAME, *dataset.class_names[3:])
     config = config.copy_and_resolve_references()
     config.refine.num_iterations = 2
-    page = report.Report(str(tmp_path_factory.mktemp("page") / "a report.html"), images=10, inspected=4)
+    page = collect.Report(str(tmp_path_factory.mktemp("page") / "a collect.html"), images=10, inspected=4)
     fn = page.start(config, model, params, dataset)
     result = evaluate.evaluate_params(fn, params, dataset, "val", config, "spatial", report=page)
     result |= dict(step=1, checkpoint="best", refine="spatial")
@@ -258,7 +259,7 @@ def test_a_page_of_a_unary_alone(chromium, run, tmp_path):
     config = config.copy_and_resolve_references()
     config.model.relations, config.crf.weights = (), (1.0,)
     params = {name: tree for name, tree in params.items() if not name.startswith("pairwise")}
-    page = report.Report(str(tmp_path / "unary.html"), images=2, inspected=1)
+    page = collect.Report(str(tmp_path / "unary.html"), images=2, inspected=1)
     fn = page.start(config, configs.build_model(config), params, dataset)
     result = evaluate.evaluate_params(fn, params, dataset, "val", config, report=page)
     page.write(result | dict(step=1, checkpoint="best", refine="off"))
@@ -285,7 +286,7 @@ def test_a_page_without_iterations(chromium, run, tmp_path):
     config, model, params, dataset = run
     config = config.copy_and_resolve_references()
     config.crf.num_iterations = 0
-    page = report.Report(str(tmp_path / "none.html"), images=2)
+    page = collect.Report(str(tmp_path / "none.html"), images=2)
     fn = page.start(config, model, params, dataset)
     result = evaluate.evaluate_params(fn, params, dataset, "val", config, report=page)
     page.write(result | dict(step=1, checkpoint="best", refine="off"))

@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 from rows import full_but
 
-from pwcrf_jax.training import checkpoint, evaluate, loop
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training.logs import log
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.prediction import restore
+from pwcrf_jax.runtime import checkpoint
+from pwcrf_jax.runtime.logs import log
+from pwcrf_jax.training import loop
 
 
 def _params(workdir, config, folder="checkpoints"):
     model = configs.build_model(config)
     config = configs.load(workdir / "config.json")  # with the input scaling settled
     with checkpoint.Store(str(workdir / folder), configs.identity(config)) as store:
-        trees, meta = store.restore({"params": evaluate.abstract_params(model)})
+        trees, meta = store.restore({"params": restore.abstract_params(model)})
     return trees["params"], meta
 
 
@@ -104,7 +107,7 @@ def test_table_of_one_relation_and_of_none(config, tmp_path):
 
 
 def test_a_user_defined_relation_by_config(config, tmp_path):
-    from configs.default import relation
+    from pwcrf_jax.configs.default import relation
 
     config.relations.left_right = relation(rows=(-1, 1), cols=(-3, -1), unit="cells")
     config.model.relations = ("left_right",)

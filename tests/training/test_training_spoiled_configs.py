@@ -15,9 +15,9 @@ from absl import flags
 from ml_collections import config_flags
 from rows import full_row
 
-from configs import default
-from pwcrf_jax.training import cli
-from pwcrf_jax.training import config as configs
+from pwcrf_jax.cli import command as cli
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.configs import default
 
 ROOT = pathlib.Path(__file__).parents[2]
 DEFAULTS = dict(configs._flat(default.get_config()))
@@ -204,7 +204,7 @@ def test_section_that_is_a_value(section, tmp_path):
     assert "must be a section" in refusal(lambda: configs.validate(config, num_devices=1), section)
 
 
-HEAD = "from configs import default\ndef get_config():\n    c = default.get_config()\n"
+HEAD = "from pwcrf_jax.configs import default\ndef get_config():\n    c = default.get_config()\n"
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,13 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 from tqdm import tqdm
 
+from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import load_dataset
-from pwcrf_jax.files import FileError
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import dry_run, evaluate, inference, logs, loop, pictures
+from pwcrf_jax.prediction import predictor, restore
+from pwcrf_jax.report import pictures
+from pwcrf_jax.runtime import logs
+from pwcrf_jax.runtime.files import FileError
+from pwcrf_jax.training import dry_run, loop
 
 ROOT = Path(__file__).resolve().parents[2]
 TAG = "val/image_truth_unary_all"
@@ -71,11 +74,11 @@ def test_the_panel_shows_images_truth_and_predictions(trained, config, tmp_path)
     chosen = pictures.chosen(len(source), config.eval.batch_size, 4)
     assert chosen == [0, 1, 8, 9]
     stored = configs.load(trained / "config.json")
-    model, params, step = evaluate.restore_params(stored, str(trained), "latest")
+    model, params, step = restore.restore_params(stored, str(trained), "latest")
     assert step == 1
     alone = stored.copy_and_resolve_references()
     alone.crf.num_iterations = 0
-    ways = [inference.Predictor(c, model, params) for c in (alone, stored)]
+    ways = [predictor.Predictor(c, model, params) for c in (alone, stored)]
     for i, row, later in zip(chosen, cells(shown[1], 192, 256), cells(shown[2], 192, 256), strict=True):
         record = source[i]
         assert len(row) == 4
@@ -229,7 +232,7 @@ def test_dry_run_leaves_its_picture_alone(config, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [p.name for p in (tmp_path / "work").iterdir()] == ["dry_run.png"]
     model = configs.build_model(config)
-    leaves = jax.tree.leaves(evaluate.abstract_params(model))
+    leaves = jax.tree.leaves(restore.abstract_params(model))
     assert re.search(rf"^all +{sum(x.size for x in leaves):,}$", done.stdout, re.MULTILINE)
     hidden = rf"{config.train.batch_size // jax.device_count()} x 6 x 8 x {config.model.hidden} float32"
     assert re.search(rf"^unary/first +{hidden} +bias 8, kernel 8 x 8 +72$", done.stdout, re.MULTILINE)
@@ -279,7 +282,7 @@ def test_help_shows_every_flag_with_default_and_example(script, argument):
     usage, _, text = done.stdout.partition("\nFlags:\n\n")
     assert f"    python {script} " in usage
     ours = text.partition("\n\n")[0]
-    sources = (ROOT / script).read_text() + (ROOT / "pwcrf_jax/training/distributed.py").read_text()
+    sources = (ROOT / script).read_text() + (ROOT / "pwcrf_jax/runtime/distributed.py").read_text()
     names = re.findall(r'flags\.DEFINE_\w+\(\s*"([\w-]+)"', sources)
     names = [name for name in names if script == "train.py" or name != "config"]
     assert names
@@ -291,7 +294,7 @@ def test_help_shows_every_flag_with_default_and_example(script, argument):
         assert re.search(rf"--(no)?{name}\b", example), block
         assert {re.sub("^no", "", x) for x in re.findall(r"--([\w-]+)", example)} <= {*names, "config", "tuned"}
     if argument == "--helpfull":
-        for key, value in configs._flat(__import__("configs.default").default.get_config()):
+        for key, value in configs._flat(__import__("pwcrf_jax.configs.default").default.get_config()):
             if not key.startswith("relations."):
                 assert f"--config.{key}=" in text, (key, value)
         assert "Flags of libraries" in text and "--verbosity" in text

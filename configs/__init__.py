@@ -1,0 +1,1 @@
+"""Configuration files: each has a `get_config()`; `default.py` holds every key."""

@@ -1,0 +1,121 @@
+"""What `report` computes on the devices: figures of each image beside the evaluation's sums, and the last messages."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pwcrf_jax import mean_field, pairwise, piecewise
+from pwcrf_jax.config import settings as configs
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.model import segmenter
+
+
+class Pixels(NamedTuple):
+    """What one stage says of an image, [H, W]: labels uint8; confidence and entropy float32, the best probability and
+    the share of log K."""
+
+    labels: np.ndarray
+    confidence: np.ndarray
+    entropy: np.ndarray
+
+
+def make_step(config, model):
+    """The evaluation step of a config that returns (sums, figures of each image) for `parallel.pmap_eval`."""
+    inner = evaluate.eval_step(config, model, "all")
+    names = configs.crf_relations(config)
+
+    def step(params, batch):
+        sums, log_marginals = inner(params, batch)
+        potentials = model.apply({"params": params}, batch["image"])  # XLA finds that it has it already
+        size, grid = batch["label"].shape[1:3], potentials.unary.shape[1:3]
+        mask = segmenter.grid_mask(batch["valid_size"], grid, size)
+        maps = {"unary": (mean_field.init(potentials.unary), mask)}
+        if names:
+            maps["all"] = log_marginals, mask
+        if potentials.correction is not None:
+            sharp = segmenter.sharpen(log_marginals, potentials.correction, mask)
+            maps["convs"] = sharp, segmenter.grid_mask(batch["valid_size"], sharp.shape[1:3], size)
+        pairs = {name: potentials.pairwise[name] for name in names}
+        return sums, dict(
+            pixels={row: _pixels(segmenter.upsample(x, *size, of)) for row, (x, of) in maps.items()},
+            final=list(maps.values())[-1][0],
+            hidden={name: _sum_of_hidden(pair, mask) for name, pair in pairs.items()},
+            nodes=(potentials.unary, {name: (pair.a, pair.b) for name, pair in pairs.items()}, mask),
+            truth=piecewise.grid_labels(batch["label"], *grid),
+        )
+
+    return step
+
+
+def _pixels(scores):
+    """`Pixels` of scores [..., K] that are the log-probabilities up to a constant."""
+    log_probs = jax.nn.log_softmax(scores, axis=-1)
+    probs = jnp.exp(log_probs)
+    entropy = -jnp.sum(jnp.where(probs > 0, probs * log_probs, 0.0), axis=-1) / np.log(max(2, scores.shape[-1]))
+    return Pixels(jnp.argmax(scores, axis=-1).astype(jnp.uint8), jnp.max(probs, axis=-1), entropy)
+
+
+def _sum_of_hidden(potential, mask):
+    """Over the edges of each image, both ends in the mask: (sum of the hidden units float32 [B, M], number int32 [B]).
+
+    The last layer is linear, so the mean score of the edges is that of the mean hidden units: no scores are formed.
+    """
+    box = np.array(potential.offsets, np.int32)
+    reach = np.abs(box).max(axis=0)
+    border = lambda x: jnp.pad(x, [(0, 0), *((n, n) for n in reach), *[(0, 0)] * (x.ndim - 3)])
+    b, ends = border(potential.b), border(mask)
+
+    def body(carry, start):
+        total, count = carry
+        here = lambda x, like: jax.lax.dynamic_slice(x, [jnp.int32(0), *start, jnp.int32(0)][: x.ndim], like.shape)
+        both = mask & here(ends, mask)
+        hidden = jax.nn.relu(potential.a + here(b, potential.a)).astype(jnp.float32)
+        total = total + jnp.sum(jnp.where(both[..., None], hidden, 0.0), axis=(1, 2))
+        return (total, count + jnp.sum(both, axis=(1, 2), dtype=jnp.int32)), None
+
+    empty = jnp.zeros((b.shape[0], b.shape[-1]), jnp.float32), jnp.zeros(b.shape[0], jnp.int32)
+    return jax.lax.scan(body, empty, jnp.asarray(box + reach, jnp.int32))[0]
+
+
+def last_update(unary, parts, mask, last_layers, boxes, crf):
+    """The last update of mean field on one image [h, w]: (log marginals before it, after it, {relation: what is added
+    to the scores}, {relation: number of messages of each cell}).
+    """
+    names = list(crf["relation_weights"]) if crf["num_iterations"] else []
+    weights = [crf["relation_weights"][name] for name in names]
+    chosen = [pairwise.factored_pairwise(*(x[None] for x in parts[n]), *last_layers[n], boxes[n]) for n in names]
+    damping, normalize, chunk_edges = crf["damping"], crf["normalize"], crf["chunk_edges"]
+    unary, mask = unary[None], mask[None]
+    if not names:
+        return mean_field.init(unary)[0], mean_field.init(unary)[0], {}, {}
+    earlier = crf["num_iterations"] - 1
+    before, _ = mean_field.run(unary, chosen, earlier, weights, damping, normalize, mask, crf["route"], chunk_edges)
+    after, _ = mean_field.step(before, unary, chosen, weights, damping, normalize, mask, chunk_edges)
+    added, counts = {}, {}
+    for name, weight, potential in zip(names, weights, chosen, strict=True):
+        message, count = pairwise.messages(potential, jnp.exp(before), mask, chunk_edges)
+        message = message / jnp.maximum(count, 1.0)[..., None] if normalize else message
+        added[name], counts[name] = weight * message[0], count[0]
+    return before[0], after[0], added, counts
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _on_pixels(log_marginals, valid_size, size):
+    mask = segmenter.grid_mask(valid_size[None], log_marginals.shape[:2], size)
+    return jax.nn.log_softmax(segmenter.upsample(log_marginals[None], *size, mask)[0])
+
+
+class GridMarginals(NamedTuple):
+    """Marginals of one image of a batch, read at its pixels on demand, as `inference.Marginals`."""
+
+    log_marginals: np.ndarray
+    valid_size: np.ndarray
+    size: tuple[int, int]
+
+    def log_probs(self) -> np.ndarray:
+        """Log-probabilities, float32 [H, W, K]."""
+        height, width = self.valid_size
+        return np.asarray(_on_pixels(self.log_marginals, self.valid_size, self.size))[:height, :width]
