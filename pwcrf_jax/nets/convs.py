@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-
 Features = jax.Array | tuple[jax.Array, dict[str, jax.Array]]
 """The output of a backbone, or (output, {layer: activation}) where middle layers are asked for."""
 
