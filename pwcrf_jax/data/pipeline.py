@@ -69,8 +69,8 @@ class _Augment:
         out_image, out_label = self._padding.copy(), np.full(self._crop_size, VOID, np.uint8)
         out_image[rows, cols] = np.asarray(image)
         out_label[rows, cols] = label.take(nearest_y, 0).take(nearest_x, 1)
-        inside = np.array([rows.start, cols.start, rows.stop, cols.stop], np.int32)
-        return {"image": out_image, "label": out_label, "inside": inside, "id": sample["id"]}
+        box = np.array([rows.start, cols.start, rows.stop, cols.stop], np.int32)
+        return {"image": out_image, "label": out_label, "inside": box, "id": sample["id"]}
 
 
 def _window(array: np.ndarray, top: int, left: int, size: tuple[int, int], fill: Any) -> np.ndarray:
@@ -268,17 +268,17 @@ def _common_size(source: Source, indices: range) -> tuple[int, int]:
 
 
 def _eval_batch(entries: list[dict[str, Any] | None], shape: tuple[int, int]) -> dict[str, Any]:
-    empty = {"image": np.zeros((0, 0, 3), np.uint8), "label": np.zeros((0, 0), np.uint8), "id": ""}
-    entries = [entry or empty for entry in entries]
-    for entry in entries:
+    empty: dict[str, Any] = {"image": np.zeros((0, 0, 3), np.uint8), "label": np.zeros((0, 0), np.uint8), "id": ""}
+    filled = [entry or empty for entry in entries]
+    for entry in filled:
         height, width = entry["label"].shape
         if height > shape[0] or width > shape[1]:
             _too_large(entry["id"], (height, width), shape)
     return {
-        "image": np.stack([_window(e["image"], 0, 0, shape, MEAN_COLOUR) for e in entries]),
-        "label": np.stack([_window(e["label"], 0, 0, shape, VOID) for e in entries]),
-        "valid_size": np.array([e["label"].shape for e in entries], np.int32),
-        "id": [e["id"] for e in entries],
+        "image": np.stack([_window(e["image"], 0, 0, shape, MEAN_COLOUR) for e in filled]),
+        "label": np.stack([_window(e["label"], 0, 0, shape, VOID) for e in filled]),
+        "valid_size": np.array([e["label"].shape for e in filled], np.int32),
+        "id": [e["id"] for e in filled],
     }
 
 

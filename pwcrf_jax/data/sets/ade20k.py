@@ -24,7 +24,7 @@ from pwcrf_jax.data.readers.classes import refuse_other_names
 from pwcrf_jax.data.readers.files import DataError, present, read_lines
 
 
-class Ade20k(SegmentationBuilder, skip_registration=True):
+class Ade20k(SegmentationBuilder):
     """The 150-class benchmark; class names are the first of objectInfo150.txt's synonyms."""
 
     name = "pwcrf_ade20k"
@@ -109,11 +109,11 @@ class Ade20k(SegmentationBuilder, skip_registration=True):
             splits["test"] = _pairs(testing, None)
         return cls.plan_from_pairs(source, splits)
 
-    def _label(self, item: Pair) -> np.ndarray:
-        label = super()._label(item)
+    def _label(self, mask: Path, image: Path) -> np.ndarray:
+        label = super()._label(mask, image)
         if label.max() > len(self.class_names):
             raise DataError(
-                f"{item.mask}: label value {label.max()} is neither a class (1..{len(self.class_names)}) nor other "
+                f"{mask}: label value {label.max()} is neither a class (1..{len(self.class_names)}) nor other "
                 "(0); restore the mask from ADEChallengeData2016.zip"
             )
         return label - np.uint8(1)  # in 8 bits 0 becomes 255

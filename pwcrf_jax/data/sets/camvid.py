@@ -17,7 +17,7 @@ SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
-class CamVid(SegmentationBuilder, skip_registration=True):
+class CamVid(SegmentationBuilder):
     """CamVid in the layout of the SegNet tutorial, images as PNG or JPEG."""
 
     name = "pwcrf_camvid"

@@ -30,7 +30,7 @@ _LABEL_TO_TRAIN_ID[list(TRAIN_TO_LABEL_ID)] = range(len(TRAIN_TO_LABEL_ID))
 _LABEL_IDS = (*range(34), VOID)
 
 
-class Cityscapes(SegmentationBuilder, skip_registration=True):
+class Cityscapes(SegmentationBuilder):
     """Cityscapes as downloaded; labels are made from the label ids."""
 
     name = "pwcrf_cityscapes"
@@ -67,12 +67,12 @@ class Cityscapes(SegmentationBuilder, skip_registration=True):
             raise DataError(f"{images}: holds none of the folders {', '.join(cls.split_sizes)}; unpack {cls.manual}")
         return cls.plan_from_pairs(source, splits)
 
-    def _label(self, item: Pair) -> np.ndarray:
-        label = super()._label(item)
+    def _label(self, mask: Path, image: Path) -> np.ndarray:
+        label = super()._label(mask, image)
         unknown = np.setdiff1d(label, _LABEL_IDS)
         if unknown.size:
             raise DataError(
-                f"{item.mask}: label id {unknown[0]} is not one of Cityscapes' (0..33); restore the official "
+                f"{mask}: label id {unknown[0]} is not one of Cityscapes' (0..33); restore the official "
                 "*_labelIds.png masks"
             )
         return _LABEL_TO_TRAIN_ID[label]

@@ -62,7 +62,7 @@ IDS = tuple(i for i in range(1, 183) if i not in _REMOVED)
 """Category ids of COCO-Stuff's 171 classes, in order; the first 80 are COCO's."""
 
 
-class Coco(SegmentationBuilder, skip_registration=True):
+class Coco(SegmentationBuilder):
     """Masks painted from the instances of COCO 2017."""
 
     name = "pwcrf_coco"
@@ -113,18 +113,16 @@ class Coco(SegmentationBuilder, skip_registration=True):
         yield from super()._generate_examples(*split)
         self._truth = {}  # 2 GB for train
 
-    def _label(self, item: Pair) -> np.ndarray:
-        if item.mask not in self._truth:
-            self._truth = {item.mask: _read_instances(item.mask)}
-        image = self._truth[item.mask].get(item.image.name)
-        if image is None:
-            raise DataError(
-                f"{item.image}: {item.mask} does not list it; remove the image, or restore the file of annotations"
-            )
-        return _paint(image, item.mask)
+    def _label(self, mask: Path, image: Path) -> np.ndarray:
+        if mask not in self._truth:
+            self._truth = {mask: _read_instances(mask)}
+        truth = self._truth[mask].get(image.name)
+        if truth is None:
+            raise DataError(f"{image}: {mask} does not list it; remove the image, or restore the file of annotations")
+        return _paint(truth, mask)
 
 
-class CocoStuff(SegmentationBuilder, skip_registration=True):
+class CocoStuff(SegmentationBuilder):
     """COCO-Stuff, all 164k images of COCO 2017 but test's."""
 
     name = "pwcrf_coco_stuff"
@@ -159,12 +157,12 @@ class CocoStuff(SegmentationBuilder, skip_registration=True):
             splits[split] = [Pair(image.stem, image, maps / f"{image.stem}.png", folder) for image in images]
         return cls.plan_from_pairs(root, splits)
 
-    def _label(self, item: Pair) -> np.ndarray:
-        stored = super()._label(item)
+    def _label(self, mask: Path, image: Path) -> np.ndarray:
+        stored = super()._label(mask, image)
         label = _CLASS_OF_VALUE[stored]
         if (label < 0).any():
             meaning = "no class of COCO-Stuff (category id - 1) and not 255"
-            raise bad_value(item.mask, stored, _CLASS_OF_VALUE >= 0, meaning, f"restore the map from {MAPS}")
+            raise bad_value(mask, stored, _CLASS_OF_VALUE >= 0, meaning, f"restore the map from {MAPS}")
         return label.astype(np.uint8)
 
 

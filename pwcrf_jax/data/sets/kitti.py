@@ -33,7 +33,7 @@ from pwcrf_jax.data.readers.image_io import VOID, decode_colour_label
 from pwcrf_jax.data.sets.cityscapes import Cityscapes
 
 
-class Kitti(SegmentationBuilder, skip_registration=True):
+class Kitti(SegmentationBuilder):
     """The 146 images of Ros et al.; classes are read from the colours of the masks."""
 
     name = "pwcrf_kitti"
@@ -70,8 +70,8 @@ class Kitti(SegmentationBuilder, skip_registration=True):
             )
         return cls.plan_from_pairs(source, splits)
 
-    def _label(self, item: Pair) -> np.ndarray:
-        codes = _code(decode_colour_label(self._read(item.mask), str(item.mask), self.max_pixels))
+    def _label(self, mask: Path, image: Path) -> np.ndarray:
+        codes = _code(decode_colour_label(self._read(mask), str(mask), self.max_pixels))
         known = {int(_code(np.array(colour))): index for index, colour in enumerate(self.palette)}
         known[int(_code(np.array(self.void_colour)))] = VOID
         present, where, counts = np.unique(codes, return_inverse=True, return_counts=True)
@@ -79,14 +79,14 @@ class Kitti(SegmentationBuilder, skip_registration=True):
         if unknown:
             count, code = max(unknown)
             raise DataError(
-                f"{item.mask}: colour ({code >> 16}, {code >> 8 & 255}, {code & 255}) of {count} pixels is neither a "
+                f"{mask}: colour ({code >> 16}, {code >> 8 & 255}, {code & 255}) of {count} pixels is neither a "
                 f"class nor void {self.void_colour} ({len(unknown)} such colours in the mask); restore the official "
                 "mask: one that was a JPEG, was resized smoothly, or holds class indices cannot be read"
             )
         return np.array([known[code] for code in present.tolist()], np.uint8)[where].reshape(codes.shape)
 
 
-class KittiCityscapes(Cityscapes, skip_registration=True):
+class KittiCityscapes(Cityscapes):
     """The 200 + 200 images of KITTI's semantic segmentation benchmark, labelled as Cityscapes."""
 
     name = "pwcrf_kitti_cityscapes"

@@ -38,7 +38,7 @@ class Frame(NamedTuple):
     table: list[int]
 
 
-class NyuDv2(SegmentationBuilder, skip_registration=True):
+class NyuDv2(SegmentationBuilder):
     """The labelled images of NYU Depth v2, read from the .mat file."""
 
     name = "pwcrf_nyudv2"

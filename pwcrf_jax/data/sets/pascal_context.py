@@ -35,7 +35,7 @@ NAMES_IN_FULL_LIST = {"diningtable": "table", "clothes": "cloth", "bedcloth": "b
 """Name in 59_labels.txt -> name in labels.txt, where they differ."""
 
 
-class PascalContext(SegmentationBuilder, skip_registration=True):
+class PascalContext(SegmentationBuilder):
     """PASCAL-Context as released, in .mat files."""
 
     name = "pwcrf_pascal_context"
@@ -90,10 +90,10 @@ class PascalContext(SegmentationBuilder, skip_registration=True):
             raise DataError(f"{lists}: holds neither train.txt nor val.txt; restore them from {VOC_ARCHIVE}")
         return cls.plan_from_pairs(source, splits, _classes(masks).tolist())
 
-    def _label(self, item: Pair) -> np.ndarray:
-        (numbers,) = read_mat(item.mask, "LabelMap")
-        classes = _classes(item.mask.parent)
-        return classes[label_matrix(item.mask, "LabelMap", numbers, len(classes))]
+    def _label(self, mask: Path, image: Path) -> np.ndarray:
+        (numbers,) = read_mat(mask, "LabelMap")
+        classes = _classes(mask.parent)
+        return classes[label_matrix(mask, "LabelMap", numbers, len(classes))]
 
 
 def _classes(masks: Path) -> np.ndarray:

@@ -30,7 +30,7 @@ SCENES = "spatial_envelope_256x256_static_8outdoorcategories"
 UNANNOTATED = ("highway_bost181", "street_urb506")
 
 
-class SiftFlow(SegmentationBuilder, skip_registration=True):
+class SiftFlow(SegmentationBuilder):
     """The semantic labels of SIFT Flow, in the layout of SiftFlowDataset.zip."""
 
     name = "pwcrf_siftflow"
@@ -75,17 +75,17 @@ class SiftFlow(SegmentationBuilder, skip_registration=True):
 
         return cls.plan_from_pairs(root, {"train": pairs(train, images), "test": pairs(test, test_list)})
 
-    def _label(self, item: Pair) -> np.ndarray:
-        (values,) = read_mat(item.mask, "S")
-        label = relabel(values, [VOID, *range(len(self.class_names))], item.mask)
+    def _label(self, mask: Path, image: Path) -> np.ndarray:
+        (values,) = read_mat(mask, "S")
+        label = relabel(values, [VOID, *range(len(self.class_names))], mask)
         if not self._names_seen:
             self._names_seen = True
             try:
-                (names,) = read_mat(item.mask, "names")
+                (names,) = read_mat(mask, "names")
             except DataError:  # it has none
                 return label
             names = list(map(str, np.ravel(names)))
-            refuse_other_names(f"{item.mask}: names", names, self.class_names, len(self.class_names) // 2)
+            refuse_other_names(f"{mask}: names", names, self.class_names, len(self.class_names) // 2)
         return label
 
 
