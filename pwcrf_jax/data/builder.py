@@ -60,6 +60,14 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def pairs_in(images: Path, masks: Path | None, pattern: str) -> list[Pair]:
+    """The images of a folder, and the PNG masks of the same names in another; DataError where there is no image."""
+    paths = sorted(images.glob(pattern))
+    if not paths:
+        raise DataError(f"{images}: no image {pattern} is there; unpack the archive again, or remove the folder")
+    return [Pair(path.stem, path, masks and masks / f"{path.stem}.png", images) for path in paths]
+
+
 def require_source_dir(name: str, source_dir: str) -> Path:
     """The absolute source folder, or DataError when none was given or it is no folder."""
     if not source_dir:
@@ -88,12 +96,12 @@ def check_options(name: str, options: Mapping[str, Any], defaults: Mapping[str, 
 class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Base builder: records of an image, a mask of class indices with 255 = void, and an id.
 
-    Subclasses set `name`, `VERSION`, `class_names`, and give `plan` (and, unless the items of their plan are `Pair`s
-    with masks of class indices, `_example` or `_label`). The prepared folder is
-    `data_dir/name/<fingerprint>/<version>`, so a changed source never meets records prepared from the old one.
+    Subclasses set `name`, "pwcrf_" and the name of the data set, and `class_names`, and give `plan_from_source` (and,
+    unless the items of their plan are `Pair`s with masks of class indices, `_example` or `_label`). The prepared folder
+    is `data_dir/name/<fingerprint>/<version>`, so a changed source never meets records prepared from the old one.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.0.0")  # of a subclass, higher where its records change: part of the folder's name
     class_names: tuple[str, ...]
     void_value: ClassVar[int] = VOID  # what the source calls void
     palette: tuple[tuple[int, int, int], ...] = ()  # RGB of each class; (): VOC's colours
@@ -120,10 +128,23 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
 
     @classmethod
     def plan(cls, source_dir: str, *, data_dir: str = "", **options: Any) -> Plan:
-        """Lists the examples of every split without reading them. Abstract: each data set has its own layout.
+        """Lists the examples of every split without reading them.
 
-        data_dir: where archives may be unpacked, see `archives.locate`.
+        Args:
+          source_dir: the user's folder.
+          data_dir: where archives may be unpacked, see `archives.locate`.
+          options: none, but for subclasses that say which.
+
+        Raises:
+          DataError: as `plan_from_source`, and for a source that is no folder.
         """
+        key = cls.name.removeprefix("pwcrf_")
+        check_options(key, options)
+        return cls.plan_from_source(require_source_dir(key, source_dir), data_dir)
+
+    @classmethod
+    def plan_from_source(cls, source: Path, data_dir: str) -> Plan:
+        """`plan` of a folder that is there. Abstract: each data set has its own layout."""
         raise NotImplementedError(f"{cls.__name__} does not say where its examples are")
 
     @classmethod

@@ -39,7 +39,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
 from pwcrf_jax.data.check import bad_value
@@ -68,7 +67,6 @@ class ImageFolder(SegmentationBuilder):
     """A folder of images, masks and classes.txt."""
 
     name = "pwcrf_image_folder"
-    VERSION = tfds.core.Version("1.0.0")
     masks_fit_stored_pixels = False  # who knows which program drew them
 
     @classmethod

@@ -18,12 +18,10 @@ are called otherwise there, see `NAMES_IN_FULL_LIST`. All other labels, and 0, w
 
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
+from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder
 from pwcrf_jax.data.readers.archives import locate, read_mat
 from pwcrf_jax.data.readers.files import DataError, present, read_lines
 from pwcrf_jax.data.sets.voc import label_matrix, read_names
@@ -39,7 +37,6 @@ class PascalContext(SegmentationBuilder):
     """PASCAL-Context as released, in .mat files."""
 
     name = "pwcrf_pascal_context"
-    VERSION = tfds.core.Version("1.0.0")
     class_names = (
         "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
         "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
@@ -53,15 +50,13 @@ class PascalContext(SegmentationBuilder):
     manual = f"trainval.tar.gz of https://cs.stanford.edu/~roozbeh/pascal-context/ and {VOC_ARCHIVE}"
 
     @classmethod
-    def plan(cls, source_dir: str, *, data_dir: str = "", **options: Any) -> Plan:
+    def plan_from_source(cls, source: Path, data_dir: str) -> Plan:
         """Splits train and val, of which one may be absent.
 
         Raises:
           DataError: a part of the data set is not there, labels.txt lacks a class, a list is empty or names a file
             that is missing.
         """
-        check_options("pascal_context", options)
-        source = require_source_dir("pascal_context", source_dir)
         folders = [f"VOCdevkit/VOC2010/{LISTS}", f"VOC2010/{LISTS}", LISTS]
         lists = locate(source, folders, [VOC_ARCHIVE], data_dir)
         if lists is None:

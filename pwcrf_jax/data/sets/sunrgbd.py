@@ -16,12 +16,10 @@ must not be scored on the other.
 """
 
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
+from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder
 from pwcrf_jax.data.readers.archives import locate, open_mat73, read_mat
 from pwcrf_jax.data.readers.files import DataError, present
 from pwcrf_jax.data.readers.image_io import VOID
@@ -35,7 +33,6 @@ class SunRgbd(SegmentationBuilder):
     """SUN RGB-D in the layout of its two archives."""
 
     name = "pwcrf_sunrgbd"
-    VERSION = tfds.core.Version("1.0.0")
     class_names = (
         "wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture",
         "counter", "blinds", "desk", "shelves", "curtain", "dresser", "pillow", "mirror", "floor_mat", "clothes",
@@ -47,15 +44,13 @@ class SunRgbd(SegmentationBuilder):
     _entries: dict[str, int] | None = None  # of SUNRGBDMeta.mat
 
     @classmethod
-    def plan(cls, source_dir: str, *, data_dir: str = "", **options: Any) -> Plan:
+    def plan_from_source(cls, source: Path, data_dir: str) -> Plan:
         """Splits train and test by the folders that allsplit.mat names.
 
         Raises:
           DataError: an archive, folder or file is missing, or a folder does not hold one image.
         """
-        check_options("sunrgbd", options)
-        root = require_source_dir("sunrgbd", source_dir)
-        images, toolbox = (_unpacked(root, name, data_dir) for name in ("SUNRGBD", "SUNRGBDtoolbox"))
+        images, toolbox = (_unpacked(source, name, data_dir) for name in ("SUNRGBD", "SUNRGBDtoolbox"))
         splits = toolbox / "traintestSUNRGBD" / "allsplit.mat"
         meta, labels = (toolbox / "Metadata" / name for name in ("SUNRGBDMeta.mat", "SUNRGBD2Dseg.mat"))
         for path in (splits, meta, labels):
@@ -65,7 +60,7 @@ class SunRgbd(SegmentationBuilder):
         for split, texts in zip(LISTS, read_mat(splits, *LISTS.values()), strict=True):
             names = [_folder(text, splits) for text in np.ravel(texts)]
             pairs[split] = [Pair(n.replace("/", "_"), _image(images / n, splits), labels, splits) for n in names]
-        return cls.plan_from_pairs(root, pairs, meta.stat().st_size, meta.stat().st_mtime_ns)
+        return cls.plan_from_pairs(source, pairs, meta.stat().st_size, meta.stat().st_mtime_ns)
 
     def _label(self, mask: Path, image: Path) -> np.ndarray:
         meta = mask.with_name("SUNRGBDMeta.mat")

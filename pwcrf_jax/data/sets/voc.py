@@ -26,9 +26,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
+from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder
 from pwcrf_jax.data.readers.archives import locate, read_mat
 from pwcrf_jax.data.readers.class_forms import plain
 from pwcrf_jax.data.readers.files import DataError, present, read_file, read_lines, refuse_other_lists
@@ -42,7 +41,6 @@ class Voc(SegmentationBuilder):
     """A VOC devkit folder: VOC 2012 itself, with SBD's masks added, or any data set in its layout."""
 
     name = "pwcrf_voc"
-    VERSION = tfds.core.Version("1.0.0")
     class_names = (
         "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
         "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
@@ -52,7 +50,7 @@ class Voc(SegmentationBuilder):
     manual = "VOCtrainval_11-May-2012.tar, VOC2012test.tar for test, benchmark.tgz of SBD for train_aug"
 
     @classmethod
-    def plan(cls, source_dir: str, *, data_dir: str = "", **options: Any) -> Plan:
+    def plan_from_source(cls, source: Path, data_dir: str) -> Plan:
         """One split per list file, and train_aug where SBD is there.
 
         A list without a single mask is left out with a warning; `test` is unlabelled instead if it has images.
@@ -60,8 +58,6 @@ class Voc(SegmentationBuilder):
         Raises:
           DataError: not this layout, an empty list, a line that is no name, a missing file, or no mask at all.
         """
-        check_options("voc", options)
-        source = require_source_dir("voc", source_dir)
         folders = [LISTS, f"VOC2012/{LISTS}", f"VOCdevkit/VOC2012/{LISTS}"]
         lists = locate(source, folders, ["VOCtrainval_11-May-2012.tar", "VOC2012test.tar"], data_dir)
         if not lists or not (list_files := sorted(lists.glob("*.txt"))):
