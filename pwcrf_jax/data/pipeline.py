@@ -55,8 +55,8 @@ class _Augment:
         offsets = [int(np.sign(e)) * int(rng.integers(abs(e) + 1)) for e in extra]
         axes = list(zip(offsets, self._crop_size, shape, label.shape, strict=True))
         # Rows and columns of the scaled image that the crop shows, and where in the crop they come to lie.
-        (y0, y1), (x0, x1) = inside = [(max(at, 0), min(at + c, n)) for at, c, n, _ in axes]
-        rows, cols = (slice(a - at, b - at) for (a, b), (at, _, _, _) in zip(inside, axes, strict=True))
+        (y0, y1), (x0, x1) = shown = [(max(at, 0), min(at + c, n)) for at, c, n, _ in axes]
+        rows, cols = (slice(a - at, b - at) for (a, b), (at, _, _, _) in zip(shown, axes, strict=True))
         if flipped := self._flip and mirrored:
             x0, x1 = shape[1] - x1, shape[1] - x0
         dy, dx = (source / n for _, _, n, source in axes)
@@ -69,8 +69,8 @@ class _Augment:
         out_image, out_label = self._padding.copy(), np.full(self._crop_size, VOID, np.uint8)
         out_image[rows, cols] = np.asarray(image)
         out_label[rows, cols] = label.take(nearest_y, 0).take(nearest_x, 1)
-        box = np.array([rows.start, cols.start, rows.stop, cols.stop], np.int32)
-        return {"image": out_image, "label": out_label, "inside": box, "id": sample["id"]}
+        inside = np.array([rows.start, cols.start, rows.stop, cols.stop], np.int32)
+        return {"image": out_image, "label": out_label, "inside": inside, "id": sample["id"]}
 
 
 def _window(array: np.ndarray, top: int, left: int, size: tuple[int, int], fill: Any) -> np.ndarray:
@@ -267,18 +267,18 @@ def _common_size(source: Source, indices: range) -> tuple[int, int]:
     return height, width
 
 
-def _eval_batch(entries: list[dict[str, Any] | None], shape: tuple[int, int]) -> dict[str, Any]:
+def _eval_batch(read: list[dict[str, Any] | None], shape: tuple[int, int]) -> dict[str, Any]:
     empty: dict[str, Any] = {"image": np.zeros((0, 0, 3), np.uint8), "label": np.zeros((0, 0), np.uint8), "id": ""}
-    filled = [entry or empty for entry in entries]
-    for entry in filled:
+    entries = [entry or empty for entry in read]
+    for entry in entries:
         height, width = entry["label"].shape
         if height > shape[0] or width > shape[1]:
             _too_large(entry["id"], (height, width), shape)
     return {
-        "image": np.stack([_window(e["image"], 0, 0, shape, MEAN_COLOUR) for e in filled]),
-        "label": np.stack([_window(e["label"], 0, 0, shape, VOID) for e in filled]),
-        "valid_size": np.array([e["label"].shape for e in filled], np.int32),
-        "id": [e["id"] for e in filled],
+        "image": np.stack([_window(e["image"], 0, 0, shape, MEAN_COLOUR) for e in entries]),
+        "label": np.stack([_window(e["label"], 0, 0, shape, VOID) for e in entries]),
+        "valid_size": np.array([e["label"].shape for e in entries], np.int32),
+        "id": [e["id"] for e in entries],
     }
 
 
