@@ -26,7 +26,6 @@ has node i's unary already.
 """
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -64,7 +63,7 @@ class PairwiseTable(NamedTuple):
         return self.scores.shape[-1]
 
 
-@functools.partial(jax.tree_util.register_dataclass)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FactoredPairwise:
     """The factored form on an H x W grid.
@@ -98,7 +97,7 @@ class FactoredPairwise:
         return height, width
 
 
-@functools.partial(jax.tree_util.register_dataclass)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GridScores:
     """A factored potential whose scores are stored, for inference alone; from `pwcrf_jax.messages.prepare_messages`.

@@ -7,8 +7,13 @@ from pwcrf_jax import objectives, piecewise
 from pwcrf_jax.likelihood import sample_offsets
 from pwcrf_jax.model import decode
 
-OBJECTIVES = ("piecewise", "piecewise_staged", "pseudo_likelihood", "unrolled_mean_field")
-OBJECTIVES += ("unrolled_mean_field_staged",)
+OBJECTIVES = (
+    "piecewise",
+    "piecewise_staged",
+    "pseudo_likelihood",
+    "unrolled_mean_field",
+    "unrolled_mean_field_staged",
+)
 STAGED = "_staged"  # how the names of objectives end that train the unary first, then what stands on it
 
 
