@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -67,15 +68,15 @@ def evaluate_params(eval_fn, params, dataset, split: str, config, more: Sequence
         seen = evaluators.Seen(number, batch, per_image, *sums)
         for evaluator in every:
             evaluator.add(seen)
-    result = dict(split=split, num_images=len(dataset.source(split)), classes=list(config.eval.classes))
-    result |= dict(rows={}, nll={}, change={})
+    sections: dict[str, dict] = dict(rows={}, nll={}, change={})
     for evaluator in every:
         for name, value in evaluator.results():
             section, _, key = name.partition("/")
-            result[section][key] = value
-    if list(result["rows"].values())[-1]["miou"] is None:
+            sections[section][key] = value
+    if list(sections["rows"].values())[-1]["miou"] is None:
         log.warning("%s", nothing_scored(split, config))
-    return result
+    about = dict(split=split, num_images=len(dataset.source(split)), classes=list(config.eval.classes))
+    return about | sections
 
 
 def check_scored(config, dataset, split: str) -> None:
@@ -169,7 +170,8 @@ def evaluate_model(config, model, params, dataset, split: str, *, refine: str = 
     """
     predictor = inference.Predictor(config, model, params) if configs.augments(config) else None
     final = configs.final_row(config)
-    more, options = [], {}
+    options: dict[str, Any] = {}
+    more: list[evaluators.Evaluator] = []
     if report:
         options = report.start(config, model, params, dataset)
     if predictor or (report and refine != "off"):
