@@ -42,7 +42,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
-from pwcrf_jax.data.check import bad_value
+from pwcrf_jax.data.label_guard import bad_value
 from pwcrf_jax.data.readers.classes import read_classes
 from pwcrf_jax.data.readers.files import (
     FOREIGN_REMEDY,
