@@ -1,4 +1,4 @@
-"""The exported predictor: the labels of eval.py, without the package, on all platforms."""
+"""The exported predictor: the labels of pwcrf predict, without the package, on all platforms."""
 
 import json
 import os
@@ -89,7 +89,7 @@ def test_the_file_gives_the_labels_of_eval_without_the_package(workdir, tmp_path
         frame[: image.shape[0], : image.shape[1]] = image
     np.savez(tmp_path / "batch.npz", images=frames, valid_size=np.array([x.shape[:2] for x in images], np.int32))
 
-    command = [sys.executable, "eval.py", "--workdir", workdir, "--export", tmp_path / "p.stablehlo"]
+    command = [sys.executable, "-m", "pwcrf_jax", "export", "--workdir", workdir, "--output", tmp_path / "p.stablehlo"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     told, about = json.loads(done.stdout.splitlines()[-1]), json.loads((tmp_path / "p.stablehlo.json").read_text())
@@ -195,11 +195,11 @@ def test_what_cannot_be_exported_is_refused(workdir, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "match"),
     [
-        (["--export=p", "--overwrite", "--refine=full"], "the dense CRF is not part"),
-        full_row((["--export_size=64x64"], "--export_size is of --export")),
+        (["--output=p", "--overwrite", "--refine=full"], "--refine is of pwcrf eval, predict, tune: see"),
+        full_row((["--size=64x64"], "--output must be given")),
     ],
 )
 def test_flags_that_do_not_go_together(workdir, args, match):
-    command = [sys.executable, "eval.py", "--workdir", workdir, *args]
+    command = [sys.executable, "-m", "pwcrf_jax", "export", "--workdir", workdir, *args]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and match in done.stderr and "Traceback" not in done.stderr
