@@ -123,7 +123,7 @@ class Dataset:
             if name in self.unlabelled:
                 raise DataError(
                     f"split {name!r} of data set {self.name!r} has no public labels; predict on it with "
-                    f"eval.py --dataset={name} --output=DIR, or name another split"
+                    f"pwcrf predict --dataset={name} --output=DIR, or name another split"
                 )
 
     def label_report(self) -> dict[str, Any]:

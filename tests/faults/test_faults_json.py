@@ -50,9 +50,7 @@ def _one_line(error, path):
 
 def test_tuned_values(spoiled, tmp_path):
     (tmp_path / "tuned.json").write_bytes(spoiled)
-    with pytest.raises(
-        configs.ConfigError, match="delete it, tune again, or start eval.py with --tuned=false"
-    ) as error:
+    with pytest.raises(configs.ConfigError, match="delete it, tune again, or add --tuned=false") as error:
         configs.apply_tuned(small.config(""), str(tmp_path))
     _one_line(error, tmp_path / "tuned.json")
 

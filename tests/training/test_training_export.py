@@ -165,7 +165,7 @@ def test_what_cannot_be_exported_is_refused(workdir, tmp_path, monkeypatch):
     config = configs.load(workdir / "config.json")
     write = lambda file="p", **options: export.export_predictor(config, str(workdir), str(tmp_path / file), **options)
     for size in ("640", "0x64", "64x99999", "axb", "64x64x3"):
-        with pytest.raises(configs.ConfigError, match=f"--export_size={size} must be HEIGHTxWIDTH"):
+        with pytest.raises(configs.ConfigError, match=f"--size={size} must be HEIGHTxWIDTH"):
             write(size=size)
     with pytest.raises(DataError, match="there is no folder .*gone; make it"):
         write("gone/p")

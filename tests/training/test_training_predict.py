@@ -503,7 +503,9 @@ def test_submission_of_a_split_without_labels(tmp_path):
 
 
 def _predict(*args):
-    return subprocess.run([sys.executable, "-m", "pwcrf_jax", "predict", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "pwcrf_jax", "predict", *map(str, args)], cwd=ROOT, capture_output=True, text=True
+    )
 
 
 def test_unreadable_images_are_named_and_the_others_predicted(trained, tmp_path):
