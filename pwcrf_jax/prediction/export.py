@@ -1,7 +1,7 @@
 """The predictor as one file that JAX runs without this package: `pwcrf export`.
 
-The labels are those of `pwcrf predict`, CRF included, as StableHLO for CPU, CUDA and TPU, parameters baked in. Beside it
-FILE.json says what goes in and comes out. The dense CRF (`--refine`) and test-time augmentation are not in it.
+The labels are those of `pwcrf predict`, CRF included, as StableHLO for CPU, CUDA and TPU, parameters baked in. Beside
+it FILE.json says what goes in and comes out. The dense CRF (`--refine`) and test-time augmentation are not in it.
 """
 
 import json
