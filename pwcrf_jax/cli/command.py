@@ -230,18 +230,17 @@ def config_file(value: str) -> str:
     Raises:
       ConfigError: the package has no config of that name.
     """
-    name, _, variant = value.partition(":")
-    if not re.fullmatch(r"\w+", name):
+    named = re.fullmatch(r"(\w+)(:\w+)?", value)
+    if not named:
         return value
+    name, variant = named.groups("")
     folder = pathlib.Path(str(configs.__file__)).parent
     known = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        raise ConfigError(
-            f"--config={value}: the package has no config of that name; {hint} Or give the path of a file"
-        )
-    return f"{folder / name}.py{variant and f':{variant}'}"
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
+        raise ConfigError(f"--config={value}: the package has no config of that name; {hint} Files end in .py")
+    return f"{folder / name}.py{variant}"
 
 
 def _use_cache() -> None:

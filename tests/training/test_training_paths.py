@@ -88,9 +88,9 @@ def test_a_user_whom_nobody_knows(monkeypatch):
 @pytest.mark.parametrize("dashes", ["-", "--"])
 def test_every_flag_that_names_a_path(flag, dashes, monkeypatch):
     monkeypatch.setenv("HOME", "/users/me")
-    argv = ["eval.py", f"{dashes}{flag}=~/a", f"{dashes}{flag}", "~/b", f"{dashes}{flag}=c", f"{dashes}{flag}"]
+    argv = ["eval.py", f"{dashes}{flag}=~/a", f"{dashes}{flag}", "~/b", f"{dashes}{flag}=c.d", f"{dashes}{flag}"]
     command._expand_paths(argv)
-    assert argv == ["eval.py", f"{dashes}{flag}=/users/me/a", f"{dashes}{flag}", "/users/me/b", f"{dashes}{flag}=c",
+    assert argv == ["eval.py", f"{dashes}{flag}=/users/me/a", f"{dashes}{flag}", "/users/me/b", f"{dashes}{flag}=c.d",
                     f"{dashes}{flag}"]  # fmt: skip
     for words in ([f"{dashes}{flag}=s3://a/b"], [f"{dashes}{flag}", "s3://a/b"]):
         with pytest.raises(FileError, match=f"{dashes}{flag}=s3://a/b: only local"):
