@@ -74,7 +74,7 @@ def get_config():
 
     config.loss = ConfigDict()
     # piecewise; piecewise_staged: the unary first, then the relations on its features, frozen. With config.crf in
-    # training: pseudo_likelihood, unrolled_mean_field, unrolled_mean_field_staged, exact (tiny grids)
+    # training: pseudo_likelihood, unrolled_mean_field, unrolled_mean_field_staged
     config.loss.objective = "piecewise"
     config.loss.unary_share = 0.5  # of the steps, that those in stages train the unary; 0: it comes with init_from
     config.loss.reduction = "mean"  # mean: of each kind of factor [choice]; sum: over all of an image (the paper's)
@@ -108,9 +108,9 @@ def get_config():
     config.crf.num_iterations = 3
     config.crf.weights = (1.0,)  # of the messages, one for all or one a relation
     config.crf.damping = 0.0
-    config.crf.normalize = True  # mean of a node's messages a relation; False: the paper's plain sum
-    config.crf.route = "auto"  # how messages are computed: folded, table; auto: the cheaper by the cost model
-    config.crf.chunk_edges = 0  # folded route: edges whose hidden units are held at a time; 0: chosen from the shapes
+    config.crf.average_messages = True  # mean of a node's messages a relation; False: the paper's plain sum
+    config.crf.algorithm = "auto"  # how messages are computed: factored, table; auto: the cheaper by the cost model
+    config.crf.chunk_edges = 0  # factored: edges whose hidden units are held at a time; 0: chosen from the shapes
 
     config.refine = ConfigDict()  # of --refine; see pwcrf_jax.dense_crf.Params, defaults are pydensecrf's usual
     config.refine.num_iterations = 10

@@ -10,13 +10,14 @@ import pathlib
 import numpy as np
 from ml_collections import ConfigDict
 
-from pwcrf_jax import gaussian, objectives
+from pwcrf_jax import gaussian
 from pwcrf_jax.config import schema
 from pwcrf_jax.data import DATASETS
+from pwcrf_jax.mean_field import Settings
+from pwcrf_jax.messages import ALGORITHMS
 from pwcrf_jax.model import losses
 from pwcrf_jax.model.segmenter import PAIRWISE_FEATURES, PARAMETERISATIONS, Segmenter
 from pwcrf_jax.nets import BACKBONES, INPUT_SCALINGS, FeatMapNet, grid_size
-from pwcrf_jax.pairwise import ROUTES
 from pwcrf_jax.relations import Relation, offsets
 from pwcrf_jax.runtime import files
 from pwcrf_jax.runtime.errors import ConfigError
@@ -80,7 +81,7 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
         "model.dtype": ("float32", "bfloat16"),
         "loss.reduction": ("mean", "sum"),
         "loss.objective": losses.OBJECTIVES,
-        "crf.route": ROUTES,
+        "crf.algorithm": ALGORITHMS,
         "refine.method": gaussian.METHODS,
         "optimizer.name": ("adamw", "sgd"),
         "optimizer.schedule": ("poly", "cosine", "constant"),
@@ -138,22 +139,12 @@ def _validate_objective(config):
             "relations; lower it"
         )
     of_pairs = [("loss.sampled_offsets", 0), ("loss.pairwise_weight", 1), ("loss.pairwise_balance_power", -1)]
-    unused = [] if name.startswith("piecewise") else of_pairs
-    if name == "exact":  # what it has no meaning for: it is the likelihood of one model, with sums of messages
-        unused += [("crf.normalize", False), ("loss.balance_power", 0)]
-    for key, value in unused:
+    for key, value in [] if name.startswith("piecewise") else of_pairs:
         section, field = key.split(".")
         if config[section][field] != value:
             raise ConfigError(
                 f"config.{key} = {config[section][field]} does nothing with config.loss.objective = {name!r}; "
                 f"set it to {value}"
-            )
-    if name == "exact":
-        height, width = grid_size(config.data.crop_size, config.model.scales)
-        if height * width * math.log2(config.data.num_classes) > math.log2(objectives.MAX_LABELLINGS):
-            raise ConfigError(
-                f"config.loss.objective = 'exact' enumerates {config.data.num_classes}^{height * width} labellings of "
-                f"the grid of config.data.crop_size = {tuple(config.data.crop_size)}; it is for tiny grids, use another"
             )
 
 
@@ -325,16 +316,16 @@ def crf_relations(config: ConfigDict) -> tuple[str, ...]:
     return tuple(config.crf.relations or config.model.relations)
 
 
-def crf_settings(config: ConfigDict) -> dict:
-    """What `eval_steps.make_eval_step` needs of config.crf."""
+def crf_settings(config: ConfigDict) -> Settings:
+    """Settings of inference, from config.crf; weights by name of all relations that it uses."""
     names = crf_relations(config)
     weights = config.crf.weights if len(config.crf.weights) == len(names) else config.crf.weights * len(names)
-    return dict(
-        relation_weights=dict(zip(names, weights, strict=True)),
+    return Settings(
+        weights=dict(zip(names, weights, strict=True)),
         num_iterations=config.crf.num_iterations,
         damping=config.crf.damping,
-        normalize=config.crf.normalize,
-        route=config.crf.route,
+        average_messages=config.crf.average_messages,
+        algorithm=config.crf.algorithm,
         chunk_edges=config.crf.chunk_edges or None,
     )
 
@@ -460,7 +451,7 @@ def load_classes(workdir: str):
 
 def tuning_conditions(config: ConfigDict) -> dict:
     """What else than the tuned values themselves decides how good they are, as flat JSON values."""
-    keys = ("crf.num_iterations", "crf.damping", "crf.normalize", "refine.num_iterations")
+    keys = ("crf.num_iterations", "crf.damping", "crf.average_messages", "refine.num_iterations")
     flat = dict(_flat(config))
     return {"crf.relations": list(crf_relations(config))} | {key: flat[key] for key in keys}
 
