@@ -30,7 +30,7 @@ def make_eval_fn(config, model, refine="off"):
     """The same, mapped over the devices and compiled.
 
     It returns (sums, more). more: with a mode of refinement the marginals of the final row; "off": the labels of
-    `configs.shown_rows`, whether they are looked at or not, so that training and eval.py compile one program.
+    `configs.shown_rows`, whether they are looked at or not, so that training and evaluation compile one program.
     """
     final, shown = configs.final_row(config), configs.shown_rows(config)
     more = dict(labels_of=shown) if refine == "off" else dict(marginals_of=final)
