@@ -112,7 +112,7 @@ def get_config():
     config.crf.algorithm = "auto"  # how messages are computed: factored, table; auto: the cheaper by the cost model
     config.crf.chunk_edges = 0  # factored: edges whose hidden units are held at a time; 0: chosen from the shapes
 
-    config.refine = ConfigDict()  # of eval.py --refine; see pwcrf_jax.dense_crf.Params, defaults are pydensecrf's usual
+    config.refine = ConfigDict()  # of --refine; see pwcrf_jax.dense_crf.Params, defaults are pydensecrf's usual
     config.refine.num_iterations = 10
     config.refine.smoothness_compat = 3.0
     config.refine.smoothness_sxy = 3.0  # pixels

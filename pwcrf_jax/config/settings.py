@@ -42,7 +42,7 @@ def _flat(config, prefix=""):
 
 CONFIG = "config.json"  # in a workdir
 CLASSES = "classes.json"  # in a workdir: names and colours of its classes, for prediction without the data set
-TUNED = "tuned.json"  # in a workdir: what `eval.py --tune-refinement` chose
+TUNED = "tuned.json"  # in a workdir: what `pwcrf tune` chose
 _BATCHES = ("train.batch_size", "eval.batch_size")
 _MAX_OFFSETS = 10**6  # of a relation; the least chunk of a step is one of them on the whole map
 _OFFSETS = ("row_offsets", "col_offsets")
@@ -463,7 +463,7 @@ def check_tuned(config: ConfigDict, tuned: dict, workdir: str) -> None:
         if now.get(key) != value:
             raise ConfigError(
                 f"config.{key} = {now.get(key)}, but {pathlib.Path(workdir, TUNED)} was chosen with {value}; "
-                "tune again, or start eval.py with --notuned"
+                "tune again, or add --notuned"
             )
 
 
@@ -486,7 +486,7 @@ def apply_tuned(config: ConfigDict, workdir: str) -> dict | None:
                 raise ValueError(f"{key} = {value!r} must be {schema.kind(key).wanted}")
         return result
 
-    remedy = "delete it, tune again, or start eval.py with --tuned=false"
+    remedy = "delete it, tune again, or add --tuned=false"
     try:
         result = files.read_json(pathlib.Path(workdir, TUNED), remedy, check)
     except FileNotFoundError:

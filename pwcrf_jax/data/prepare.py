@@ -123,27 +123,27 @@ class Dataset:
             if name in self.unlabelled:
                 raise DataError(
                     f"split {name!r} of data set {self.name!r} has no public labels; predict on it with "
-                    f"eval.py --dataset={name} --output=DIR, or name another split"
+                    f"pwcrf predict --dataset={name} --output=DIR, or name another split"
                 )
 
     def label_report(self) -> dict[str, Any]:
-        """What `check.LabelGuard` saw when the data set was prepared, see `LabelGuard.report`.
+        """The report of `label_guard.LabelGuard`, made when the data set was prepared, see `LabelGuard.report`.
 
         Raises:
           DataError: a prepared record is damaged.
         """
-        from pwcrf_jax.data import check
+        from pwcrf_jax.data import label_guard
 
-        def usable(report):
-            check.format_report(report)
+        def usable(report: Any) -> Any:
+            label_guard.format_report(report)
             if list(report["classes"]) != list(self.class_names) or report["splits"].keys() != self.splits.keys():
                 raise ValueError("it is of another data set")
             return report
 
         try:
-            return read_json(Path(self.folder, check.REPORT), "it is written again", usable)
+            return read_json(Path(self.folder, label_guard.REPORT), "it is written again", usable)
         except OSError:  # of another shape, or of a run that was killed
-            guard = check.LabelGuard(self.class_names, self.unlabelled)
+            guard = label_guard.LabelGuard(self.class_names, self.unlabelled)
         for split in self.splits:
             source = self.source(split)
             for index in range(len(source)):
@@ -153,7 +153,7 @@ class Dataset:
                 guard.add(split, record["id"], record["image"], pixels, label)
         report = guard.report()
         with contextlib.suppress(OSError):  # a read-only folder
-            check.write_report(report, self.folder)
+            label_guard.write_report(report, self.folder)
         return report
 
     def source(self, split: str) -> Source:
@@ -231,7 +231,7 @@ def load_dataset(
         raise DataError(f"data.max_pixels: {max_pixels!r} is no number of pixels, such as {MAX_PIXELS}")
     builder_cls = builder_class(name)
     source_dir = expand_path(source_dir, "data.source_dir")
-    named = {"data.data_dir": data_dir, "$TFDS_DATA_DIR": os.environ.get("TFDS_DATA_DIR")}
+    named = {"data.data_dir": data_dir, "$TFDS_DATA_DIR": os.environ.get("TFDS_DATA_DIR", "")}
     named = {key: value for key, value in named.items() if value} or {"data.data_dir": "~/tensorflow_datasets"}
     key, data_dir = next(iter(named.items()))
     data_dir = expand_path(data_dir, key)
@@ -273,7 +273,7 @@ def _clear_leftovers(home: Path) -> None:
 def _prepare(name: str, builder: Any, home: Path) -> None:
     import tensorflow_datasets as tfds
 
-    from pwcrf_jax.data import check
+    from pwcrf_jax.data import label_guard
 
     start = time.monotonic()
     try:
@@ -289,7 +289,7 @@ def _prepare(name: str, builder: Any, home: Path) -> None:
         raise
     report = builder.guard.report()
     with contextlib.suppress(OSError):  # the data set is whole; `label_report` makes it anew
-        check.write_report(report, builder.data_dir)
+        label_guard.write_report(report, builder.data_dir)
     for warning in report["warnings"]:
         log.warning("%s: %s", name, warning)
     counts = ", ".join(f"{k} {v.num_examples}" for k, v in builder.info.splits.items())
@@ -298,7 +298,7 @@ def _prepare(name: str, builder: Any, home: Path) -> None:
 
 @contextlib.contextmanager
 def _listing(source_dir: str) -> Iterator[None]:
-    """What the listing of a source may meet in any file system."""
+    """In here an error of the file system, as the listing of a source may meet one, becomes a DataError."""
     try:
         yield
     except OSError as e:

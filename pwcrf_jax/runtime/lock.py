@@ -38,7 +38,7 @@ def held(workdir: str) -> Iterator[None]:
         except BlockingIOError:
             holder = os.pread(number, 200, 0).decode(errors="replace")
             raise ConfigError(
-                f"another train.py ({holder if holder.isprintable() and holder else 'unknown'}) is training in "
+                f"another training run ({holder if holder.isprintable() and holder else 'unknown'}) is training in "
                 f"--workdir {workdir}; let it end, or name another"
             ) from None
         except OSError as error:
@@ -49,7 +49,7 @@ def held(workdir: str) -> Iterator[None]:
         yield
 
 
-def _open(path):
+def _open(path: str) -> int:
     """For everybody who can write to the workdir: whoever made the file, the others of a group lock it too."""
     try:
         number = files.open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)

@@ -280,6 +280,10 @@ def _run(script, *args):
             "setup.cfg",
         ),
         full_row((["--workdir=somewhere"], "--config")),
+        (["--config=dmeo", "--workdir=somewhere"], "no config of that name; did you mean demo?"),
+        full_row((["--config=demo:x", "--workdir=somewhere"], "demo.py has no variants; leave out :x")),
+        full_row((["--workdir", "--dry-run"], "--workdir takes a value, and --dry-run follows it")),
+        full_row((["--config=demo", "--images=a"], "--images is of pwcrf predict: see pwcrf predict --help")),
     ],
 )
 def test_command_line(args, match, tmp_path):
@@ -321,7 +325,8 @@ def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(config, tmp_path):
 
 ENDS = """
 from absl import flags
-from pwcrf_jax.training import cli, loop
+from pwcrf_jax.cli import command as cli
+from pwcrf_jax.training import loop
 for name in ("config", "workdir"):
     flags.DEFINE_string(name, None, "")
 def main(_):
