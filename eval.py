@@ -35,8 +35,8 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from pwcrf_jax import config as configs
 from pwcrf_jax.cli import command
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.evaluation import evaluate, tuning
 from pwcrf_jax.prediction import image_files, predict, refinement
 from pwcrf_jax.runtime import distributed

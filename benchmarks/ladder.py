@@ -54,7 +54,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 from ladder_table import BESIDE, EVAL_SPLIT, RESULTS, RUN_OF, RUNGS, SIZES, pack, scores, sizes_in, summary
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.configs import camvid_mobilenet_v2, voc_mobilenet_v2
 from pwcrf_jax.data import eval_batches
 from pwcrf_jax.evaluation import evaluate, tuning

@@ -21,8 +21,8 @@ from pwcrf_jax.prediction import restore
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import metrics, piecewise
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import eval_batches, load_dataset
 from pwcrf_jax.model import segmenter
 from pwcrf_jax.runtime import files, logs
@@ -77,7 +77,7 @@ def main():
                 not args.sums,
                 mask,
                 config.crf.route,
-                config.crf.chunk_edges or None,
+                None,
             )
             labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask), axis=-1)
             count = jax.vmap(lambda p, y: metrics.confusion_matrix(p, y, model.num_classes))

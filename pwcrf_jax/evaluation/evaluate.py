@@ -7,8 +7,8 @@ import os
 import jax
 import numpy as np
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import metrics
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import eval_batches
 from pwcrf_jax.evaluation import steps as eval_steps
 from pwcrf_jax.model import segmenter

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import metrics
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import eval_batches
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.evaluation import steps as eval_steps

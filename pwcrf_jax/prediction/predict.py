@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.data import DataError, load_dataset, prepare
 from pwcrf_jax.data.readers.files import read_image_file
 from pwcrf_jax.data.readers.image_io import MAX_PIXELS, decode_image, storable_image, voc_palette

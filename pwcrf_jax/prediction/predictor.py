@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import pairwise
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data.readers.image_io import MEAN_COLOUR
 from pwcrf_jax.model import segmenter
 from pwcrf_jax.prediction import predictor as inference

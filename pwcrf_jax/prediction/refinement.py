@@ -33,7 +33,7 @@ def _capacities(frame):
 
 
 @functools.cache
-def _compiled(size, frame, num_iterations, method, radius, capacity):
+def _compiled(size, frame, num_iterations, radius, capacity):
     """fn(log_marginals, image, label, valid_size, params) over this host's devices, an image on each."""
 
     def refine(log_marginals, image, label, valid_size, params):
@@ -47,7 +47,6 @@ def _compiled(size, frame, num_iterations, method, radius, capacity):
             params,
             num_iterations,
             mask=valid,
-            method=method,
             capacity=capacity,
             radius=radius,
         )
@@ -71,7 +70,7 @@ def refine_batch(log_marginals, batch, settings, mode):
     """
     params = params_of(settings, mode)
     size = batch["label"].shape[1:]
-    num_iterations, method = settings["num_iterations"], settings["method"]
+    num_iterations = settings["num_iterations"]
     confusion, change = 0, np.zeros(num_iterations, np.float32)
     wanted = np.flatnonzero(batch["valid_size"][:, 0])
     for first in range(0, len(wanted), jax.local_device_count()):
@@ -81,7 +80,7 @@ def refine_batch(log_marginals, batch, settings, mode):
         # Devices without an image of their own work on the last one again.
         chosen = np.pad(chosen, (0, jax.local_device_count() - len(chosen)), "edge")
         arrays = [x[chosen] for x in arrays]
-        options = size, frame, num_iterations, method, gaussian.radius_of(params.smoothness_sxy)
+        options = size, frame, num_iterations, gaussian.radius_of(params.smoothness_sxy)
         for capacity in _capacities(frame):
             counts, largest, exceeded = _compiled(*options, capacity)(*arrays, params)
             if not np.any(exceeded):
@@ -120,7 +119,6 @@ def refine_image(log_probs, image, settings, mode):
             params,
             settings["num_iterations"],
             mask=mask,
-            method=settings["method"],
             capacity=capacity,
             radius=radius,
         )

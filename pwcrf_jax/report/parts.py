@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import mean_field, pairwise, piecewise
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.model import segmenter
 

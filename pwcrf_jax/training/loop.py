@@ -10,8 +10,8 @@ import time
 import jax
 import jax.numpy as jnp
 
+from pwcrf_jax import config as configs
 from pwcrf_jax.config import agreement
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import check_sizes, load_dataset, train_batches
 from pwcrf_jax.data.prepare import builder_class
 from pwcrf_jax.evaluation import evaluate

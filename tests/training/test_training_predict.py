@@ -15,7 +15,7 @@ from layouts import voc
 from PIL import Image
 from rows import full_row
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.configs import voc_vgg16
 from pwcrf_jax.data import DataError, load_dataset
 from pwcrf_jax.data.sets.synthetic import generate_scene

