@@ -15,6 +15,7 @@ from pwcrf_jax.data import DATASETS
 from pwcrf_jax.model.losses import OBJECTIVES
 from pwcrf_jax.model.segmenter import PAIRWISE_FEATURES, PARAMETERISATIONS
 from pwcrf_jax.nets import BACKBONES, INPUT_SCALINGS
+from pwcrf_jax.nets.depthwise import METHODS
 from pwcrf_jax.pairwise import ROUTES
 from pwcrf_jax.relations import UNITS
 
@@ -60,7 +61,7 @@ SECTIONS = {
 """Titles of the sections of `KEYS`."""
 
 KEYS = {
-    "seed": Key(Number(int, low=0, high=2**32 - 1), 0, "of parameters, order, crops and samples"),
+    "seed": Key(Number(int, low=0, high=2**32 - 1), 0, "seed of parameters, order, crops and samples"),
     "init_from": Key(Path(), "", 'pretrained weights (.h5, .safetensors), or the workdir of a run; "": random'),
     "compilation_cache": Key(Flag(), True, "keep compiled programs in ~/.cache/pwcrf_jax for the next start"),
     "data.name": Key(Choice(DATASETS), "synthetic", "the data set"),
@@ -69,7 +70,7 @@ KEYS = {
     "data.partial": Key(Flag(), False, "accept splits that do not have the official number of images"),
     "data.train_split": Key(Text(empty=False), "train", "split, or a part of one, such as train[:90%]"),
     "data.eval_split": Key(Text(empty=False), "val", "split that evaluation takes"),
-    "data.num_classes": Key(Number(int, low=2, high=255), 6, "number of classes, without void"),
+    "data.num_classes": Key(Number(int, low=2, high=255), 6, "number of classes; void is none"),
     "data.crop_size": Key(_SIZE, (192, 256), "(height, width) of training crops"),
     "data.eval_size": Key(_SIZE, (192, 256), "(height, width) that images are padded to; that of the largest image"),
     "data.scale_range": Key(Tuple(_SCALE, 2, rising=True), (0.7, 1.2), "scales that training images are drawn at"),
@@ -82,22 +83,24 @@ KEYS = {
     "data.synthetic.num_train": Key(_POSITIVE_INT, 400, "training scenes"),
     "data.synthetic.num_val": Key(_POSITIVE_INT, 100, "validation scenes"),
     "data.synthetic.image_size": Key(_SIZE, (192, 256), "(height, width) of scenes"),
-    "data.synthetic.seed": Key(_COUNT, 0, "of the scenes"),
+    "data.synthetic.seed": Key(_COUNT, 0, "seed of the scenes"),
     "data.image_folder.val_fraction": Key(Number(float, above=0, below=1), 0.1, "share of images held out as val"),
-    "data.image_folder.seed": Key(Number(int), 0, "of the choice of those"),
+    "data.image_folder.seed": Key(Number(int), 0, "seed of that choice"),
     "data.tfds.dataset": Key(Text(), "oxford_iiit_pet", "name, name/config or name/config:1.0.0"),
     "data.tfds.image_key": Key(Text(), "image", "feature of images"),
     "data.tfds.label_key": Key(Text(), "segmentation_mask", "feature of masks"),
     "data.tfds.label_offset": Key(Number(int), -1, "added to stored labels"),
     "data.tfds.void": Key(Number(int), 255, "label that means void, after the offset"),
-    "data.tfds.class_names": Key(_NAMES, (), "(): the set's own, or class_0, class_1, ..."),
-    "data.tfds.num_classes": Key(Number(int, low=0, high=255), 3, "0: as many as there are names"),
+    "data.tfds.class_names": Key(_NAMES, (), "names of the classes; (): the set's own, or class_0, class_1, ..."),
+    "data.tfds.num_classes": Key(Number(int, low=0, high=255), 3, "number of classes; 0: as many as there are names"),
     "data.tfds.max_side": Key(_COUNT, 0, "longest side, to which larger images are shrunk; 0: none is"),
     "model.backbone": Key(Choice(BACKBONES), "vgg16", "the network below FeatMap-Net"),
-    "model.mobilenet_v2.output": Key(Text(), "block_13_expand", "its last layer"),
-    "model.mobilenet_v2.depthwise": Key(Text(), "auto", "depthwise convolutions: auto (by device), shifted, grouped"),
+    "model.mobilenet_v2.output": Key(Text(), "block_13_expand", "the layer whose features are taken"),
+    "model.mobilenet_v2.depthwise": Key(
+        Choice(METHODS), "auto", "how depthwise convolutions are computed; auto: by device"
+    ),
     "model.mobilenet_v2.freeze_until": Key(Text(), "", 'layers before this one are not trained; "": all are'),
-    "model.tiny.features": Key(Tuple(_WIDTH, 4), (16, 32, 48, 64), "of its four convolutions"),
+    "model.tiny.features": Key(Tuple(_WIDTH, 4), (16, 32, 48, 64), "features of its four convolutions"),
     "model.refinement_convs.layers": Key(
         Tuple(Text(empty=False)), (), 'layers, such as ("block_3_expand", "block_6_expand"); (): off'
     ),
@@ -106,7 +109,7 @@ KEYS = {
     "model.block6": Key(
         Tuple(Pair(_WINDOW, _WIDTH)),
         ((7, 4096), (3, 512), (3, 512)),
-        "(kernel, features) of convolutions at each scale",
+        "(kernel, features) of convolutions on the backbone",
     ),
     "model.pyramid_windows": Key(Tuple(_WINDOW), (5, 9), "windows of sliding pyramid pooling; (): off"),
     "model.hidden": Key(_WIDTH, 512, "hidden units of Unary-Net and Pairwise-Nets"),
@@ -118,10 +121,14 @@ KEYS = {
         Choice(PAIRWISE_FEATURES), "shared", "Pairwise-Nets on the unary's FeatMap-Net, or on one of their own [choice]"
     ),
     "model.pairwise_trains_features": Key(Flag(), True, "whether pair terms train shared features"),
-    "model.input_scaling": Key(Choice(("auto", *INPUT_SCALINGS)), "auto", "auto: as the pretrained weights ask for"),
-    "model.dtype": Key(Choice(("float32", "bfloat16")), "float32", "nets compute in it"),
+    "model.input_scaling": Key(
+        Choice(("auto", *INPUT_SCALINGS)), "auto", "range of input colours; auto: as the pretrained weights ask for"
+    ),
+    "model.dtype": Key(Choice(("float32", "bfloat16")), "float32", "type that the nets compute in"),
     "loss.objective": Key(
-        Choice(OBJECTIVES), "piecewise", "..._staged: the unary first, then the relations on its features, frozen"
+        Choice(OBJECTIVES),
+        "piecewise",
+        "the objective; ..._staged: the unary first, then the relations on its features, frozen",
     ),
     "loss.unary_share": Key(
         _SHARE, 0.5, "share of the steps in which objectives in stages train the unary; 0: it comes with init_from"
@@ -129,49 +136,55 @@ KEYS = {
     "loss.reduction": Key(
         Choice(("mean", "sum")),
         "mean",
-        "mean of each kind of factor [choice], or sum over all of an image (the paper's)",
+        "over factors: mean of each kind [choice], or sum over an image (the paper's)",
     ),
-    "loss.pairwise_weight": Key(_NOT_NEGATIVE, 1.0, "of the relations' terms"),
-    "loss.balance_power": Key(_NOT_NEGATIVE, 0.0, "1: per-image inverse class frequency; 0: off"),
-    "loss.pairwise_balance_power": Key(Number(float, low=0, besides=-1), -1.0, "that of the relations; -1: the same"),
+    "loss.pairwise_weight": Key(_NOT_NEGATIVE, 1.0, "weight of the relations' terms"),
+    "loss.balance_power": Key(
+        _NOT_NEGATIVE, 0.0, "power of the inverse class frequency in the image, which weighs its cells; 0: off"
+    ),
+    "loss.pairwise_balance_power": Key(
+        Number(float, low=0, besides=-1), -1.0, "the same of the relations; -1: loss.balance_power"
+    ),
     "loss.sampled_offsets": Key(_COUNT, 0, "offsets of each relation, drawn anew every step, at most; 0: all"),
     "loss.chunk_edges": Key(_COUNT, 0, "edges whose scores are held at a time; 0: chosen from the shapes"),
-    "optimizer.name": Key(Choice(("adamw", "sgd")), "adamw", "sgd has a momentum of 0.9"),
-    "optimizer.learning_rate": Key(_POSITIVE, 1e-3, "its peak; it falls to 0 by a polynomial of power 0.9"),
-    "optimizer.backbone_factor": Key(_NOT_NEGATIVE, 0.1, "of the learning rate, for the backbone"),
+    "optimizer.name": Key(Choice(("adamw", "sgd")), "adamw", "the update rule; sgd has a momentum of 0.9"),
+    "optimizer.learning_rate": Key(_POSITIVE, 1e-3, "peak of the rate, which falls to 0 by a polynomial of power 0.9"),
+    "optimizer.backbone_factor": Key(_NOT_NEGATIVE, 0.1, "the backbone's rate as a share of the learning rate"),
     "optimizer.warmup_steps": Key(_COUNT, 50, "steps of linear warm-up"),
-    "optimizer.weight_decay": Key(_NOT_NEGATIVE, 1e-4, "of kernels, not of biases"),
-    "optimizer.clip_norm": Key(_NOT_NEGATIVE, 10.0, "of the gradient of the relations, and of all else; 0: off"),
-    "train.batch_size": Key(_BATCH, 8, "over all devices and hosts"),
-    "train.steps": Key(_POSITIVE_INT, 1000, "steps of training"),
-    "train.log_every": Key(_POSITIVE_INT, 20, "steps"),
-    "train.eval_every": Key(_COUNT, 250, "steps; 0: only at the end"),
-    "train.checkpoint_every": Key(_POSITIVE_INT, 100, "steps"),
-    "train.keep_checkpoints": Key(
-        _POSITIVE_INT, 2, "newest states that are kept; with 1 there is none to fall back to"
+    "optimizer.weight_decay": Key(_NOT_NEGATIVE, 1e-4, "weight decay of kernels; biases have none"),
+    "optimizer.clip_norm": Key(
+        _NOT_NEGATIVE, 10.0, "norm that gradients are clipped to, those of the relations and all others apart; 0: off"
     ),
+    "train.batch_size": Key(_BATCH, 8, "images a step, over all devices and hosts"),
+    "train.steps": Key(_POSITIVE_INT, 1000, "steps of training"),
+    "train.log_every": Key(_POSITIVE_INT, 20, "steps between lines of the log"),
+    "train.eval_every": Key(_COUNT, 250, "steps between evaluations; 0: only at the end"),
+    "train.checkpoint_every": Key(_POSITIVE_INT, 100, "steps between saved states"),
+    "train.keep_checkpoints": Key(_POSITIVE_INT, 2, "states that are kept; with 1 there is none to fall back to"),
     "train.max_skipped_steps": Key(
         _COUNT, 3, "steps without a finite loss and gradient that are skipped; one more ends the run"
     ),
     "crf.relations": Key(_NAMES, (), "those of the model's that inference uses; (): all"),
-    "crf.num_iterations": Key(_ITERATIONS, 3, "of mean field"),
-    "crf.weights": Key(Tuple(Number(float), empty=False), (1.0,), "of the messages, one for all or one a relation"),
+    "crf.num_iterations": Key(_ITERATIONS, 3, "iterations of mean field"),
+    "crf.weights": Key(
+        Tuple(Number(float), empty=False), (1.0,), "weights of the messages, one for all or one a relation"
+    ),
     "crf.damping": Key(_SHARE, 0.0, "share of the old log marginals that an iteration keeps"),
     "crf.normalize": Key(Flag(), True, "mean of a node's messages a relation; False: the paper's plain sum"),
     "crf.route": Key(Choice(ROUTES), "auto", "how messages are computed; auto: the cheaper by the cost model"),
-    "refine.num_iterations": Key(_ITERATIONS, 10, "of the dense CRF"),
+    "refine.num_iterations": Key(_ITERATIONS, 10, "iterations of the dense CRF"),
     "refine.smoothness_compat": Key(Number(float), 3.0, "strength of the smoothness kernel"),
-    "refine.smoothness_sxy": Key(_POSITIVE, 3.0, "its width in pixels"),
+    "refine.smoothness_sxy": Key(_POSITIVE, 3.0, "width of the smoothness kernel in pixels"),
     "refine.appearance_compat": Key(Number(float), 10.0, "strength of the appearance kernel"),
-    "refine.appearance_sxy": Key(_POSITIVE, 80.0, "its width in pixels"),
-    "refine.appearance_srgb": Key(_POSITIVE, 13.0, "its width in colours 0..255"),
+    "refine.appearance_sxy": Key(_POSITIVE, 80.0, "width of the appearance kernel in pixels"),
+    "refine.appearance_srgb": Key(_POSITIVE, 13.0, "width of the appearance kernel in colours 0..255"),
     "tiles.size": Key(
-        Tuple(_POSITIVE_INT, (0, 2)), (), "(height, width) at most; (): three times data.eval_size, the memory of nine"
+        Tuple(_POSITIVE_INT, (0, 2)), (), "largest (height, width) of a tile; (): three times data.eval_size"
     ),
-    "tiles.overlap": Key(_SHARE, 0.5, "of neighbouring tiles, at least, as a share of a tile"),
-    "tta.scales": Key(Tuple(_SCALE, empty=False), (1.0,), "of the image; probabilities of all of them are averaged"),
-    "tta.flip": Key(Flag(), False, "each of them mirrored as well"),
-    "eval.batch_size": Key(_BATCH, 8, "over all devices and hosts"),
+    "tiles.overlap": Key(_SHARE, 0.5, "least overlap of neighbouring tiles, as a share of a tile"),
+    "tta.scales": Key(Tuple(_SCALE, empty=False), (1.0,), "scales of the image, over which probabilities are averaged"),
+    "tta.flip": Key(Flag(), False, "take the mirrored image as well"),
+    "eval.batch_size": Key(_BATCH, 8, "images a step, over all devices and hosts"),
     "eval.classes": Key(_NAMES, (), "names of the classes that means are taken over; (): all"),
     "eval.panel": Key(Number(int, 0, 64), 4, "validation images that TensorBoard shows at each evaluation of training"),
 }
@@ -182,9 +195,9 @@ RELATION = {
     "cols": Key(_BOUNDS, (-0.2, 0.2), "least and largest column of q - p"),
     "unit": Key(Choice(UNITS), "short_side", "rows and cols in fractions of the short side of the map, or in cells"),
     "grid": Key(Number(int, 0, 1024), 0, "offsets on a grid of this side, 5 in the journal version; 0: all of the box"),
-    "row_offsets": Key(_OFFSETS, (), "in cells, written by the run: every pair of both but (0, 0); (): of the box"),
-    "col_offsets": Key(_OFFSETS, (), "in cells, written by the run"),
-    "parameterisation": Key(Choice(("", *PARAMETERISATIONS)), "", '"": model.parameterisation'),
+    "row_offsets": Key(_OFFSETS, (), "rows of offsets in cells, of which every pair but (0, 0) is one; (): of the box"),
+    "col_offsets": Key(_OFFSETS, (), "columns of offsets in cells"),
+    "parameterisation": Key(Choice(("", *PARAMETERISATIONS)), "", 'that of this relation; "": model.parameterisation'),
 }
 """The keys of relations.NAME, a range box, see `pwcrf_jax.relations.Relation`.
 
