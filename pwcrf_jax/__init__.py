@@ -33,7 +33,7 @@ from pwcrf_jax.pairwise import (
 from pwcrf_jax.piecewise import balance_weights, grid_labels, pairwise_log_likelihood, unary_log_likelihood
 from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING, EdgeList, Relation, edge_list, offsets, validity_mask
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ABOVE_BELOW",

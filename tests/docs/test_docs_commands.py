@@ -18,6 +18,7 @@ import h5py
 import jax
 import numpy as np
 import pytest
+import yaml
 from layouts import camvid, pascal_context, voc
 from nets.test_nets_pretrained import vgg_layers, write_keras
 from PIL import Image
@@ -28,6 +29,7 @@ from pwcrf_jax.nets import MobileNetV2
 NOT_RUN = {
     "pip install -e .": "installs into the environment; `make` does the same in .venv, and CI starts with that",
     "make test": "is this suite",
+    "pre-commit install": "changes the checkout; the hooks are held to `make lint` below",
     "python train.py --config configs/voc_vgg16.py --workdir SHARED/runs/voc": "needs several hosts; tests/distributed "
     "runs train.py with the same flags as several processes, and test_docs_readme parses this",
 }
@@ -109,7 +111,7 @@ def small(words):
         return [*kept, *(f"--config.{key}={value}" for key, value in values.items() if key not in given)]
     if words[1:3] == ["-m", "pwcrf_jax.data.check"]:
         return [*source(words, words[3]), "--partial"]
-    if "--tune-refinement" in words:
+    if "--tune-refinement" in words and "--trials" not in words:  # a flag is given once
         return [*words, "--trials=2"]
     if words[1] == "benchmarks/message_weights.py":
         return [*words, "--weights=1,2"]
@@ -220,6 +222,8 @@ def check_outputs(words, text, folder):
         assert json.loads(text.splitlines()[-1])
     elif words[1] == "-m":
         assert "to train: --config.data.num_classes=" in text
+    elif words[1].startswith("scripts/"):
+        assert Image.open(folder / words[3]).format == "PNG"
     if "--images" in words:
         labels = {str(path.relative_to(folder)) for path in (folder / flag(words, "output") / "labels").rglob("*.png")}
         assert labels == {f"{flag(words, 'output')}/labels/{name}".replace(".jpg", ".png") for name in PHOTOS}
@@ -242,6 +246,14 @@ def test_every_command_is_run_or_has_a_reason():
     assert len(found) > 50
     assert not [shlex.join(words) for words in found if not (runnable(words) or not_run(words))]
     assert not set(NOT_RUN) - {not_run(words) for words in found}, "no document has these"
+
+
+def test_hooks_run_what_make_lint_runs():
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    hooks = " ".join(hook["entry"] for hook in local["hooks"])
+    told = subprocess.run(["make", "-n", "lint"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    linters = re.findall(r"\.venv/bin/(?:python -m )?((?:ruff )?(?:check|format|mypy))\b", told)
+    assert linters and not [x for x in linters if f".venv/bin/{x}" not in hooks]
 
 
 def test_make_demo_is_two_commands():

@@ -19,10 +19,12 @@ from pwcrf_jax import config as configs
 from pwcrf_jax.data import DATASETS, check
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "examples/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")
+DOCS = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").rglob("*.md"))]
 IDS = [str(path.relative_to(ROOT)) for path in DOCS]
+URL = re.search(r"^url = (\S+)$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)[1]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-FOLDERS = "pwcrf_jax|configs|tests|docs|benchmarks|examples"
+FOLDERS = "pwcrf_jax|configs|tests|docs|benchmarks|examples|scripts"
 
 each_document = pytest.mark.parametrize("path", DOCS, ids=IDS)
 
@@ -130,19 +132,26 @@ def flag(words, name):
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_readme_examples_run():
-    code = blocks((ROOT / "README.md").read_text(), "python")
-    assert code
+    (code,) = blocks((ROOT / "README.md").read_text(), "python")
     scope = {}
     with jax.default_device(jax.devices("cpu")[0]):
-        exec(compile("\n".join(code), "README.md", "exec"), scope)
+        exec(compile(code, "README.md", "exec"), scope)
     assert scope["log_marginals"].shape == scope["unary"].shape
+    assert jax.numpy.isfinite(scope["loss"]) and scope["info"].change.shape == (3, 2)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_dense_crf_example_runs():
+    (code,) = blocks((ROOT / "docs/dense-crf.md").read_text(), "python")
+    scope = {}
+    with jax.default_device(jax.devices("cpu")[0]):
+        exec(compile(code, "dense-crf.md", "exec"), scope)
     assert scope["labels"].shape == (2, 40, 60) and jax.numpy.isfinite(scope["to_crf"]) and scope["to_crf"] != 0
-    assert jax.numpy.isfinite(scope["value"]) and scope["info"].change.shape == (3, 2)
 
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_examples_of_other_pages_run():
-    pages = [path for path in DOCS if path.name not in ("README.md", "tutorial.md")]
+    pages = [path for path in DOCS if path.name not in ("README.md", "tutorial.md", "dense-crf.md")]
     run = 0
     for path in pages:
         for code in blocks(path.read_text(), "python"):
@@ -168,13 +177,37 @@ def test_paths_and_links_exist(path):
     text = path.read_text()
     missing = {word for word in paths(text) if not (ROOT / word).exists()}
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if re.match(r"\w+:", target):
-            continue
         file, _, anchor = target.partition("#")
-        linked = path.parent / file if file else path
+        linked = in_repository(file) or (path.parent / file if file else path)
+        if not in_repository(file) and re.match(r"\w+:", target):
+            continue
         if not linked.exists() or (anchor and anchor not in anchors(linked.read_text())):
             missing.add(target)
     assert not missing
+
+
+def in_repository(link):
+    """The file of this repository that an absolute link leads to, or None."""
+    for prefix in (f"{URL}/blob/main/", f"{URL}/main/".replace("github.com", "raw.githubusercontent.com")):
+        if link.startswith(prefix):
+            return ROOT / link.removeprefix(prefix)
+
+
+def test_readme_can_be_read_elsewhere():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 170
+    assert not [x for x in re.findall(r"\]\(([^)\s]+)\)", text) if not x.startswith("https://")], "PyPI has no files"
+    (picture,) = re.findall(r"!\[[^]]+\]\((\S+)\)", text)
+    assert in_repository(picture).stat().st_size < 150_000
+
+
+def test_commands_of_tables_have_flags_that_exist():
+    for path in DOCS:
+        for span in spans(path.read_text()):
+            if found := re.match(r"python ((?:benchmarks|scripts)/\w+\.py)", span):
+                # Some benchmarks share the arguments of others.
+                source = "".join(x.read_text() for x in (ROOT / found[1]).parent.glob("*.py"))
+                assert not {x for x in re.findall(r"--\w+", span) if f'"{x}"' not in source}, span
 
 
 @each_document
@@ -210,15 +243,17 @@ def _has(config, key):
 
 @each_document
 def test_commands_are_accepted(path, monkeypatch):
-    trained = {}
+    trained = {"runs/demo-seed0": "configs/demo.py"} if "make demo\n" in path.read_text() else {}
     for words in commands(path.read_text()):
         if words[1] == "-m":
             assert words[2] == "pwcrf_jax.data.check"
             known = check.parser().parse_args(words[3:])
             assert known.dataset in DATASETS
             continue
-        if words[1].startswith("examples/"):
-            assert (ROOT / words[1]).is_file()  # test_docs_examples runs them
+        if words[1].startswith(("examples/", "scripts/")):
+            assert (ROOT / words[1]).is_file()  # run by test_docs_examples and test_docs_commands
+            if words[1].startswith("scripts/"):
+                runpy.run_path(str(ROOT / words[1]))  # what it imports is there
             continue
         workdir = flag(words, "workdir")
         if words[1] == "train.py":

@@ -172,8 +172,8 @@ def test_a_start_that_is_no_file(kind, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("backbone", KNOWN_FILES)
-def test_the_readme_names_the_files(backbone):
-    section = (ROOT / "README.md").read_text().partition("\n## ImageNet weights\n")[2].partition("\n## ")[0]
+def test_the_documents_name_the_files(backbone):
+    section = (ROOT / "docs/training.md").read_text().partition("\n## ImageNet weights\n")[2].partition("\n## ")[0]
     for file in KNOWN_FILES[backbone]:
         url, check = re.fullmatch(r"(https://\S+) \((.*)\)", file).groups()
         size = re.fullmatch(r"(\d+) bytes", check)
