@@ -202,7 +202,7 @@ def test_options_of_the_check_command_that_are_arguments(option, capsys):
 )
 def test_output_that_cannot_be_written(words):
     """In one line, and not once more when Python ends. Only what is written there is told by its name."""
-    code = "import os; from absl import flags; from pwcrf_jax.training import cli; "
+    code = "import os; from absl import flags; from pwcrf_jax.cli import command; "
     code += "flags.DEFINE_string('workdir', '', ''); "
     code += f"flags.DEFINE_string('config', '', ''); command.run(lambda _: {words})"
     with open("/dev/full", "w") as full:

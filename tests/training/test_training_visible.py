@@ -294,7 +294,7 @@ def test_help_shows_every_flag_with_default_and_example(script, argument):
         assert re.search(rf"--(no)?{name}\b", example), block
         assert {re.sub("^no", "", x) for x in re.findall(r"--([\w-]+)", example)} <= {*names, "config", "tuned"}
     if argument == "--helpfull":
-        for key, value in configs.flat(__import__("pwcrf_jax.configs.default").default.get_config()):
+        for key, value in configs.flat(configs.defaults()):
             if not key.startswith("relations."):
                 assert f"--config.{key}=" in text, (key, value)
         assert "Flags of libraries" in text and "--verbosity" in text
