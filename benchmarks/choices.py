@@ -55,19 +55,19 @@ class Decoding(NamedTuple):
     num_iterations: int = 3
     damping: float = 0.0
     temperature: float = 1.0
-    normalize: bool = True
+    average_messages: bool = True
     potts: bool = False
 
     def __str__(self):
         numbers = ("weight", "num_iterations", "damping", "temperature")
         said = [f"{k} {getattr(self, k):g}" for k in numbers if getattr(self, k) != self._field_defaults[k]]
-        said += ["sums"] * (not self.normalize) + ["Potts"] * self.potts
+        said += ["sums"] * (not self.average_messages) + ["Potts"] * self.potts
         return ", ".join(said) or "weight 1"
 
 
 LADDER = "as in the ladder"
 EACH = (*map(Decoding, (0.1, 0.5, 1.0, 2.0, 4.0)), Decoding(num_iterations=10))
-SUMS = tuple(Decoding(weight, n, normalize=False) for weight in (0.02, 0.1) for n in (3, 10))
+SUMS = tuple(Decoding(weight, n, average_messages=False) for weight in (0.02, 0.1) for n in (3, 10))
 DECODED = (
     *(Decoding(num_iterations=n) for n in (1, 2, 5, 20)),
     Decoding(0.5, 10), Decoding(2.0, 10), Decoding(0.5, 20),
@@ -122,7 +122,6 @@ def counts_of_images(config, workdir, split, decodings):
     """As ladder.counts_of_images, of the unary and each decoding, without bands: ({row: counts}, names of classes)."""
     model, params, _, dataset = restore.load(config, str(workdir), "latest", split)
     crf = configs.crf_settings(config)
-    names = list(crf["relation_weights"])
 
     def step(params, batch):
         potentials = model.apply({"params": params}, batch["image"])
@@ -137,12 +136,17 @@ def counts_of_images(config, workdir, split, decodings):
         for d in decodings:
             pairwise = potentials.pairwise
             if d.potts:
-                same = dict(b2=jnp.eye(model.num_classes), evidence=None)
-                pairwise = {k: dataclasses.replace(p, w2=0 * p.w2, **same) for k, p in pairwise.items()}
+                same = dict(bias=jnp.eye(model.num_classes), unary_log_probs=None)
+                pairwise = {k: dataclasses.replace(p, kernel=0 * p.kernel, **same) for k, p in pairwise.items()}
             scaled = potentials._replace(unary=potentials.unary / d.temperature, pairwise=pairwise)
-            weights = [d.weight / d.temperature] * len(names)
-            settings = d.num_iterations, d.damping, d.normalize, mask, crf["route"], crf["chunk_edges"]
-            log_marginals, _ = segmenter.infer(scaled, names, weights, *settings)
+            settings = dataclasses.replace(
+                crf,
+                weights=dict.fromkeys(crf.weights, d.weight / d.temperature),
+                num_iterations=d.num_iterations,
+                damping=d.damping,
+                average_messages=d.average_messages,
+            )
+            log_marginals, _ = segmenter.infer(scaled, settings, node_mask=mask)
             out[str(d)] = confusion(log_marginals, mask)
             if potentials.correction is not None:
                 sharp = segmenter.sharpen(log_marginals, potentials.correction, mask)

@@ -124,10 +124,7 @@ def model_unaries(workdir, count, folder=None):
     def infer(image, valid_size):
         potentials = model.apply({"params": params}, image)
         mask = segmenter.grid_mask(valid_size, potentials.unary.shape[1:3], frame)
-        crf = configs.crf_settings(config)
-        names, weights = zip(*crf["relation_weights"].items(), strict=True) if crf["relation_weights"] else ((), ())
-        settings = crf["num_iterations"], crf["damping"], crf["normalize"], mask, crf["route"], crf["chunk_edges"]
-        log_marginals, _ = segmenter.infer(potentials, names, weights, *settings)
+        log_marginals, _ = segmenter.infer(potentials, configs.crf_settings(config), node_mask=mask)
         return jax.nn.log_softmax(segmenter.upsample(log_marginals, *frame, mask))[0]
 
     if folder is None:

@@ -2,7 +2,7 @@
 
     python benchmarks/message_weights.py --workdir runs/camvid
 
-Also prints the pairwise NLL of each relation beside that of its evidence alone: what the nets have learnt at all.
+Also prints the pairwise NLL of each relation beside that of two unaries alone: what the nets have learnt at all.
 Two folds: the images of the split are dealt alternately into halves; each weight chosen on one half is reported on the
 other, so that the reported gain is not the choice's own. Ends with one line of JSON.
 """
@@ -63,22 +63,15 @@ def main():
         terms = {}
         for name, p in potentials.pairwise.items():
             terms[name] = piecewise.pairwise_log_likelihood(p, labels)
-            if p.evidence is not None:  # the same with a net that says nothing: two independent unaries
-                silent = dataclasses.replace(p, w2=jnp.zeros_like(p.w2), b2=jnp.zeros_like(p.b2))
-                terms[f"{name}, evidence alone"] = piecewise.pairwise_log_likelihood(silent, labels)
+            if p.unary_log_probs is not None:  # the same with a net that says nothing: two independent unaries
+                silent = dataclasses.replace(p, kernel=jnp.zeros_like(p.kernel), bias=jnp.zeros_like(p.bias))
+                terms[f"{name}, unaries alone"] = piecewise.pairwise_log_likelihood(silent, labels)
         out = {}
         for row, (names, weight) in rows.items():
-            log_marginals, _ = segmenter.infer(
-                potentials,
-                names,
-                [weight] * len(names),
-                config.crf.num_iterations,
-                config.crf.damping,
-                not args.sums,
-                mask,
-                config.crf.route,
-                None,
+            settings = dataclasses.replace(
+                configs.crf_settings(config), weights=dict.fromkeys(names, weight), average_messages=not args.sums
             )
+            log_marginals, _ = segmenter.infer(potentials, settings, node_mask=mask)
             labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask), axis=-1)
             count = jax.vmap(lambda p, y: metrics.confusion_matrix(p, y, model.num_classes))
             out[row] = count(labels, batch["label"])

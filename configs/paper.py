@@ -17,7 +17,7 @@ from pwcrf_jax.configs import default
 def get_config():
     config = default.get_config()
     config.model.parameterisation = "free"
-    config.crf.normalize = False
+    config.crf.average_messages = False
     config.model.dtype = "bfloat16"
     config.optimizer.name = "sgd"
     config.optimizer.learning_rate = 1e-2

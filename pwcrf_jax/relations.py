@@ -50,7 +50,7 @@ class Relation:
     unit: str = "short_side"
     grid: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.unit not in UNITS:
             raise ValueError(f"relation {self.name!r}: unit must be one of {UNITS}, got {self.unit!r}")
         for axis, bounds in (("rows", self.rows), ("cols", self.cols)):
@@ -162,7 +162,7 @@ def edge_list(relation: Relation, height: int, width: int) -> EdgeList:
       height, width: size of the map in cells; Python integers.
 
     Returns:
-      `EdgeList` of int32 [num_edges] each, ordered by offset, then by p: as in `pwcrf_jax.pairwise.to_table`.
+      `EdgeList` of int32 [num_edges] each, ordered by offset, then by p: as in `pwcrf_jax.potentials.to_table`.
 
     Raises:
       ValueError: height or width below 1.

@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 
 from pwcrf_jax.config.kinds import Choice, Flag, Kind, Number, Pair, Path, Text, Tuple
 from pwcrf_jax.data import DATASETS
+from pwcrf_jax.messages import ALGORITHMS
 from pwcrf_jax.model.losses import OBJECTIVES
 from pwcrf_jax.model.segmenter import PAIRWISE_FEATURES, PARAMETERISATIONS
 from pwcrf_jax.nets import BACKBONES, INPUT_SCALINGS
 from pwcrf_jax.nets.depthwise import METHODS
-from pwcrf_jax.pairwise import ROUTES
 from pwcrf_jax.relations import UNITS
 
 _POSITIVE_INT, _COUNT = Number(int, low=1), Number(int, low=0)
@@ -170,8 +170,8 @@ KEYS = {
         Tuple(Number(float), empty=False), (1.0,), "weights of the messages, one for all or one a relation"
     ),
     "crf.damping": Key(_SHARE, 0.0, "share of the old log marginals that an iteration keeps"),
-    "crf.normalize": Key(Flag(), True, "mean of a node's messages a relation; False: the paper's plain sum"),
-    "crf.route": Key(Choice(ROUTES), "auto", "how messages are computed; auto: the cheaper by the cost model"),
+    "crf.average_messages": Key(Flag(), True, "mean of a node's messages a relation; False: the paper's plain sum"),
+    "crf.algorithm": Key(Choice(ALGORITHMS), "auto", "how messages are computed; auto: the cheaper by the cost model"),
     "refine.num_iterations": Key(_ITERATIONS, 10, "iterations of the dense CRF"),
     "refine.smoothness_compat": Key(Number(float), 3.0, "strength of the smoothness kernel"),
     "refine.smoothness_sxy": Key(_POSITIVE, 3.0, "width of the smoothness kernel in pixels"),

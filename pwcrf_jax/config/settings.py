@@ -5,6 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from pwcrf_jax.mean_field import Settings
 from pwcrf_jax.model import losses
 
 
@@ -13,17 +14,16 @@ def crf_relations(config: ConfigDict) -> tuple[str, ...]:
     return tuple(config.crf.relations or config.model.relations)
 
 
-def crf_settings(config: ConfigDict) -> dict[str, Any]:
-    """What `eval_steps.make_eval_step` needs of config.crf."""
-    names = crf_relations(config)
-    weights = config.crf.weights if len(config.crf.weights) == len(names) else config.crf.weights * len(names)
-    return dict(
-        relation_weights=dict(zip(names, weights, strict=True)),
-        num_iterations=config.crf.num_iterations,
-        damping=config.crf.damping,
-        normalize=config.crf.normalize,
-        route=config.crf.route,
-        chunk_edges=None,
+def crf_settings(config: ConfigDict) -> Settings:
+    """Settings of inference, from config.crf; weights by name of all relations that it uses."""
+    names, crf = crf_relations(config), config.crf
+    weights = crf.weights if len(crf.weights) == len(names) else crf.weights * len(names)
+    return Settings(
+        weights=dict(zip(names, weights, strict=True)),
+        num_iterations=crf.num_iterations,
+        damping=crf.damping,
+        average_messages=crf.average_messages,
+        algorithm=crf.algorithm,
     )
 
 

@@ -1,13 +1,11 @@
 """Configs, checked before any compute is spent: keys and values, then what goes together."""
 
 import difflib
-import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from pwcrf_jax import objectives
 from pwcrf_jax.config import keys
 from pwcrf_jax.config.keys import KEYS, RELATION
 from pwcrf_jax.config.kinds import Choice
@@ -15,7 +13,6 @@ from pwcrf_jax.config.model import build_model
 from pwcrf_jax.config.offsets import check_edges
 from pwcrf_jax.config.settings import crf_relations, unary_steps
 from pwcrf_jax.model import losses
-from pwcrf_jax.nets import grid_size
 from pwcrf_jax.runtime.errors import ConfigError
 from pwcrf_jax.runtime.parallel import device_count
 
@@ -127,22 +124,12 @@ def _validate_objective(config: ConfigDict) -> None:
             "relations; lower it"
         )
     of_pairs = [("loss.sampled_offsets", 0), ("loss.pairwise_weight", 1), ("loss.pairwise_balance_power", -1)]
-    unused = [] if name.startswith("piecewise") else of_pairs
-    if name == "exact":  # what it has no meaning for: it is the likelihood of one model, with sums of messages
-        unused += [("crf.normalize", False), ("loss.balance_power", 0)]
-    for key, value in unused:
+    for key, value in [] if name.startswith("piecewise") else of_pairs:
         section, field = key.split(".")
         if config[section][field] != value:
             raise ConfigError(
                 f"config.{key} = {config[section][field]} does nothing with config.loss.objective = {name!r}; "
                 f"set it to {value}"
-            )
-    if name == "exact":
-        height, width = grid_size(config.data.crop_size, config.model.scales)
-        if height * width * math.log2(config.data.num_classes) > math.log2(objectives.MAX_LABELLINGS):
-            raise ConfigError(
-                f"config.loss.objective = 'exact' enumerates {config.data.num_classes}^{height * width} labellings of "
-                f"the grid of config.data.crop_size = {tuple(config.data.crop_size)}; it is for tiny grids, use another"
             )
 
 

@@ -110,7 +110,7 @@ def load_classes(workdir: str) -> tuple[tuple[str, ...], tuple[tuple[int, ...], 
 
 def tuning_conditions(config: ConfigDict) -> dict[str, Any]:
     """Values beside the tuned ones that decide how good those are, flat and as JSON."""
-    names = ("crf.num_iterations", "crf.damping", "crf.normalize", "refine.num_iterations")
+    names = ("crf.num_iterations", "crf.damping", "crf.average_messages", "refine.num_iterations")
     flat = dict(keys.flat(config))
     return {"crf.relations": list(crf_relations(config))} | {key: flat[key] for key in names}
 

@@ -1,5 +1,7 @@
 """The evaluation step, per device (see `pwcrf_jax.runtime.parallel`), without jit."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -12,7 +14,7 @@ from pwcrf_jax.runtime.parallel import AXIS
 def make_eval_step(
     model,
     rows,
-    crf_config,
+    crf,
     balance_power=0.0,
     loss_chunk_edges=None,
     marginals_of=None,
@@ -21,8 +23,8 @@ def make_eval_step(
 ):
     """Builds step(params, batch) -> sums over all devices.
 
-    rows: {row of the table: names of the relations whose messages count}; weights of all relations come with crf_config
-    as `relation_weights`, a mapping.
+    rows: {row of the table: names of the relations whose messages count}.
+    crf: `mean_field.Settings`, with the weights of all of these by name.
     batch: image, label as in training and valid_size int32 [B, 2].
     A model with refinement convolutions has one row more, "convs": what "all" says, sharpened.
     Returns {"confusion": {row: int32 [1 + bands, K, K], see `confusions`}, "terms": {kind of factor: (sum, count)},
@@ -39,17 +41,8 @@ def make_eval_step(
         valid = segmenter.grid_mask(batch["valid_size"], size, size)
         confusion, change, kept, shown = {}, {}, None, {}
         for row, names in rows.items():
-            log_marginals, info = segmenter.infer(
-                potentials,
-                names,
-                [crf_config["relation_weights"][name] for name in names],
-                crf_config["num_iterations"],
-                crf_config["damping"],
-                crf_config["normalize"],
-                mask,
-                crf_config["route"],
-                crf_config["chunk_edges"],
-            )
+            settings = dataclasses.replace(crf, weights={name: crf.weights[name] for name in names})
+            log_marginals, info = segmenter.infer(potentials, settings, node_mask=mask)
             labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask), axis=-1)
             confusion[row] = confusions(labels, batch["label"], valid, model.num_classes)
             shown[row] = labels

@@ -7,6 +7,7 @@ down at once under WORKDIR/tuning, so that a search that was stopped goes on whe
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -153,9 +154,9 @@ def _batches(config, dataset, split):
 def _tune_messages(config, model, params, dataset, split, folder):
     """(best weights and number of iterations, mean IoU as configured, mean IoU of the best)."""
     crf = configs.crf_settings(config)
-    relations = tuple(crf["relation_weights"])
+    relations = tuple(crf.weights)
     names = (*relations, "num_iterations")
-    configured = best = (*crf["relation_weights"].values(), crf["num_iterations"])
+    configured = best = (*crf.weights.values(), crf.num_iterations)
     trials = _Trials(os.path.join(folder, "messages.jsonl"), names)
 
     def score(candidates, what):
@@ -200,8 +201,9 @@ def _score_messages(config, model, params, dataset, split, relations, candidates
         mask = segmenter.grid_mask(batch["valid_size"], potentials.unary.shape[1:3], size)
 
         def count(weights, num_iterations):
-            settings = num_iterations, crf["damping"], crf["normalize"], mask, crf["route"], crf["chunk_edges"]
-            log_marginals, _ = segmenter.infer(potentials, relations, list(weights), *settings)
+            chosen = dict(zip(relations, weights, strict=True))
+            settings = dataclasses.replace(crf, weights=chosen, num_iterations=num_iterations)
+            log_marginals, _ = segmenter.infer(potentials, settings, node_mask=mask)
             labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask), axis=-1)
             return metrics.confusion_matrix(labels, batch["label"], model.num_classes)
 
@@ -224,8 +226,8 @@ def _score_messages(config, model, params, dataset, split, relations, candidates
 def _marginals(config, model, params, dataset, split, folder, weights, iterations, row):
     """Log marginals of a row with these messages, of every image, from the folder or computed into it: file names."""
     names = configs.crf_relations(config)
-    crf = configs.crf_settings(config) | {"relation_weights": dict(zip(names, weights, strict=True))}
-    crf["num_iterations"] = iterations
+    chosen = dict(zip(names, weights, strict=True))
+    crf = dataclasses.replace(configs.crf_settings(config), weights=chosen, num_iterations=iterations)
     digest = hashlib.sha256(json.dumps([*weights, iterations, row]).encode()).hexdigest()[:8]
     home = os.path.join(folder, f"marginals-{digest}")
     files.make_folder(home, inside=folder)

@@ -1,15 +1,19 @@
 """Objectives of training: potentials and labels in, (sum, count) of log-likelihoods out."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
-from pwcrf_jax import objectives, pairwise, piecewise
+from pwcrf_jax import objectives, piecewise
+from pwcrf_jax.likelihood import sample_offsets
 from pwcrf_jax.model import segmenter
 
-OBJECTIVES = ("piecewise", "piecewise_staged", "pseudo_likelihood", "unrolled_mean_field")
-OBJECTIVES += ("unrolled_mean_field_staged", "exact")
+OBJECTIVES = (
+    "piecewise",
+    "piecewise_staged",
+    "pseudo_likelihood",
+    "unrolled_mean_field",
+    "unrolled_mean_field_staged",
+)
 STAGED = "_staged"  # how the names of objectives end that train the unary first, then what stands on it
 
 
@@ -36,7 +40,7 @@ def piecewise_terms(
     for i, (name, potential) in enumerate(potentials.pairwise.items()):
         sample = None
         if 0 < sampled_offsets < len(potential.offsets):
-            sample = pairwise.sample_offsets(jax.random.fold_in(key, i), len(potential.offsets), sampled_offsets)
+            sample = sample_offsets(jax.random.fold_in(key, i), len(potential.offsets), sampled_offsets)
         terms[name] = piecewise.pairwise_log_likelihood(
             potential, grid, node_weights=weights, chunk_edges=chunk_edges, sample=sample
         )
@@ -49,33 +53,22 @@ def piecewise_terms(
     return terms
 
 
-def joint_term(potentials, labels, name, crf_config, balance_power=0.0, chunk_edges=None, inside=None):
-    """(sum, count) of one of the objectives of `pwcrf_jax.objectives`, as inference with crf_config would decode.
+def joint_term(potentials, labels, name, crf, balance_power=0.0, inside=None):
+    """(sum, count) of one of the objectives of `pwcrf_jax.objectives`, with the settings that inference would have.
 
-    name: "pseudo_likelihood", "unrolled_mean_field" or "exact". Others as in `piecewise_terms`, `make_eval_step`.
+    name: "pseudo_likelihood" or "unrolled_mean_field". crf: `mean_field.Settings`, with the weights of the relations
+      that take part, by name. Others as in `piecewise_terms`.
     inside: int [B, 4], top, left, bottom and right of the image in its crop: cells beyond it are padding; None: all is
       image.
     """
     unary = potentials.unary
     grid = piecewise.grid_labels(labels, *unary.shape[1:3])
-    names, weights = tuple(crf_config["relation_weights"]), tuple(crf_config["relation_weights"].values())
-    chosen = [potentials.pairwise[n] for n in names]
-    if name == "exact":
-        one = lambda unary, chosen, grid: objectives.exact_log_likelihood(unary, chosen, grid, weights)
-        # Of each image: its nodes. The last layer is shared by all.
-        nodes = lambda p: dataclasses.replace(p, a=0, b=0, w2=None, b2=None, evidence=None if p.evidence is None else 0)
-        return jax.tree.map(jnp.sum, jax.vmap(one, in_axes=(0, [nodes(p) for p in chosen], 0))(unary, chosen, grid))
+    chosen = {name: potentials.pairwise[name] for name in crf.weights}
     node_weights = piecewise.balance_weights(grid, unary.shape[-1], power=balance_power) if balance_power else None
-    shared = dict(
-        normalize=crf_config["normalize"], node_weights=node_weights, chunk_edges=chunk_edges, route=crf_config["route"]
-    )
     if name == "pseudo_likelihood":
-        return objectives.pseudo_log_likelihood(unary, chosen, grid, weights, **shared)
-    iterations, damping = crf_config["num_iterations"], crf_config["damping"]
+        return objectives.pseudo_log_likelihood(unary, chosen, grid, crf, node_weights=node_weights)
     mask = None if inside is None else _cells_inside(inside, unary.shape[1:3], labels.shape[1:3])
-    return objectives.unrolled_log_likelihood(
-        unary, chosen, grid, iterations, weights, damping, node_mask=mask, **shared
-    )
+    return objectives.unrolled_log_likelihood(unary, chosen, grid, crf, node_mask=mask, node_weights=node_weights)
 
 
 def _cells_inside(inside, grid, size):

@@ -10,7 +10,7 @@ What memory means here, and how near it is (tests/nets/test_nets_plan.py, agains
 * activations: what JAX keeps for the backward pass, each buffer once. Parameters, images and constants are left out. A
   mask (where a ReLU was positive, which of two values a maximum took) is not kept but compared again, so what it
   compares is kept in its place; of values, ReLUs and maxima made of each other, only the first.
-* potentials: scores of the unary, the first layers' parts, the evidence: the input of the pairwise parts.
+* potentials: scores of the unary, its log-probabilities, the first layers' parts: the input of the pairwise parts.
 * the largest layer's backward pass: cotangents of its input and output; for a convolution also its kernel reversed, and
   the kernel's gradient before it is laid out as the parameter. The layer is that which, added to the activations kept
   before it, makes the most.
@@ -36,7 +36,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from pwcrf_jax import costs, pairwise
+from pwcrf_jax import costs
+from pwcrf_jax.messages import ALGORITHMS
 
 _VIEWS = {"reshape", "squeeze", "expand_dims", "transpose", "slice", "copy", "stop_gradient"}
 _ORDER = {"max", "min", "clamp", "select_n"}
@@ -110,7 +111,7 @@ def plan(
     num_sampled_offsets: int = 0,
     chunk_edges: int | None = None,
     message_chunk_edges: int | None = None,
-    route: str = "auto",
+    algorithm: str = "auto",
     message_relations: Sequence[str] | None = None,
     optimizer: Any = None,
 ) -> Plan:
@@ -123,7 +124,7 @@ def plan(
       batch_size: images a device.
       num_iterations: of mean field.
       num_sampled_offsets, chunk_edges: of the pairwise loss; 0: all offsets, None: chosen from the shapes.
-      message_chunk_edges, route: of the messages, as in `pwcrf_jax.mean_field.run`.
+      message_chunk_edges, algorithm: of the messages, as in `pwcrf_jax.mean_field.Settings`.
       message_relations: names of the relations that inference uses; None: all.
       optimizer: an optax transformation, for its state; None: none is planned.
 
@@ -135,14 +136,15 @@ def plan(
         backward pass: multiply-adds of the nets' gradient, without the forward pass;
         activations, potentials, largest layer: bytes, see the module's docstring;
         pairwise loss NAME: likelihood and gradient together; bytes are temporaries;
-        messages NAME, one iteration; messages NAME, N iterations, ROUTE: multiply-adds; bytes of scores or temporaries;
+        messages NAME, one iteration; messages NAME, N iterations, ALGORITHM: multiply-adds; bytes of scores or
+          temporaries;
         training step: all multiply-adds; bytes of parameters, gradients, optimizer state and activations, of the
           potentials twice, as they have a gradient, and the larger of the largest layer and the largest loss;
         inference: all multiply-adds; bytes of parameters, potentials and stored scores, and the largest of features
           and messages.
 
     Raises:
-      ValueError: a size, number, route or relation that cannot be.
+      ValueError: a size, number, algorithm or relation that cannot be.
 
     Examples:
       >>> from pwcrf_jax.model.segmenter import Segmenter
@@ -164,8 +166,8 @@ def plan(
     for name, chunk in (("chunk_edges", chunk_edges), ("message_chunk_edges", message_chunk_edges)):
         if chunk is not None and chunk < 1:
             raise ValueError(f"{name} must be at least 1, or None to choose it, got {chunk}")
-    if route not in pairwise.ROUTES:
-        raise ValueError(f"route must be one of {pairwise.ROUTES}, got {route!r}")
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {ALGORITHMS}, got {algorithm!r}")
     known = [name for name, _ in model.relations]
     if unknown := set(message_relations or ()) - set(known):
         raise ValueError(f"message_relations: {sorted(unknown)} are not among the model's, {known}")
@@ -182,32 +184,34 @@ def plan(
     heads = [Row("unary head", _head(params["unary"], batch_size, grids))]
     heads += [Row(f"first layers {name}", _head(params[f"pairwise_{name}"], batch_size, grids)) for name in potentials]
     features = Row("features", nets.forward - sum(row.multiply_adds for row in heads), nets.widest)
-    parts = [(p.a, p.b) for p in potentials.values()]
-    evidence = [p.evidence for p in potentials.values() if p.evidence is not None][:1]  # one for all relations
+    parts = [(p.hidden_p, p.hidden_q) for p in potentials.values()]
+    unary = [p.unary_log_probs for p in potentials.values() if p.unary_log_probs is not None][:1]  # of all relations
     nets_rows = [
         features,
         *heads,
         Row("backward pass", nets.total - nets.forward),
         Row("activations", bytes=nets.kept),
-        Row("potentials", bytes=_bytes((nets.out.unary, parts, evidence))),
+        Row("potentials", bytes=_bytes((nets.out.unary, parts, unary))),
         Row("largest layer", bytes=nets.largest_layer),
     ]
 
     loss, messages, totals, tables, working = [], [], [], 0, [nets.widest]
     for name, p in potentials.items():
-        shapes = (p.offsets, *grid, model.num_classes, p.a.shape[-1], batch_size)
+        shapes = (p.offsets, *grid, model.num_classes, p.hidden_p.shape[-1], batch_size)
+        bytes_each = dict(itemsize=p.hidden_p.dtype.itemsize)
         sampled = num_sampled_offsets if num_sampled_offsets < len(p.offsets) else 0
-        cost = costs.pairwise_loss(*shapes, p.a.dtype.itemsize, chunk_edges, sampled)
+        cost = costs.pairwise_loss(*shapes, **bytes_each, chunk_edges=chunk_edges, num_sampled_offsets=sampled)
         loss.append(Row(f"pairwise loss {name}", cost.multiply_adds, cost.temp_bytes))
         if message_relations is not None and name not in message_relations:
             continue
-        taken = costs.route(*shapes, num_iterations) if route == "auto" else route
+        taken = costs.algorithm(*shapes, num_iterations=num_iterations) if algorithm == "auto" else algorithm
         if taken == "table":
-            cost = costs.table_messages(*shapes, num_iterations)
-            once = costs.table_messages(*shapes, 1).multiply_adds - costs.table_messages(*shapes, 0).multiply_adds
+            cost = costs.table_messages(*shapes, num_iterations=num_iterations)
+            formed, one = (costs.table_messages(*shapes, num_iterations=n).multiply_adds for n in (0, 1))
+            once = one - formed
             tables += cost.temp_bytes
         else:
-            cost = costs.folded_messages(*shapes, p.a.dtype.itemsize, message_chunk_edges)
+            cost = costs.factored_messages(*shapes, **bytes_each, chunk_edges=message_chunk_edges)
             once = cost.multiply_adds
             cost = cost._replace(multiply_adds=num_iterations * once)
             working.append(cost.temp_bytes)

@@ -1,6 +1,6 @@
 """The assembly: image -> nets -> potentials -> mean field -> labels of the full image."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pwcrf_jax import mean_field, pairwise
+from pwcrf_jax import mean_field
 from pwcrf_jax.arrays import level
 from pwcrf_jax.nets import FeatMapNet, PairwiseNet, RefinementConvs, UnaryNet, grid_size, scale_input
+from pwcrf_jax.potentials import FactoredPairwise, factored_pairwise
 
 PARAMETERISATIONS = ("free", "residual")
 """What the score of a pair of labels is made of; see `Segmenter`."""
@@ -32,7 +33,7 @@ class Potentials(NamedTuple):
     """
 
     unary: jax.Array
-    pairwise: dict[str, pairwise.FactoredPairwise]
+    pairwise: dict[str, FactoredPairwise]
     correction: jax.Array | None = None
 
 
@@ -101,7 +102,7 @@ class Segmenter(nn.Module):
         features = FeatMapNet(**dict(self.featmap), dtype=self.dtype, joined=False, name="featmap")(scaled)
         features, middle = features if isinstance(features, tuple) else (features, None)
         unary = UnaryNet(self.num_classes, hidden=self.hidden, dtype=self.dtype, name="unary")(features)
-        evidence = jax.lax.stop_gradient(jax.nn.log_softmax(unary, axis=-1))
+        unary_log_probs = jax.lax.stop_gradient(jax.nn.log_softmax(unary, axis=-1))
         if self.pairwise_features == "own" and self.relations:
             options = dict(self.featmap) | {"middle": ()}
             features = FeatMapNet(**options, dtype=self.dtype, joined=False, name="featmap_pairwise")(scaled)
@@ -117,7 +118,7 @@ class Segmenter(nn.Module):
                 dtype=self.dtype,
                 name=f"pairwise_{name}",
             )(features)
-            potentials[name] = pairwise.factored_pairwise(*parts, offsets, evidence=evidence if residual else None)
+            potentials[name] = factored_pairwise(*parts, offsets, unary_log_probs if residual else None)
         correction = None
         if middle:
             convs = RefinementConvs(self.num_classes, self.refinement_width, self.dtype, name="refinement_convs")
@@ -149,23 +150,14 @@ def _explicit(relations) -> tuple[tuple[str, tuple[tuple[int, int], ...]], ...]:
 
 
 def infer(
-    potentials: Potentials,
-    relations: Sequence[str],
-    weights: Sequence[float],
-    num_iterations: int = 3,
-    damping: float = 0.0,
-    normalize: bool = False,
-    node_mask: jax.Array | None = None,
-    route: str = "auto",
-    chunk_edges: int | None = None,
-):
-    """Mean field over the unary and the named relations.
+    potentials: Potentials, settings: mean_field.Settings, *, node_mask: jax.Array | None = None
+) -> tuple[jax.Array, mean_field.MeanFieldInfo]:
+    """Mean field over the unary and the relations that the weights of the settings name.
 
     Args:
       potentials: of a `Segmenter`.
-      relations: names of the relations whose messages count; may be empty.
-      weights: one for each of them.
-      num_iterations, damping, normalize, route, chunk_edges: as in `pwcrf_jax.mean_field.run`.
+      settings: `pwcrf_jax.mean_field.Settings`; weights: float, by name of the relations whose messages count, or one
+        for all relations.
       node_mask: bool [B, h, w]; false nodes (padding) neither send nor receive.
 
     Returns:
@@ -175,9 +167,10 @@ def infer(
       KeyError: a relation that the potentials do not have.
       ValueError: as `pwcrf_jax.mean_field.run`.
     """
-    chosen = [potentials.pairwise[name] for name in relations]
-    settings = (num_iterations, weights, damping, normalize, node_mask, route, chunk_edges)
-    return mean_field.run(potentials.unary, chosen, *settings)
+    weights, chosen = settings.weights, potentials.pairwise
+    if isinstance(weights, Mapping):
+        chosen = {name: chosen[name] for name in weights}
+    return mean_field.run(potentials.unary, chosen, settings, node_mask=node_mask)
 
 
 def sharpen(log_marginals: jax.Array, correction: jax.Array | None, node_mask: jax.Array | None = None) -> jax.Array:

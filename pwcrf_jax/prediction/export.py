@@ -41,12 +41,13 @@ def make_predictor(config, model, params, size):
     config, model, params: of `restore.load`, or `restore.restore_params`. size: (H, W).
     """
     crf = configs.crf_settings(config)
-    names, weights = list(crf["relation_weights"]), list(crf["relation_weights"].values())
     # Relations that inference does not use would only make the file larger.
     each = zip(model.relations, model.parameterisation, strict=True)
-    used = [(relation, kind) for relation, kind in each if relation[0] in names]
+    used = [(relation, kind) for relation, kind in each if relation[0] in crf.weights]
     model = model.clone(relations=tuple(r for r, _ in used), parameterisation=tuple(kind for _, kind in used))
-    params = {k: v for k, v in params.items() if not k.startswith("pairwise_") or k.removeprefix("pairwise_") in names}
+    params = {
+        k: v for k, v in params.items() if not k.startswith("pairwise_") or k.removeprefix("pairwise_") in crf.weights
+    }
 
     def one(image, valid_size):
         size, valid_size = image.shape[:2], valid_size[None]
@@ -54,17 +55,7 @@ def make_predictor(config, model, params, size):
         image = jnp.where(valid[..., None], image[None], jnp.array(MEAN_COLOUR, jnp.uint8))
         potentials = model.apply({"params": params}, image)
         mask = segmenter.grid_mask(valid_size, potentials.unary.shape[1:3], size)
-        log_marginals, _ = segmenter.infer(
-            potentials,
-            names,
-            weights,
-            crf["num_iterations"],
-            crf["damping"],
-            crf["normalize"],
-            mask,
-            crf["route"],
-            crf["chunk_edges"],
-        )
+        log_marginals, _ = segmenter.infer(potentials, crf, node_mask=mask)
         log_marginals = segmenter.sharpen(log_marginals, potentials.correction, mask)
         mask = segmenter.grid_mask(valid_size, log_marginals.shape[1:3], size)
         labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask)[0], axis=-1)
@@ -145,8 +136,8 @@ def export_predictor(config, workdir: str, file: str, which: str = "best", size:
         batch="any",
         load=[line.format(file=path.name, height=height, width=width) for line in LOAD],
         classes=[{"name": name, "colour": list(map(int, c))} for name, c in zip(class_names, palette, strict=True)],
-        message_weights=crf["relation_weights"],
-        num_iterations=crf["num_iterations"],
+        message_weights=crf.weights,
+        num_iterations=crf.num_iterations,
         checkpoint=which,
         step=step,
         platforms=list(exported.platforms),

@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from pwcrf_jax import config as configs
-from pwcrf_jax import pairwise
 from pwcrf_jax.data.readers.image_io import MEAN_COLOUR
 from pwcrf_jax.model import segmenter
+from pwcrf_jax.potentials import factored_pairwise
 from pwcrf_jax.prediction import predictor as inference
 from pwcrf_jax.prediction import tiling
 from pwcrf_jax.runtime import parallel
@@ -47,7 +47,7 @@ class Predictor:
         # Refused here rather than at the first large image.
         self._layout(tuple(n + 2 * side for n, side in zip(self._frame, self._tile, strict=True)))
         crf = configs.crf_settings(config)
-        names = tuple(crf["relation_weights"])
+        names = tuple(crf.weights)
         self._devices = jax.local_devices()
         step = inference.make_potentials_step(model, names)
         self._networks = parallel.pmap_eval(step, devices=self._devices, per_image=True)
@@ -116,20 +116,9 @@ class Predictor:
 def _infer(unary, parts, correction, last_layers, mask, boxes, crf):
     """Mean field on the potentials of one image, and its correction: log marginals float32 [h, w, K]."""
     potentials = {
-        name: pairwise.factored_pairwise(a[None], b[None], *last_layers[name], boxes[name])
-        for name, (a, b) in parts.items()
+        name: factored_pairwise(p[None], q[None], *last_layers[name], boxes[name]) for name, (p, q) in parts.items()
     }
-    log_marginals, _ = segmenter.infer(
-        segmenter.Potentials(unary[None], potentials),
-        list(crf["relation_weights"]),
-        list(crf["relation_weights"].values()),
-        crf["num_iterations"],
-        crf["damping"],
-        crf["normalize"],
-        mask[None],
-        crf["route"],
-        crf["chunk_edges"],
-    )
+    log_marginals, _ = segmenter.infer(segmenter.Potentials(unary[None], potentials), crf, node_mask=mask[None])
     return segmenter.sharpen(log_marginals, None if correction is None else correction[None], mask[None])[0]
 
 
@@ -236,14 +225,14 @@ def _labels(maps, rows, cols):
 
 
 def make_potentials_step(model, names):
-    """Builds step(params, {"image": uint8 [B, H, W, 3]}) -> ((), (unary [B, h, w, K], {relation: (a, b)}, correction)).
+    """Builds step(params, {"image": uint8 [B, H, W, 3]}) -> ((), (unary [B, h, w, K], {relation: (p, q)}, correction)).
 
-    a, b: [B, h, w, M] of `pwcrf_jax.pairwise.FactoredPairwise`, of the named relations. correction: of
+    p, q: hidden_p and hidden_q [B, h, w, M] of the potentials of the named relations. correction: of
     `pwcrf_jax.model.segmenter.Potentials`.
     """
 
     def step(params, batch):
         unary, potentials, correction = model.apply({"params": params}, batch["image"])
-        return (), (unary, {name: (potentials[name].a, potentials[name].b) for name in names}, correction)
+        return (), (unary, {name: (potentials[name].hidden_p, potentials[name].hidden_q) for name in names}, correction)
 
     return step

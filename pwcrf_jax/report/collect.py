@@ -98,7 +98,7 @@ class Report:
         self._config, self._dataset, self._params = config, dataset, params
         self._crf = configs.crf_settings(config)
         self._grid = grid_size(config.data.eval_size, config.model.scales)
-        chosen = [(name, box) for name, box in model.relations if name in self._crf["relation_weights"]]
+        chosen = [(name, box) for name, box in model.relations if name in self._crf.weights]
         order = ["unary", *["all"] * bool(chosen), *["convs"] * bool(config.model.refinement_convs.layers)]
         self._order = tuple(order)  # a tree that was on a device is sorted by name
         self._boxes = dict(chosen)
@@ -231,9 +231,9 @@ class Report:
                 checkpoint=result["checkpoint"],
                 refine=result["refine"],
                 tuned_on=result.get("tuned_on"),
-                iterations=crf["num_iterations"],
-                damping=crf["damping"],
-                normalize=crf["normalize"],
+                iterations=crf.num_iterations,
+                damping=crf.damping,
+                average_messages=crf.average_messages,
                 frame=list(c.data.eval_size),
                 grid=list(self._grid),
                 void=self._void,
@@ -273,7 +273,7 @@ class Report:
         kind = self._config.relations[name].parameterisation or self._config.model.parameterisation
         return dict(
             name=name,
-            weight=self._crf["relation_weights"][name],
+            weight=self._crf.weights[name],
             parameterisation=kind,
             offsets=self._boxes[name],
             edges=int(edges),

@@ -1,5 +1,6 @@
 """What `report` computes on the devices: figures of each image beside the evaluation's sums, and the last messages."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -8,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pwcrf_jax import config as configs
-from pwcrf_jax import mean_field, pairwise, piecewise
+from pwcrf_jax import mean_field, piecewise
 from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.messages import compute_messages
 from pwcrf_jax.model import segmenter
+from pwcrf_jax.potentials import factored_pairwise
 
 
 class Pixels(NamedTuple):
@@ -43,7 +46,7 @@ def make_step(config, model):
             pixels={row: _pixels(segmenter.upsample(x, *size, of)) for row, (x, of) in maps.items()},
             final=list(maps.values())[-1][0],
             hidden={name: _sum_of_hidden(pair, mask) for name, pair in pairs.items()},
-            nodes=(potentials.unary, {name: (pair.a, pair.b) for name, pair in pairs.items()}, mask),
+            nodes=(potentials.unary, {name: (pair.hidden_p, pair.hidden_q) for name, pair in pairs.items()}, mask),
             truth=piecewise.grid_labels(batch["label"], *grid),
         )
 
@@ -66,17 +69,17 @@ def _sum_of_hidden(potential, mask):
     box = np.array(potential.offsets, np.int32)
     reach = np.abs(box).max(axis=0)
     border = lambda x: jnp.pad(x, [(0, 0), *((n, n) for n in reach), *[(0, 0)] * (x.ndim - 3)])
-    b, ends = border(potential.b), border(mask)
+    at_q, ends = border(potential.hidden_q), border(mask)
 
     def body(carry, start):
         total, count = carry
         here = lambda x, like: jax.lax.dynamic_slice(x, [jnp.int32(0), *start, jnp.int32(0)][: x.ndim], like.shape)
         both = mask & here(ends, mask)
-        hidden = jax.nn.relu(potential.a + here(b, potential.a)).astype(jnp.float32)
+        hidden = jax.nn.relu(potential.hidden_p + here(at_q, potential.hidden_p)).astype(jnp.float32)
         total = total + jnp.sum(jnp.where(both[..., None], hidden, 0.0), axis=(1, 2))
         return (total, count + jnp.sum(both, axis=(1, 2), dtype=jnp.int32)), None
 
-    empty = jnp.zeros((b.shape[0], b.shape[-1]), jnp.float32), jnp.zeros(b.shape[0], jnp.int32)
+    empty = jnp.zeros((at_q.shape[0], at_q.shape[-1]), jnp.float32), jnp.zeros(at_q.shape[0], jnp.int32)
     return jax.lax.scan(body, empty, jnp.asarray(box + reach, jnp.int32))[0]
 
 
@@ -84,21 +87,18 @@ def last_update(unary, parts, mask, last_layers, boxes, crf):
     """The last update of mean field on one image [h, w]: (log marginals before it, after it, {relation: what is added
     to the scores}, {relation: number of messages of each cell}).
     """
-    names = list(crf["relation_weights"]) if crf["num_iterations"] else []
-    weights = [crf["relation_weights"][name] for name in names]
-    chosen = [pairwise.factored_pairwise(*(x[None] for x in parts[n]), *last_layers[n], boxes[n]) for n in names]
-    damping, normalize, chunk_edges = crf["damping"], crf["normalize"], crf["chunk_edges"]
     unary, mask = unary[None], mask[None]
-    if not names:
+    if not crf.num_iterations or not crf.weights:
         return mean_field.init(unary)[0], mean_field.init(unary)[0], {}, {}
-    earlier = crf["num_iterations"] - 1
-    before, _ = mean_field.run(unary, chosen, earlier, weights, damping, normalize, mask, crf["route"], chunk_edges)
-    after, _ = mean_field.step(before, unary, chosen, weights, damping, normalize, mask, chunk_edges)
+    chosen = {n: factored_pairwise(*(x[None] for x in parts[n]), *last_layers[n], boxes[n]) for n in crf.weights}
+    earlier = dataclasses.replace(crf, num_iterations=crf.num_iterations - 1)
+    before, _ = mean_field.run(unary, chosen, earlier, node_mask=mask)
+    after, _ = mean_field.step(before, unary, chosen, crf, node_mask=mask)
     added, counts = {}, {}
-    for name, weight, potential in zip(names, weights, chosen, strict=True):
-        message, count = pairwise.messages(potential, jnp.exp(before), mask, chunk_edges)
-        message = message / jnp.maximum(count, 1.0)[..., None] if normalize else message
-        added[name], counts[name] = weight * message[0], count[0]
+    for name, potential in chosen.items():
+        message, count = compute_messages(potential, jnp.exp(before), node_mask=mask, chunk_edges=crf.chunk_edges)
+        message = message / jnp.maximum(count, 1.0)[..., None] if crf.average_messages else message
+        added[name], counts[name] = crf.weights[name] * message[0], count[0]
     return before[0], after[0], added, counts
 
 

@@ -16,11 +16,11 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def make_train_step(model, tx, loss_config, seed=0, crf_config=None, kinds=KINDS):
+def make_train_step(model, tx, loss_config, seed=0, crf=None, kinds=KINDS):
     """Builds step(state, batch) -> (state, metrics).
 
     seed: of the sampled offsets, which follow from it and from the number of the step alone.
-    crf_config: of `make_eval_step`, for the objectives that contain inference.
+    crf: `mean_field.Settings`, for the objectives that contain inference.
     kinds: of the factors that train: both, or one, which is a stage of an objective in stages.
 
     batch: image uint8 [B, H, W, 3], label uint8 [B, H, W] and, where it may hold padding, inside int32 [B, 4], see
@@ -49,7 +49,7 @@ def make_train_step(model, tx, loss_config, seed=0, crf_config=None, kinds=KINDS
             terms |= {k: (jnp.float32(0), jnp.float32(0)) for k in names if k not in terms}
         else:
             unary = piecewise_terms(potentials._replace(pairwise={}), batch["label"], balance)
-            joint = joint_term(potentials, batch["label"], name, crf_config, balance, chunk_edges, batch.get("inside"))
+            joint = joint_term(potentials, batch["label"], name, crf, balance, batch.get("inside"))
             terms = unary | {name: joint}
             weights = {name: 1.0}
         # Counts are of labels, not of parameters: summing them here puts no collective into the backward pass.

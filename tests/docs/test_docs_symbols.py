@@ -23,15 +23,15 @@ from pwcrf_jax import nets
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = (
-    *("costs", "dense_crf", "gaussian", "mean_field", "metrics", "objectives", "pairwise", "permutohedral"),
-    *("piecewise", "relations", "model.plan", "model.segmenter"),
+    *("costs", "dense_crf", "gaussian", "mean_field", "metrics", "objectives", "permutohedral", "piecewise"),
+    *("potentials", "messages", "likelihood", "relations", "model.plan", "model.segmenter"),
 )
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 # What neither takes nor returns an array: numbers, names, sizes and trees of them.
 NO_ARRAYS = {
     *("costs.Cost", "costs.default_chunk_edges", "costs.sender_runs", "costs.chunk_rows", "costs.pairwise_loss"),
-    *("costs.folded_messages", "costs.table_messages", "costs.route", "gaussian.pair", "gaussian.radius_of"),
+    *("costs.factored_messages", "costs.table_messages", "costs.algorithm", "gaussian.pair", "gaussian.radius_of"),
     *("plan.Row", "plan.Plan", "plan.plan", "plan.multiply_adds", "relations.Relation"),
     *("nets.LoadReport", "nets.WeightsError", "nets.grid_size", "nets.load_pretrained"),
 }

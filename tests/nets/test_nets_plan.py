@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from rows import full_but
 
+from pwcrf_jax.mean_field import DEFAULT_SETTINGS
 from pwcrf_jax.model import plan as planning
 from pwcrf_jax.model.plan import multiply_adds, plan
 from pwcrf_jax.model.segmenter import Segmenter
@@ -98,7 +99,7 @@ def test_training_step_and_inference_are_as_xla_has_them():
 
     def infer(params, images):
         potentials = model.apply({"params": params}, images)
-        return assembly.infer(potentials, tuple(potentials.pairwise), (1.0, 1.0))[0]
+        return assembly.infer(potentials, DEFAULT_SETTINGS)[0]
 
     memory = compiled(infer, params, images).memory_analysis()
     assert near(planned["inference"].bytes, memory.argument_size_in_bytes + memory.temp_size_in_bytes)
@@ -184,7 +185,7 @@ def test_heads_by_hand():
     assert planned.grid == (6, 8)
     assert planned["unary head"].multiply_adds == 48 * (64 * 64 + 64 * 11)
     assert planned["first layers surrounding"].multiply_adds == 48 * 2 * 64 * 64
-    # Unary and evidence; a and b of both relations.
+    # Unary and its log-probabilities; hidden_p and hidden_q of both relations.
     assert planned["potentials"].bytes == 4 * 48 * (2 * 11 + 4 * 64)
 
 
@@ -211,16 +212,16 @@ def test_what_is_not_trained_needs_no_backward_pass():
 
 def test_settings_of_the_pairwise_parts_reach_their_costs():
     settings = {"num_iterations": 5, "num_sampled_offsets": 2, "chunk_edges": 512, "message_chunk_edges": 256}
-    planned = plan(segmenter(), (192, 256), 2, route="folded", **settings)
+    planned = plan(segmenter(), (192, 256), 2, algorithm="factored", **settings)
     shapes = (offsets(SURROUNDING, 12, 16), 12, 16, 11, 64, 2)
-    loss = planning.costs.pairwise_loss(*shapes, 4, 512, 2)
+    loss = planning.costs.pairwise_loss(*shapes, chunk_edges=512, num_sampled_offsets=2)
     assert planned["pairwise loss surrounding"][1:] == tuple(loss)
-    once = planning.costs.folded_messages(*shapes, 4, 256)
+    once = planning.costs.factored_messages(*shapes, itemsize=4, chunk_edges=256)
     assert planned["messages surrounding, one iteration"].multiply_adds == once.multiply_adds
-    every = planned["messages surrounding, 5 iterations, folded"]
+    every = planned["messages surrounding, 5 iterations, factored"]
     assert every[1:] == (5 * once.multiply_adds, once.temp_bytes)
-    table = plan(segmenter(), (192, 256), 2, route="table")["messages surrounding, 3 iterations, table"]
-    assert table[1:] == tuple(planning.costs.table_messages(*shapes, 3))
+    table = plan(segmenter(), (192, 256), 2, algorithm="table")["messages surrounding, 3 iterations, table"]
+    assert table[1:] == tuple(planning.costs.table_messages(*shapes))
 
 
 def test_only_relations_of_inference_send_messages():
@@ -250,7 +251,7 @@ def test_short_numbers():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"image_size": (0, 8)}, {"batch_size": 0}, {"num_iterations": -1}, {"route": "short"}], ids=str
+    "changes", [{"image_size": (0, 8)}, {"batch_size": 0}, {"num_iterations": -1}, {"algorithm": "short"}], ids=str
 )
 def test_plan_refuses(changes):
     with pytest.raises(ValueError, match="got"):
@@ -264,7 +265,7 @@ def test_plan_refuses(changes):
         (dict(chunk_edges=0), "chunk_edges must be at least 1.*got 0"),
         (dict(message_chunk_edges=-3), "message_chunk_edges must be at least 1.*got -3"),
         (dict(image_size=64), r"expected image_size \(height, width\), got 64"),
-        (dict(route="tabel"), "route must be one of.*'tabel'"),
+        (dict(algorithm="tabel"), "algorithm must be one of.*'tabel'"),
     ],
 )
 def test_plans_of_what_cannot_be_are_refused(settings, match):

@@ -122,7 +122,7 @@ def test_decodings_are_those_of_inference(choices, trained):
     config = configs.load(trained / "config.json")
     asked = (
         choices.Decoding(50.0, 2, 0.25), choices.Decoding(num_iterations=0, temperature=3.0),
-        choices.Decoding(20.0, normalize=False), choices.Decoding(50.0, 1, temperature=4.0),
+        choices.Decoding(20.0, average_messages=False), choices.Decoding(50.0, 1, temperature=4.0),
     )  # fmt: skip
     assert [str(d) for d in asked] == [
         "weight 50, num_iterations 2, damping 0.25", "num_iterations 0, temperature 3", "weight 20, sums",
@@ -134,11 +134,16 @@ def test_decodings_are_those_of_inference(choices, trained):
     assert score("unary") == pytest.approx(100 * unary, abs=1e-3) == score("num_iterations 0, temperature 3")
     for decoding in (asked[0], asked[2]):
         config.crf.weights, config.crf.num_iterations = (decoding.weight,), decoding.num_iterations
-        config.crf.damping, config.crf.normalize = decoding.damping, decoding.normalize
+        config.crf.damping, config.crf.average_messages = decoding.damping, decoding.average_messages
         wanted = evaluate.evaluate(config, str(trained), "latest", "val")["rows"]["all"]["miou"]
         assert score(str(decoding)) == pytest.approx(100 * wanted, abs=1e-3) and wanted != unary
     # Softer beliefs send other messages.
-    config.crf.weights, config.crf.num_iterations, config.crf.damping, config.crf.normalize = (50.0,), 1, 0.0, True
+    config.crf.weights, config.crf.num_iterations, config.crf.damping, config.crf.average_messages = (
+        (50.0,),
+        1,
+        0.0,
+        True,
+    )
     as_they_are = evaluate.evaluate(config, str(trained), "latest", "val")["rows"]["all"]["miou"]
     assert score(str(asked[3])) != pytest.approx(100 * as_they_are, abs=1e-5)
 

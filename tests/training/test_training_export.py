@@ -137,12 +137,14 @@ BACKBONE = {"model.scales": (1.0, 0.5), "model.block6": ((3, 4),), "model.pyrami
 @pytest.mark.parametrize(
     "keys",
     [
-        full_row({"model.backbone": "vgg16", "model.parameterisation": "free", "crf.route": "folded", **BACKBONE}),
+        full_row(
+            {"model.backbone": "vgg16", "model.parameterisation": "free", "crf.algorithm": "factored", **BACKBONE}
+        ),
         {
             "model.backbone": "mobilenet_v2",
             "model.mobilenet_v2.depthwise": "grouped",
             "model.refinement_convs.layers": ("block_3_expand", "block_6_expand"),
-            "crf.route": "table",
+            "crf.algorithm": "table",
             **BACKBONE,
         },
         full_row({"model.backbone": "mobilenet_v2", "model.dtype": "bfloat16", **BACKBONE}),

@@ -8,6 +8,7 @@ from rows import full_but
 
 from pwcrf_jax import config as configs
 from pwcrf_jax import objectives, piecewise
+from pwcrf_jax.mean_field import Settings
 from pwcrf_jax.model import losses
 from pwcrf_jax.prediction import restore
 from pwcrf_jax.runtime import parallel
@@ -109,30 +110,14 @@ def test_the_terms_are_those_of_the_core(small):
         potentials = configs.build_model(small).apply({"params": state.params}, batch["image"])
         grid = piecewise.grid_labels(batch["label"], *potentials.unary.shape[1:3])
         chosen = list(potentials.pairwise.values())
+        settings = Settings(weights=(0.5, 0.25), damping=0.1, average_messages=True)
         if name == "pseudo_likelihood":
-            total, count = objectives.pseudo_log_likelihood(potentials.unary, chosen, grid, (0.5, 0.25), True)
+            total, count = objectives.pseudo_log_likelihood(potentials.unary, chosen, grid, settings)
         else:
-            total, count = objectives.unrolled_log_likelihood(potentials.unary, chosen, grid, 3, (0.5, 0.25), 0.1, True)
+            total, count = objectives.unrolled_log_likelihood(potentials.unary, chosen, grid, settings)
         got = run(step, state, [batch])[0][1]
         assert got["loss"] == pytest.approx(float(-total / count), rel=1e-4) == got[f"nll_{name}"]
         assert got["nll_unary"] != pytest.approx(got["loss"], rel=1e-4)
-
-
-def test_exact_on_a_tiny_grid(small):
-    small.data.crop_size, small.data.num_classes, small.loss.objective = (32, 48), 3, "exact"
-    small.crf.normalize = False
-    configs.validate(small, num_devices=1)
-    batch = batch_of(np.random.default_rng(4), 2, classes=3)
-    step, state = started(small)
-    potentials = configs.build_model(small).apply({"params": state.params}, batch["image"])
-    grid = piecewise.grid_labels(batch["label"], 2, 3)
-    total = count = 0
-    for i in range(2):
-        chosen = [type(p)(p.a[i], p.b[i], p.w2, p.b2, p.evidence[i], p.offsets) for p in potentials.pairwise.values()]
-        one, nodes = objectives.exact_log_likelihood(potentials.unary[i], chosen, grid[i], (1.0, 1.0))
-        total, count = total + one, count + nodes
-    losses = [metrics["loss"] for _, metrics in run(step, state, [batch] * 6)]
-    assert losses[0] == pytest.approx(float(-total / count), rel=1e-4) and losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize(
@@ -201,10 +186,7 @@ def test_padding_of_a_crop_takes_no_part(small):
         potentials.unary,
         list(potentials.pairwise.values()),
         grid,
-        3,
-        (1.0, 1.0),
-        0.0,
-        True,
+        Settings(average_messages=True),
         node_mask=jnp.asarray(mask),
     )
     inside = np.array([[0, 0, 32, 64]] * 2, np.int32)
@@ -242,13 +224,7 @@ def test_a_run_from_start_to_table(config, tmp_path, name):
 
 def test_refused(small):
     small.loss.objective = "exact"
-    with pytest.raises(
-        configs.ConfigError, match=r"crf\.normalize = True does nothing with .*'exact'; set it to False"
-    ):
-        configs.validate(small, num_devices=1)
-    small.crf.normalize = False
-    small.data.crop_size = small.data.eval_size = (96, 128)
-    with pytest.raises(configs.ConfigError, match=r"enumerates 6\^48 labellings.*crop_size = \(96, 128\)"):
+    with pytest.raises(configs.ConfigError, match=r"loss\.objective = 'exact' is not one of 'piecewise'"):
         configs.validate(small, num_devices=1)
     small.loss.objective, small.loss.sampled_offsets = "pseudo_likelihood", 3
     with pytest.raises(configs.ConfigError, match=r"loss\.sampled_offsets = 3 does nothing"):

@@ -13,8 +13,8 @@ import pytest
 import small
 from rows import full_but
 
+import pwcrf_jax as pw
 from pwcrf_jax import config as configs
-from pwcrf_jax import pairwise
 from pwcrf_jax.evaluation import evaluate, tuning
 from pwcrf_jax.model import segmenter
 from pwcrf_jax.nets import grid_size
@@ -65,14 +65,15 @@ def of_crop(config):
 @pytest.fixture
 def seen(monkeypatch):
     """Offsets of every potential that is made, in order, as a list of sets of pairs."""
-    made, build = [], pairwise.factored_pairwise
+    made, build = [], pw.factored_pairwise
 
     def record(*args, **options):
         potential = build(*args, **options)
         made.append(frozenset(potential.offsets))
         return potential
 
-    monkeypatch.setattr(pairwise, "factored_pairwise", record)
+    for module in (segmenter, inference, report_parts):
+        monkeypatch.setattr(module, "factored_pairwise", record)
     return made
 
 

@@ -208,9 +208,8 @@ def test_predictions_are_those_of_evaluation(ran):
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     potentials = model.apply({"params": params}, image[None])
     crf = configs.crf_settings(config)
-    weights = crf["relation_weights"]
     mask = jnp.ones(potentials.unary.shape[:3], bool)
-    log_marginals, _ = segmenter.infer(potentials, list(weights), list(weights.values()), 3, 0.0, True, mask)
+    log_marginals, _ = segmenter.infer(potentials, crf, node_mask=mask)
     sharp = segmenter.sharpen(log_marginals, potentials.correction, mask)
     want = jax.nn.log_softmax(segmenter.upsample(sharp, height, width))[0]
     ((_, _, marginals),) = predictor.Predictor(config, model, params)([("x", image)])

@@ -180,7 +180,7 @@ def test_unknown_split(config, tmp_path, monkeypatch):
         ("crf.relations", ("left",), "crf.relations"),
         ("crf.weights", (1.0, 1.0, 1.0), "crf.weights"),
         ("crf.damping", 1.0, "damping"),
-        ("crf.route", "tabel", "crf.route = 'tabel'.*did you mean 'table'"),
+        ("crf.algorithm", "tabel", "crf.algorithm = 'tabel'.*did you mean 'table'"),
         ("loss.sampled_offsets", -1, "loss.sampled_offsets.*integer from 0"),
         ("optimizer.learning_rate", float("nan"), "learning_rate.*finite"),
         ("optimizer.learning_rate", 0.0, "learning_rate.*above 0"),

@@ -20,6 +20,7 @@ import pwcrf_jax as pw
 from pwcrf_jax import config as configs
 from pwcrf_jax.data import eval_batches
 from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.mean_field import Settings
 from pwcrf_jax.model import segmenter
 from pwcrf_jax.report import collect
 from pwcrf_jax.runtime.files import FileError
@@ -80,7 +81,10 @@ def by_api(run):
     rows = {}
     for row, some in (("unary", 0), ("all", 2)):
         log_marginals, _ = pw.mean_field.run(
-            potentials.unary, chosen[:some], 3, config.crf.weights[:some], normalize=True, node_mask=mask
+            potentials.unary,
+            chosen[:some],
+            Settings(weights=config.crf.weights[:some], average_messages=True),
+            node_mask=mask,
         )
         rows[row] = np.asarray(jax.nn.log_softmax(segmenter.upsample(log_marginals, *batch["label"].shape[1:], mask)))
     return batch["label"], rows, log_marginals, potentials, mask
@@ -146,9 +150,10 @@ def test_padding_has_no_edges(by_api):
     potential = potentials.pairwise["above_below"]
     cut = np.asarray(mask).copy()
     cut[:, 7:] = cut[:, :, 5:] = False
-    poisoned = jnp.where(cut[..., None], potential.a, jnp.nan)
-    total, count = parts._sum_of_hidden(dataclasses.replace(potential, a=poisoned), jnp.asarray(cut))
-    small = dataclasses.replace(potential, a=potential.a[:, :7, :5], b=potential.b[:, :7, :5])
+    poisoned = jnp.where(cut[..., None], potential.hidden_p, jnp.nan)
+    total, count = parts._sum_of_hidden(dataclasses.replace(potential, hidden_p=poisoned), jnp.asarray(cut))
+    hidden_p, hidden_q = potential.hidden_p[:, :7, :5], potential.hidden_q[:, :7, :5]
+    small = dataclasses.replace(potential, hidden_p=hidden_p, hidden_q=hidden_q)
     whole, fewer = parts._sum_of_hidden(small, jnp.ones((10, 7, 5), bool))
     np.testing.assert_allclose(total, whole, rtol=1e-5)
     np.testing.assert_array_equal(count, fewer)
@@ -159,13 +164,14 @@ def test_the_inspector_shows_what_the_api_computes(run, page, by_api):
     _, data, _ = page
     truth, _, after, potentials, mask = by_api
     chosen = [potentials.pairwise[name] for name in config.model.relations]
-    before, _ = pw.mean_field.run(potentials.unary, chosen, 2, config.crf.weights, normalize=True, node_mask=mask)
+    settings = Settings(num_iterations=2, weights=config.crf.weights, average_messages=True)
+    before, _ = pw.mean_field.run(potentials.unary, chosen, settings, node_mask=mask)
     assert len(data["inspector"]["images"]) == 3
     cells = np.asarray(pw.grid_labels(truth, *mask.shape[1:]))
     for image in data["inspector"]["images"]:
         at, (rows, cols), k = image["index"], image["grid"], len(data["classes"])
         for name, weight in zip(config.model.relations, config.crf.weights, strict=True):
-            message, count = pw.messages(potentials.pairwise[name], jnp.exp(before), mask)
+            message, count = pw.compute_messages(potentials.pairwise[name], jnp.exp(before), node_mask=mask)
             shown = unpacked(image["messages"][name], rows, cols, k)
             added = np.asarray(weight * message / count[..., None])[at]
             np.testing.assert_allclose(shown, added, atol=0.00501)  # two decimals
@@ -288,7 +294,7 @@ def test_without_relations(run, tmp_path):
 def test_without_iterations(run, by_api):
     from pwcrf_jax.report import parts
 
-    crf = configs.crf_settings(run[0]) | dict(num_iterations=0)
+    crf = dataclasses.replace(configs.crf_settings(run[0]), num_iterations=0)
     *_, potentials, mask = by_api
     before, after, added, counts = parts.last_update(potentials.unary[0], {}, mask[0], {}, {}, crf)
     np.testing.assert_allclose(before, jax.nn.log_softmax(potentials.unary[0]), rtol=1e-6)

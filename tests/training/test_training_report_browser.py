@@ -182,12 +182,19 @@ def test_the_inspector_shows_the_numbers_of_the_api(page, run, written):
     potentials = jax.jit(model.apply)({"params": params}, batch["image"])
     mask = segmenter.grid_mask(batch["valid_size"], potentials.unary.shape[1:3], batch["label"].shape[1:])
     chosen = [potentials.pairwise[name] for name in config.model.relations]
-    before, _ = pw.mean_field.run(potentials.unary, chosen, 2, normalize=True, node_mask=mask)
-    after, _ = pw.mean_field.run(potentials.unary, chosen, 3, normalize=True, node_mask=mask)
+    before, after = (
+        pw.mean_field.run(
+            potentials.unary,
+            chosen,
+            pw.mean_field.Settings(num_iterations=n, average_messages=True),
+            node_mask=mask,
+        )[0]
+        for n in (2, 3)
+    )
     columns = {"unary": 100 * np.exp(jax.nn.log_softmax(potentials.unary)), "after": 100 * np.exp(after)}
     counts = {}
     for name, potential in zip(config.model.relations, chosen, strict=True):
-        message, counts[name] = pw.messages(potential, jnp.exp(before), mask)
+        message, counts[name] = pw.compute_messages(potential, jnp.exp(before), node_mask=mask)
         columns[name] = np.asarray(message / counts[name][..., None])
     height, width = potentials.unary.shape[1:3]
     canvas = page.locator("#inspect-canvas")

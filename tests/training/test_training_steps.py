@@ -135,7 +135,7 @@ def test_residual_starts_as_two_unaries_and_sends_nothing(config):
                         edges += int(both.sum())
         np.testing.assert_allclose(float(total), by_hand, rtol=1e-4, err_msg=name)
         assert int(count) == edges
-    log_marginals, info = segmenter.infer(potentials, list(potentials.pairwise), [1.0, 1.0])
+    log_marginals, info = segmenter.infer(potentials, mean_field.DEFAULT_SETTINGS)
     np.testing.assert_allclose(log_marginals, mean_field.init(potentials.unary), atol=1e-6)
     assert float(jnp.max(info.change)) < 1e-6
 
@@ -241,13 +241,13 @@ def test_sampled_offsets_follow_from_seed_and_step_alone(config):
     np.testing.assert_allclose(losses(0, 1), everything, rtol=1e-6)
 
 
-def test_chunks_and_routes_change_no_figure(config):
+def test_chunks_and_algorithms_change_no_figure(config):
     """Of training and of evaluation; each setting lowers to a program of its own, so none is ignored."""
     config.model.parameterisation = "free"
     batch = _batch(np.random.default_rng(5), 2)
     batch["valid_size"] = np.array([[64, 80], [50, 80]], np.int32)
     one, programs, got = jax.devices()[:1], set(), []
-    for config.loss.chunk_edges, config.crf.route in ((0, "table"), (0, "folded"), (7, "folded")):
+    for config.loss.chunk_edges, config.crf.algorithm in ((0, "table"), (0, "factored"), (7, "factored")):
         model, tx = configs.build_model(config), optax.sgd(0.0)
         train = parallel.pmap_train(steps.make_train_step(model, tx, config.loss.to_dict()), devices=one)
         evaluation = parallel.pmap_eval(evaluate.eval_step(config, model), devices=one)

@@ -9,7 +9,7 @@
     DATA.relations.length
       ? !a.iterations
         ? `Relations ${weights}, but no iterations of mean field (config.crf.num_iterations = 0), so they change nothing.`
-        : `Mean field: ${a.iterations} iterations, message weights ${weights}, damping ${a.damping}, messages ${a.normalize ? "averaged" : "summed"} over a cell's neighbours.`
+        : `Mean field: ${a.iterations} iterations, message weights ${weights}, damping ${a.damping}, messages ${a.average_messages ? "averaged" : "summed"} over a cell's neighbours.`
       : "No relations are used, so there is no mean field: the answer is the unary network's.",
   );
   if (a.tuned_on) parts.push(`Weights were tuned on ${a.tuned_on}.`);

@@ -152,7 +152,7 @@ let inspect = () => {};
       el("div", {}, pushes, el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Messages to the chosen cell" }, table), el("p", {}, all))),
     el("p", { class: "caption", text: relations.length
       ? `Shown is the last of ${iterations} mean-field updates. \u201cunary\u201d and \u201cafter\u201d are probabilities of the cell in percent, before any message and after the last update. ` +
-        "The columns after them are what each relation adds to the score of each label, in nats: its weight times the " + (DATA.about.normalize ? "mean" : "sum") +
+        "The columns after them are what each relation adds to the score of each label, in nats: its weight times the " + (DATA.about.average_messages ? "mean" : "sum") +
         " of the messages from the cells of its box (the cell as p) and from the cells in whose box it lies (the cell as q). Only differences between labels count." +
         (DATA.about.damping ? ` Damping ${DATA.about.damping} mixes in the log marginals of the iteration before.` : "")
       : "Without relations or iterations a cell receives no messages: shown is the unary alone." }));
