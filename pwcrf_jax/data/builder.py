@@ -29,7 +29,7 @@ from pwcrf_jax.data.readers.image_io import (
 
 
 class Plan(NamedTuple):
-    """What to prepare.
+    """A data set to prepare.
 
     splits: the items of every split.
     fingerprint: of all they depend on.
@@ -60,6 +60,14 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def pairs_in(images: Path, masks: Path | None, pattern: str) -> list[Pair]:
+    """The images of a folder, and the PNG masks of the same names in another; DataError where there is no image."""
+    paths = sorted(images.glob(pattern))
+    if not paths:
+        raise DataError(f"{images}: no image {pattern} is there; unpack the archive again, or remove the folder")
+    return [Pair(path.stem, path, masks and masks / f"{path.stem}.png", images) for path in paths]
+
+
 def require_source_dir(name: str, source_dir: str) -> Path:
     """The absolute source folder, or DataError when none was given or it is no folder."""
     if not source_dir:
@@ -84,23 +92,27 @@ def check_options(name: str, options: Mapping[str, Any], defaults: Mapping[str, 
     return {**allowed, **options}
 
 
-class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+# TFDS, which has no types, would else list the class in its own catalogue.
+class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Base builder: records of an image, a mask of class indices with 255 = void, and an id.
 
-    Subclasses set `name`, `VERSION`, `class_names`, and give `plan` (and, unless the items of their plan are `Pair`s
-    with masks of class indices, `_example` or `_label`). The prepared folder is
-    `data_dir/name/<fingerprint>/<version>`, so a changed source never meets records prepared from the old one.
+    Subclasses set `name`, "pwcrf_" and the name of the data set, and `class_names`, and give `plan_from_source` (and,
+    unless the items of their plan are `Pair`s with masks of class indices, `_example` or `_label`). The prepared folder
+    is `data_dir/name/<fingerprint>/<version>`, so a changed source never meets records prepared from the old one.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
-    class_names: ClassVar[tuple[str, ...]]
+    VERSION = tfds.core.Version("1.0.0")  # of a subclass, higher where its records change: part of the folder's name
+    class_names: tuple[str, ...]
     void_value: ClassVar[int] = VOID  # what the source calls void
-    palette: ClassVar[tuple[tuple[int, int, int], ...]] = ()  # RGB of each class; (): VOC's colours
+    palette: tuple[tuple[int, int, int], ...] = ()  # RGB of each class; (): VOC's colours
     split_sizes: ClassVar[Mapping[str, int]] = {}  # official, of splits that have one
     names_files_count: ClassVar[bool] = True  # a file of names beside the data must have these
     declared_values: ClassVar[Mapping[int, str]] = {}  # what values of masks mean; {}: the classes from 0
     manual: ClassVar[str] = ""  # what to download, by the names of its files
     masks_fit_stored_pixels: ClassVar[bool] = True  # whatever an EXIF orientation says, see `storable_image`
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(skip_registration=True, **options)  # type: ignore[call-arg]  # as above
 
     def __init__(self, *, plan: Plan, data_dir: str, max_pixels: int = MAX_PIXELS):
         self._plan, self.max_pixels = plan, max_pixels
@@ -116,10 +128,23 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
 
     @classmethod
     def plan(cls, source_dir: str, *, data_dir: str = "", **options: Any) -> Plan:
-        """Lists the examples of every split without reading them. Abstract: each data set has its own layout.
+        """Lists the examples of every split without reading them.
 
-        data_dir: where archives may be unpacked, see `archives.locate`.
+        Args:
+          source_dir: the user's folder.
+          data_dir: where archives may be unpacked, see `archives.locate`.
+          options: none, but for subclasses that say which.
+
+        Raises:
+          DataError: as `plan_from_source`, and for a source that is no folder.
         """
+        key = cls.name.removeprefix("pwcrf_")
+        check_options(key, options)
+        return cls.plan_from_source(require_source_dir(key, source_dir), data_dir)
+
+    @classmethod
+    def plan_from_source(cls, source: Path, data_dir: str) -> Plan:
+        """`plan` of a folder that is there. Abstract: each data set has its own layout."""
         raise NotImplementedError(f"{cls.__name__} does not say where its examples are")
 
     @classmethod
@@ -193,16 +218,16 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
             self.failure = e  # TFDS may wrap it; the caller raises this one
             raise
 
-    def _label(self, item: Any) -> np.ndarray:
-        """The mask of an item as the source has it: class indices and `void_value`, uint8 [H, W]."""
-        return decode_label(self._read(item.mask), str(item.mask), self.max_pixels)
+    def _label(self, mask: Path, image: Path) -> np.ndarray:
+        """The mask of an image as the source has it: class indices and `void_value`, uint8 [H, W]."""
+        return decode_label(self._read(mask), str(mask), self.max_pixels)
 
     def _read(self, path: Path) -> bytes:
         return read_image_file(path, self.max_pixels)
 
     def _example(self, item: Any) -> tuple[str, bytes, np.ndarray | None]:
         """One example: id, JPEG or PNG, and uint8 [H, W] labels with 255 = void (None: not labelled)."""
-        label = None if item.mask is None else self._label(item)
+        label = None if item.mask is None else self._label(item.mask, item.image)
         image = storable_image(
             self._read(item.image),
             str(item.image),
@@ -227,7 +252,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
         return np.where(label == self.void_value, np.uint8(VOID), label)
 
 
-def _file_states(split: str, pairs: Sequence[Pair]) -> list[tuple]:
+def _file_states(split: str, pairs: Sequence[Pair]) -> list[list[Any]]:
     states, seen = [], set()
     for pair in pairs:
         if pair.id in seen:

@@ -55,8 +55,8 @@ class _Augment:
         offsets = [int(np.sign(e)) * int(rng.integers(abs(e) + 1)) for e in extra]
         axes = list(zip(offsets, self._crop_size, shape, label.shape, strict=True))
         # Rows and columns of the scaled image that the crop shows, and where in the crop they come to lie.
-        (y0, y1), (x0, x1) = inside = [(max(at, 0), min(at + c, n)) for at, c, n, _ in axes]
-        rows, cols = (slice(a - at, b - at) for (a, b), (at, _, _, _) in zip(inside, axes, strict=True))
+        (y0, y1), (x0, x1) = shown = [(max(at, 0), min(at + c, n)) for at, c, n, _ in axes]
+        rows, cols = (slice(a - at, b - at) for (a, b), (at, _, _, _) in zip(shown, axes, strict=True))
         if flipped := self._flip and mirrored:
             x0, x1 = shape[1] - x1, shape[1] - x0
         dy, dx = (source / n for _, _, n, source in axes)
@@ -267,9 +267,9 @@ def _common_size(source: Source, indices: range) -> tuple[int, int]:
     return height, width
 
 
-def _eval_batch(entries: list[dict[str, Any] | None], shape: tuple[int, int]) -> dict[str, Any]:
-    empty = {"image": np.zeros((0, 0, 3), np.uint8), "label": np.zeros((0, 0), np.uint8), "id": ""}
-    entries = [entry or empty for entry in entries]
+def _eval_batch(read: list[dict[str, Any] | None], shape: tuple[int, int]) -> dict[str, Any]:
+    empty: dict[str, Any] = {"image": np.zeros((0, 0, 3), np.uint8), "label": np.zeros((0, 0), np.uint8), "id": ""}
+    entries = [entry or empty for entry in read]
     for entry in entries:
         height, width = entry["label"].shape
         if height > shape[0] or width > shape[1]:

@@ -127,14 +127,14 @@ class Dataset:
                 )
 
     def label_report(self) -> dict[str, Any]:
-        """What `check.LabelGuard` saw when the data set was prepared, see `LabelGuard.report`.
+        """The report of `check.LabelGuard`, made when the data set was prepared, see `LabelGuard.report`.
 
         Raises:
           DataError: a prepared record is damaged.
         """
         from pwcrf_jax.data import check
 
-        def usable(report):
+        def usable(report: Any) -> Any:
             check.format_report(report)
             if list(report["classes"]) != list(self.class_names) or report["splits"].keys() != self.splits.keys():
                 raise ValueError("it is of another data set")
@@ -231,7 +231,7 @@ def load_dataset(
         raise DataError(f"data.max_pixels: {max_pixels!r} is no number of pixels, such as {MAX_PIXELS}")
     builder_cls = builder_class(name)
     source_dir = expand_path(source_dir, "data.source_dir")
-    named = {"data.data_dir": data_dir, "$TFDS_DATA_DIR": os.environ.get("TFDS_DATA_DIR")}
+    named = {"data.data_dir": data_dir, "$TFDS_DATA_DIR": os.environ.get("TFDS_DATA_DIR", "")}
     named = {key: value for key, value in named.items() if value} or {"data.data_dir": "~/tensorflow_datasets"}
     key, data_dir = next(iter(named.items()))
     data_dir = expand_path(data_dir, key)
@@ -298,7 +298,7 @@ def _prepare(name: str, builder: Any, home: Path) -> None:
 
 @contextlib.contextmanager
 def _listing(source_dir: str) -> Iterator[None]:
-    """What the listing of a source may meet in any file system."""
+    """In here an error of the file system, as the listing of a source may meet one, becomes a DataError."""
     try:
         yield
     except OSError as e:

@@ -29,10 +29,11 @@ class _First(nn.Module):
 
     @nn.compact
     def __call__(self, features: jax.Array | Sequence[jax.Array]) -> jax.Array:
-        maps = features if isinstance(features, list | tuple) else [features]
+        maps: list[Any] = list(features) if isinstance(features, list | tuple) else [features]
         channels = [x.shape[-1] for x in maps]
         kernel = self.param("kernel", self.kernel_init, (sum(channels), self.units), jnp.float32).astype(self.dtype)
-        grid, first, out = max(x.shape[1:3] for x in maps), 0, 0
+        grid = max((x.shape[1], x.shape[2]) for x in maps)
+        first, out = 0, jnp.zeros((), self.dtype)
         for x, count in zip(maps, channels, strict=True):
             x, rows = x.astype(self.dtype), kernel[first : first + count]
             out += resize(jnp.matmul(x, rows, precision=precision(x, rows)), grid)

@@ -14,7 +14,9 @@ import importlib.metadata
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,10 @@ _TEMPORARY, _DELETED, _DAMAGED = ".orbax-checkpoint-tmp", ".deleted", ".damaged"
 _NOTE = "note.json"  # in STEP
 _META_OF_0_1 = {"samples_seen", "score", "unary_steps", "miou_all", "step", "model", "leaves"}
 
+Tree = Any
+"""A tree of arrays, or of what has their shape and dtype."""
+T = TypeVar("T")
+
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, belongs to another model or cannot be written."""
@@ -40,35 +46,43 @@ class _Damaged(Exception):
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Of the packages that decide what a run computes."""
+    """Versions of the packages that decide what a run computes."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {"pwcrf_jax": pwcrf_jax.__version__} | {name: importlib.metadata.version(name) for name in packages}
 
 
-def _named(tree) -> dict:
+def _named(tree: Tree) -> dict[str, Any]:
     """{"params/unary/last/bias": leaf, ...}"""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
 
 
-def leaves(tree) -> dict[str, list]:
+def leaves(tree: Tree) -> dict[str, list]:
     """{"params/unary/last/bias": ["float32", [11]], ...}: what a checkpoint holds, in a form JSON keeps."""
     return {name: [jnp.dtype(x.dtype).name, list(x.shape)] for name, x in _named(tree).items()}
 
 
-def hashes(tree) -> dict[str, str]:
+def hashes(tree: Tree) -> dict[str, str]:
     """{"params/unary/last/bias": SHA-256 of the bytes of that NumPy array, ...}"""
-    digest = lambda x: hashlib.sha256(np.ascontiguousarray(x).reshape(-1).view(np.uint8)).hexdigest()
+    digest = lambda x: hashlib.sha256(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data).hexdigest()
     named = _named(tree)
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter
         return dict(zip(named, pool.map(digest, named.values()), strict=True))
 
 
-def _text_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _sealed(values: Mapping[str, Any]) -> dict[str, str]:
+    """JSON values as text, with its hash."""
+    text = json.dumps(values)
+    return {"json": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _check_same(saved: dict, wanted: dict, where: str) -> None:
+def _unsealed(sealed: Mapping[str, str]) -> dict[str, Any]:
+    """The JSON values of `_sealed`; {} where the hash is of another text."""
+    whole = hashlib.sha256(sealed["json"].encode()).hexdigest() == sealed["sha256"]
+    return dict(json.loads(sealed["json"])) if whole else {}
+
+
+def _check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
     for name in [*wanted, *saved]:
         if saved.get(name) != wanted.get(name):
             say = lambda value: "absent" if value is None else repr(value)
@@ -108,11 +122,11 @@ def config_of(workdir: str) -> tuple[dict, str] | None:
     return None
 
 
-def _read_meta(path, step):
+def _read_meta(path: str, step: int) -> dict[str, Any]:
     stored = _load(path, {"meta": None})["meta"]
     try:
         if "json" in stored:
-            meta = json.loads(stored["json"]) if _text_hash(stored["json"]) == stored["sha256"] else {}
+            meta = _unsealed(stored)
         else:
             meta = stored if stored.keys() <= _META_OF_0_1 else {}
         same_step = meta["step"] == step
@@ -124,7 +138,7 @@ def _read_meta(path, step):
     return meta
 
 
-def _load(path, abstract):
+def _load(path: str, abstract: Tree) -> dict[str, Any]:
     try:
         return ocp.load_checkpointables(path, abstract)
     except Exception as error:  # Orbax raises many kinds for damaged files
@@ -134,7 +148,14 @@ def _load(path, abstract):
 class Store:
     """One folder of checkpoints. Each holds named trees of arrays and a `meta` dict of plain JSON values."""
 
-    def __init__(self, folder: str, model: dict, keep: int | None = None, class_names=(), score: str = ""):
+    def __init__(
+        self,
+        folder: str,
+        model: dict[str, Any],
+        keep: int | None = None,
+        class_names: Sequence[str] = (),
+        score: str = "",
+    ):
         """model: `config.identity` of the model whose checkpoints these are.
 
         keep: how many of the newest checkpoints stay; None to read only, which changes nothing in the folder.
@@ -143,7 +164,8 @@ class Store:
           what a kill leaves between a save and the deletion of what it replaces.
         """
         self.folder, self._model, self._class_names = os.path.abspath(folder), model, list(class_names)
-        self._keep, self._saving = keep, None  # (step, Orbax' response) of a save on its way
+        self._keep = keep
+        self._saving: tuple[int, Any] | None = None  # (step, Orbax' response) of a save on its way
         self._score = score
         if keep is None and not os.path.isdir(folder):
             raise CheckpointError(f"no checkpoint in {folder}: train first, or name another --workdir")
@@ -164,7 +186,7 @@ class Store:
         names = os.listdir(self.folder) if os.path.isdir(self.folder) else []  # another process makes it
         return sorted(name for name in names if _DAMAGED in name)
 
-    def save(self, step: int, trees: dict, meta: dict) -> None:
+    def save(self, step: int, trees: dict[str, Tree], meta: dict[str, Any]) -> None:
         """Starts a save in the background; `wait` for it before leaving. There must be none of this step.
 
         Raises CheckpointError: it, or the save before it, cannot be written.
@@ -173,23 +195,22 @@ class Store:
         # A copy: on CPU a plain view would share the buffers that the next training step donates.
         trees = jax.tree.map(lambda x: np.array(x, copy=True), trees)
         about = {"step": step, "model": self._model, "class_names": self._class_names, "versions": versions()}
-        text = json.dumps({**meta, **about, "leaves": leaves(trees), "hashes": hashes(trees)})
-        whole = {**trees, "meta": {"json": text, "sha256": _text_hash(text)}}
+        whole = {**trees, "meta": _sealed({**meta, **about, "leaves": leaves(trees), "hashes": hashes(trees)})}
         try:
             self._saving = step, ocp.save_checkpointables_async(self._path(step), whole)
         except Exception as error:  # Orbax raises many kinds
             raise self._unwritten(step, error) from error
 
-    def note(self, step: int, values: dict) -> None:
+    def note(self, step: int, values: dict[str, Any]) -> None:
         """Adds plain JSON values to the meta of a checkpoint that is written already; a later note replaces them.
 
         Raises CheckpointError: they cannot be written.
         """
         if not self._is_writer():
             return
-        text = json.dumps(values)
+        sealed = _sealed(values)
         try:
-            files.write_json(os.path.join(self._path(step), _NOTE), {"json": text, "sha256": _text_hash(text)})
+            files.write_json(os.path.join(self._path(step), _NOTE), sealed)
         except OSError as error:
             raise self._unwritten(step, error) from error
 
@@ -204,7 +225,7 @@ class Store:
         """
         self._finish(timeout=None)
 
-    def _finish(self, timeout):
+    def _finish(self, timeout: float | None) -> None:
         if self._saving is None:
             return
         step, response = self._saving
@@ -219,7 +240,7 @@ class Store:
             raise self._unwritten(step, error) from error
         self._saving = None
         others = [x for x in _steps(self.folder) if x != step]
-        if self._is_writer():
+        if self._keep is not None and self._is_writer():
             self._delete(others[: max(len(others) - self._keep + 1, 0)])
 
     def keep_only(self, step: int) -> None:
@@ -230,24 +251,26 @@ class Store:
             else:
                 self._set_aside(other)
 
-    def _delete(self, steps):
+    def _delete(self, steps: Iterable[int]) -> None:
         for step in steps:
             # Under another name first: a folder that is half deleted must not look like a checkpoint.
             os.replace(self._path(step), self._path(step) + _DELETED)
         self._clear()
 
-    def _unwritten(self, step, error):
+    def _unwritten(self, step: int, error: Exception) -> CheckpointError:
         newest = f"the newest checkpoint, step {self.latest}, is as it was" if exists(self.folder) else "there is none"
         return CheckpointError(
             f"{self._path(step)} could not be written ({_reason(error)}); {newest}. Make room or correct the "
             "permissions, then start the same command again"
         )
 
-    def meta(self) -> dict:
+    def meta(self) -> dict[str, Any]:
         """The meta of the checkpoint that `restore` tries first; CheckpointError as there."""
         return self._newest_whole(self._meta, quiet=True)
 
-    def restore(self, abstract) -> tuple[dict, dict]:
+    def restore(
+        self, abstract: dict[str, Tree] | Callable[[dict[str, Any]], dict[str, Tree]]
+    ) -> tuple[dict[str, Tree], dict[str, Any]]:
         """The named trees of the newest checkpoint that is whole, on one device, and its meta.
 
         Damaged ones are named in the log; a Store that writes moves them to STEP.damaged, once another is found whole.
@@ -257,7 +280,7 @@ class Store:
         Raises CheckpointError: none there, none whole, or another model's, naming the first key or leaf that differs.
         """
 
-        def read(step):
+        def read(step: int) -> tuple[dict[str, Tree], dict[str, Any]]:
             meta = self._meta(step)
             wanted = abstract(meta) if callable(abstract) else abstract
             saved = {k: v for k, v in meta["leaves"].items() if k.split("/")[0] in wanted}
@@ -274,30 +297,31 @@ class Store:
             log.info("%s is of version 0.1, without hashes: taken as it is", self._path(meta["step"]))
         return jax.device_put(trees, jax.local_devices()[0]), meta
 
-    def _newest_whole(self, read, quiet=False):
-        """What read(step) returns of the newest step, or that of the highest score, where it raises no _Damaged."""
-        damaged, steps = {}, _steps(self.folder)
+    def _newest_whole(self, read: Callable[[int], T], quiet: bool = False) -> T:
+        """Returns read(step) of the newest step, or that of the highest score, where it raises no _Damaged."""
+        damaged: dict[int, _Damaged] = {}
+        steps = _steps(self.folder)
         for step in reversed(sorted(steps, key=self._rank)):
             try:
                 found = read(step)
             except _Damaged as error:
                 damaged[step] = error
                 continue
-            for other, error in () if quiet else damaged.items():
+            for other, why in () if quiet else damaged.items():
                 aside = f"; now {self._set_aside(other)}" if self._is_writer() else ""
-                log.warning("%s cannot be read (%s), step %d is taken%s", self._path(other), error, step, aside)
+                log.warning("%s cannot be read (%s), step %d is taken%s", self._path(other), why, step, aside)
             return found
         if _steps(self.folder) != steps:  # a run that goes on beside this has deleted what was to be read
             return self._newest_whole(read, quiet)
         if not damaged:
             raise CheckpointError(f"no checkpoint in {self.folder}: train first, or name another --workdir")
-        said = ", ".join(f"{self._path(step)} cannot be read ({error})" for step, error in damaged.items())
+        said = ", ".join(f"{self._path(step)} cannot be read ({why})" for step, why in damaged.items())
         raise CheckpointError(
             f"{said} and no other is there: put a copy in its place, or move it away; what is left of the run is in "
             f"{os.path.dirname(self.folder)} (--checkpoint of eval.py chooses between best and latest)"
         )
 
-    def _rank(self, step):
+    def _rank(self, step: int) -> tuple[float, int]:
         if not self._score:
             return step, 0
         try:
@@ -305,7 +329,7 @@ class Store:
         except (_Damaged, KeyError):
             return -np.inf, step
 
-    def _meta(self, step):
+    def _meta(self, step: int) -> dict[str, Any]:
         meta = _read_meta(self._path(step), step)
         classes = meta.get("class_names") or self._class_names
         _check_same(dict(meta["model"]), self._model, self._path(step))
@@ -314,27 +338,26 @@ class Store:
             _check_same(number(classes), number(self._class_names), self._path(step))
         return meta | self._noted(step)
 
-    def _noted(self, step):
-        whole = lambda note: dict(json.loads(note["json"])) if _text_hash(note["json"]) == note["sha256"] else {}
+    def _noted(self, step: int) -> dict[str, Any]:
         try:
-            return files.read_json(os.path.join(self._path(step), _NOTE), "it is not used", whole)
+            return files.read_json(os.path.join(self._path(step), _NOTE), "it is not used", _unsealed)
         except OSError:
             return {}  # damaged is as good as not there
 
-    def _path(self, step):
+    def _path(self, step: int) -> str:
         return os.path.join(self.folder, str(step))
 
-    def _set_aside(self, step):
+    def _set_aside(self, step: int) -> str:
         target = self._path(step) + _DAMAGED
         while os.path.lexists(target):
             target += "+"
         os.replace(self._path(step), target)
         return target
 
-    def _is_writer(self):
+    def _is_writer(self) -> bool:
         return self._keep is not None and jax.process_index() == 0
 
-    def _clear(self):
+    def _clear(self) -> None:
         """Deletes what a save or a deletion that was cut off left behind."""
         for name in os.listdir(self.folder):
             if _TEMPORARY in name or name.endswith(_DELETED):
@@ -344,14 +367,14 @@ class Store:
                 else:
                     shutil.rmtree(path, ignore_errors=True)
 
-    def __enter__(self):
+    def __enter__(self) -> "Store":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.wait()
 
 
-def _reason(error) -> str:
+def _reason(error: BaseException) -> str:
     """A library's error in one short line."""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -23,7 +23,7 @@ LIMIT = 2**29
 """Bytes that a start leaves in the folder, at most; the newest entries stay."""
 _INDEX = "index.json"
 
-_folder = None
+_folder: str | None = None
 
 
 def user_folder() -> str:
@@ -45,7 +45,7 @@ def use() -> None:
     JAX_COMPILATION_CACHE_DIR, stays as it is.
     """
     global _folder
-    if jax.config.jax_compilation_cache_dir:
+    if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]  # made at run time by jax.config
         return
     try:
         folder = user_folder()
@@ -71,7 +71,7 @@ def seal() -> None:
             _write_index(_folder, {name: known.get(name) or _hash(_folder, name) for name in names})
 
 
-def _claim(folder):
+def _claim(folder: str) -> None:
     """Makes the folder; refuses one into which somebody else could put a program."""
     os.makedirs(os.path.dirname(os.path.dirname(folder)), exist_ok=True)
     for place in (os.path.dirname(folder), folder):
@@ -85,8 +85,9 @@ def _claim(folder):
     files.make_folder(folder)
 
 
-def _delete_damaged(folder):
-    known, whole, room = _read_index(folder), {}, LIMIT
+def _delete_damaged(folder: str) -> None:
+    known, room = _read_index(folder), LIMIT
+    whole: dict[str, str] = {}
     for entry in sorted(_entries(folder), key=lambda entry: -entry.stat().st_mtime_ns):
         room -= entry.stat().st_size
         if room >= 0 and known.get(entry.name) == _hash(folder, entry.name):
@@ -96,23 +97,23 @@ def _delete_damaged(folder):
     _write_index(folder, whole)
 
 
-def _entries(folder):
+def _entries(folder: str) -> list[os.DirEntry[str]]:
     """JAX's own files; folders hold caches of XLA, which has checks of its own."""
     with os.scandir(folder) as found:
         return [entry for entry in found if entry.name.endswith("-cache") and entry.is_file(follow_symlinks=False)]
 
 
-def _hash(folder, name):
+def _hash(folder: str, name: str) -> str:
     with open(os.path.join(folder, name), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_index(folder):
+def _read_index(folder: str) -> dict[str, str]:
     try:
         return files.read_json(os.path.join(folder, _INDEX), "it is written again", dict)
     except OSError:
         return {}
 
 
-def _write_index(folder, index):
+def _write_index(folder: str, index: dict[str, str]) -> None:
     files.write_json(os.path.join(folder, _INDEX), index)

@@ -13,6 +13,8 @@ import secrets
 import socket
 import sys
 import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,7 +28,7 @@ from pwcrf_jax.runtime.parallel import device_count
 JOIN = 300  # seconds in which all processes must come
 _ADDRESSES = 2048  # bytes in which process 0 says where it listens
 
-_wire = None  # to the other processes; None: there are none
+_wire: wire.Hub | wire.Spoke | None = None  # to the other processes; None: there are none
 
 
 def define_flags() -> None:
@@ -88,7 +90,7 @@ def start() -> None:
     logs.only_process(0)
 
 
-def agree(facts) -> None:
+def agree(facts: dict[str, Any] | Callable[[], dict[str, Any]]) -> None:
     """Returns once the facts, {key: JSON value}, are known to be the same in all processes. All must call it.
 
     facts: or a function that returns them, which one process alone does not call.
@@ -120,7 +122,7 @@ def end(code: int, line: str) -> None:
         _wire.end(code, line)
 
 
-def refuse(argv, code: int, line: str) -> None:
+def refuse(argv: Sequence[str], code: int, line: str) -> None:
     """Tells the other processes, which wait for this one or will, that it does not come; for `wire.LATE` seconds.
 
     argv: the command line; what is wrong with it may be anything.
@@ -143,7 +145,7 @@ def refuse(argv, code: int, line: str) -> None:
             end(code, line)
 
 
-def _check(options):
+def _check(options: flags.FlagValues) -> None:
     given = [name for name in ("num_processes", "process_id") if options[name].value is not None]
     if options.distributed and (options.coordinator or given):
         raise ConfigError("--distributed finds the processes by itself: give it alone, or --coordinator and its flags")
@@ -158,7 +160,7 @@ def _check(options):
             )
 
 
-def _address(options):
+def _address(options: Any) -> tuple[str, int]:
     """(host, port) of --coordinator."""
     host, _, port = options.coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
@@ -166,7 +168,7 @@ def _address(options):
     return host.strip("[]"), int(port)
 
 
-def _start_named(options):
+def _start_named(options: flags.FlagValues) -> None:
     """The wire has the port that is named, and JAX's service one that is free: so what is missing is told in a line."""
     global _wire
     (host, port), index, number = _address(options), options.process_id, options.num_processes
@@ -178,7 +180,8 @@ def _start_named(options):
                 wire.Spoke(0, number, [("127.0.0.1", port)], 1)  # ends here where another process 0 has it
             raise ConfigError(
                 f"--coordinator={options.coordinator}: process 0 cannot listen on port {port} "
-                f"({os.strerror(error.errno)}); end the program that has it, or name another port, in all processes"
+                f"({os.strerror(error.errno or 0)}); end the program that has it, or name another port, in all "
+                "processes"
             ) from None
         with socket.create_server(("", 0)) as free:
             port = free.getsockname()[1]
@@ -190,7 +193,7 @@ def _start_named(options):
     _initialize(coordinator_address=named, num_processes=number, process_id=index)
 
 
-def _start_found(seconds):
+def _start_found(seconds: float) -> None:
     """JAX knows where its service is, but does not say so: process 0 tells the others where the wire is."""
     global _wire
     with _in_time(seconds):
@@ -208,14 +211,18 @@ def _start_found(seconds):
         about = json.dumps([_names(), hub.port, token]) if hub else ""
         sent = np.frombuffer(about.encode().ljust(_ADDRESSES), np.uint8)
         names, port, token = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(sent))))
-    _wire = hub or wire.Spoke(index, number, [(name, port) for name in names], seconds, token)
-    hub.gather(seconds) if hub else _wire.gather()
+    if hub:
+        _wire = hub
+        hub.gather(seconds)
+    else:
+        _wire = wire.Spoke(index, number, [(name, port) for name in names], seconds, token)
+        _wire.gather()
 
 
-def _initialize(**named):
+def _initialize(**named: Any) -> None:
     try:
         # A limit of JAX's own ends in a stack dump; ours comes before it.
-        heartbeat = flags.FLAGS["heartbeat"].value  # or its default, where flags are not read yet
+        heartbeat: Any = flags.FLAGS["heartbeat"].value  # or its default, where flags are not read yet
         jax.distributed.initialize(**named, heartbeat_timeout_seconds=heartbeat, initialization_timeout=2 * JOIN)
     except ValueError as error:  # of --distributed where there is no cluster
         raise ConfigError(
@@ -229,10 +236,10 @@ def _initialize(**named):
 
 
 @contextlib.contextmanager
-def _in_time(seconds):
+def _in_time(seconds: float) -> Iterator[None]:
     """Ends this process with a line where what is done in here takes longer: it waits for others in C++."""
 
-    def give_up():
+    def give_up() -> None:
         os.write(2, f"error: not all processes came within {seconds:.0f} s; see what became of the others\n".encode())
         os._exit(wire.REFUSED)
 
@@ -245,12 +252,12 @@ def _in_time(seconds):
         timer.cancel()
 
 
-def _names():
-    """What other machines may call this one."""
+def _names() -> list[str]:
+    """Names and addresses by which other machines may know this one."""
     names = [socket.getfqdn(), socket.gethostname()]
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         sender.connect(("192.0.2.1", 9))  # sends nothing; tells the address of the interface to elsewhere
         names.append(sender.getsockname()[0])
     with contextlib.suppress(OSError):
-        names += [found[4][0] for found in socket.getaddrinfo(socket.gethostname(), None)]
+        names += [str(found[4][0]) for found in socket.getaddrinfo(socket.gethostname(), None)]
     return list(dict.fromkeys(names))[:10]

@@ -17,6 +17,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
+StrPath = str | os.PathLike[str]
+
 _REMEDIES = {
     errno.ENOSPC: "make room on its disk",
     errno.EDQUOT: "make room, your quota is used up",
@@ -37,16 +39,16 @@ class FileError(OSError):
     """A file or folder that cannot be read or written; the message names it and the remedy."""
 
 
-def refused(path: str | os.PathLike, what: str, error: OSError) -> FileError:
+def refused(path: StrPath, what: str, error: OSError) -> FileError:
     """The `FileError` of what the system refused; what: such as "cannot be written"."""
-    remedy = _REMEDIES.get(error.errno, "name another place")
+    remedy = _REMEDIES.get(error.errno or 0, "name another place")
     made = FileError(f"{os.fspath(path)} {what} ({error.strerror or error}); {remedy}")
     made.errno = error.errno
     return made
 
 
 @contextlib.contextmanager
-def naming(path: str | os.PathLike, what: str) -> Iterator[None]:
+def naming(path: StrPath, what: str) -> Iterator[None]:
     """In here an OSError becomes the `FileError` of `refused`."""
     try:
         yield
@@ -56,7 +58,7 @@ def naming(path: str | os.PathLike, what: str) -> Iterator[None]:
         raise refused(path, what, error) from None
 
 
-def expand_path(text: str | os.PathLike, name: str) -> str:
+def expand_path(text: StrPath, name: str) -> str:
     """A path as a user gives it, with "~" and "~user" expanded.
 
     name: of the flag or key, for the message.
@@ -81,7 +83,7 @@ def expand_path(text: str | os.PathLike, name: str) -> str:
     return os.path.expanduser(text)
 
 
-def make_folder(path: str | os.PathLike, inside: str | os.PathLike = "") -> None:
+def make_folder(path: StrPath, inside: StrPath = "") -> None:
     """Makes a folder that can be written, and those above it, where they are not there.
 
     inside: of the folders below this one none may be a link; "": `path` may be what the user likes, a link too.
@@ -96,7 +98,7 @@ def make_folder(path: str | os.PathLike, inside: str | os.PathLike = "") -> None
         tempfile.TemporaryFile(dir=path).close()
 
 
-def check_folder(path: str | os.PathLike, inside: str | os.PathLike) -> None:
+def check_folder(path: StrPath, inside: StrPath) -> None:
     """Refuses a folder that is a link, or lies below `inside` by way of one. It need not be there.
 
     Raises:
@@ -111,7 +113,7 @@ def check_folder(path: str | os.PathLike, inside: str | os.PathLike) -> None:
         place = os.path.dirname(place)
 
 
-def check_replaceable(path: str | os.PathLike) -> None:
+def check_replaceable(path: StrPath) -> None:
     """Refuses what `replacing` cannot replace: a folder, or what is no file, such as /dev/null; FileError."""
     with naming(path, "cannot be written"):
         folder, name = os.path.split(os.path.abspath(path))
@@ -127,12 +129,12 @@ def check_replaceable(path: str | os.PathLike) -> None:
 class _WithoutNumber(io.FileIO):
     """Does not tell its descriptor: with it Pillow and NumPy write past us, and do not say that a disk was full."""
 
-    def fileno(self):
+    def fileno(self) -> int:
         raise io.UnsupportedOperation("fileno")
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+def replacing(path: StrPath) -> Iterator[IO[bytes]]:
     """A binary file to write, which takes the place of `path` when it is whole, and is on the disk then.
 
     Until then it has a name of its own in the same folder; a link at `path` is replaced, not followed. If the body
@@ -162,18 +164,18 @@ def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
                 os.unlink(partial)
 
 
-def write(path: str | os.PathLike, content: bytes | str) -> None:
+def write(path: StrPath, content: bytes | str) -> None:
     """Writes a file, whole or not at all, see `replacing`; text as UTF-8."""
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
-def write_json(path: str | os.PathLike, content: Any) -> None:
+def write_json(path: StrPath, content: Any) -> None:
     """Writes plain JSON values, whole or not at all, see `replacing`."""
     write(path, json.dumps(content, indent=2) + "\n")
 
 
-def sync_folder(folder: str | os.PathLike) -> None:
+def sync_folder(folder: StrPath) -> None:
     """Returns when the names in a folder are on the disk; nothing where the file system does not know of that."""
     with contextlib.suppress(PermissionError):  # it may be written, not read
         number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -186,7 +188,7 @@ def sync_folder(folder: str | os.PathLike) -> None:
             os.close(number)
 
 
-def sync_tree(folder: str | os.PathLike) -> None:
+def sync_tree(folder: StrPath) -> None:
     """Returns when a folder with all files below it is on the disk, its own name too. Raises OSError."""
     for place, _, names in os.walk(folder):
         for name in names:
@@ -200,7 +202,7 @@ def sync_tree(folder: str | os.PathLike) -> None:
     sync_folder(os.path.dirname(os.path.abspath(folder)))
 
 
-def delete_unfinished(folder: str | os.PathLike) -> None:
+def delete_unfinished(folder: StrPath) -> None:
     """Deletes what writers that were killed have left in a folder; not what another process is writing."""
     for name in filter(_UNFINISHED.fullmatch, os.listdir(folder)):
         path = os.path.join(folder, name)
@@ -210,7 +212,7 @@ def delete_unfinished(folder: str | os.PathLike) -> None:
                 os.unlink(path)
 
 
-def append(path: str | os.PathLike) -> IO[bytes]:
+def append(path: StrPath) -> IO[bytes]:
     """Opens a file to append bytes; it is made where it is not there.
 
     Raises:
@@ -220,7 +222,7 @@ def append(path: str | os.PathLike) -> IO[bytes]:
         return open(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW), "ab")
 
 
-def read_lines(path: str | os.PathLike) -> list[str]:
+def read_lines(path: StrPath) -> list[str]:
     """The lines of a text file with their ends, as `append` wrote them; [] where there is none.
 
     Raises:
@@ -233,7 +235,7 @@ def read_lines(path: str | os.PathLike) -> list[str]:
             return file.readlines()
 
 
-def open_regular(path: str | os.PathLike, flags: int) -> int:
+def open_regular(path: StrPath, flags: int) -> int:
     """A descriptor of a regular file, which for a FIFO does not wait for its other end. Raises OSError."""
     number = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(number).st_mode):
@@ -242,8 +244,8 @@ def open_regular(path: str | os.PathLike, flags: int) -> int:
     return number
 
 
-def read_json(path: str | os.PathLike, remedy: str, check: Callable[[Any], Any] = lambda content: content) -> Any:
-    """What check(content) makes of the content of a JSON file; FileNotFoundError where there is none.
+def read_json(path: StrPath, remedy: str, check: Callable[[Any], Any] = lambda content: content) -> Any:
+    """Reads a JSON file: returns what check(content) makes of it. FileNotFoundError where there is none.
 
     remedy: what to do with one that cannot be used.
     check: raises ValueError, TypeError, KeyError, IndexError or AttributeError for content of another shape.

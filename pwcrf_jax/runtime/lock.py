@@ -49,7 +49,7 @@ def held(workdir: str) -> Iterator[None]:
         yield
 
 
-def _open(path):
+def _open(path: str) -> int:
     """For everybody who can write to the workdir: whoever made the file, the others of a group lock it too."""
     try:
         number = files.open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)

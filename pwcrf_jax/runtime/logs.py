@@ -1,4 +1,4 @@
-"""What a run tells: lines on standard error, metrics.jsonl, TensorBoard scalars and pictures."""
+"""Everything a run tells: lines on standard error, metrics.jsonl, TensorBoard scalars and pictures."""
 
 import contextlib
 import json
@@ -7,9 +7,12 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import absl.logging
 import jax
+import numpy as np
 from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import image, scalar
@@ -41,7 +44,7 @@ def setup() -> None:
 class _AboveBars(logging.StreamHandler):
     """Lines and tables go above a progress bar that is on the terminal, not into it."""
 
-    def emit(self, record):
+    def emit(self, record: logging.LogRecord) -> None:
         try:
             tqdm.write(self.format(record), file=self.stream)
         except Exception:
@@ -49,19 +52,19 @@ class _AboveBars(logging.StreamHandler):
                 self.handleError(record)
 
 
-def bar(items, what: str, total: int | None = None, unit: str = "batch"):
+def bar(items: Iterable, what: str, total: int | None = None, unit: str = "batch") -> tqdm:
     """The items, with a bar on standard error while somebody watches it."""
     hidden = not streams.is_terminal(sys.stderr)
     return tqdm(items, what, total, unit=unit, disable=hidden, leave=False)
 
 
 def only_process(index: int) -> None:
-    """Of several processes, the others tell what goes wrong alone. To be called once they are connected."""
+    """Silences the other processes but for what goes wrong. To be called once they are connected."""
     if jax.process_index() != index:
         log.setLevel(logging.WARNING)
 
 
-def _without_closed_loops(unraisable):
+def _without_closed_loops(unraisable: Any) -> None:
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
@@ -93,7 +96,7 @@ class Writer:
             self._event(step=step + 1, session_log=SessionLog(status=SessionLog.START))  # hides what was taken back
             self._board.flush()
 
-    def write(self, step: int, scalars: dict, prefix: str) -> None:
+    def write(self, step: int, scalars: Mapping[str, float], prefix: str) -> None:
         line = json.dumps({"step": step, **{f"{prefix}/{k}": v for k, v in scalars.items()}})
         with files.naming(self._path, "cannot be written"):
             self._jsonl.write(f"{line}\n".encode())
@@ -103,7 +106,7 @@ class Writer:
                 self._event(step=step, summary=scalar(f"{prefix}/{name}", value))
             self._board.flush()
 
-    def picture(self, step: int, name: str, pixels) -> None:
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
         """A picture uint8 [H, W, 3] for TensorBoard."""
         with files.naming(self._folder, "cannot be written"):
             self._event(step=step, summary=image(name, pixels, dataformats="HWC"))
@@ -114,7 +117,7 @@ class Writer:
         with files.naming(self._path, "cannot be written"):
             os.fsync(self._jsonl.fileno())
 
-    def _event(self, **content):
+    def _event(self, **content: Any) -> None:
         self._board.write(Event(wall_time=time.time(), **content).SerializeToString())
 
     def close(self) -> None:
@@ -123,11 +126,11 @@ class Writer:
                 file.close()
 
 
-def _is_val(line):
+def _is_val(line: Mapping[str, Any]) -> bool:
     return any(key.startswith("val/") for key in line)
 
 
-def _take_back(path, keep) -> int:
+def _take_back(path: str, keep: Callable[[dict[str, Any]], bool]) -> int:
     """Drops the lines of a file of JSON objects for which keep(object) is false, and those cut off; says how many."""
     lines, kept = files.read_lines(path), []
     for line in lines:
@@ -161,14 +164,14 @@ class Progress:
         self._last = (first_step, time.monotonic())
         # What a narrow terminal cuts off stands last: the NLL of each kind of factor.
         form = "{percentage:3.0f}% |{bar:10}| {n_fmt}/{total_fmt}{postfix}"
-        options = dict(total=num_steps, initial=first_step, bar_format=form, dynamic_ncols=True)
+        options: dict[str, Any] = dict(total=num_steps, initial=first_step, bar_format=form, dynamic_ncols=True)
         self._bar = tqdm(**options) if streams.is_terminal(sys.stderr) else None
 
     def restart(self, step: int) -> None:
         """Starts a new interval: what was done since the last report (evaluation) does not count."""
         self._last = (step, time.monotonic())
 
-    def report(self, step: int, metrics: dict) -> float | None:
+    def report(self, step: int, metrics: Mapping[str, float]) -> float | None:
         """Prints one report and returns images per second since the last; None if no step was timed since."""
         before, since = self._last
         rate, speed = None, ""

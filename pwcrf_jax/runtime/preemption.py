@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
@@ -43,7 +44,7 @@ def begin() -> None:
 
 
 @contextlib.contextmanager
-def nothing_to_save():
+def nothing_to_save() -> Iterator[None]:
     """In here everything is saved, so SIGTERM ends the process at once again."""
     before = _unsaved.is_set()
     _unsaved.clear()
@@ -63,7 +64,7 @@ def requested() -> bool:
     return _asked.is_set()
 
 
-def _watch(read):
+def _watch(read: int) -> None:
     # In a thread: Python's own handlers wait for the main thread, which may be compiling for minutes.
     while os.read(read, 1) != bytes([signal.SIGTERM]):
         pass
@@ -73,6 +74,6 @@ def _watch(read):
         os._exit(EXIT_CODE)
 
 
-def _forget():
+def _forget() -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

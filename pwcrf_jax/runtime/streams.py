@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from pwcrf_jax.runtime import files
 
@@ -12,22 +12,22 @@ from pwcrf_jax.runtime import files
 class _Named:
     """A stream whose refusals, such as of a full disk, are told by its name: the system names no file there."""
 
-    def __init__(self, stream, name):
+    def __init__(self, stream: TextIO, name: str):
         self._stream, self._name = stream, name
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def write(self, text):
+    def write(self, text: str) -> int:
         with self._naming():
             return self._stream.write(text)
 
-    def flush(self):
+    def flush(self) -> None:
         with self._naming():
             self._stream.flush()
 
     @contextlib.contextmanager
-    def _naming(self):
+    def _naming(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

@@ -16,6 +16,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 from pwcrf_jax.runtime.errors import ConfigError
 
@@ -26,19 +28,24 @@ _LONGEST = 2**24  # bytes of a message
 _LOST = "is gone (killed, out of memory, or its host is down); start all again"
 
 
+Address = tuple[str, int]
+Verdict = tuple[int, str]
+"""The exit code and the line with which all processes end."""
+
+
 class _Channel:
     """One end of a connection."""
 
-    def __init__(self, sock):
+    def __init__(self, sock: socket.socket):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.settimeout(_ANSWER)
         self._sock, self._file, self._sending = sock, sock.makefile("rb"), threading.Lock()
 
-    def send(self, **message) -> None:
+    def send(self, **message: Any) -> None:
         with contextlib.suppress(OSError), self._sending:  # `receive` tells that the other end is gone
             self._sock.sendall(json.dumps(message).encode() + b"\n")
 
-    def receive(self) -> dict:
+    def receive(self) -> dict[str, Any]:
         """The next message; {} where the other end is gone, or is no process of ours."""
         try:
             line = self._file.readline(_LONGEST)
@@ -58,11 +65,11 @@ class _Channel:
 
 
 class _Wire:
-    def __init__(self, index, processes):
+    def __init__(self, index: int, processes: int):
         self.index, self.processes, self.host = index, processes, socket.gethostname()
         self._ending = threading.Lock()  # is held by the one thread that ends this process
 
-    def agree(self, facts: dict) -> None:
+    def agree(self, facts: dict[str, Any]) -> None:
         """Returns once all processes have called it with equal facts, {key: JSON value}. All must call it.
 
         Where they are not equal, process 0 raises a ConfigError that names the first key, the processes and their
@@ -74,27 +81,27 @@ class _Wire:
         """This process has done what it was for: that its connection breaks means nothing any more."""
         raise NotImplementedError
 
-    def end(self, code: int, line: str) -> None:
+    def end(self, code: int, line: str) -> NoReturn:
         """Ends all processes with a code; the others print the line, which this one has printed. Does not return."""
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()  # another thread is about to end this process
         self._tell(code, f"process {self.index} on {self.host}: {line}")
         self._leave(code)
 
-    def _tell(self, code, line):
+    def _tell(self, code: int, line: str) -> None:
         raise NotImplementedError
 
-    def _ended(self, code, line):
+    def _ended(self, code: int, line: str) -> None:
         """Another process has ended, and so does this one, from the thread that was told of it."""
         if self._ending.acquire(blocking=False):
             os.write(2, f"error: {line}\n".encode())  # sys.stderr may be held by another thread
             self._pass_on(code, line)
             self._leave(code)
 
-    def _pass_on(self, code, line):
+    def _pass_on(self, code: int, line: str) -> None:
         self._tell(code, line)
 
-    def _leave(self, code):
+    def _leave(self, code: int) -> NoReturn:
         # Not sys.exit: JAX would wait for processes that do not come any more, and this may not be the main thread.
         if threading.current_thread() is threading.main_thread():
             for stream in (sys.stdout, sys.stderr):
@@ -116,13 +123,15 @@ class Hub(_Wire):
         family = socket.AF_INET6 if both else socket.AF_INET
         self._server = socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=1024)
         self.port, self._token = self._server.getsockname()[1], token
-        self._channels, self._hosts = {}, {0: self.host}
-        self._heard = {i: queue.SimpleQueue() for i in range(1, processes)}
-        self._gone, self._verdict = set(), None
+        self._channels: dict[int, _Channel] = {}
+        self._hosts = {0: self.host}
+        self._heard: dict[int, queue.SimpleQueue] = {i: queue.SimpleQueue() for i in range(1, processes)}
+        self._gone: set[int] = set()
+        self._verdict: Verdict | None = None
         self._change = threading.Condition()
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def gather(self, seconds: float, **welcome) -> None:
+    def gather(self, seconds: float, **welcome: Any) -> None:
         """Waits for all other processes, and sends each a welcome.
 
         Raises ConfigError: some did not come.
@@ -139,7 +148,7 @@ class Hub(_Wire):
         for channel in self._channels.values():
             channel.send(welcome=welcome)
 
-    def agree(self, facts):
+    def agree(self, facts: dict[str, Any]) -> None:
         every = {0: facts} | {i: heard.get() for i, heard in self._heard.items()}
         if line := difference(every, self._hosts):
             self._tell(REFUSED, line)
@@ -147,11 +156,11 @@ class Hub(_Wire):
         for channel in self._channels.values():
             channel.send(agreed=True)
 
-    def done(self):
+    def done(self) -> None:
         for channel in self._channels.values():
             channel.send(done=True)
 
-    def _tell(self, code, line):
+    def _tell(self, code: int, line: str) -> None:
         """To all that are there or come within LATE seconds; waits until they have ended."""
         with self._change:
             self._verdict = self._verdict or (code, line)
@@ -160,16 +169,17 @@ class Hub(_Wire):
                 channel.send(end=self._verdict)
             self._change.wait_for(lambda: len(self._gone) == self.processes - 1, seconds)
 
-    def _accept(self):
+    def _accept(self) -> None:
         while self._server.fileno() >= 0:
             with contextlib.suppress(OSError):  # of one that is gone again
                 sock, _ = self._server.accept()
                 threading.Thread(target=self._serve, args=(_Channel(sock),), daemon=True).start()
 
-    def _serve(self, channel):
+    def _serve(self, channel: _Channel) -> None:
         """Listens to one that has come, until it is gone."""
         hello = channel.receive()
-        index, host = hello.get("process"), hello.get("host")
+        index: Any = hello.get("process")  # some other program may say anything
+        host: Any = hello.get("host")
         if hello.get("token") != self._token:  # some other program
             channel.close()
             return
@@ -196,7 +206,7 @@ class Hub(_Wire):
         elif not problem and not well and self._verdict is None:
             self._ended(FAILED, f"process {index} on {host} {_LOST}")
 
-    def _listen(self, index, channel):
+    def _listen(self, index: int, channel: _Channel) -> bool:
         """Until it is gone; whether it had said so before."""
         well = False
         while message := channel.receive():
@@ -207,9 +217,10 @@ class Hub(_Wire):
             well |= not {"end", "done"}.isdisjoint(message)
         return well
 
-    def _problem(self, hello, new):
-        """(code, line) where a process that says hello cannot be one of the run, else None."""
-        index, count, host = hello.get("process"), hello.get("processes"), hello.get("host")
+    def _problem(self, hello: Mapping[str, Any], new: bool) -> Verdict | None:
+        """The verdict where a process that says hello cannot be one of the run, else None."""
+        index: Any = hello.get("process")
+        count, host = hello.get("processes"), hello.get("host")
         who = f"process {index} on {host}"
         if not new:
             return REFUSED, f"{who}: all {self.processes} processes of the run at port {self.port} are there already"
@@ -231,16 +242,25 @@ class Hub(_Wire):
 class Spoke(_Wire):
     """The end of a process other than 0."""
 
-    def __init__(self, index: int, processes: int, addresses, seconds: float, token: str = "", end=None):
+    def __init__(
+        self,
+        index: int,
+        processes: int,
+        addresses: Sequence[Address],
+        seconds: float,
+        token: str = "",
+        end: Verdict | None = None,
+    ):
         """Goes to process 0.
 
         addresses: (host, port) of process 0, those to try.
-        end: (code, line) of a process that comes only to tell that it ends.
+        end: that of a process which comes only to tell that it ends.
 
         Raises ConfigError: process 0 is not there within these seconds, or another program is.
         """
         super().__init__(index, processes)
-        self._heard, self._answered, self._well = queue.SimpleQueue(), threading.Event(), False
+        self._heard: queue.SimpleQueue = queue.SimpleQueue()
+        self._answered, self._well = threading.Event(), False
         hello = dict(process=index, processes=processes, host=self.host, token=token, end=end)
         self._channel, answer = _meet(addresses, hello, seconds)
         if end:
@@ -251,25 +271,25 @@ class Spoke(_Wire):
         self._channel.patient()
         threading.Thread(target=self._listen, daemon=True).start()
 
-    def gather(self) -> dict:
+    def gather(self) -> dict[str, Any]:
         """Waits for all others, and returns the welcome of process 0."""
         return self._heard.get()["welcome"]
 
-    def agree(self, facts):
+    def agree(self, facts: dict[str, Any]) -> None:
         self._channel.send(facts=facts)
         self._heard.get()  # where they do not, the listening thread ends this process
 
-    def done(self):
+    def done(self) -> None:
         self._channel.send(done=True)
 
-    def _tell(self, code, line):
+    def _tell(self, code: int, line: str) -> None:
         self._channel.send(end=(code, line))
         self._answered.wait(LATE)
 
-    def _pass_on(self, code, line):
+    def _pass_on(self, code: int, line: str) -> None:
         pass  # process 0 knows
 
-    def _listen(self):
+    def _listen(self) -> None:
         while message := self._channel.receive():
             if "end" in message:
                 self._answered.set()
@@ -283,7 +303,7 @@ class Spoke(_Wire):
             self._ended(FAILED, f"process 0 {_LOST}")
 
 
-def _meet(addresses, hello, seconds):
+def _meet(addresses: Sequence[Address], hello: dict[str, Any], seconds: float) -> tuple[_Channel, dict[str, Any]]:
     """(channel, answer) of process 0."""
     since, stranger, why = time.monotonic(), None, ""
     while (passed := time.monotonic() - since) < (min(LATE, seconds) if stranger else seconds):
@@ -310,17 +330,17 @@ def _meet(addresses, hello, seconds):
     )
 
 
-def difference(facts: dict, hosts: dict) -> str | None:
+def difference(facts: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]) -> str | None:
     """A sentence on the first key whose values are not the same in all processes; None: there is none.
 
     facts: {process: {key: JSON value}}; hosts: {process: name of its machine}.
     """
     told = {i: {key: json.dumps(value, sort_keys=True) for key, value in facts[i].items()} for i in sorted(facts)}
-    keys = dict.fromkeys(key for values in told.values() for key in values)
-    keys = [key for key in keys if len({values.get(key) for values in told.values()}) > 1]
+    known = dict.fromkeys(key for values in told.values() for key in values)
+    keys = [key for key in known if len({values.get(key) for values in told.values()}) > 1]
     if not keys:
         return None
-    groups = {}
+    groups: dict[str, list[str]] = {}
     for i, values in told.items():
         groups.setdefault(values.get(keys[0], "absent"), []).append(f"{i} on {hosts[i]}")
     named = lambda group: ", ".join(group[:3]) + (f" and {len(group) - 3} more" if group[3:] else "")

@@ -251,7 +251,7 @@ def test_a_full_disk(folder):
 import resource, signal, sys
 sys.path[:0] = {sys.path!r}
 from faults.states import store, trees
-from pwcrf_jax.training import checkpoint, logs
+from pwcrf_jax.runtime import checkpoint, logs
 logs.setup()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))

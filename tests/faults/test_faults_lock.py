@@ -18,7 +18,7 @@ from pwcrf_jax.runtime.files import FileError
 
 HOLDER = """
 import sys, time
-from pwcrf_jax.training import lock
+from pwcrf_jax.runtime import lock
 with lock.held(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
@@ -68,7 +68,7 @@ def test_of_several_processes_the_first_holds_it_for_all(tmp_path, monkeypatch):
 
 SECOND = """
 import os, sys
-from pwcrf_jax.training import lock
+from pwcrf_jax.runtime import lock
 import jax
 jax.process_index()
 path, umask = sys.argv[1], int(sys.argv[2], 8)

@@ -9,7 +9,7 @@ What looks like a heading, a key, an index or a void marker is taken for what it
 
 import ast
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +50,7 @@ class Entry(NamedTuple):
 
 
 def plain(word: str) -> str:
-    """What two spellings of a name have in common."""
+    """A form of a name that its spellings have in common."""
     return re.sub(r"[\W_]+", "", word.casefold()) or word.strip()
 
 
@@ -61,7 +61,7 @@ def _is_void(name: str) -> bool:
 
 
 def read_entries(path: Path) -> list[Entry]:
-    """What a file of names holds, in its order, whatever its form; nothing of it is checked yet.
+    """Reads the entries of a file of names, in its order, whatever its form; nothing of them is checked yet.
 
     Raises:
       DataError: it cannot be read, or its form cannot be told for sure.
@@ -182,15 +182,21 @@ _COLOUR_FIRST = re.compile(r"(?P<r>\d{1,9})[\s,;]+(?P<g>\d{1,9})[\s,;]+(?P<b>\d{
 _COLOUR_LAST = re.compile(  # the end is CVAT's ":parts:actions"
     r"(?=.*\D)(?P<name>.+?)[\s,;:]+\[?(?P<r>-?\d{1,9})[\s,;]+(?P<g>-?\d{1,9})[\s,;]+(?P<b>-?\d{1,9})\]?(:[^:]*:[^:]*)?"
 )
+_QUOTED = re.compile(r"""(["'])((?:(?!\1).)*)\1""")
 _COLOURS, _VALUES = (_COLOUR_FIRST, _COLOUR_LAST), (_VALUE_FIRST, _VALUE_LAST)
+
+
+def _matches(form: re.Pattern[str], texts: Iterable[str]) -> list[re.Match[str]]:
+    """The matches of texts that all have a form; [] where one has another."""
+    found = [form.fullmatch(text) for text in texts]
+    return [match for match in found if match] if all(found) else []
 
 
 def _from_lines(path: Path, lines: list[tuple[int, str]]) -> list[Entry]:
     for i, line in lines:
         if len(line) > 200:
             raise DataError(f"{path}, line {i}: is {len(line)} characters long, no name; {SYNTAX}")
-    quoted = [re.fullmatch(r"""(["'])((?:(?!\1).)*)\1""", line) for _, line in lines]
-    if lines and all(quoted):
+    if quoted := _matches(_QUOTED, (line for _, line in lines)):
         return [Entry(i, match[2].strip()) for (i, _), match in zip(lines, quoted, strict=True)]
     heading = len(lines) > 2 and is_heading(lines[0][1], channels=True)
     rest = lines[1:] if heading else lines
@@ -206,10 +212,8 @@ def _from_lines(path: Path, lines: list[tuple[int, str]]) -> list[Entry]:
 
 def _of_one_form(path: Path, lines: list[tuple[int, str]]) -> list[Entry] | None:
     """Entries of lines that all have a colour, or all a value; None where they have neither."""
-    matched = lambda form, texts: [form.fullmatch(text) for text in texts]
-    texts = [line for _, line in lines]
-    for form in _COLOURS if lines else ():
-        if all(found := matched(form, texts)):
+    for form in _COLOURS:
+        if found := _matches(form, (line for _, line in lines)):
             colours = [tuple(int(m[c]) for c in "rgb") for m in found]
             names = [m["name"].rstrip(" ,;:\t") for m in found]
             numbered = _of_values(path, [(i, name) for (i, _), name in zip(lines, names, strict=True)], (_VALUE_FIRST,))
@@ -218,10 +222,10 @@ def _of_one_form(path: Path, lines: list[tuple[int, str]]) -> list[Entry] | None
     return _of_values(path, lines, _VALUES)
 
 
-def _of_values(path: Path, lines: list[tuple[int, str]], forms: Sequence[re.Pattern]) -> list[Entry] | None:
-    for form in forms if lines else ():
-        matches = [form.fullmatch(line) for _, line in lines]
-        if not all(matches):
+def _of_values(path: Path, lines: list[tuple[int, str]], forms: Sequence[re.Pattern[str]]) -> list[Entry] | None:
+    for form in forms:
+        matches = _matches(form, (line for _, line in lines))
+        if not matches:
             continue
         entries = [Entry(i, _unquoted(m["name"]), int(m["value"])) for (i, _), m in zip(lines, matches, strict=True)]
         if all(
@@ -231,7 +235,7 @@ def _of_values(path: Path, lines: list[tuple[int, str]], forms: Sequence[re.Patt
         if any("\t" in m["by"] or not m["by"].isspace() for m in matches):
             return entries
         # A number may be part of a name: "2 wheels", "lane 1".
-        values, names = [e.value for e in entries], {e.name for e in entries}
+        values, names = [int(m["value"]) for m in matches], {e.name for e in entries}
         part = len(names) < len(entries) or any(re.search(r"\d$", name) for name in names)
         if part and form is _VALUE_LAST and values == sorted(values):
             return None
@@ -254,7 +258,7 @@ def _unquoted(name: str) -> str:
 
 
 def _void_entry(path: Path, number: int, line: str) -> Entry | None:
-    """What a line of a void marker, alone or with numbers before or behind it, says; None for other lines."""
+    """The entry of a line of a void marker, alone or with numbers before or behind it; None for other lines."""
     word = re.sub(r"(?<![\w+-])[+-]?\d+(?!\w)", " ", line).strip(" ,;:=.)|\t")
     if not _is_void(word):
         return None

@@ -43,15 +43,16 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[tuple[int, int, int
     entries = [e for i, e in enumerate(entries) if not (i == 0 and e.name == LABELME_VOID and e.value is None)]
     classes, void = [e for e in entries if not e.void], [e for e in entries if e.void]
     _check_together(path, classes, void)
-    if classes[0].value is not None:
-        classes.sort(key=lambda e: e.value)
+    classes.sort(key=lambda e: e.value or 0)  # in the order of the lines where no class has a value
+    names = tuple(e.name for e in classes)
     if classes[0].colour:
         coding = {_number(e.colour): VOID if e.void else classes.index(e) for e in (*classes, *void)}
-        return tuple(e.name for e in classes), tuple(e.colour for e in classes), Coding(coding, True)
-    voids = dict.fromkeys([e.value % 256 for e in void] or [VOID], VOID)  # -1 is 255 of 8 bits
+        return names, tuple((r, g, b) for r, g, b in (e.colour for e in classes)), Coding(coding, True)
+    values = [e.value % 256 for e in void if e.value is not None]  # -1 is 255 of 8 bits
+    voids = dict.fromkeys(values or [VOID], VOID)
     free = iter(v for v in range(256) if v not in voids)
     coding = {(next(free) if e.value is None else e.value): k for k, e in enumerate(classes)}
-    return tuple(e.name for e in classes), (), Coding(coding | voids, False)
+    return names, (), Coding(coding | voids, False)
 
 
 _NAMES_FILES = re.compile(
@@ -77,9 +78,9 @@ def refuse_own_names(folders: Sequence[Path], names: Sequence[str], values: Mapp
                 continue
             entries = [e for e in read_entries(path) if not e.void]
             if entries and all(e.value is not None for e in entries):
-                if all(plain(e.name) == plain(values.get(e.value, "")) for e in entries):
+                if all(plain(e.name) == plain(values.get(e.value or 0, "")) for e in entries):
                     continue
-                entries.sort(key=lambda e: e.value)
+                entries.sort(key=lambda e: e.value or 0)
             refuse_other_names(path, [e.name for e in entries], names, len(names))
 
 
@@ -202,8 +203,8 @@ def _refuse_indices(path: Path, classes: list[Entry]) -> None:
                 f"{path}, line {last[0][0].line}: {last[0][0].name!r} has a value, other classes have none; give all "
                 "one, or write 'void VALUE' if it is void"
             )
-    found = [re.search(r"(?<![^\W_])(?:0x)?(\d{1,4})(?![^\W_])", e.name) for e in classes]
-    if not all(found) or any(e.value is not None or re.search(r"_\d+$", e.name) for e in classes):
+    found = [m for e in classes if (m := re.search(r"(?<![^\W_])(?:0x)?(\d{1,4})(?![^\W_])", e.name))]
+    if len(found) < len(classes) or any(e.value is not None or re.search(r"_\d+$", e.name) for e in classes):
         return
     numbers = [int(m[1]) for m in found]
     rest = {e.name[: m.start()] + e.name[m.end() :] for e, m in zip(classes, found, strict=True)}

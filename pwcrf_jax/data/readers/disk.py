@@ -1,4 +1,4 @@
-"""What preparing a set and unpacking an archive share: a lock, and one sentence for a disk that takes nothing more."""
+"""A lock, and one sentence for a disk that takes nothing more, for preparing a set and unpacking an archive."""
 
 import contextlib
 import errno
@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from pwcrf_jax.data.readers.image_io import DataError
+from pwcrf_jax.data.readers.files import DataError
 
 _REFUSED = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "EFBIG", "ESTALE", "EMFILE", "ENFILE", "ELOOP")
 _REASONS = tuple(os.strerror(getattr(errno, name)) for name in _REFUSED)
@@ -16,8 +16,8 @@ _REASONS = tuple(os.strerror(getattr(errno, name)) for name in _REFUSED)
 log = logging.getLogger(__name__)
 
 
-def refusal(error: BaseException) -> str | None:
-    """What a disk said that is full, read-only, broken or not ours; None for an error of another kind.
+def refusal(error: BaseException | None) -> str | None:
+    """The system's words of a disk that is full, read-only, broken or not ours; None for an error of another kind.
 
     error: an OSError, or what a library made of one: array_record raises a RuntimeError that only tells the system's
       words, and TFDS may wrap either.

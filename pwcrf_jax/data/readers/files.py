@@ -19,12 +19,12 @@ class DataError(ValueError):
 
 
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
-"""What images may be, as PIL calls it; others are not even tried."""
+"""Formats of images that are read, as PIL calls them; others are not even tried."""
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".webp", ".tif", ".tiff",
 )  # fmt: skip
-"""Of files in one of `IMAGE_FORMATS`, in lower case."""
+"""Suffixes of files in one of `IMAGE_FORMATS`, in lower case."""
 
 MAX_PIXELS = 89_478_485
 """Pixels of an image at most, unless config.data.max_pixels says otherwise; PIL's own limit."""
@@ -133,7 +133,7 @@ def _kind(mode: int) -> str:
 
 
 def image_kind(path: Path) -> str:
-    """What a file among images is, by its suffix, or else by its first bytes.
+    """Tells what a file among images is, by its suffix, or else by its first bytes.
 
     Returns:
       "image": to be read, and refused if that fails. "foreign": an image of a format that is not read, to be refused by
@@ -171,7 +171,8 @@ def _accepts(name: str, head: bytes) -> bool:
     if name == "BMP":  # two letters are the beginning of many a text
         return head[:2] == b"BM" and head[6:10] == bytes(4) and head[15:18] == bytes(3)
     Image.init()
-    return bool(Image.OPEN[name][1](head))
+    accept = Image.OPEN[name][1]
+    return accept is not None and bool(accept(head))
 
 
 def read_lines(path: Path, most: int = 1 << 28) -> list[str]:

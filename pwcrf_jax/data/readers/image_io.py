@@ -1,4 +1,4 @@
-"""What every module of the data package shares: the void label, the error, and PNG/JPEG decoding.
+"""The void label, and decoding and encoding of images and masks, for every module of the data package.
 
 Decoding is our own (PIL) because TFDS picks its decoder by what happens to be installed, and with
 OpenCV a palette mask silently becomes colours instead of class indices.
@@ -14,7 +14,8 @@ import zlib
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, ImageChops, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from pwcrf_jax.data.readers.files import (
     FOREIGN_REMEDY,
@@ -75,7 +76,7 @@ def _opened(data: bytes) -> Image.Image:
     Image.init()
     for name in IMAGE_FORMATS:
         factory, accept = Image.OPEN[name]
-        if accept(data[:16]):
+        if accept and accept(data[:16]):
             with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):
                 return factory(io.BytesIO(data), "")
     raise UnidentifiedImageError
@@ -169,7 +170,7 @@ def _depth(im: Image.Image, data: bytes) -> int:
     """Bits of a sample in the file; PIL's mode tells only what it makes of them."""
     if im.format == "PNG":
         return data[24]
-    return max(im.tag_v2.get(_BITS_PER_SAMPLE, (8,))) if im.format == "TIFF" else 8
+    return max(im.tag_v2.get(_BITS_PER_SAMPLE, (8,))) if isinstance(im, TiffImageFile) else 8
 
 
 def decode_image(data: bytes, where: str, max_pixels: float = MAX_PIXELS) -> np.ndarray:
@@ -204,11 +205,11 @@ def _rgb(im: Image.Image, data: bytes, where: str) -> Image.Image:
             f"{where}: has more than 8 bits a sample, or unusual colours (PIL mode {im.mode!r}); which values are "
             "black and white only you know: convert it to 8-bit RGB"
         )
-    if im.mode == "P" and im.getextrema()[1] >= len(im.getpalette()) // 3:
+    if im.mode == "P" and np.asarray(im).max() >= len(im.getpalette() or ()) // 3:
         raise DataError(
             f"{where}: has pixels of a colour that its palette does not have; restore it from the original data"
         )
-    if im.has_transparency_data and im.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+    if im.has_transparency_data and np.asarray(im.convert("RGBA").getchannel("A")).min() < 255:
         raise DataError(
             f"{where}: has transparent pixels, whose colours nobody has seen; put it on a background and save it "
             "without alpha channel"
@@ -239,7 +240,7 @@ def _orientation(im: Image.Image) -> int:
 def storable_image(
     data: bytes, where: str, mask_shape: tuple[int, int] | None, *, trusted: bool, max_pixels: float = MAX_PIXELS
 ) -> bytes:
-    """What a record keeps of an image file: its own bytes if they are a JPEG or PNG whose pixels fit the mask.
+    """The bytes that a record keeps of an image file: its own if they are a JPEG or PNG whose pixels fit the mask.
 
     An EXIF orientation leaves open which pixels a mask was made for, those in the file or those a viewer shows. Where
     the two differ in size, the mask's size tells. Else they are those in the file if `trusted`, and if not the image is
@@ -291,7 +292,7 @@ def decode_label(data: bytes, where: str, max_pixels: float = MAX_PIXELS) -> np.
     im = _open_mask(data, where, max_pixels)
     advice = "convert the mask to an 8-bit single-channel PNG of class indices"
     if im.mode not in ("L", "P"):
-        if im.mode == "RGB" and all(low == high == 0 for low, high in _channel_differences(im)):
+        if im.mode == "RGB" and not np.ptp(np.asarray(im), axis=-1).any():
             advice = "its three channels are equal: save one of them"
         elif im.mode in ("RGB", "RGBA"):
             advice += ", or describe its colours to the data set image_folder"
@@ -334,8 +335,8 @@ def not_png(data: bytes, where: str) -> DataError:
     if im.format == "PNG":
         return DataError(f"{where}: mask is a PNG file by its contents; call it .png, as masks are")
     if _lossy(im, data):
-        advice = (f"{im.format.replace('MPO', 'JPEG')} changes labels, so make it again from the original mask rather "
-                  "than convert it")  # fmt: skip
+        kind = "JPEG" if im.format == "MPO" else im.format
+        advice = f"{kind} changes labels, so make it again from the original mask rather than convert it"
     else:
         advice = "this one has lost nothing: save it as PNG, value for value"
     return DataError(f"{where}: mask is a {im.format} file, masks are PNG files; {advice}")
@@ -359,15 +360,10 @@ def _open_mask(data: bytes, where: str, max_pixels: float) -> Image.Image:
     return _open(data, where, max_pixels=max_pixels)
 
 
-def _channel_differences(im: Image.Image) -> list[tuple[int, int]]:
-    red, green, blue = im.split()
-    return [ImageChops.difference(red, other).getextrema() for other in (green, blue)]
-
-
 def voc_palette(num_colours: int) -> tuple[tuple[int, int, int], ...]:
     """The colours of PASCAL VOC's masks: bits of an index spread over red, green and blue, from the top bit down."""
     spread = lambda index, channel: sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8))
-    return tuple(tuple(spread(index, channel) for channel in range(3)) for index in range(num_colours))
+    return tuple((spread(index, 0), spread(index, 1), spread(index, 2)) for index in range(num_colours))
 
 
 def value_counts(label: np.ndarray) -> np.ndarray:

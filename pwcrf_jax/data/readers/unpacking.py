@@ -19,11 +19,10 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 from pwcrf_jax.data.readers.disk import locked, unwritable
-from pwcrf_jax.data.readers.files import open_file
-from pwcrf_jax.data.readers.image_io import DataError
+from pwcrf_jax.data.readers.files import DataError, open_file
 
 _CHUNK = 1 << 20  # bytes held at a time
 _MAX_RATIO, _SMALL = 100, 1 << 30  # images and masks are packed 1:10 at most; below _SMALL bytes nobody is harmed
@@ -44,7 +43,7 @@ class _Member(NamedTuple):
 
     name: str
     size: int
-    stream: BinaryIO | None
+    stream: IO[bytes] | None
 
 
 class _OddError(Exception):
@@ -102,7 +101,7 @@ def _unpack_one(path: Path, part: Path, names: "_Names") -> None:
                 if member.stream is None:
                     target.mkdir(parents=True, exist_ok=True)
                 else:
-                    _write(member, target)
+                    _write(member.stream, member.size, target)
                 member = None
     except DataError:
         raise
@@ -118,16 +117,16 @@ def _unpack_one(path: Path, part: Path, names: "_Names") -> None:
         ) from e
 
 
-def _write(member: _Member, target: Path) -> None:
+def _write(stream: IO[bytes], size: int, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)  # of an earlier archive
-    left = member.size
+    left = size
     with open(target, "xb") as file:
-        while chunk := member.stream.read(_CHUNK):
+        while chunk := stream.read(_CHUNK):
             left -= len(chunk)
             file.write(chunk)
     if left:
-        raise EOFError(f"{member.size - left} bytes instead of {member.size}")
+        raise EOFError(f"{size - left} bytes instead of {size}")
 
 
 class _Names:
@@ -264,7 +263,8 @@ def _tar(raw: _Archive, room: Path) -> Iterator[_Member]:
     raw.check(0 if packed else raw.size, room)
     stream = _Blocks(gzip.GzipFile(fileobj=raw, mode="rb") if packed else raw)
     unpacked = 0
-    with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8") as archive:
+    # typeshed asks for write and close, which reading does not call.
+    with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8") as archive:  # type: ignore[call-overload]
         while info := archive.next():
             name = info.name
             if not (info.isdir() or (info.isreg() and not info.issparse())):
@@ -292,9 +292,9 @@ def _tar(raw: _Archive, room: Path) -> Iterator[_Member]:
 
 
 class _Blocks:
-    """What tarfile reads: keeps the last block, and no more than `left` bytes are read, which is ample for headers."""
+    """The stream for tarfile: keeps the last block; of it no more than `left` bytes are read, ample for headers."""
 
-    def __init__(self, stream: BinaryIO):
+    def __init__(self, stream: gzip.GzipFile | _Archive):
         self._stream, self.last, self.left = stream, b"", _CHUNK
 
     def read(self, size: int = -1) -> bytes:

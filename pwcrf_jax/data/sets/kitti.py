@@ -21,23 +21,20 @@ train[80%:].
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
+from pwcrf_jax.data.builder import Plan, SegmentationBuilder, pairs_in
 from pwcrf_jax.data.readers.archives import locate
 from pwcrf_jax.data.readers.files import DataError, present
 from pwcrf_jax.data.readers.image_io import VOID, decode_colour_label
 from pwcrf_jax.data.sets.cityscapes import Cityscapes
 
 
-class Kitti(SegmentationBuilder, skip_registration=True):
+class Kitti(SegmentationBuilder):
     """The 146 images of Ros et al.; classes are read from the colours of the masks."""
 
     name = "pwcrf_kitti"
-    VERSION = tfds.core.Version("1.0.0")
     class_names = (
         "sky", "building", "road", "sidewalk", "fence", "vegetation", "pole", "car", "sign", "pedestrian", "cyclist",
     )  # fmt: skip
@@ -50,19 +47,17 @@ class Kitti(SegmentationBuilder, skip_registration=True):
     manual = "the folder KITTI_SEMANTIC of http://adas.cvc.uab.es/s2uad/"
 
     @classmethod
-    def plan(cls, source_dir: str, *, data_dir: str = "", **options: Any) -> Plan:
+    def plan_from_source(cls, source: Path, data_dir: str) -> Plan:
         """The splits whose images are there.
 
         Raises:
           DataError: no split there, one without images, an image without its mask, or a damaged archive.
         """
-        check_options("kitti", options)
-        source = require_source_dir("kitti", source_dir)
         splits = {}
         for split, folder in (("train", "Training_00"), ("val", "Validation_07")):
             below = [f"KITTI_SEMANTIC/{folder}", folder]
             if root := locate(source, below, ["KITTI_SEMANTIC.zip"], data_dir):
-                splits[split] = _pairs(root / "RGB", root / "GT", "*.png")
+                splits[split] = pairs_in(root / "RGB", root / "GT", "*.png")
         if not splits:
             raise DataError(
                 f"{source}: neither KITTI_SEMANTIC/Training_00 nor KITTI_SEMANTIC/Validation_07 is there; set "
@@ -70,8 +65,8 @@ class Kitti(SegmentationBuilder, skip_registration=True):
             )
         return cls.plan_from_pairs(source, splits)
 
-    def _label(self, item: Pair) -> np.ndarray:
-        codes = _code(decode_colour_label(self._read(item.mask), str(item.mask), self.max_pixels))
+    def _label(self, mask: Path, image: Path) -> np.ndarray:
+        codes = _code(decode_colour_label(self._read(mask), str(mask), self.max_pixels))
         known = {int(_code(np.array(colour))): index for index, colour in enumerate(self.palette)}
         known[int(_code(np.array(self.void_colour)))] = VOID
         present, where, counts = np.unique(codes, return_inverse=True, return_counts=True)
@@ -79,30 +74,27 @@ class Kitti(SegmentationBuilder, skip_registration=True):
         if unknown:
             count, code = max(unknown)
             raise DataError(
-                f"{item.mask}: colour ({code >> 16}, {code >> 8 & 255}, {code & 255}) of {count} pixels is neither a "
+                f"{mask}: colour ({code >> 16}, {code >> 8 & 255}, {code & 255}) of {count} pixels is neither a "
                 f"class nor void {self.void_colour} ({len(unknown)} such colours in the mask); restore the official "
                 "mask: one that was a JPEG, was resized smoothly, or holds class indices cannot be read"
             )
         return np.array([known[code] for code in present.tolist()], np.uint8)[where].reshape(codes.shape)
 
 
-class KittiCityscapes(Cityscapes, skip_registration=True):
+class KittiCityscapes(Cityscapes):
     """The 200 + 200 images of KITTI's semantic segmentation benchmark, labelled as Cityscapes."""
 
     name = "pwcrf_kitti_cityscapes"
-    VERSION = tfds.core.Version("1.0.0")
     split_sizes = {"train": 200, "test": 200}
     manual = "data_semantics.zip of https://www.cvlibs.net/datasets/kitti/eval_semseg.php?benchmark=semantics2015"
 
     @classmethod
-    def plan(cls, source_dir: str, *, data_dir: str = "", **options: Any) -> Plan:
+    def plan_from_source(cls, source: Path, data_dir: str) -> Plan:
         """The training images, and the testing images where they are there.
 
         Raises:
           DataError: no training images, an image without its mask, or a damaged archive.
         """
-        check_options("kitti_cityscapes", options)
-        source = require_source_dir("kitti_cityscapes", source_dir)
         training = locate(source, ["training", "data_semantics/training"], ["data_semantics.zip"], data_dir)
         if training is None:
             raise DataError(
@@ -110,20 +102,13 @@ class KittiCityscapes(Cityscapes, skip_registration=True):
                 f"folder that holds {cls.manual}"
             )
         # Scene flow, often unpacked into the same folders, adds frames NAME_11, which have no labels.
-        splits = {"train": _pairs(training / "image_2", training / "semantic", "*_10.png")}
+        splits = {"train": pairs_in(training / "image_2", training / "semantic", "*_10.png")}
         testing = training.parent / "testing" / "image_2"
         if present(testing, folder=True):
-            splits["test"] = _pairs(testing, None, "*_10.png")
+            splits["test"] = pairs_in(testing, None, "*_10.png")
         return cls.plan_from_pairs(source, splits)
 
 
 def _code(colours: np.ndarray) -> np.ndarray:
     """RGB [..., 3] as integers."""
     return colours.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
-
-
-def _pairs(images: Path, masks: Path | None, pattern: str) -> list[Pair]:
-    pairs = [Pair(path.stem, path, masks and masks / path.name, images) for path in sorted(images.glob(pattern))]
-    if not pairs:
-        raise DataError(f"{images}: no image {pattern} is there; unpack the official archive again")
-    return pairs

@@ -13,12 +13,11 @@ in the 40-class benchmark (the toolbox of the data set itself keeps 427 x 561). 
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from pwcrf_jax.data.builder import Plan, SegmentationBuilder, check_options, fingerprint, require_source_dir
+from pwcrf_jax.data.builder import Plan, SegmentationBuilder, fingerprint
 from pwcrf_jax.data.readers.archives import open_mat73, read_mat
 from pwcrf_jax.data.readers.classes import refuse_other_names
 from pwcrf_jax.data.readers.files import DataError, present
@@ -38,11 +37,10 @@ class Frame(NamedTuple):
     table: list[int]
 
 
-class NyuDv2(SegmentationBuilder, skip_registration=True):
+class NyuDv2(SegmentationBuilder):
     """The labelled images of NYU Depth v2, read from the .mat file."""
 
     name = "pwcrf_nyudv2"
-    VERSION = tfds.core.Version("1.0.0")
     class_names = (
         "wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture",
         "counter", "blinds", "desk", "shelves", "curtain", "dresser", "pillow", "mirror", "floor mat", "clothes",
@@ -58,20 +56,17 @@ class NyuDv2(SegmentationBuilder, skip_registration=True):
     )
 
     @classmethod
-    def plan(cls, source_dir: str, *, data_dir: str = "", **options: Any) -> Plan:
+    def plan_from_source(cls, source: Path, data_dir: str) -> Plan:
         """Splits train and test by the numbers in splits.mat; of the large file only the header is read.
 
         Raises:
           DataError: a file is missing, damaged or of other contents, or splits.mat names an image that is not there
             or names one twice.
         """
-        del data_dir  # there is nothing to unpack
-        check_options("nyudv2", options)
-        root = require_source_dir("nyudv2", source_dir)
-        labeled, splits, mapping = paths = [root / name for name in FILES]
+        labeled, splits, mapping = paths = [source / name for name in FILES]
         missing = ", ".join(path.name for path in paths if not present(path))
         if missing:
-            raise DataError(f"{root}: {missing} not found; check data.source_dir, or download {cls.manual}")
+            raise DataError(f"{source}: {missing} not found; check data.source_dir, or download {cls.manual}")
         with open_mat73(labeled, "images", "labels") as (images, labels):
             shapes = images.shape, labels.shape
         count = shapes[0][0]

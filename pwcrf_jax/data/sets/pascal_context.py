@@ -18,12 +18,10 @@ are called otherwise there, see `NAMES_IN_FULL_LIST`. All other labels, and 0, w
 
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
+from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder
 from pwcrf_jax.data.readers.archives import locate, read_mat
 from pwcrf_jax.data.readers.files import DataError, present, read_lines
 from pwcrf_jax.data.sets.voc import label_matrix, read_names
@@ -35,11 +33,10 @@ NAMES_IN_FULL_LIST = {"diningtable": "table", "clothes": "cloth", "bedcloth": "b
 """Name in 59_labels.txt -> name in labels.txt, where they differ."""
 
 
-class PascalContext(SegmentationBuilder, skip_registration=True):
+class PascalContext(SegmentationBuilder):
     """PASCAL-Context as released, in .mat files."""
 
     name = "pwcrf_pascal_context"
-    VERSION = tfds.core.Version("1.0.0")
     class_names = (
         "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
         "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
@@ -53,15 +50,13 @@ class PascalContext(SegmentationBuilder, skip_registration=True):
     manual = f"trainval.tar.gz of https://cs.stanford.edu/~roozbeh/pascal-context/ and {VOC_ARCHIVE}"
 
     @classmethod
-    def plan(cls, source_dir: str, *, data_dir: str = "", **options: Any) -> Plan:
+    def plan_from_source(cls, source: Path, data_dir: str) -> Plan:
         """Splits train and val, of which one may be absent.
 
         Raises:
           DataError: a part of the data set is not there, labels.txt lacks a class, a list is empty or names a file
             that is missing.
         """
-        check_options("pascal_context", options)
-        source = require_source_dir("pascal_context", source_dir)
         folders = [f"VOCdevkit/VOC2010/{LISTS}", f"VOC2010/{LISTS}", LISTS]
         lists = locate(source, folders, [VOC_ARCHIVE], data_dir)
         if lists is None:
@@ -90,10 +85,10 @@ class PascalContext(SegmentationBuilder, skip_registration=True):
             raise DataError(f"{lists}: holds neither train.txt nor val.txt; restore them from {VOC_ARCHIVE}")
         return cls.plan_from_pairs(source, splits, _classes(masks).tolist())
 
-    def _label(self, item: Pair) -> np.ndarray:
-        (numbers,) = read_mat(item.mask, "LabelMap")
-        classes = _classes(item.mask.parent)
-        return classes[label_matrix(item.mask, "LabelMap", numbers, len(classes))]
+    def _label(self, mask: Path, image: Path) -> np.ndarray:
+        (numbers,) = read_mat(mask, "LabelMap")
+        classes = _classes(mask.parent)
+        return classes[label_matrix(mask, "LabelMap", numbers, len(classes))]
 
 
 def _classes(masks: Path) -> np.ndarray:

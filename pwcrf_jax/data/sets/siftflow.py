@@ -18,9 +18,8 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
+from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder
 from pwcrf_jax.data.readers.archives import locate, read_mat
 from pwcrf_jax.data.readers.classes import refuse_other_names
 from pwcrf_jax.data.readers.files import DataError, read_lines
@@ -30,11 +29,10 @@ SCENES = "spatial_envelope_256x256_static_8outdoorcategories"
 UNANNOTATED = ("highway_bost181", "street_urb506")
 
 
-class SiftFlow(SegmentationBuilder, skip_registration=True):
+class SiftFlow(SegmentationBuilder):
     """The semantic labels of SIFT Flow, in the layout of SiftFlowDataset.zip."""
 
     name = "pwcrf_siftflow"
-    VERSION = tfds.core.Version("1.0.0")
     class_names = (
         "awning", "balcony", "bird", "boat", "bridge", "building", "bus", "car", "cow", "crosswalk", "desert", "door",
         "fence", "field", "grass", "moon", "mountain", "person", "plant", "pole", "river", "road", "rock", "sand",
@@ -45,18 +43,16 @@ class SiftFlow(SegmentationBuilder, skip_registration=True):
     manual = "SiftFlowDataset.zip of http://www.cs.unc.edu/~jtighe/Papers/ECCV10/"
 
     @classmethod
-    def plan(cls, source_dir: str, *, data_dir: str = "", **options: Any) -> Plan:
+    def plan_from_source(cls, source: Path, data_dir: str) -> Plan:
         """Splits test, as TestSet1.txt lists it, and train, all other images.
 
         Raises:
           DataError: neither the archive nor its folders are there, no image is left for train, or a file is missing.
         """
-        check_options("siftflow", options)
-        root = require_source_dir("siftflow", source_dir)
-        labels = locate(root, ["SiftFlowDataset/SemanticLabels", "SemanticLabels"], ["SiftFlowDataset.zip"], data_dir)
+        labels = locate(source, ["SiftFlowDataset/SemanticLabels", "SemanticLabels"], ["SiftFlowDataset.zip"], data_dir)
         if labels is None:
             raise DataError(
-                f"{root}: no SIFT Flow data set found; expected SiftFlowDataset.zip, or what it holds: Images, "
+                f"{source}: no SIFT Flow data set found; expected SiftFlowDataset.zip, or what it holds: Images, "
                 f"SemanticLabels and TestSet1.txt; check data.source_dir, or download {cls.manual}"
             )
         images = labels.parent / "Images" / SCENES
@@ -73,19 +69,19 @@ class SiftFlow(SegmentationBuilder, skip_registration=True):
             mask = lambda name: None if name in UNANNOTATED else labels / SCENES / f"{name}.mat"
             return [Pair(name, images / f"{name}.jpg", mask(name), listed_in) for name in names]
 
-        return cls.plan_from_pairs(root, {"train": pairs(train, images), "test": pairs(test, test_list)})
+        return cls.plan_from_pairs(source, {"train": pairs(train, images), "test": pairs(test, test_list)})
 
-    def _label(self, item: Pair) -> np.ndarray:
-        (values,) = read_mat(item.mask, "S")
-        label = relabel(values, [VOID, *range(len(self.class_names))], item.mask)
+    def _label(self, mask: Path, image: Path) -> np.ndarray:
+        (values,) = read_mat(mask, "S")
+        label = relabel(values, [VOID, *range(len(self.class_names))], mask)
         if not self._names_seen:
             self._names_seen = True
             try:
-                (names,) = read_mat(item.mask, "names")
+                (names,) = read_mat(mask, "names")
             except DataError:  # it has none
                 return label
             names = list(map(str, np.ravel(names)))
-            refuse_other_names(f"{item.mask}: names", names, self.class_names, len(self.class_names) // 2)
+            refuse_other_names(f"{mask}: names", names, self.class_names, len(self.class_names) // 2)
         return label
 
 

@@ -16,12 +16,10 @@ must not be scored on the other.
 """
 
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
+from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder
 from pwcrf_jax.data.readers.archives import locate, open_mat73, read_mat
 from pwcrf_jax.data.readers.files import DataError, present
 from pwcrf_jax.data.readers.image_io import VOID
@@ -31,11 +29,10 @@ LISTS = {"train": "alltrain", "test": "alltest"}
 """Split -> variable of allsplit.mat."""
 
 
-class SunRgbd(SegmentationBuilder, skip_registration=True):
+class SunRgbd(SegmentationBuilder):
     """SUN RGB-D in the layout of its two archives."""
 
     name = "pwcrf_sunrgbd"
-    VERSION = tfds.core.Version("1.0.0")
     class_names = (
         "wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture",
         "counter", "blinds", "desk", "shelves", "curtain", "dresser", "pillow", "mirror", "floor_mat", "clothes",
@@ -47,22 +44,13 @@ class SunRgbd(SegmentationBuilder, skip_registration=True):
     _entries: dict[str, int] | None = None  # of SUNRGBDMeta.mat
 
     @classmethod
-    def plan(cls, source_dir: str, *, data_dir: str = "", **options: Any) -> Plan:
+    def plan_from_source(cls, source: Path, data_dir: str) -> Plan:
         """Splits train and test by the folders that allsplit.mat names.
 
         Raises:
           DataError: an archive, folder or file is missing, or a folder does not hold one image.
         """
-        check_options("sunrgbd", options)
-        root = require_source_dir("sunrgbd", source_dir)
-        nested = lambda folder: [f"{folder}/{folder}", folder]  # unpacked into a folder of the archive's name, or not
-        images = locate(root, nested("SUNRGBD"), ["SUNRGBD.zip"], data_dir)
-        toolbox = locate(root, nested("SUNRGBDtoolbox"), ["SUNRGBDtoolbox.zip"], data_dir)
-        for folder, name in ((images, "SUNRGBD"), (toolbox, "SUNRGBDtoolbox")):
-            if folder is None:
-                raise DataError(
-                    f"{root}: no folder {name} and no {name}.zip found; check data.source_dir, or download {cls.manual}"
-                )
+        images, toolbox = (_unpacked(source, name, data_dir) for name in ("SUNRGBD", "SUNRGBDtoolbox"))
         splits = toolbox / "traintestSUNRGBD" / "allsplit.mat"
         meta, labels = (toolbox / "Metadata" / name for name in ("SUNRGBDMeta.mat", "SUNRGBD2Dseg.mat"))
         for path in (splits, meta, labels):
@@ -72,26 +60,36 @@ class SunRgbd(SegmentationBuilder, skip_registration=True):
         for split, texts in zip(LISTS, read_mat(splits, *LISTS.values()), strict=True):
             names = [_folder(text, splits) for text in np.ravel(texts)]
             pairs[split] = [Pair(n.replace("/", "_"), _image(images / n, splits), labels, splits) for n in names]
-        return cls.plan_from_pairs(root, pairs, meta.stat().st_size, meta.stat().st_mtime_ns)
+        return cls.plan_from_pairs(source, pairs, meta.stat().st_size, meta.stat().st_mtime_ns)
 
-    def _label(self, item: Pair) -> np.ndarray:
-        meta = item.mask.with_name("SUNRGBDMeta.mat")
+    def _label(self, mask: Path, image: Path) -> np.ndarray:
+        meta = mask.with_name("SUNRGBDMeta.mat")
         if self._entries is None:
             entries = np.ravel(read_mat(meta, "SUNRGBDMeta")[0])
             self._entries = {_folder(entry["sequenceName"], meta): i for i, entry in enumerate(entries)}
-        folder = item.image.parent.parent
+        folder = image.parent.parent
         entry = self._entries.get(_folder(folder.as_posix(), meta))
         if entry is None:
             raise DataError(f"{meta}: has no entry for {folder}; restore it from SUNRGBDtoolbox.zip")
-        with open_mat73(item.mask, "SUNRGBD2Dseg") as (content,):
+        with open_mat73(mask, "SUNRGBD2Dseg") as (content,):
             references = content["seglabel"]
             if entry >= len(references):
                 raise DataError(
-                    f"{item.mask}: holds {len(references)} label arrays, but {folder} is entry {entry + 1} of {meta}; "
+                    f"{mask}: holds {len(references)} label arrays, but {folder} is entry {entry + 1} of {meta}; "
                     "restore both from SUNRGBDtoolbox.zip"
                 )
             values = content[references[entry, 0]][()].T
-        return relabel(values, [VOID, *range(len(self.class_names))], f"{item.mask}, labels of {folder}")
+        return relabel(values, [VOID, *range(len(self.class_names))], f"{mask}, labels of {folder}")
+
+
+def _unpacked(root: Path, name: str, data_dir: str) -> Path:
+    # Some programs unpack into one more folder of the archive's name.
+    folder = locate(root, [f"{name}/{name}", name], [f"{name}.zip"], data_dir)
+    if folder is None:
+        raise DataError(
+            f"{root}: no folder {name} and no {name}.zip found; check data.source_dir, or download {SunRgbd.manual}"
+        )
+    return folder
 
 
 def _folder(path: str, where: Path) -> str:

@@ -59,7 +59,7 @@ def generate_scene(
     return image, label
 
 
-def _layout(rng: np.random.Generator, rows: int, cols: int) -> tuple[np.ndarray, list[tuple[int, ...]]]:
+def _layout(rng: np.random.Generator, rows: int, cols: int) -> tuple[np.ndarray, list[tuple[int, int, int, int]]]:
     """Class per cell [rows, cols], and the blobs as (top, left, rows, cols)."""
     # The horizon varies over half the image, so that the row alone says little.
     horizon = int(rng.integers(rows // 4, 2 * rows // 3 + 1))
@@ -131,7 +131,8 @@ def context_free_ceiling(
         if len(classes) == 1:
             total += 1.0
         else:
-            total += np.max(_expected_iou(*classes, odds) + _expected_iou(*classes[::-1], 1 - odds))
+            one, other = classes
+            total += np.max(_expected_iou(one, other, odds) + _expected_iou(other, one, 1 - odds))
     return float(total / len(CLASS_NAMES))
 
 
@@ -150,7 +151,7 @@ def _check_size(image_size: Any) -> tuple[int, int]:
     return int(height), int(width)
 
 
-class Synthetic(SegmentationBuilder, skip_registration=True):
+class Synthetic(SegmentationBuilder):
     """The scenes as a data set with splits train and val."""
 
     name = "pwcrf_synthetic"

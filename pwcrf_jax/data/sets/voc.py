@@ -26,9 +26,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
+from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder
 from pwcrf_jax.data.readers.archives import locate, read_mat
 from pwcrf_jax.data.readers.class_forms import plain
 from pwcrf_jax.data.readers.files import DataError, present, read_file, read_lines, refuse_other_lists
@@ -38,11 +37,10 @@ LISTS = "ImageSets/Segmentation"
 log = logging.getLogger(__name__)
 
 
-class Voc(SegmentationBuilder, skip_registration=True):
+class Voc(SegmentationBuilder):
     """A VOC devkit folder: VOC 2012 itself, with SBD's masks added, or any data set in its layout."""
 
     name = "pwcrf_voc"
-    VERSION = tfds.core.Version("1.0.0")
     class_names = (
         "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
         "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
@@ -52,7 +50,7 @@ class Voc(SegmentationBuilder, skip_registration=True):
     manual = "VOCtrainval_11-May-2012.tar, VOC2012test.tar for test, benchmark.tgz of SBD for train_aug"
 
     @classmethod
-    def plan(cls, source_dir: str, *, data_dir: str = "", **options: Any) -> Plan:
+    def plan_from_source(cls, source: Path, data_dir: str) -> Plan:
         """One split per list file, and train_aug where SBD is there.
 
         A list without a single mask is left out with a warning; `test` is unlabelled instead if it has images.
@@ -60,12 +58,9 @@ class Voc(SegmentationBuilder, skip_registration=True):
         Raises:
           DataError: not this layout, an empty list, a line that is no name, a missing file, or no mask at all.
         """
-        check_options("voc", options)
-        source = require_source_dir("voc", source_dir)
         folders = [LISTS, f"VOC2012/{LISTS}", f"VOCdevkit/VOC2012/{LISTS}"]
         lists = locate(source, folders, ["VOCtrainval_11-May-2012.tar", "VOC2012test.tar"], data_dir)
-        list_files = sorted(lists.glob("*.txt")) if lists else []
-        if not list_files:
+        if not lists or not (list_files := sorted(lists.glob("*.txt"))):
             raise DataError(
                 f"{source}: no VOC devkit found; expected JPEGImages/NAME.jpg, SegmentationClass/NAME.png and "
                 f"{LISTS}/train.txt there or in its VOC2012 or VOCdevkit/VOC2012, or VOCtrainval_11-May-2012.tar; "
@@ -78,7 +73,7 @@ class Voc(SegmentationBuilder, skip_registration=True):
         for list_file in list_files:
             split = _split_name(list_file)
             pairs = [_pair(root, n, list_file, sbd if split == "train_aug" else None) for n in read_names(list_file)]
-            if any(present(pair.mask) for pair in pairs):
+            if any(pair.mask and present(pair.mask) for pair in pairs):
                 splits[split] = pairs
             elif split == "test" and any(present(pair.image) for pair in pairs):
                 splits[split] = [pair._replace(mask=None) for pair in pairs]
@@ -97,12 +92,12 @@ class Voc(SegmentationBuilder, skip_registration=True):
             splits["train_aug"] = _train_aug(root, sbd)
         return cls.plan_from_pairs(source, splits)
 
-    def _label(self, item: Pair) -> np.ndarray:
-        if item.mask.suffix != ".mat":
-            return super()._label(item)
-        (truth,) = read_mat(item.mask, "GTcls")
+    def _label(self, mask: Path, image: Path) -> np.ndarray:
+        if mask.suffix != ".mat":
+            return super()._label(mask, image)
+        (truth,) = read_mat(mask, "GTcls")
         values = truth.get("Segmentation") if isinstance(truth, dict) else None
-        return label_matrix(item.mask, "GTcls.Segmentation", values, 256).astype(np.uint8)
+        return label_matrix(mask, "GTcls.Segmentation", values, 256).astype(np.uint8)
 
 
 def read_names(list_file: Path) -> list[str]:
@@ -158,7 +153,7 @@ def _pair(root: Path, name: str, listed_in: Path, sbd: Path | None) -> Pair:
 
 
 def _train_aug(root: Path, sbd: Path) -> list[Pair]:
-    listed_in = {}
+    listed_in: dict[str, Path] = {}
     for list_file in (sbd / "train.txt", sbd / "val.txt", root / LISTS / "train.txt"):
         listed_in |= dict.fromkeys(read_names(list_file), list_file)
     names = listed_in.keys() - set(read_names(root / LISTS / "val.txt"))
