@@ -59,7 +59,7 @@ from pwcrf_jax.configs import camvid_mobilenet_v2, voc_mobilenet_v2
 from pwcrf_jax.data import eval_batches
 from pwcrf_jax.evaluation import evaluate, tuning
 from pwcrf_jax.prediction import refinement
-from pwcrf_jax.runtime import files, logs, parallel
+from pwcrf_jax.runtime import files, logs
 from pwcrf_jax.training import loop
 
 ON_UNARY = {"contextual": "piecewise_staged", "unrolled": "unrolled_mean_field_staged"}  # objectives of these rungs
@@ -243,17 +243,14 @@ def counts_of_images(config, workdir, refined=""):
     refined: a row, "all" or "convs"; the dense CRF on it is one more row, "refined".
     """
     model, params, _, dataset = restore.load(config, str(workdir), "latest", EVAL_SPLIT)
-    one = jax.devices()[:1]
-    step = evaluate.eval_step(config, model, marginals_of=refined or "all")
-    step = parallel.pmap_eval(step, devices=one, per_image=True)
+    step = evaluate.make_eval_fn(config, model, keep=[refined or "all"], devices=jax.devices()[:1])
     counts, ids = {}, []
     batches = eval_batches(dataset, EVAL_SPLIT, batch_size=1, size=config.data.eval_size)
     for batch in tqdm(batches, desc=str(workdir), disable=None, leave=False):
-        inputs = parallel.split({k: batch[k] for k in ("image", "label", "valid_size")}, 1)
-        sums, marginals = step(params, inputs)
-        matrices = {row: np.asarray(matrix, np.int64) for row, matrix in sums["confusion"].items()}
+        sums, per_image = step(params, evaluate.inputs_of(batch, 1))
+        matrices = {row: np.asarray(matrix, np.int64) for row, matrix in sums.confusion.items()}
         if refined:
-            marginals = np.asarray(marginals)[0]
+            marginals = np.asarray(per_image.rows[refined].log_marginals)[0]
             matrices["refined"] = refinement.refine_batch(marginals, batch, config.refine, "full")[0]
         for row, n in matrices.items():
             counts.setdefault(row, []).append(of_classes(n))

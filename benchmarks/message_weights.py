@@ -24,7 +24,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 from pwcrf_jax import config as configs
 from pwcrf_jax import metrics, piecewise
 from pwcrf_jax.data import eval_batches, load_dataset
-from pwcrf_jax.model import segmenter
+from pwcrf_jax.model import decode
 from pwcrf_jax.runtime import files, logs
 
 
@@ -58,7 +58,6 @@ def main():
     def step(params, batch):
         potentials = model.apply({"params": params}, batch["image"])
         size = batch["label"].shape[1:3]
-        mask = segmenter.grid_mask(batch["valid_size"], potentials.unary.shape[1:3], size)
         labels = piecewise.grid_labels(batch["label"], *potentials.unary.shape[1:3])
         terms = {}
         for name, p in potentials.pairwise.items():
@@ -71,8 +70,8 @@ def main():
             settings = dataclasses.replace(
                 configs.crf_settings(config), weights=dict.fromkeys(names, weight), average_messages=not args.sums
             )
-            log_marginals, _ = segmenter.infer(potentials, settings, node_mask=mask)
-            labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask), axis=-1)
+            decoded = decode.decode(potentials._replace(refinement_logits=None), batch["valid_box"], size, settings)
+            labels = decode.frame_labels(decoded, size)
             count = jax.vmap(lambda p, y: metrics.confusion_matrix(p, y, model.num_classes))
             out[row] = count(labels, batch["label"])
         return out, terms
@@ -81,7 +80,7 @@ def main():
     index, nll = 0, {}
     split = args.split or config.data.eval_split
     for batch in eval_batches(dataset, split, batch_size=4, size=config.data.eval_size):
-        out, terms = step(params, {k: batch[k] for k in ("image", "label", "valid_size")})
+        out, terms = step(params, {k: batch[k] for k in ("image", "label", "valid_box")})
         for name, term in terms.items():
             nll[name] = nll.get(name, 0) + np.array(term, np.float64)
         for row, counts in out.items():

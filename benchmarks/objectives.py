@@ -66,13 +66,13 @@ def batch_of(config):
     return {"image": rng.integers(0, 256, (*size, 3), np.uint8), "label": labels}
 
 
-def compiled_step(config, name, batch, kinds=losses.KINDS):
+def compiled_step(config, name, batch, kinds=losses.TRAINED_FACTORS):
     """(function of no arguments that runs a step on fresh state, bytes of temporaries)."""
     _choose(config, name)
     model = configs.build_model(config)
     tx = make_optimizer(config.optimizer, config.model, config.train.steps, configs.unary_steps(config))
     state = jax.jit(lambda: _fresh(config, model, tx))()
-    step = steps.make_train_step(model, tx, config.loss.to_dict(), 0, configs.crf_settings(config), kinds)
+    step = steps.from_config(config, model, tx, kinds)
     one = jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name=parallel.AXIS)  # a single device, without donation
     compiled = jax.jit(one).lower(state, parallel.split(batch, 1)).compile()
     inputs = parallel.split(batch, 1)
@@ -96,14 +96,11 @@ def compiled_crf(config, name, batch):
     params = restore.init_params(model, 0)
     potentials = jax.jit(lambda: model.apply({"params": params}, batch["image"]))()
     crf, labels = configs.crf_settings(config), jnp.asarray(batch["label"])
-    sampled, key = config.loss.sampled_offsets, jax.random.key(0)
+    objective, settings, key = configs.objective(config), configs.loss_settings(config), jax.random.key(0)
 
     def loss(potentials):
-        if name.startswith("piecewise"):
-            terms = losses.piecewise_terms(potentials, labels, sampled_offsets=sampled, key=key)
-            return sum(-total / count for total, count in terms.values())
-        total, count = losses.joint_term(potentials, labels, name, crf)
-        return -total / count
+        terms = objective.terms(potentials, labels, settings, crf, key=key)
+        return losses.negative_log_likelihood(terms, len(labels), objective.weights(terms, settings))
 
     compiled = jax.jit(jax.value_and_grad(loss, allow_int=True)).lower(potentials).compile()
     return lambda: jax.block_until_ready(compiled(potentials)), compiled.memory_analysis().temp_size_in_bytes

@@ -619,7 +619,7 @@ def train_step_rows(config, image_size=(375, 500), dtypes=("float32", "bfloat16"
         config.model.dtype = dtype
         model = configs.build_model(config)
         tx = make_optimizer(config.optimizer, config.model, config.train.steps)
-        step = parallel.pmap_train(steps.make_train_step(model, tx, config.loss.to_dict()), devices=[device])
+        step = parallel.pmap_train(steps.from_config(config, model, tx), devices=[device])
         params = jax.jit(lambda model=model: restore.init_params(model, config.seed))()
         state = steps.TrainState(jnp.int32(0), params, jax.jit(tx.init)(params))
         del params  # donated with the state

@@ -74,7 +74,7 @@ def load(name):
 
 
 def train_step(config, model, tx, num_devices):
-    step = steps.make_train_step(model, tx, config.loss.to_dict(), config.seed, configs.crf_settings(config))
+    step = steps.from_config(config, model, tx)
     return parallel.pmap_train(step, devices=jax.devices()[:num_devices])
 
 

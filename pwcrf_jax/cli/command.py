@@ -19,7 +19,7 @@ from pwcrf_jax.runtime import compilation, distributed, files, logs, streams
 from pwcrf_jax.runtime.checkpoint import CheckpointError
 from pwcrf_jax.runtime.errors import ConfigError
 from pwcrf_jax.runtime.wire import FAILED, REFUSED
-from pwcrf_jax.training.loop import NonFiniteError
+from pwcrf_jax.training.guard import NonFiniteError
 
 PATHS = ("config", "workdir", "picture", "images", "output", "export", "report", "report_file", "config.init_from",
          "config.data.source_dir", "config.data.data_dir")  # fmt: skip

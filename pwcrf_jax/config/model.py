@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from pwcrf_jax.config import keys
 from pwcrf_jax.config.offsets import axes, relations
-from pwcrf_jax.model import losses
+from pwcrf_jax.config.settings import objective
 from pwcrf_jax.model.segmenter import Segmenter
 from pwcrf_jax.nets import BACKBONES, FeatMapNet
 from pwcrf_jax.runtime.errors import ConfigError
@@ -35,7 +35,7 @@ def build_model(config: ConfigDict) -> Segmenter:
             hidden=m.hidden,
             input_scaling="tf" if m.input_scaling == "auto" else m.input_scaling,
             pairwise_features=m.pairwise_features,
-            pairwise_trains_features=m.pairwise_trains_features and not config.loss.objective.endswith(losses.STAGED),
+            pairwise_trains_features=m.pairwise_trains_features and not objective(config).staged,
             refinement_width=m.refinement_convs.width,
             dtype=m.dtype,
         )

@@ -1,5 +1,6 @@
 """Values of a config as what stands above reads them."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,10 +28,20 @@ def crf_settings(config: ConfigDict) -> Settings:
     )
 
 
+def objective(config: ConfigDict) -> losses.Objective:
+    """The objective of training that config.loss names."""
+    return losses.OBJECTIVES[config.loss.objective]
+
+
+def loss_settings(config: ConfigDict) -> losses.Settings:
+    """Settings of the loss, from config.loss."""
+    names = [field.name for field in dataclasses.fields(losses.Settings)]
+    return losses.Settings(**{n: config.loss[n] for n in names} | {"chunk_edges": config.loss.chunk_edges or None})
+
+
 def unary_steps(config: ConfigDict) -> int | None:
     """Steps that train the unary alone, None where there are no stages."""
-    staged = config.loss.objective.endswith(losses.STAGED)
-    return round(config.loss.unary_share * config.train.steps) if staged else None
+    return round(config.loss.unary_share * config.train.steps) if objective(config).staged else None
 
 
 def augments(config: ConfigDict) -> bool:

@@ -11,7 +11,7 @@ from pwcrf_jax.config.keys import KEYS, RELATION
 from pwcrf_jax.config.kinds import Choice
 from pwcrf_jax.config.model import build_model
 from pwcrf_jax.config.offsets import check_edges
-from pwcrf_jax.config.settings import crf_relations, unary_steps
+from pwcrf_jax.config.settings import crf_relations, objective, unary_steps
 from pwcrf_jax.model import losses
 from pwcrf_jax.runtime.errors import ConfigError
 from pwcrf_jax.runtime.parallel import device_count
@@ -109,27 +109,26 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
 
 
 def _validate_objective(config: ConfigDict) -> None:
-    name, loss = config.loss.objective, config.loss
-    later = name == "piecewise_staged" and config.model.refinement_convs.layers  # its second stage trains these alone
-    if name != "piecewise" and not crf_relations(config) and not later:
+    name, convs = config.loss.objective, config.model.refinement_convs.layers
+    chosen, first = objective(config), unary_steps(config)
+    if chosen.needs_relations and not crf_relations(config) and not (chosen.trains_refinement_convs and convs):
         raise ConfigError(f"config.loss.objective = {name!r} needs relations, there are none")
-    if config.model.refinement_convs.layers and not name.startswith("piecewise"):
+    if convs and not chosen.trains_refinement_convs:
+        others = " or ".join(k for k, other in losses.OBJECTIVES.items() if other.trains_refinement_convs)
         raise ConfigError(
-            f"config.model.refinement_convs.layers = {config.model.refinement_convs.layers} are not trained by "
-            f"config.loss.objective = {name!r}; take piecewise or piecewise_staged, or set them to ()"
+            f"config.model.refinement_convs.layers = {convs} are not trained by config.loss.objective = {name!r}; "
+            f"take {others}, or set them to ()"
         )
-    if name.endswith(losses.STAGED) and unary_steps(config) >= config.train.steps:
+    if first is not None and first >= config.train.steps:
         raise ConfigError(
-            f"config.loss.unary_share = {loss.unary_share} leaves none of the {config.train.steps} steps to the "
+            f"config.loss.unary_share = {config.loss.unary_share} leaves none of the {config.train.steps} steps to the "
             "relations; lower it"
         )
-    of_pairs = [("loss.sampled_offsets", 0), ("loss.pairwise_weight", 1), ("loss.pairwise_balance_power", -1)]
-    for key, value in [] if name.startswith("piecewise") else of_pairs:
-        section, field = key.split(".")
-        if config[section][field] != value:
+    for key in chosen.unused:
+        value, default = config.loss[key], keys.KEYS[f"loss.{key}"].default
+        if value != default:
             raise ConfigError(
-                f"config.{key} = {config[section][field]} does nothing with config.loss.objective = {name!r}; "
-                f"set it to {value}"
+                f"config.loss.{key} = {value} does nothing with config.loss.objective = {name!r}; set it to {default}"
             )
 
 

@@ -20,10 +20,9 @@ import numpy as np
 
 from pwcrf_jax import config as configs
 from pwcrf_jax import metrics
-from pwcrf_jax.data import eval_batches
-from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.evaluation import evaluate, evaluators
 from pwcrf_jax.evaluation import steps as eval_steps
-from pwcrf_jax.model import segmenter
+from pwcrf_jax.model import decode
 from pwcrf_jax.prediction import refinement, restore
 from pwcrf_jax.runtime import files, parallel
 from pwcrf_jax.runtime.logs import OTHER_SHAPE, bar, log
@@ -68,9 +67,10 @@ def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: in
     files.make_folder(folder, inside=workdir)
     log.info("tuning on %s (%d images), checkpoint of step %d, notes in %s", split, len(dataset.source(split)), step,
              folder)  # fmt: skip
-    (*weights, iterations), before, messages = _tune_messages(config, model, params, dataset, split, folder)
+    best, before, messages = _tune_messages(config, model, params, dataset, split, folder)
+    *weights, iterations = best
     row = row or configs.final_row(config)
-    marginals = _marginals(config, model, params, dataset, split, folder, weights, iterations, row)
+    marginals = _marginals(config, model, params, dataset, split, folder=folder, messages=best, row=row)
     notes = os.path.dirname(marginals[0])  # trials of these marginals, not of others
     settings, after = _tune_kernels(config, dataset, split, notes, marginals, mode, max_trials)
     chosen = {"crf.weights": weights, "crf.num_iterations": iterations} if weights and iterations else {}
@@ -141,16 +141,6 @@ class _Trials:
             file.write(f"{line}\n".encode())
 
 
-def _batches(config, dataset, split):
-    return eval_batches(
-        dataset,
-        split,
-        batch_size=config.eval.batch_size,
-        size=config.data.eval_size,
-        num_threads=config.data.num_threads,
-    )
-
-
 def _tune_messages(config, model, params, dataset, split, folder):
     """(best weights and number of iterations, mean IoU as configured, mean IoU of the best)."""
     crf = configs.crf_settings(config)
@@ -162,9 +152,8 @@ def _tune_messages(config, model, params, dataset, split, folder):
     def score(candidates, what):
         missing = [c for c in dict.fromkeys(candidates) if c not in trials.scores]
         if missing:
-            for values, miou in zip(
-                missing, _score_messages(config, model, params, dataset, split, relations, missing, what), strict=True
-            ):
+            scores = _score_messages(config, model, params, dataset, split, missing, what)
+            for values, miou in zip(missing, scores, strict=True):
                 trials.add(values, miou)
         return max(candidates, key=lambda c: trials.scores[c])  # the first of equals, so that ties change nothing
 
@@ -190,59 +179,67 @@ def _named(names, values):
     return ", ".join(f"{name} {value:g}" for name, value in zip(names, values, strict=True))
 
 
-def _score_messages(config, model, params, dataset, split, relations, candidates, what):
+def _score_messages(config, model, params, dataset, split, candidates, what):
     """Mean IoU of each candidate, weights and number of iterations, in one pass over the split."""
-    crf = configs.crf_settings(config)
     groups = {n: [c[:-1] for c in candidates if c[-1] == n] for *_, n in candidates}
-
-    def step(params, batch):
-        potentials = model.apply({"params": params}, batch["image"])
-        size = batch["label"].shape[1:3]
-        mask = segmenter.grid_mask(batch["valid_size"], potentials.unary.shape[1:3], size)
-
-        def count(weights, num_iterations):
-            chosen = dict(zip(relations, weights, strict=True))
-            settings = dataclasses.replace(crf, weights=chosen, num_iterations=num_iterations)
-            log_marginals, _ = segmenter.infer(potentials, settings, node_mask=mask)
-            labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask), axis=-1)
-            return metrics.confusion_matrix(labels, batch["label"], model.num_classes)
-
-        counts = []
-        for num_iterations, group in groups.items():
-            weights = jnp.asarray(group, jnp.float32).reshape(len(group), len(relations))
-            counts.append(jax.lax.map(functools.partial(count, num_iterations=num_iterations), weights))
-        return jax.lax.psum(jnp.concatenate(counts), parallel.AXIS)
-
-    fn, total = parallel.pmap_eval(step), 0
-    batches = bar(_batches(config, dataset, split), what)
-    for batch in batches:
-        inputs = parallel.split({k: batch[k] for k in ("image", "label", "valid_size")})
-        total = total + np.asarray(fn(params, inputs), np.int64)
+    fn, total = parallel.pmap_eval(_count_messages(config, model, groups)), 0
+    for batch in bar(evaluate.batches_of(config, dataset, split), what):
+        total = total + np.asarray(fn(params, evaluate.inputs_of(batch)), np.int64)
     order = [(*weights, n) for n, group in groups.items() for weights in group]
     found = dict(zip(order, (_mean_iou(x, config, dataset, split) for x in total), strict=True))
     return [found[c] for c in candidates]
 
 
-def _marginals(config, model, params, dataset, split, folder, weights, iterations, row):
-    """Log marginals of a row with these messages, of every image, from the folder or computed into it: file names."""
+def _count_messages(config, model, groups):
+    """Builds step(params, batch) -> int32 [candidates, K, K]; groups: {number of iterations: [weights, ...]}."""
     names = configs.crf_relations(config)
-    chosen = dict(zip(names, weights, strict=True))
-    crf = dataclasses.replace(configs.crf_settings(config), weights=chosen, num_iterations=iterations)
-    digest = hashlib.sha256(json.dumps([*weights, iterations, row]).encode()).hexdigest()[:8]
+
+    def step(params, batch):
+        potentials = model.apply({"params": params}, batch["image"])._replace(refinement_logits=None)
+        size = batch["label"].shape[1:3]
+
+        def count(weights, num_iterations):
+            settings = _with_messages(config, (*weights, num_iterations))
+            decoded = decode.decode(potentials, batch["valid_box"], size, settings)
+            return metrics.confusion_matrix(decode.frame_labels(decoded, size), batch["label"], model.num_classes)
+
+        counts = []
+        for num_iterations, group in groups.items():
+            weights = jnp.asarray(group, jnp.float32).reshape(len(group), len(names))
+            counts.append(jax.lax.map(functools.partial(count, num_iterations=num_iterations), weights))
+        return jax.lax.psum(jnp.concatenate(counts), parallel.AXIS)
+
+    return step
+
+
+def _with_messages(config, values):
+    """Settings of inference with other message weights, one a relation, and the number of iterations after them."""
+    *weights, num_iterations = values
+    names = configs.crf_relations(config)
+    weights = dict(zip(names, weights, strict=True))
+    return dataclasses.replace(configs.crf_settings(config), weights=weights, num_iterations=num_iterations)
+
+
+def _marginals(config, model, params, dataset, split, *, folder, messages, row):
+    """File names of the log marginals of a row with these messages, of every image, in the folder or computed into it.
+
+    messages: of `_with_messages`.
+    """
+    digest = hashlib.sha256(json.dumps([*messages, row]).encode()).hexdigest()[:8]
     home = os.path.join(folder, f"marginals-{digest}")
     files.make_folder(home, inside=folder)
     paths = [os.path.join(home, f"{i:06d}.npy") for i in range(len(dataset.source(split)))]
     if all(map(os.path.exists, paths)):
         return paths
-    step = eval_steps.make_eval_step(model, {"all": names}, crf, marginals_of=row)
+    rows = {"all": configs.crf_relations(config)}
+    step = eval_steps.make_eval_step(model, rows, _with_messages(config, messages), keep=(row,))
     fn = parallel.pmap_eval(step, per_image=True)
-    batches = bar(_batches(config, dataset, split), "marginals")
-    for number, batch in enumerate(batches):
+    for number, batch in enumerate(bar(evaluate.batches_of(config, dataset, split), "marginals")):
         mine = paths[number * config.eval.batch_size :][: config.eval.batch_size]
         if all(map(os.path.exists, mine)):
             continue
-        _, kept = fn(params, parallel.split({k: batch[k] for k in ("image", "label", "valid_size")}))
-        kept = np.asarray(kept).reshape(-1, *kept.shape[2:])
+        _, per_image = fn(params, evaluate.inputs_of(batch))
+        kept = evaluators.without_devices(per_image.rows[row].log_marginals)
         for path, one in zip(mine, kept, strict=False):  # the last batch is filled up
             with files.replacing(path) as file:
                 np.save(file, one)
@@ -296,11 +293,10 @@ def _tune_kernels(config, dataset, split, folder, marginals, mode, max_trials):
 
 def _score_kernels(config, dataset, split, marginals, settings, mode, what):
     total, index = 0, 0
-    batches = bar(_batches(config, dataset, split), what)
-    for batch in batches:
+    for batch in bar(evaluate.batches_of(config, dataset, split), what):
         mine = marginals[index : index + config.eval.batch_size]
         index += len(mine)
-        batch = {k: batch[k][: len(mine)] for k in ("image", "label", "valid_size")}
+        batch = {k: batch[k][: len(mine)] for k in ("image", "label", "valid_box")}
         try:
             kept = np.stack([np.load(path) for path in mine])
         except (ValueError, EOFError) as error:
@@ -314,7 +310,7 @@ def _score_kernels(config, dataset, split, marginals, settings, mode, what):
 
 def _mean_iou(confusion, config, dataset, split):
     """ConfigError where there is none: of nothing no best can be chosen."""
-    found = evaluate.mean_iou(confusion, configs.scored_classes(config, dataset.class_names))
+    found = evaluators.mean_iou(confusion, configs.scored_classes(config, dataset.class_names))
     if found is None:
         raise configs.ConfigError(evaluate.nothing_scored(split, config))
     return found

@@ -16,7 +16,7 @@ from jax import export
 import pwcrf_jax
 from pwcrf_jax import config as configs
 from pwcrf_jax.data.readers.image_io import MEAN_COLOUR, VOID, DataError
-from pwcrf_jax.model import segmenter
+from pwcrf_jax.model import decode
 from pwcrf_jax.prediction import predict, restore
 from pwcrf_jax.runtime import files
 from pwcrf_jax.runtime.logs import log
@@ -40,26 +40,19 @@ def make_predictor(config, model, params, size):
 
     config, model, params: of `restore.load`, or `restore.restore_params`. size: (H, W).
     """
-    crf = configs.crf_settings(config)
+    settings, names = configs.crf_settings(config), configs.crf_relations(config)
     # Relations that inference does not use would only make the file larger.
     each = zip(model.relations, model.parameterisation, strict=True)
-    used = [(relation, kind) for relation, kind in each if relation[0] in crf.weights]
+    used = [(relation, kind) for relation, kind in each if relation[0] in names]
     model = model.clone(relations=tuple(r for r, _ in used), parameterisation=tuple(kind for _, kind in used))
-    params = {
-        k: v for k, v in params.items() if not k.startswith("pairwise_") or k.removeprefix("pairwise_") in crf.weights
-    }
+    params = {k: v for k, v in params.items() if not k.startswith("pairwise_") or k.removeprefix("pairwise_") in names}
 
     def one(image, valid_size):
-        size, valid_size = image.shape[:2], valid_size[None]
-        valid = segmenter.grid_mask(valid_size, size, size)
+        valid_box = jnp.concatenate([jnp.zeros_like(valid_size), valid_size])[None]
+        valid = decode.grid_mask(valid_box, size, size)
         image = jnp.where(valid[..., None], image[None], jnp.array(MEAN_COLOUR, jnp.uint8))
-        potentials = model.apply({"params": params}, image)
-        mask = segmenter.grid_mask(valid_size, potentials.unary.shape[1:3], size)
-        log_marginals, _ = segmenter.infer(potentials, crf, node_mask=mask)
-        log_marginals = segmenter.sharpen(log_marginals, potentials.correction, mask)
-        mask = segmenter.grid_mask(valid_size, log_marginals.shape[1:3], size)
-        labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask)[0], axis=-1)
-        return jnp.where(valid[0], labels, VOID).astype(jnp.uint8)
+        decoded = decode.decode(model.apply({"params": params}, image), valid_box, size, settings)
+        return jnp.where(valid, decode.frame_labels(decoded, size), jnp.uint8(VOID))[0]
 
     return jax.vmap(one)
 

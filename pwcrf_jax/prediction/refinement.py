@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from pwcrf_jax import dense_crf, gaussian
-from pwcrf_jax.model import segmenter
+from pwcrf_jax.model import decode
 from pwcrf_jax.model.counts import BAND_WIDTHS, confusions
 
 MODES = ("off", "spatial", "full")
@@ -34,15 +34,16 @@ def _capacities(frame):
 
 @functools.cache
 def _compiled(size, frame, num_iterations, radius, capacity):
-    """fn(log_marginals, image, label, valid_size, params) over this host's devices, an image on each."""
+    """fn(log_marginals, image, label, valid_box, params) over this host's devices, an image on each."""
 
-    def refine(log_marginals, image, label, valid_size, params):
+    def refine(log_marginals, image, label, valid_box, params):
         """Marginals of the grid over a frame `size`, refined and counted inside `frame`."""
-        node_mask = segmenter.grid_mask(valid_size[None], log_marginals.shape[:2], size)
-        log_probs = segmenter.upsample(log_marginals[None], *size, node_mask)[0, : frame[0], : frame[1]]
-        valid = segmenter.grid_mask(valid_size[None], frame, frame)[0]
+        mask = decode.grid_mask(valid_box[None], log_marginals.shape[:2], size)[0]
+        rows, cols = decode.frame_taps(mask.shape, size)
+        rows, cols = (tuple(x[:n] for x in axis) for axis, n in zip((rows, cols), frame, strict=True))
+        valid = decode.grid_mask(valid_box[None], frame, frame)[0]
         refined, info = dense_crf.refine(
-            jax.nn.log_softmax(log_probs),
+            decode.log_probs(decode.Decoded(log_marginals, mask), rows, cols),
             image,
             params,
             num_iterations,
@@ -72,11 +73,12 @@ def refine_batch(log_marginals, batch, settings, mode):
     size = batch["label"].shape[1:]
     num_iterations = settings["num_iterations"]
     confusion, change = 0, np.zeros(num_iterations, np.float32)
-    wanted = np.flatnonzero(batch["valid_size"][:, 0])
+    boxes = batch["valid_box"]
+    wanted = np.flatnonzero(boxes[:, 2])
     for first in range(0, len(wanted), jax.local_device_count()):
         chosen = wanted[first : first + jax.local_device_count()]
-        frame = height, width = frame_of(*batch["valid_size"][chosen].max(0).tolist(), size)
-        arrays = [log_marginals, *(batch[name][:, :height, :width] for name in ("image", "label")), batch["valid_size"]]
+        frame = height, width = frame_of(*boxes[chosen, 2:].max(0).tolist(), size)
+        arrays = [log_marginals, *(batch[name][:, :height, :width] for name in ("image", "label")), boxes]
         # Devices without an image of their own work on the last one again.
         chosen = np.pad(chosen, (0, jax.local_device_count() - len(chosen)), "edge")
         arrays = [x[chosen] for x in arrays]

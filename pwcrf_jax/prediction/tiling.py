@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pwcrf_jax.model import segmenter
+from pwcrf_jax.model import decode
 from pwcrf_jax.nets import grid_size
 from pwcrf_jax.nets.featmap_net import STRIDE
 
@@ -107,10 +107,10 @@ def taps(pixels, num_pixels: int, layout: Layout, axis: int, mirrored: bool = Fa
     """Where pixels of an image of `num_pixels` rows or columns lie on a grid that saw it scaled to layout.size.
 
     pixels: integers along `axis`, 0 rows, 1 columns. mirrored: the grid saw the image mirrored along the axis.
-    Returns `pwcrf_jax.model.segmenter.taps` of the pixels.
+    Returns `pwcrf_jax.model.decode.taps` of the pixels.
     """
     pixels = np.asarray(pixels)
     pixels = num_pixels - 1 - pixels if mirrored else pixels
     scaled = (pixels + 0.5) * (layout.size[axis] / num_pixels)
     position = scaled * (layout.grid[axis] / layout.canvas[axis]) - 0.5
-    return segmenter.taps(position, layout.grid[axis])
+    return decode.taps(position, layout.grid[axis])

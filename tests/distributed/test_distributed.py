@@ -199,7 +199,7 @@ from ml_collections import config_flags
 from pwcrf_jax.nets import WeightsError
 from pwcrf_jax.cli import command as cli
 from pwcrf_jax.runtime import distributed
-from pwcrf_jax.training.loop import NonFiniteError
+from pwcrf_jax.training.guard import NonFiniteError
 config_flags.DEFINE_config_file("config", "configs/demo.py")
 flags.DEFINE_string("workdir", "", "")
 distributed.define_flags()

@@ -232,6 +232,6 @@ def test_what_a_run_goes_on_from(tmp_path, change, said):
         params, opt_state = {"w": np.full(3, weight, np.float32)}, (np.full(3, momentum, np.float32),)
         state = loop.steps.TrainState(step=np.int32(4), params=params, opt_state=opt_state)
         meta = {"step": step, "samples_seen": samples_seen, "score": score}
-        return loop._facts(config, dataset, state, meta, best and {"step": best, loop.evaluate.BEST: 0.25})
+        return loop._facts(config, dataset, state, meta, best and {"step": best, loop.restore.BEST: 0.25})
 
     assert _differs(facts(), facts(**change)) == said

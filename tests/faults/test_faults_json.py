@@ -14,7 +14,7 @@ from pwcrf_jax.data import DataError, check, load_dataset, prepare
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.runtime import checkpoint, files, logs
 from pwcrf_jax.runtime.files import FileError
-from pwcrf_jax.training import loop
+from pwcrf_jax.training import initial
 
 SHAPES = {
     "empty": "",
@@ -108,7 +108,7 @@ def test_a_run_to_start_from_without_a_config_of_ours(tmp_path):
     (tmp_path / "config.json").write_text('{"model": {"input_scaling": "tf"}}')
     config = small.config("", init_from=str(tmp_path))
     with pytest.raises(configs.ConfigError, match=f"{tmp_path}/config.json cannot be used: config.* is missing"):
-        loop.resolve(config, str(tmp_path / "new"))
+        initial.resolve_init(config, str(tmp_path / "new"))
 
 
 def test_classes(spoiled, tmp_path):

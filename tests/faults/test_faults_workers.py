@@ -76,7 +76,7 @@ def test_the_batches_of_threads(dataset, workers, start):
     assert not any(map(alive, started))
     for batch, expected in zip(got, take(dataset, start + 6)[start:], strict=True):
         assert batch["id"] == expected["id"]
-        for key in ("image", "label", "inside"):
+        for key in ("image", "label", "valid_box"):
             assert batch[key].dtype == expected[key].dtype
             np.testing.assert_array_equal(batch[key], expected[key])
 

@@ -11,7 +11,7 @@ import pytest
 from pwcrf_jax import config as configs
 from pwcrf_jax import metrics
 from pwcrf_jax.evaluation import evaluate
-from pwcrf_jax.model import segmenter
+from pwcrf_jax.model import decode
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -179,7 +179,7 @@ def test_potts_scores_are_means_of_the_neighbours(choices, trained):
                             number[i + row, j + col] += 1
                 heard += 3.0 * total / np.maximum(number, 1)
             q = softmax(heard)
-        labels = segmenter.upsample(np.log(q)[None].astype(np.float32), *batch["label"].shape[1:3]).argmax(-1)
+        labels = decode.upsample(np.log(q)[None].astype(np.float32), batch["label"].shape[1:3]).argmax(-1)
         expected = np.asarray(metrics.confusion_matrix(labels, batch["label"], k))
         assert np.abs(ours[0] - choices.ladder.of_classes(expected)).max() <= 4  # pixels that are undecided
         changed += np.abs(ours - unaries).sum()

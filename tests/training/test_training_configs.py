@@ -34,7 +34,7 @@ def test_config_builds_and_its_step_is_traced(name):
         "image": jax.ShapeDtypeStruct((1, 1, *config.data.crop_size, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((1, 1, *config.data.crop_size), jnp.uint8),
     }
-    step = steps.make_train_step(model, tx, config.loss.to_dict())
+    step = steps.from_config(config, model, tx)
     new, metrics = jax.eval_shape(parallel.pmap_train(step, devices=jax.devices()[:1]), state, batch)
     assert jax.tree.structure(new) == jax.tree.structure(state)
     assert {"loss", "nll_unary", *(f"nll_{n}" for n in config.model.relations)} <= set(metrics)

@@ -22,7 +22,7 @@ from pwcrf_jax.data import check, load_dataset
 from pwcrf_jax.runtime import files
 from pwcrf_jax.runtime.files import FileError, expand_path
 from pwcrf_jax.runtime.streams import naming_stdout, say
-from pwcrf_jax.training import loop
+from pwcrf_jax.training import checks, loop
 
 ROOT = pathlib.Path(__file__).parents[2]
 URLS = ["gs://bucket/run", "s3://b/k", "hdfs://host:9000/a", "https://x.org/a.h5", "file:///x", "GS://b", "gs:/b/x",
@@ -127,7 +127,7 @@ def test_a_tilde_in_keys_of_a_config_file(tmp_path, monkeypatch):
     config.data.synthetic.update(num_train=8, num_val=8)
     assert load_dataset(**configs.dataset_options(config)).folder.startswith(str(tmp_path / "sets"))
     with pytest.raises(Exception, match=f"config.init_from = .*{tmp_path}/weights.h5.* does not exist"):
-        loop.checked_dataset(config)
+        checks.load_and_validate(config)
     assert os.listdir(tmp_path) == ["sets"]
 
 

@@ -20,7 +20,7 @@ from pwcrf_jax.configs import voc_vgg16
 from pwcrf_jax.data import DataError, load_dataset
 from pwcrf_jax.data.sets.synthetic import generate_scene
 from pwcrf_jax.evaluation import evaluate
-from pwcrf_jax.model import segmenter
+from pwcrf_jax.model import decode
 from pwcrf_jax.prediction import image_files, predict, refinement, restore, tiling
 from pwcrf_jax.prediction import predictor as inference
 from pwcrf_jax.runtime import checkpoint
@@ -113,11 +113,11 @@ def test_reading_at_pixels_is_the_upsampling(mirrored):
     rng = np.random.default_rng(0)
     layout = tiling.layout((75, 91), (96, 128), (96, 128), 0.5, (1.0,))
     cells = rng.normal(size=(*layout.grid, 5)).astype(np.float32)
-    mask = np.asarray(segmenter.grid_mask(np.array([layout.size]), layout.grid, layout.canvas)[0])
+    mask = np.asarray(decode.grid_mask(np.array([(0, 0, *layout.size)]), layout.grid, layout.canvas)[0])
     assert not mask.all()
-    whole = segmenter.upsample(jnp.asarray(cells)[None], *layout.canvas, mask[None])[0][:75, :91]
+    whole = decode.upsample(jnp.asarray(cells)[None], layout.canvas, mask[None])[0][:75, :91]
     rows, cols = tiling.taps(np.arange(75), 75, layout, 0), tiling.taps(np.arange(91), 91, layout, 1, mirrored)
-    got = segmenter.read(cells, mask, rows, cols)
+    got = decode.read(cells, mask, rows, cols)
     np.testing.assert_allclose(got, whole[:, ::-1] if mirrored else whole, atol=1e-5)
 
 
@@ -257,7 +257,7 @@ def test_one_image_is_refined_as_in_evaluation(wide):
     np.testing.assert_allclose(np.exp(refined).sum(-1), 1, atol=1e-4)
     cells = np.asarray(log_probs[None])  # a grid of one cell a pixel
     truth = np.random.default_rng(0).integers(0, 6, (1, 100, 130)).astype(np.uint8)
-    batch = dict(image=image[None], label=truth, valid_size=np.array([[100, 130]], np.int32))
+    batch = dict(image=image[None], label=truth, valid_box=np.array([[0, 0, 100, 130]], np.int32))
     counts, _ = refinement.refine_batch(cells, batch, config.refine, "full")
     got = np.bincount(truth.ravel() * 6 + refined.argmax(-1).ravel(), minlength=36).reshape(6, 6)
     assert np.abs(counts[0] - got).sum() <= 4

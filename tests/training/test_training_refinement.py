@@ -44,21 +44,21 @@ def sample(sizes, frame, grid=(8, 12), seed=0):
         label[i, :height, :width] = (
             rng.integers(0, K, (height // 8 + 1, width // 8 + 1)).repeat(8, 0).repeat(8, 1)[:height, :width]
         )
-    return marginals, dict(image=image, label=label, valid_size=np.array(sizes, np.int32))
+    return marginals, dict(image=image, label=label, valid_box=np.array([(0, 0, *size) for size in sizes], np.int32))
 
 
 def by_hand(marginals, batch, params, num_iterations):
     """One image after the other at its own size, without frames."""
-    from pwcrf_jax.model import segmenter
+    from pwcrf_jax.model import decode
 
     total = 0
-    for log_marginals, image, label, size in zip(marginals, *batch.values(), strict=True):
-        height, width = size
+    for log_marginals, image, label, box in zip(marginals, *batch.values(), strict=True):
+        _, _, height, width = box
         if not height:
             continue
         frame = label.shape
-        mask = segmenter.grid_mask(size[None], log_marginals.shape[:2], frame)
-        log_probs = jax.nn.log_softmax(segmenter.upsample(log_marginals[None], *frame, mask)[0, :height, :width])
+        mask = decode.grid_mask(box[None], log_marginals.shape[:2], frame)
+        log_probs = jax.nn.log_softmax(decode.upsample(log_marginals[None], frame, mask)[0, :height, :width])
         out, _ = dense_crf.refine(log_probs, image[:height, :width], params, num_iterations, method="lattice")
         counts = np.zeros((K, K), int)
         for p, t in zip(np.asarray(out).argmax(-1).ravel(), label[:height, :width].ravel(), strict=True):
@@ -221,9 +221,8 @@ def test_kernels_tried_again_are_no_trials(config, tmp_path, monkeypatch, max_tr
 def test_each_candidate_is_scored_with_its_own_weights_and_iterations(searched):
     config, workdir = searched
     model, params, _, dataset = restore.load(config, str(workdir), "best", "val[:8]")
-    names = configs.crf_relations(config)
     candidates = [(0.0, 3.0, 2), (50.0, 50.0, 1), (50.0, 50.0, 5), (0.0, 0.0, 2), (7.0, 90.0, 2)]
-    found = tuning._score_messages(config, model, params, dataset, "val[:8]", names, candidates, "")
+    found = tuning._score_messages(config, model, params, dataset, "val[:8]", candidates, "")
     for candidate, miou in zip(candidates, found, strict=True):
         config.crf.weights, config.crf.num_iterations = candidate[:-1], candidate[-1]
         rows = evaluate.evaluate(config, str(workdir), split="val[:8]")["rows"]
@@ -288,7 +287,8 @@ def test_the_kept_marginals_are_those_of_the_chosen_weights(searched):
     weights = (0.0, 3.0)
     model, params, _, dataset = restore.load(config, str(workdir), "best", "val[:8]")
     (workdir / "kept").mkdir()
-    files = tuning._marginals(config, model, params, dataset, "val[:8]", str(workdir / "kept"), weights, 2, "all")
+    options = dict(folder=str(workdir / "kept"), messages=(*weights, 2), row="all")
+    files = tuning._marginals(config, model, params, dataset, "val[:8]", **options)
     config.crf.weights, config.crf.num_iterations = weights, 2
     config.refine.num_iterations = 0
     plain = evaluate.evaluate(config, str(workdir), split="val[:8]")

@@ -17,7 +17,7 @@ from pwcrf_jax.data import DataError
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.nets import WeightsError
 from pwcrf_jax.runtime import checkpoint
-from pwcrf_jax.training import loop, steps
+from pwcrf_jax.training import guard, loop, steps
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -47,7 +47,7 @@ def camvid(tmp_path):
 
 def _refused(config, tmp_path, error, match, monkeypatch):
     # Before training: no step may be built, let alone run.
-    monkeypatch.setattr(steps, "make_train_step", lambda *_: pytest.fail("training was started"))
+    monkeypatch.setattr(steps, "make_train_step", lambda *_, **__: pytest.fail("training was started"))
     with pytest.raises(error, match=match):
         loop.train_and_evaluate(config, str(tmp_path / "work"))
 
@@ -314,13 +314,14 @@ def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(config, tmp_path):
     config.optimizer.clip_norm = 0.0
     config.optimizer.name = "sgd"
     config.train.log_every = config.train.checkpoint_every = 1
-    with pytest.raises(loop.NonFiniteError, match="learning_rate"):
+    with pytest.raises(guard.NonFiniteError, match="learning_rate"):
         loop.train_and_evaluate(config, str(tmp_path))
 
 
 ENDS = """
 from absl import flags
-from pwcrf_jax.training import cli, loop
+from pwcrf_jax.cli import command as cli
+from pwcrf_jax.training import guard
 for name in ("config", "workdir"):
     flags.DEFINE_string(name, None, "")
 def main(_):
@@ -333,7 +334,7 @@ cli.run(main, interrupted="stopped")
     ("error", "code", "said"),
     [
         ("KeyboardInterrupt", 130, "stopped"),
-        ("loop.NonFiniteError('step 3: loss nan')", 1, "error: step 3: loss nan"),
+        ("guard.NonFiniteError('step 3: loss nan')", 1, "error: step 3: loss nan"),
         full_row(("cli.ConfigError('config.seed')", 2, "error: config.seed")),
         full_row(
             (

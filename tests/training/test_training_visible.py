@@ -23,6 +23,8 @@ from tqdm import tqdm
 
 from pwcrf_jax import config as configs
 from pwcrf_jax.data import load_dataset
+from pwcrf_jax.evaluation import evaluators
+from pwcrf_jax.evaluation import steps as eval_steps
 from pwcrf_jax.prediction import predictor, restore
 from pwcrf_jax.report import pictures
 from pwcrf_jax.runtime import logs
@@ -105,11 +107,11 @@ def test_a_panel_has_what_its_process_has():
     palette = [(10, 0, 0), (0, 20, 0)]
     rng = np.random.default_rng(0)
     image, label = rng.integers(0, 256, (2, 8, 6, 3)).astype(np.uint8), rng.integers(0, 2, (2, 8, 6)).astype(np.uint8)
-    batch = {"image": image, "label": label, "valid_size": np.array([[8, 6], [5, 4]]), "id": ["a", "b"]}
-    labels = {"unary": 1 - label.reshape(2, 1, 8, 6)}  # of two devices
+    batch = {"image": image, "label": label, "valid_box": np.array([[0, 0, 8, 6], [0, 0, 5, 4]]), "id": ["a", "b"]}
+    kept = eval_steps.PerImage({"unary": eval_steps.Row(1 - label.reshape(2, 1, 8, 6), None)}, ())  # of two devices
     panel = pictures.Panel([4, 5, 6], 4, ("unary",), palette)  # the second of two batches; 6 is another process's
-    panel.add(0, batch, labels)
-    panel.add(1, batch, labels)
+    for number in (0, 1):
+        panel.add(evaluators.Seen(number, batch, kept, {}, {}, {}))
     picture = panel.picture()
     assert picture.shape == (2 * 8 + 4, 3 * 6 + 2 * 4, 3)
     first, second = cells(picture, 8, 6)
@@ -134,7 +136,7 @@ def test_the_bar_tells_loss_speed_and_time_left_on_any_terminal(monkeypatch, col
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
     with open(theirs, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
-        progress = logs.Progress(0, 900, 16)
+        progress = logs.Progress(0, 900, 16, ("surrounding", "above_below"))
         numbers = dict(loss=9.452, nll_unary=1.895, nll_above_below=3.7, nll_surrounding=3.8)
         assert progress.report(20, numbers) > 0
         progress.close()
@@ -152,7 +154,7 @@ def test_the_bar_tells_loss_speed_and_time_left_on_any_terminal(monkeypatch, col
 @pytest.mark.parametrize("name", ["unrolled_mean_field", "refinement_convs"])
 def test_what_is_of_nodes_is_not_held_against_twice_the_unary(caplog, name):
     with caplog.at_level("INFO", logger="pwcrf_jax"):
-        logs.Progress(0, 9, 1).report(1, {"loss": 1.0, "nll_unary": 1.5, f"nll_{name}": 1.25})
+        logs.Progress(0, 9, 1, ("surrounding",)).report(1, {"loss": 1.0, "nll_unary": 1.5, f"nll_{name}": 1.25})
     assert f"{name} 1.250" in caplog.text and "2 x unary" not in caplog.text
 
 
@@ -197,7 +199,7 @@ def test_standard_error_may_be_anything(monkeypatch, make):
 )
 def test_a_batch_without_a_valid_pixel_has_no_unary_figure(caplog, metrics):
     with caplog.at_level("INFO", logger="pwcrf_jax"):
-        logs.Progress(0, 9, 1).report(1, metrics)
+        logs.Progress(0, 9, 1, ("surrounding", "above_below")).report(1, metrics)
     assert "nll unary -" in caplog.text and "nan" not in caplog.text and "2 x unary" not in caplog.text
 
 

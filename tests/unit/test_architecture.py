@@ -29,17 +29,7 @@ LIBRARIES = {
 }  # fmt: skip
 PRIVATE = ("jax._src", "jax.lib", "jax.config.update")
 FILE, FUNCTION, PARAMETERS = 400, 60, 7  # lines, lines without docstring, positional parameters
-KNOWN = {
-    "evaluation/evaluate.py:evaluate_params",
-    "evaluation/steps.py:make_eval_step",
-    "evaluation/tuning.py:_marginals",
-    "evaluation/tuning.py:_score_messages",
-    "model/plan.py",
-    "model/plan.py:plan",
-    "prediction/predict.py:predict",
-    "training/loop.py",
-    "training/loop.py:_train",
-}
+KNOWN = {}
 
 
 def room(path: Path) -> str:
