@@ -251,7 +251,7 @@ def counts_of_images(config, workdir, refined=""):
         matrices = {row: np.asarray(matrix, np.int64) for row, matrix in sums.confusion.items()}
         if refined:
             marginals = np.asarray(per_image.rows[refined].log_marginals)[0]
-            matrices["refined"] = refinement.refine_batch(marginals, batch, config.refine, "full")[0]
+            matrices["refined"] = refinement.refine_batch(marginals, batch, configs.refine_settings(config, "full"))[0]
         for row, n in matrices.items():
             counts.setdefault(row, []).append(of_classes(n))
         ids += batch["id"]

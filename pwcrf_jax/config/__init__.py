@@ -4,6 +4,7 @@ from pwcrf_jax.config.keys import defaults, flat, relation
 from pwcrf_jax.config.model import build_model, identity
 from pwcrf_jax.config.offsets import check_edges, keep_offsets, relations
 from pwcrf_jax.config.settings import (
+    RefineSettings,
     augments,
     crf_relations,
     crf_settings,
@@ -11,6 +12,7 @@ from pwcrf_jax.config.settings import (
     final_row,
     loss_settings,
     objective,
+    refine_settings,
     scored_classes,
     shown_rows,
     table_rows,
@@ -38,6 +40,7 @@ __all__ = [
     "CONFIG",
     "TUNED",
     "ConfigError",
+    "RefineSettings",
     "apply_tuned",
     "augments",
     "build_model",
@@ -58,6 +61,7 @@ __all__ = [
     "load_classes",
     "loss_settings",
     "objective",
+    "refine_settings",
     "relation",
     "relations",
     "save",

@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from pwcrf_jax import dense_crf
 from pwcrf_jax.mean_field import Settings
 from pwcrf_jax.model import losses
 
@@ -42,6 +43,27 @@ def loss_settings(config: ConfigDict) -> losses.Settings:
 def unary_steps(config: ConfigDict) -> int | None:
     """Steps that train the unary alone, None where there are no stages."""
     return round(config.loss.unary_share * config.train.steps) if objective(config).staged else None
+
+
+class RefineSettings(NamedTuple):
+    """Settings of the dense CRF on top of the model's marginals; see `pwcrf_jax.dense_crf.refine`."""
+
+    params: dense_crf.Params
+    num_iterations: int
+    method: str = "auto"
+
+
+def refine_settings(config: ConfigDict, mode: str) -> RefineSettings | None:
+    """Settings of the dense CRF, from config.refine; None where there is none.
+
+    mode: "full" has both kernels, "spatial" the smoothness kernel alone, "off" none.
+    """
+    if mode == "off":
+        return None
+    params = dense_crf.Params(*(config.refine[name] for name in dense_crf.Params._fields))
+    if mode == "spatial":
+        params = params._replace(appearance_compat=None)
+    return RefineSettings(params, config.refine.num_iterations)
 
 
 def augments(config: ConfigDict) -> bool:

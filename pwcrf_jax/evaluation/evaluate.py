@@ -168,15 +168,14 @@ def evaluate_model(config, model, params, dataset, split: str, *, refine: str = 
     report: a `pwcrf_jax.report.collect.Report` that collects what it shows.
     """
     predictor = inference.Predictor(config, model, params) if configs.augments(config) else None
-    final = configs.final_row(config)
-    more, options = [], {}
-    if report:
-        options = report.start(config, model, params, dataset)
-    if predictor or (report and refine != "off"):
+    final, settings = configs.final_row(config), configs.refine_settings(config, refine)
+    more: list[evaluators.Evaluator] = []
+    options = report.start(config, model, params, dataset) if report else {}
+    if predictor or (report and settings):
         watch = report.watch if report else None
-        more.append(evaluators.ImageByImage(predictor, final, config.refine, refine, watch))
-    elif refine != "off":
-        more.append(evaluators.Refined(final, config.refine, refine))
+        more.append(evaluators.ImageByImage(predictor, final, settings, watch))
+    elif settings:
+        more.append(evaluators.Refined(final, settings))
     eval_fn = make_eval_fn(config, model, **options)
     return evaluate_params(eval_fn, params, dataset, split, config, [*more, *([report] if report else [])])
 
