@@ -16,7 +16,7 @@ weights and a number of iterations that are chosen as those of the contextual ru
 
 Nothing is chosen on the images that are scored. Message weights, the number of iterations and the dense CRF's
 parameters come from a pilot: the multiscale and the contextual model trained on a part of the training images, tuned on
-the rest (eval.py --tune-refinement), each rung's dense CRF on the marginals that it refines, once a set; every run then
+the rest (pwcrf tune), each rung's dense CRF on the marginals that it refines, once a set; every run then
 takes its last checkpoint.
 
 Steps, crops and batches are sized for two CPU cores (`SETS`): three seeds take some hours a set. --steps, --crop,
@@ -29,7 +29,7 @@ they will ever be again.
 and on those of the baseline, with fixed message weights: nothing is chosen, every weight is reported.
 
 Each run lies in its own workdir below --runs and goes on where it was stopped; what is finished is not done again. What
-was chosen for its last rung lies in its tuned.json: `eval.py --workdir RUN --checkpoint latest --refine full` scores
+was chosen for its last rung lies in its tuned.json: `pwcrf eval --workdir RUN --checkpoint latest --refine full` scores
 it, with --split test as well. Figures go to benchmarks/results, one JSON a set, rung and seed, with the counts of each
 image, from which --summary makes its table: means over seeds, 95 % intervals from a paired bootstrap over images. Ends
 with one line of JSON.
@@ -279,7 +279,7 @@ def run(args):
                 section, name = key.split(".")
                 config[section][name] = tuple(value) if isinstance(value, list) else value
             counts, ids, names = counts_of_images(config, workdir, refined)
-            if refined == configs.final_row(config):  # so that eval.py --refine full has this rung's figures
+            if refined == configs.final_row(config):  # so that pwcrf eval --refine full has this rung's figures
                 conditions = configs.tuning_conditions(config)
                 configs.write_tuned(dict(config=tuned, conditions=conditions, split=held_out(args.set)[1]), workdir)
             about = dict(seed=seed, tuned=tuned or None)

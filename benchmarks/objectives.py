@@ -16,7 +16,7 @@
   `piecewise` takes for these ("equal time", by the seconds of a step measured above; a run of its own, with its own
   learning rate schedule). Mean IoU of the unary and of all relations, on 200 scenes of another seed, after the last
   step: with three iterations and message weights of 1, as unrolled mean field was trained, and with the number and the
-  weights that `eval.py --tune-refinement` finds best for each run on training scenes that were held out.
+  weights that `pwcrf tune` finds best for each run on training scenes that were held out.
 
 Messages are means (the demo's setting). Figures go to benchmarks/results (--results), those of --quick nowhere. Ends
 with one line of JSON: `step_ratio` and `crf_ratio` are unrolled mean field over piecewise, and over the other kinds of

@@ -21,7 +21,7 @@ CLASSES = "classes.json"
 """Names and colours of its classes, for prediction without the data set."""
 
 TUNED = "tuned.json"
-"""The values that `eval.py --tune-refinement` chose."""
+"""The values that `pwcrf tune` chose."""
 
 Palette = Sequence[Sequence[int]]
 
@@ -122,7 +122,7 @@ def check_tuned(config: ConfigDict, tuned: dict[str, Any], workdir: str) -> None
         if now.get(key) != value:
             raise ConfigError(
                 f"config.{key} = {now.get(key)}, but {pathlib.Path(workdir, TUNED)} was chosen with {value}; "
-                "tune again, or start eval.py with --notuned"
+                "tune again, or add --notuned"
             )
 
 
@@ -146,7 +146,7 @@ def apply_tuned(config: ConfigDict, workdir: str) -> dict[str, Any] | None:
                 raise ValueError(f"{key} = {value!r} must be {entry.kind.wanted}")
         return result
 
-    remedy = "delete it, tune again, or start eval.py with --tuned=false"
+    remedy = "delete it, tune again, or add --tuned=false"
     try:
         result = files.read_json(pathlib.Path(workdir, TUNED), remedy, check)
     except FileNotFoundError:

@@ -22,7 +22,7 @@ def make_eval_fn(config, model, *, keep: Sequence[str] = (), figures: Callable |
     """The evaluation step of a config, see `eval_steps.make_eval_step`, mapped over the devices and compiled.
 
     keep, figures: of `make_eval_step`; `configs.shown_rows` are kept whether they are looked at or not, so that
-    training and eval.py compile one program.
+    training and evaluation compile one program.
     """
     terms = functools.partial(piecewise_terms, settings=configs.loss_settings(config))
     rows, settings = configs.table_rows(config), configs.crf_settings(config)

@@ -1,4 +1,4 @@
-"""Search of message weights and refinement parameters on validation images: `eval.py --tune-refinement`.
+"""Search of message weights and refinement parameters on validation images: `pwcrf tune`.
 
 Two stages, by mean IoU. First the weights of the mean-field messages, relation by relation, and the number of
 iterations, all candidates of a pass over the split decoded from the same potentials. Then, on the log marginals kept
@@ -36,7 +36,7 @@ KERNELS = ("smoothness_compat", "appearance_compat", "appearance_srgb", "appeara
 
 
 def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: int, row: str = "") -> dict:
-    """Searches, and writes the best values to WORKDIR/tuned.json, which eval.py reads.
+    """Searches, and writes the best values to WORKDIR/tuned.json, which `pwcrf eval` reads.
 
     split: of the data set, "" for config.data.eval_split; a test split is refused.
     mode: "full", or "spatial" to search the smoothness kernel alone.
@@ -44,7 +44,7 @@ def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: in
       one more for each relation, one for the number of iterations and, where another one is better, a last one for the
       weights.
     row: of the table, whose marginals the second stage refines, "all" or "convs"; "" for the model's last one, which is
-      what eval.py refines: for another one nothing is written.
+      what `pwcrf eval` refines: for another one nothing is written.
 
     Returns:
       What was written: {"config": {dotted key: value}, "conditions": {dotted key: value} under which they were chosen,
@@ -60,7 +60,7 @@ def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: in
                 "the training images that was held out"
             )
     if jax.process_count() > 1:
-        raise configs.ConfigError("--tune-refinement runs in one process; start it on one host alone")
+        raise configs.ConfigError("tuning runs in one process; start it on one host alone")
     model, params, step, dataset = restore.load(config, workdir, which, split)
     evaluate.check_scored(config, dataset, split)
     folder = _folder(config, workdir, params, dataset, split, step)

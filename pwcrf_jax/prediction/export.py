@@ -1,6 +1,6 @@
-"""The predictor as one file that JAX runs without this package: `eval.py --export FILE`.
+"""The predictor as one file that JAX runs without this package: `pwcrf export`.
 
-What `eval.py` predicts, image to labels, CRF included, as StableHLO for CPU, CUDA and TPU, parameters baked in. Beside
+The labels are those of `pwcrf predict`, CRF included, as StableHLO for CPU, CUDA and TPU, parameters baked in. Beside
 it FILE.json says what goes in and comes out. The dense CRF (`--refine`) and test-time augmentation are not in it.
 """
 
@@ -70,7 +70,7 @@ def lower(predictor, size):
 
 
 def parse_size(text: str, config) -> tuple[int, int]:
-    """(height, width) of --export_size; "": config.data.eval_size.
+    """(height, width) of --size; "": config.data.eval_size.
 
     Raises:
       ConfigError: not HxW.
@@ -80,9 +80,7 @@ def parse_size(text: str, config) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
     size = tuple(map(int, match.groups())) if match else ()
     if not size or not all(1 <= n <= LARGEST for n in size):
-        raise configs.ConfigError(
-            f"--export_size={text} must be HEIGHTxWIDTH in pixels, each 1 to {LARGEST}, such as 480x640"
-        )
+        raise configs.ConfigError(f"--size={text} must be HEIGHTxWIDTH in pixels, each 1 to {LARGEST}, such as 480x640")
     return size
 
 
@@ -97,21 +95,21 @@ def export_predictor(config, workdir: str, file: str, which: str = "best", size:
     """
     configs.validate(config, batches=())
     if jax.process_count() > 1:
-        raise configs.ConfigError("--export is done by one process; start it on one host alone")
+        raise configs.ConfigError("export is done by one process; start it on one host alone")
     if configs.augments(config):
         raise configs.ConfigError("config.tta is not part of an exported predictor; leave it at its default")
     try:
         import flatbuffers  # noqa: F401  jax.export writes with it
     except ImportError:
-        raise configs.ConfigError("--export needs the package flatbuffers: pip install flatbuffers") from None
+        raise configs.ConfigError('export needs the package flatbuffers: pip install "pwcrf_jax[export]"') from None
     height, width = parse_size(size, config)
     path = Path(file)
     about = path.with_name(f"{path.name}.json")
     for place in (path, about):
         if place.exists() and not place.is_dir() and not overwrite:
-            raise DataError(f"--export={file}: {place} is there already; name another file, or add --overwrite")
+            raise DataError(f"--output={file}: {place} is there already; name another file, or add --overwrite")
     if not path.parent.is_dir():
-        raise DataError(f"--export={file}: there is no folder {path.parent}; make it, or name another file")
+        raise DataError(f"--output={file}: there is no folder {path.parent}; make it, or name another file")
     files.make_folder(path.parent)
     for place in (path, about):
         files.check_replaceable(place)

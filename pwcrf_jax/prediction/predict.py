@@ -1,4 +1,4 @@
-"""Prediction into files: `eval.py --images` and `eval.py --dataset`.
+"""Prediction into files: `pwcrf predict`.
 
 Images come from the user's files or from a split of the run's data set, labelled or not. For each, DIR holds
 

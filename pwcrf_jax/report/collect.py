@@ -1,4 +1,4 @@
-"""`eval.py --report`: one HTML file, without need of a network, that shows what the CRF does.
+"""`pwcrf eval --report`: one HTML file, without need of a network, that shows what the CRF does.
 
 Its figures are collected in the pass over the split that makes the table of `evaluate`, from the same labels. What is
 shown of the images is reduced in size; all figures are of all pixels.

@@ -1,4 +1,4 @@
-"""`train.py --dry-run`: the model, what it costs, and one training batch as a picture; nothing is trained."""
+"""`pwcrf train --dry-run`: the model, what it costs, and one training batch as a picture; nothing is trained."""
 
 import math
 import os

@@ -1,6 +1,7 @@
 """Paths of users: homes, URLs; and platforms that are not there: one line and exit code 2, before anything is made."""
 
 import errno
+import importlib
 import io
 import os
 import pathlib
@@ -16,9 +17,10 @@ from absl import flags
 from rows import full_but, full_row
 
 from pwcrf_jax import config as configs
-from pwcrf_jax.cli import command
+from pwcrf_jax.cli import check, command
+from pwcrf_jax.cli.main import COMMANDS
 from pwcrf_jax.config import keys, kinds
-from pwcrf_jax.data import check, load_dataset
+from pwcrf_jax.data import load_dataset
 from pwcrf_jax.runtime import files
 from pwcrf_jax.runtime.files import FileError, expand_path
 from pwcrf_jax.runtime.streams import naming_stdout, say
@@ -87,9 +89,9 @@ def test_a_user_whom_nobody_knows(monkeypatch):
 @pytest.mark.parametrize("dashes", ["-", "--"])
 def test_every_flag_that_names_a_path(flag, dashes, monkeypatch):
     monkeypatch.setenv("HOME", "/users/me")
-    argv = ["eval.py", f"{dashes}{flag}=~/a", f"{dashes}{flag}", "~/b", f"{dashes}{flag}=c", f"{dashes}{flag}"]
+    argv = ["eval.py", f"{dashes}{flag}=~/a", f"{dashes}{flag}", "~/b", f"{dashes}{flag}=c.d", f"{dashes}{flag}"]
     command._expand_paths(argv)
-    assert argv == ["eval.py", f"{dashes}{flag}=/users/me/a", f"{dashes}{flag}", "/users/me/b", f"{dashes}{flag}=c",
+    assert argv == ["eval.py", f"{dashes}{flag}=/users/me/a", f"{dashes}{flag}", "/users/me/b", f"{dashes}{flag}=c.d",
                     f"{dashes}{flag}"]  # fmt: skip
     for words in ([f"{dashes}{flag}=s3://a/b"], [f"{dashes}{flag}", "s3://a/b"]):
         with pytest.raises(FileError, match=f"{dashes}{flag}=s3://a/b: only local"):
@@ -98,15 +100,13 @@ def test_every_flag_that_names_a_path(flag, dashes, monkeypatch):
 
 def test_no_flag_that_names_a_path_is_forgotten():
     """Path flags say in their help that they name a file or folder, path keys have a kind of their own."""
-    code = "import sys, {0}; from absl import flags; print(*(f.name for f in flags.FLAGS.get_key_flags_for_module({0}) "
-    code += "if f.flag_type() == 'string' and any(w in f.help for w in ('older', 'ile', 'images:'))))"
     found = set()
-    for script in ("train", "eval"):
-        done = subprocess.run(
-            [sys.executable, "-c", code.format(script)], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        found |= set(done.stdout.split())
-    assert {"workdir", "output", "images"} <= found <= {*command.PATHS, "export_size"}
+    for name in set(COMMANDS) - {"check"}:
+        values = flags.FlagValues()
+        importlib.import_module(f"pwcrf_jax.cli.{name}").define_flags(values)
+        of_files = lambda flag: any(word in flag.help for word in ("older", "ile", "images:"))
+        found |= {f.name for f in map(values.__getitem__, values) if f.flag_type() == "string" and of_files(f)}
+    assert found == {name for name in command.PATHS if "." not in name} - {"config"}
     named = {f"config.{key}" for key, entry in keys.KEYS.items() if isinstance(entry.kind, kinds.Path)}
     assert named == {name for name in command.PATHS if "." in name}
 
@@ -286,15 +286,16 @@ def test_a_platform_that_is_not_there(error, says, tmp_path, monkeypatch):
     ("gpu0", ["train.py", "--workdir=work"]),
     full_row(("cuda", ["train.py", "--workdir=work", "--dry-run"])),
     ("cpu,metal", ["eval.py", "--workdir=trained", "--report=page.html"]),
-    full_row(("CPU", ["eval.py", "--workdir=trained", "--tune-refinement"])),
+    full_row(("CPU", ["-m", "pwcrf_jax", "tune", "--workdir=trained"])),
 ])  # fmt: skip
 def test_commands_without_their_platform(platform, words, tmp_path):
     script, *flags = words
+    script = ROOT / script if script.endswith(".py") else script
     files.make_folder(tmp_path / "trained")
     configs.save(small.config("sets"), tmp_path / "trained" / "config.json")
-    flags += small.flags("sets") if script == "train.py" else []
+    flags += small.flags("sets") if words[0] == "train.py" else []
     flags = [flag.replace("configs/", f"{ROOT}/configs/") for flag in flags]
-    done = subprocess.run([sys.executable, ROOT / script, *flags], cwd=tmp_path, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, script, *flags], cwd=tmp_path, capture_output=True, text=True,
                           env=os.environ | {"JAX_PLATFORMS": platform})  # fmt: skip
     assert done.returncode == 2 and done.stderr.startswith(f"error: JAX_PLATFORMS={platform}: "), done.stderr
     assert done.stderr.count("\n") == 1 and os.listdir(tmp_path) == ["trained"]

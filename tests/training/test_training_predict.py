@@ -502,8 +502,10 @@ def test_submission_of_a_split_without_labels(tmp_path):
 # --- the command -------------------------------------------------------------------------------------
 
 
-def _eval(*args):
-    return subprocess.run([sys.executable, "eval.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+def _predict(*args):
+    return subprocess.run(
+        [sys.executable, "-m", "pwcrf_jax", "predict", *map(str, args)], cwd=ROOT, capture_output=True, text=True
+    )
 
 
 def test_unreadable_images_are_named_and_the_others_predicted(trained, tmp_path):
@@ -512,7 +514,7 @@ def test_unreadable_images_are_named_and_the_others_predicted(trained, tmp_path)
     (tmp_path / "in" / "b.png").write_bytes(b"not a picture")
     out = tmp_path / "out"
     args = ["--workdir", trained, "--images", tmp_path / "in", "--output", out, "--config.tta.flip=true"]
-    done = _eval(*args, "--config.data.source_dir=gone", "--refine", "spatial", "--config.refine.num_iterations=1")
+    done = _predict(*args, "--config.data.source_dir=gone", "--refine", "spatial", "--config.refine.num_iterations=1")
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert f"error: {tmp_path / 'in' / 'b.png'}: cannot be decoded" in done.stderr
     assert done.stderr.splitlines()[-1] == f"1 images were not predicted: {tmp_path / 'in' / 'b.png'}"
@@ -525,7 +527,7 @@ def test_unreadable_images_are_named_and_the_others_predicted(trained, tmp_path)
 def test_what_is_no_image_is_named_and_fails_nothing(trained, tmp_path):
     save(tmp_path / "in" / "a.png", scene(40, 50))
     (tmp_path / "in" / "two\nlines.txt").write_text("no image")
-    done = _eval("--workdir", trained, "--images", tmp_path / "in", "--output", tmp_path / "out")
+    done = _predict("--workdir", trained, "--images", tmp_path / "in", "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert f"left out: {tmp_path}/in/two\\nlines.txt: no image" in done.stderr.splitlines()
     result = json.loads(done.stdout.splitlines()[-1])
@@ -540,11 +542,11 @@ def test_what_is_no_image_is_named_and_fails_nothing(trained, tmp_path):
         full_row((["--images=a", "--output="], "--output must be given")),
         full_row((["--images=a", "--dataset=val", "--output=out"], "give one")),
         (["--images=a"], "--output must be given"),
-        full_row((["--output=out"], "--output is of predictions")),
-        full_row((["--images=a", "--output=out", "--split=val"], "--split is of evaluation")),
+        full_row((["--output=out"], "--images and --dataset are the sources; one must be given")),
+        full_row((["--images=a", "--output=out", "--split=val"], "--split is of pwcrf eval, tune: see")),
         full_row((["--dataset=val", "--output=out", "--format=coco"], "format")),
     ],
 )
 def test_flags_that_do_not_go_together(trained, args, match):
-    done = _eval("--workdir", trained, *args)
+    done = _predict("--workdir", trained, *args)
     assert done.returncode == 2 and match in done.stderr and "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""eval.py --refine and --tune-refinement: frames, devices, the row of the table, and a search that can be stopped."""
+"""--refine and pwcrf tune: frames, devices, the row of the table, and a search that can be stopped."""
 
 import itertools
 import json
@@ -289,18 +289,18 @@ def test_the_kept_marginals_are_those_of_the_chosen_weights(searched):
     assert score == pytest.approx(plain["rows"]["all"]["miou"])
 
 
-def _eval(*args):
-    done = subprocess.run([sys.executable, "eval.py", *args], cwd=ROOT, capture_output=True, text=True)
+def _run(command, *args):
+    done = subprocess.run([sys.executable, "-m", "pwcrf_jax", command, *args], cwd=ROOT, capture_output=True, text=True)
     return done, json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
 def test_eval_takes_what_tuning_wrote_and_flags_come_before_it(searched):
     _, workdir = searched
     small = ["--config.refine.num_iterations=1", "--split", "val[:8]"]
-    done, tuned = _eval("--workdir", str(workdir), "--tune-refinement", "--trials", "2", *small)
+    done, tuned = _run("tune", "--workdir", str(workdir), "--trials", "2", *small)
     assert done.returncode == 0, done.stderr
     assert "wrote" in done.stderr and tuned["split"] == "val[:8]"
-    done, out = _eval("--workdir", str(workdir), "--refine", "full", *small)
+    done, out = _run("eval", "--workdir", str(workdir), "--refine", "full", *small)
     assert "chosen on split val[:8]" in done.stderr
     assert out["miou_all"] == pytest.approx(100 * tuned["miou_messages"], abs=1e-3)
     assert out["miou_refined"] == pytest.approx(100 * tuned["miou_after"], abs=1e-3)
@@ -308,11 +308,11 @@ def test_eval_takes_what_tuning_wrote_and_flags_come_before_it(searched):
     assert stored["tuned_on"] == "val[:8]"
     assert stored["config"]["refine"]["appearance_compat"] == tuned["config"]["refine.appearance_compat"]
 
-    _, out = _eval("--workdir", str(workdir), "--config.crf.weights=(0.,)", *small)
+    _, out = _run("eval", "--workdir", str(workdir), "--config.crf.weights=(0.,)", *small)
     assert out["miou_all"] == out["miou_unary"]
-    done, _ = _eval("--workdir", str(workdir), "--notuned", *small)
+    done, _ = _run("eval", "--workdir", str(workdir), "--notuned", *small)
     assert "tuned.json" not in done.stderr and done.returncode == 0
-    done, _ = _eval("--workdir", str(workdir), "--tune-refinement", "--split", "test")
+    done, _ = _run("tune", "--workdir", str(workdir), "--split", "test")
     assert done.returncode == 2 and "test split" in done.stderr
 
 

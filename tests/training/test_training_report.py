@@ -423,11 +423,12 @@ def test_a_small_gallery_needs_no_other_flag(trained, tmp_path):
     "words, says",
     [
         (("--report_images=3",), "--report_images is of --report"),
-        full_row((("--report", "--images=x", "--output=y"), "does not go with --images")),
+        full_row((("--report=auto", "--images=x"), "--images is of pwcrf predict: see")),
         full_row(
-            (("--report", "--report_images=2", "--report_inspect=3"), "_inspect=3 is more than --report_images=2")
+            (("--report=auto", "--report_images=2", "--report_inspect=3"), "_inspect=3 is more than --report_images=2")
         ),
-        full_row((("--report=a.html", "--tune-refinement"), "does not go with --tune-refinement")),
+        full_row((("--report=a.html", "--tune-refinement"), "--tune-refinement is of pwcrf tune: see")),
+        full_row((("--report_images=2", "--report"), "Missing value for flag --report")),
     ],
 )
 def test_flags_that_do_not_go_together(trained, words, says):

@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import importlib
 import io
 import logging
 import os
@@ -17,11 +18,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 from tqdm import tqdm
 
 from pwcrf_jax import config as configs
+from pwcrf_jax.cli import command as cli
+from pwcrf_jax.cli import usage
+from pwcrf_jax.cli.main import COMMANDS, main
 from pwcrf_jax.data import load_dataset
 from pwcrf_jax.evaluation import evaluators
 from pwcrf_jax.evaluation import steps as eval_steps
@@ -276,27 +281,90 @@ def test_dry_run_beside_a_run(trained, config, tmp_path, capsys, caplog, monkeyp
 # --- --help ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("script", "argument"), [("train.py", "--helpfull"), ("eval.py", "--help")])
-def test_help_shows_every_flag_with_default_and_example(script, argument):
-    command = [sys.executable, script, "--workdir=gone", argument]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr
-    usage, _, text = done.stdout.partition("\nFlags:\n\n")
-    assert f"    python {script} " in usage
-    ours = text.partition("\n\n")[0]
-    sources = (ROOT / script).read_text() + (ROOT / "pwcrf_jax/runtime/distributed.py").read_text()
-    names = re.findall(r'flags\.DEFINE_\w+\(\s*"([\w-]+)"', sources)
-    names = [name for name in names if script == "train.py" or name != "config"]
-    assert names
+def in_process(command, *words):
+    """(text of --help, names of the flags that the command defines, in order)."""
+    module, values = importlib.import_module(f"pwcrf_jax.cli.{command}"), flags.FlagValues()
+    cli.define(module.define_flags, values)
+    return usage.asked(["pwcrf", *words], module.__doc__, values), list(values)
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "check"])
+def test_help_shows_every_flag_with_default_and_example(command):
+    text, names = in_process(command, "--workdir=gone", "--help")
+    text, _, ours = text.partition("\nFlags:\n\n")
+    assert f"    pwcrf {command} " in text and in_process(command, "--workdir=gone")[0] is None
     blocks = dict(re.findall(r"^  --(?:\[no\])?([\w-]+)(.*?)(?=^  --|\Z)", ours, re.MULTILINE | re.DOTALL))
-    assert list(blocks) == names  # in the order of the source
+    assert list(blocks) == names and names
     for name, block in blocks.items():
         assert re.match(r"(=[\w|]+)?  \(default: .+\)\n      \w", block), block
         (example,) = re.findall(r"\n      Example: (.*)", block)
         assert re.search(rf"--(no)?{name}\b", example), block
         assert {re.sub("^no", "", x) for x in re.findall(r"--([\w-]+)", example)} <= {*names, "config", "tuned"}
-    if argument == "--helpfull":
-        for key, value in configs.flat(configs.defaults()):
-            if not key.startswith("relations."):
-                assert f"--config.{key}=" in text, (key, value)
-        assert "Flags of libraries" in text and "--verbosity" in text
+
+
+def test_full_help_shows_the_keys_of_the_config_too():
+    text = in_process("train", "--helpfull")[0]
+    for key, value in configs.flat(configs.defaults()):
+        if not key.startswith("relations."):
+            assert f"--config.{key}=" in text, (key, value)
+    assert "Flags of libraries" in text
+
+
+@pytest.mark.parametrize("argument", ["--help", "-h", "help", None])
+def test_the_list_of_commands(argument, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pwcrf", *filter(None, [argument])])
+    with pytest.raises(SystemExit) as end:
+        main()
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and all(re.search(rf"^    pwcrf {name} +\w", out, re.MULTILINE) for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["predcit"], "'predcit' is no command; did you mean pwcrf predict?"),
+        (["nothing"], "'nothing' is no command; name one of train, eval, "),
+        (["--workdir=x", "eval"], "'--workdir=x' is no command"),
+    ],
+)
+def test_a_command_that_is_not_there(words, says, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pwcrf", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    told = capsys.readouterr()
+    assert end.value.code == 2 and not told.out and says in told.err and told.err.count("\n") == 1
+
+
+def test_a_command_without_its_packages(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pwcrf", "eval", "--help"])
+    monkeypatch.delitem(sys.modules, "pwcrf_jax.cli.eval", raising=False)
+    monkeypatch.setitem(sys.modules, "ml_collections", None)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2 and 'pip install "pwcrf_jax[train]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["train.py"], ["eval.py"], ["-m", "pwcrf_jax", "check"]])
+def test_help_of_a_process(words):
+    done = subprocess.run([sys.executable, *words, "--help"], cwd=ROOT, capture_output=True, text=True)
+    name = words[-1].removesuffix(".py")
+    assert done.returncode == 0 and not done.stderr and f"    pwcrf {name} " in done.stdout
+    sources = [(ROOT / f"{x}.py").read_text() for x in ("train", "eval")]
+    assert all(len(source.splitlines()) <= 30 for source in sources)
+
+
+@pytest.mark.parametrize(
+    ("flag", "of"),
+    [
+        ("trials", "tune"),
+        ("export_size", "export"),
+        ("tune-refinement", "tune"),
+        ("noprobabilities", "predict"),
+        ("dry-run", "train"),
+        ("split", "eval, tune"),
+        ("nothing", None),
+    ],
+)
+def test_a_flag_of_another_command_is_refused_with_its_name(flag, of):
+    said = cli._elsewhere(flag)
+    assert said == (of and f"--{flag} is of pwcrf {of}: see pwcrf {of.partition(',')[0]} --help")
