@@ -39,8 +39,8 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 import ladder
 import ladder_table
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import metrics
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import eval_batches
 from pwcrf_jax.model import decode
 from pwcrf_jax.runtime import logs, parallel

@@ -23,8 +23,8 @@ from pwcrf_jax.prediction import restore
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import mean_field, metrics, nets, piecewise
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import eval_batches
 from pwcrf_jax.model import decode
 

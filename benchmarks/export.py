@@ -24,7 +24,7 @@ from pwcrf_jax.prediction import restore
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.data import load_dataset
 from pwcrf_jax.data.readers.image_io import MEAN_COLOUR
 from pwcrf_jax.prediction import export

@@ -54,7 +54,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 from ladder_table import BESIDE, EVAL_SPLIT, RESULTS, RUN_OF, RUNGS, SIZES, pack, scores, sizes_in, summary
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.configs import camvid_mobilenet_v2, voc_mobilenet_v2
 from pwcrf_jax.data import eval_batches
 from pwcrf_jax.evaluation import evaluate, tuning
@@ -251,7 +251,7 @@ def counts_of_images(config, workdir, refined=""):
         matrices = {row: np.asarray(matrix, np.int64) for row, matrix in sums.confusion.items()}
         if refined:
             marginals = np.asarray(per_image.rows[refined].log_marginals)[0]
-            matrices["refined"] = refinement.refine_batch(marginals, batch, config.refine, "full")[0]
+            matrices["refined"] = refinement.refine_batch(marginals, batch, configs.refine_settings(config, "full"))[0]
         for row, n in matrices.items():
             counts.setdefault(row, []).append(of_classes(n))
         ids += batch["id"]

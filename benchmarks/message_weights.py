@@ -21,8 +21,8 @@ from pwcrf_jax.prediction import restore
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import metrics, piecewise
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import eval_batches, load_dataset
 from pwcrf_jax.model import decode
 from pwcrf_jax.runtime import files, logs

@@ -40,7 +40,7 @@ from pwcrf_jax.prediction import restore
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.configs import camvid_mobilenet_v2, demo
 from pwcrf_jax.evaluation import evaluate, tuning
 from pwcrf_jax.runtime import files, logs, parallel

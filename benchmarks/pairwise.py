@@ -44,8 +44,8 @@ from pwcrf_jax.prediction import restore
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import mean_field, piecewise, relations
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.configs import voc_vgg16
 from pwcrf_jax.potentials import factored_pairwise
 from pwcrf_jax.runtime import files, parallel

@@ -20,7 +20,7 @@ from pwcrf_jax.prediction import restore
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.prediction import predictor
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}

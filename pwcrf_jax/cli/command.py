@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from pwcrf_jax import configs
 from pwcrf_jax.cli import usage
 from pwcrf_jax.cli.main import COMMANDS
-from pwcrf_jax.config import agreement, schema
+from pwcrf_jax.config import agreement, keys, unknown
 from pwcrf_jax.data import DataError
 from pwcrf_jax.nets import WeightsError
 from pwcrf_jax.runtime import compilation, distributed, files, logs, streams
@@ -54,15 +54,15 @@ def _one_line(error: BaseException) -> str:
 
 
 def _reason(error: Exception, argv: list[str]) -> str:
-    """Of what went wrong while the command line was read: the key and what it takes, where the schema knows it."""
+    """Of what went wrong while the command line was read: the key and what it takes, where it is one."""
     if isinstance(error, flags.UnrecognizedFlagError) and (elsewhere := _elsewhere(error.flagname)):
         return elsewhere
     for arg in argv[1:]:
-        if (key := re.match(r"--?(?:no)?config\.([\w.]+)", arg)) and (unknown := schema.unknown(key[1])):
-            return unknown
+        if (key := re.match(r"--?(?:no)?config\.([\w.]+)", arg)) and (sentence := unknown(key[1])):
+            return sentence
     wrong = re.match(r"flag --(?:no)?config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
-    if wrong and (kind := schema.kind(wrong[1])):
-        return f"config.{wrong[1]} = {wrong[2]!r} must be {kind.wanted}"
+    if wrong and (entry := keys.of(wrong[1])):
+        return entry.kind.refusal(wrong[1], wrong[2])
     if in_file := _line_of_file(error):
         return in_file
     if given := re.match(r"flag --config=(.*):(\w+): .*get_config\(\) takes 0 positional", str(error), re.DOTALL):
@@ -90,8 +90,8 @@ def _line_of_file(error: BaseException | None) -> str | None:
         lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == "get_config"]
         if lines:
             at, key = lines[-1], re.match(r"\w+\.([\w.]+)\s*=", lines[-1].line or "")
-            wanted = schema.kind(key[1]) if key else None
-            must = f"; config.{key[1]} must be {wanted.wanted}" if key and wanted else ""
+            entry = keys.of(key[1]) if key else None
+            must = f"; config.{key[1]} must be {entry.kind.wanted}" if key and entry else ""
             where = f"{os.path.relpath(at.filename)}, line {at.lineno}: {at.line}"
             return f"{where} ({type(error).__name__}: {_one_line(error)}){must}"
         error = error.__context__  # ml_collections and absl each raise another one

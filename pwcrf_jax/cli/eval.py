@@ -18,8 +18,8 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
+from pwcrf_jax import config as configs
 from pwcrf_jax.cli import command, trained
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.report import collect
 from pwcrf_jax.runtime import distributed

@@ -12,8 +12,8 @@ import sys
 
 from absl import flags
 
+from pwcrf_jax import config as configs
 from pwcrf_jax.cli import command, trained
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.prediction import image_files, predict
 from pwcrf_jax.runtime.logs import log
 from pwcrf_jax.runtime.wire import FAILED

@@ -6,7 +6,7 @@ import os
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.prediction import refinement
 from pwcrf_jax.runtime.logs import log
 

@@ -10,8 +10,8 @@ import json
 
 from absl import flags
 
+from pwcrf_jax import config as configs
 from pwcrf_jax.cli import command, trained
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.evaluation import tuning
 
 

@@ -3,14 +3,13 @@
 The help text of a flag ends with "Example: ...", which is shown on a line of its own.
 """
 
-import importlib
 import shlex
 import sys
 import textwrap
 
 from absl import flags
 
-from pwcrf_jax.config import schema
+from pwcrf_jax.config import keys
 
 _SHORT, _FULL = {"--help", "-help", "-h", "--helpshort", "-helpshort"}, {"--helpfull", "-helpfull"}
 
@@ -49,24 +48,15 @@ def _ours(doc: str, values: flags.FlagValues) -> str:
     return "\n".join(lines)
 
 
-def _keys():
-    """The keys of a configuration; what each means stands in configs/default.py."""
-    defaults = importlib.import_module("pwcrf_jax.configs.default").get_config()
-    lines = ["", "Keys of the configuration, with defaults (what they mean stands in configs/default.py):", ""]
-    for key, kind in schema.SCHEMA.items():
-        value = defaults
-        for part in key.split("."):
-            value = value[part]
-        lines.append(_key(key, value, kind))
-    lines += [
-        _key(f"relations.NAME.{key}", defaults.relations.surrounding[key], schema.RELATION[key])
-        for key in schema.RELATION
-    ]
+def _keys() -> str:
+    """The keys of a configuration, each with its default, the values that it takes and its meaning."""
+    entries = keys.KEYS | {f"relations.NAME.{name}": entry for name, entry in keys.RELATION.items()}
+    lines = ["", "Keys of the configuration, with defaults:", ""]
+    for name, entry in entries.items():
+        lines.append(f"  --config.{name}={shlex.quote(str(entry.default).replace(' ', ''))}")
+        text = f"{entry.meaning} ({entry.kind.wanted})"
+        lines += textwrap.wrap(text, 112, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
-
-
-def _key(key, value, kind):
-    return f"  --config.{key}={shlex.quote(str(value).replace(' ', ''))}".ljust(58) + f"  {kind.wanted}"
 
 
 def _of_libraries(values: flags.FlagValues) -> str:

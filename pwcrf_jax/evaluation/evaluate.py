@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.data import eval_batches
 from pwcrf_jax.evaluation import evaluators
 from pwcrf_jax.evaluation import steps as eval_steps
@@ -169,16 +169,16 @@ def evaluate_model(config, model, params, dataset, split: str, *, refine: str = 
     report: a `pwcrf_jax.report.collect.Report` that collects what it shows.
     """
     predictor = inference.Predictor(config, model, params) if configs.augments(config) else None
-    final = configs.final_row(config)
+    final, settings = configs.final_row(config), configs.refine_settings(config, refine)
     options: dict[str, Any] = {}
     more: list[evaluators.Evaluator] = []
     if report:
         options = report.start(config, model, params, dataset)
-    if predictor or (report and refine != "off"):
+    if predictor or (report and settings):
         watch = report.watch if report else None
-        more.append(evaluators.ImageByImage(predictor, final, config.refine, refine, watch))
-    elif refine != "off":
-        more.append(evaluators.Refined(final, config.refine, refine))
+        more.append(evaluators.ImageByImage(predictor, final, settings, watch))
+    elif settings:
+        more.append(evaluators.Refined(final, settings))
     eval_fn = make_eval_fn(config, model, **options)
     return evaluate_params(eval_fn, params, dataset, split, config, [*more, *([report] if report else [])])
 

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from pwcrf_jax import metrics
+from pwcrf_jax.config import RefineSettings
 from pwcrf_jax.evaluation.steps import PerImage
 from pwcrf_jax.model import decode
 from pwcrf_jax.model.counts import BAND_WIDTHS, confusions
@@ -115,15 +116,15 @@ class Terms:
 class Refined:
     """The row "refined": marginals of a row that the step keeps, refined by the dense CRF, an image on each device.
 
-    settings: config.refine. mode: "spatial" or "full".
+    settings: of `pwcrf_jax.config.refine_settings`.
     """
 
-    def __init__(self, row: str, settings: Any, mode: str):
-        self._row, self._settings, self._mode = row, settings, mode
+    def __init__(self, row: str, settings: RefineSettings):
+        self._row, self._settings = row, settings
 
     def add(self, seen: Seen) -> None:
         log_marginals = seen.log_marginals(self._row)
-        counts, change = refinement.refine_batch(log_marginals, seen.batch, self._settings, self._mode)
+        counts, change = refinement.refine_batch(log_marginals, seen.batch, self._settings)
         seen.confusion["refined"] = parallel.sum_over_hosts(counts)
         seen.change["refined"] = change
 
@@ -132,10 +133,10 @@ class Refined:
 
 
 class ImageByImage:
-    """Rows made of one image after the other: "tta" of a predictor's views and, with a mode, "refined" on top.
+    """Rows made of one image after the other: "tta" of a predictor's views and "refined" on top, of settings.
 
     predictor: whose marginals are taken; None: those of `row`, which the step keeps, and there is no row "tta".
-    settings, mode: of `Refined`; "off": no row "refined".
+    settings: of `Refined`; None: no row "refined".
     watch: called with (position in the batch, row, log-probabilities float32 [H, W, K]) of each row of each image.
     """
 
@@ -143,17 +144,15 @@ class ImageByImage:
         self,
         predictor: Predictor | None,
         row: str,
-        settings: Any,
-        mode: str,
+        settings: RefineSettings | None,
         watch: Callable[[int, str, np.ndarray], None] | None = None,
     ):
-        self._predictor, self._row, self._watch = predictor, row, watch
-        self._settings, self._mode = settings, mode
+        self._predictor, self._row, self._settings, self._watch = predictor, row, settings, watch
 
     def add(self, seen: Seen) -> None:
         counts: dict[str, Any] = {}
-        change = np.zeros(self._settings["num_iterations"], np.float32)
-        rows = ["tta"] * bool(self._predictor) + ["refined"] * (self._mode != "off")
+        change = np.zeros(self._settings.num_iterations if self._settings else 0, np.float32)
+        rows = ["tta"] * bool(self._predictor) + ["refined"] * bool(self._settings)
         num_classes = next(iter(seen.confusion.values())).shape[-1]
         counts = {row: np.zeros((1 + len(BAND_WIDTHS), num_classes, num_classes), np.int32) for row in rows}
         for i, image, marginals in self._marginals(seen):
@@ -162,7 +161,7 @@ class ImageByImage:
             for row in rows:
                 counts[row] += _counted(labels[row], seen.batch["label"][i], seen.batch["valid_box"][i], num_classes)
         seen.confusion |= {row: parallel.sum_over_hosts(x) for row, x in counts.items()}
-        seen.change |= {"refined": change} if self._mode != "off" else {}
+        seen.change |= {"refined": change} if self._settings else {}
 
     def _marginals(self, seen):
         """(position in the batch, image, `Marginals`) of each image."""
@@ -176,12 +175,12 @@ class ImageByImage:
     def _labels(self, i, image, marginals):
         """({row: labels [H, W]} of an image, the change in each iteration of its refinement)."""
         labels, largest = {}, np.float32(0)
-        log_probs = marginals.log_probs() if self._watch or self._mode != "off" else None
+        log_probs = marginals.log_probs() if self._watch or self._settings else None
         if self._predictor:
             labels["tta"] = marginals.labels()
             self._shown(i, "tta", log_probs)
-        if self._mode != "off":
-            log_probs, largest = refinement.refine_image(log_probs, image, self._settings, self._mode)
+        if self._settings:
+            log_probs, largest = refinement.refine_image(log_probs, image, self._settings)
             labels["refined"] = log_probs.argmax(-1)
             self._shown(i, "refined", log_probs)
         return labels, largest

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import metrics
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.evaluation import evaluate, evaluators
 from pwcrf_jax.evaluation import steps as eval_steps
 from pwcrf_jax.model import decode
@@ -74,7 +74,7 @@ def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: in
     notes = os.path.dirname(marginals[0])  # trials of these marginals, not of others
     settings, after = _tune_kernels(config, dataset, split, notes, marginals, mode, max_trials)
     chosen = {"crf.weights": weights, "crf.num_iterations": iterations} if weights and iterations else {}
-    chosen |= {f"refine.{name}": settings[name] for name in _searched(mode)}
+    chosen |= {f"refine.{name}": getattr(settings.params, name) for name in _searched(mode)}
     result = dict(
         config=chosen,
         conditions=configs.tuning_conditions(config) | {"crf.num_iterations": iterations},
@@ -247,10 +247,11 @@ def _marginals(config, model, params, dataset, split, *, folder, messages, row):
 
 
 def _tune_kernels(config, dataset, split, folder, marginals, mode, max_trials):
-    """(best settings of config.refine, their mean IoU)."""
+    """(best settings of the dense CRF, their mean IoU)."""
     names = _searched(mode)
     trials = _Trials(os.path.join(folder, f"refine-{mode}.jsonl"), names)
-    base = config.refine.to_dict()
+    base = configs.refine_settings(config, mode)
+    of = lambda values: base._replace(params=base.params._replace(**dict(zip(names, values, strict=True))))
     tried = set()  # in this search: those of an earlier one count as well, so that a stopped search ends where it would
 
     def score(values):
@@ -258,11 +259,10 @@ def _tune_kernels(config, dataset, split, folder, marginals, mode, max_trials):
             return -1.0
         tried.add(values)
         if values not in trials.scores:
-            settings, what = base | dict(zip(names, values, strict=True)), f"trial {len(tried)}"
-            trials.add(values, _score_kernels(config, dataset, split, marginals, settings, mode, what))
+            trials.add(values, _score_kernels(config, dataset, split, marginals, of(values), f"trial {len(tried)}"))
         return trials.scores[values]
 
-    best = tuple(float(base[n]) for n in names)
+    best = tuple(float(getattr(base.params, n)) for n in names)
     best_score = score(best)
     log.info("refined with %s: mean IoU %.2f", _named(names, best), 100 * best_score)
 
@@ -288,10 +288,10 @@ def _tune_kernels(config, dataset, split, folder, marginals, mode, max_trials):
                 going = True
                 while going and best[i]:  # a compatibility of zero stays zero
                     going = better((*best[:i], round(best[i] * direction, 6), *best[i + 1 :]))
-    return base | dict(zip(names, best, strict=True)), best_score
+    return of(best), best_score
 
 
-def _score_kernels(config, dataset, split, marginals, settings, mode, what):
+def _score_kernels(config, dataset, split, marginals, settings, what):
     total, index = 0, 0
     for batch in bar(evaluate.batches_of(config, dataset, split), what):
         mine = marginals[index : index + config.eval.batch_size]
@@ -303,7 +303,7 @@ def _score_kernels(config, dataset, split, marginals, settings, mode, what):
             raise files.FileError(
                 f"{os.path.dirname(mine[0])} cannot be used ({error}); delete it, tune again"
             ) from None
-        counts, _ = refinement.refine_batch(kept, batch, settings, mode)
+        counts, _ = refinement.refine_batch(kept, batch, settings)
         total = total + counts[0].astype(np.int64)
     return _mean_iou(total, config, dataset, split)
 

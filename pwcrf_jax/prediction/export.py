@@ -14,7 +14,7 @@ import numpy as np
 from jax import export
 
 import pwcrf_jax
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.data.readers.image_io import MEAN_COLOUR, VOID, DataError
 from pwcrf_jax.model import decode
 from pwcrf_jax.prediction import predict, restore

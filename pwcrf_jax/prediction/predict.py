@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.data import DataError, load_dataset, prepare
 from pwcrf_jax.data.readers.files import read_image_file
 from pwcrf_jax.data.readers.image_io import MAX_PIXELS, decode_image, storable_image, voc_palette
@@ -233,7 +233,7 @@ def predict(
         raise configs.ConfigError("predictions are written by one process; start it on one host alone")
     request = _requested(config, workdir, output, images=images, split=split, format_name=format_name)
     model, params, step = restore.restore_params(config, workdir, which)
-    predictor = inference.Predictor(config, model, params)
+    predictor, settings = inference.Predictor(config, model, params), configs.refine_settings(config, refine)
     _claim(output, workdir, overwrite)
     log.info("%s checkpoint of step %d, %d images into %s", which, step, len(request.items), output)
     configs.save_classes(request.class_names, request.palette, output)
@@ -242,10 +242,10 @@ def predict(
     write = _Writer(output, request, probabilities=probabilities, overlay=overlay)
     predicted = predictor(_readable(request, config.data.max_pixels, failed))
     for name, image, marginals in bar(predicted, "predict", len(request.items), "image"):
-        if refine == "off":
+        if settings is None:
             write(name, image, marginals.labels(), marginals.log_probs() if probabilities else None)
         else:
-            log_probs, _ = refinement.refine_image(marginals.log_probs(), image, config.refine, refine)
+            log_probs, _ = refinement.refine_image(marginals.log_probs(), image, settings)
             write(name, image, log_probs.argmax(-1).astype(np.uint8), log_probs)
     counts = dict(num_images=len(request.items) + len(request.found.failed) - len(failed), failed=failed)
     about = dict(left_out=list(request.found.left_out), format=request.format_name, step=step, output=output)

@@ -18,8 +18,8 @@ import jax
 import numpy as np
 from PIL import Image
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import piecewise
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.evaluation.evaluators import Seen, inside, without_devices
 from pwcrf_jax.nets import grid_size

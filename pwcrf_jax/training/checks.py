@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.data import check_sizes, load_dataset
 from pwcrf_jax.data.prepare import builder_class
 from pwcrf_jax.evaluation import evaluate

@@ -6,7 +6,7 @@ import os
 import jax
 import numpy as np
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.prediction import restore
 from pwcrf_jax.report import pictures
 from pwcrf_jax.runtime import files

@@ -6,7 +6,7 @@ import os
 
 import jax
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.nets.pretrained import KNOWN_FILES
 from pwcrf_jax.prediction import restore
 from pwcrf_jax.training.optimizer import standing_still

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.nets import load_pretrained
 from pwcrf_jax.prediction import restore
 from pwcrf_jax.runtime import checkpoint, files

@@ -11,8 +11,8 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
+from pwcrf_jax import config as configs
 from pwcrf_jax.config import agreement
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import train_batches
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.model.plan import Plan, plan

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import mean_field
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.model import losses
 from pwcrf_jax.runtime.parallel import AXIS
 

@@ -345,13 +345,14 @@ def test_a_limit_that_is_none(load, value):
 
 def test_the_key_of_a_config_is_the_limit():
     import pwcrf_jax.configs.default as default
-    from pwcrf_jax.config import schema
-    from pwcrf_jax.config import settings as configs
+    from pwcrf_jax import config as configs
+    from pwcrf_jax.config import keys
 
     config = default.get_config()
     config.data.max_pixels = 123
     assert configs.dataset_options(config)["max_pixels"] == 123
-    assert not schema.kind("data.max_pixels").accepts(0) and schema.kind("data.max_pixels").accepts(2_000_000_000)
+    kind = keys.of("data.max_pixels").kind
+    assert not kind.accepts(0) and kind.accepts(2_000_000_000)
 
 
 def text_chunk(kind, key, size):

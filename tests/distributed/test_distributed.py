@@ -16,7 +16,7 @@ import pytest
 import small
 from rows import full_row
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.prediction import restore
 

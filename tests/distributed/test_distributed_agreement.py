@@ -12,8 +12,8 @@ from absl import flags
 from ml_collections import config_flags
 from PIL import Image
 
-from pwcrf_jax.config import agreement, schema
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
+from pwcrf_jax.config import agreement, keys
 from pwcrf_jax.data import load_dataset
 from pwcrf_jax.runtime import wire
 from pwcrf_jax.training import loop
@@ -67,7 +67,7 @@ def test_a_key_of_the_config(command, key):
 
 
 def test_every_key_of_the_config_is_compared_but_where_data_lie(command):
-    missing = {key for key in schema.SCHEMA if f"config.{key}" not in command()}
+    missing = {key for key in keys.KEYS if f"config.{key}" not in command()}
     assert missing == {"data.source_dir", "data.data_dir"}
 
 

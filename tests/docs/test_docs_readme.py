@@ -14,8 +14,8 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from pwcrf_jax import config as configs
 from pwcrf_jax.cli import check, command
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import DATASETS
 
 ROOT = Path(__file__).resolve().parents[2]

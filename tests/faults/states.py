@@ -5,7 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.prediction import restore
 from pwcrf_jax.runtime import checkpoint
 from pwcrf_jax.training.optimizer import make_optimizer

@@ -16,7 +16,7 @@ from faults.kill import ROOT
 from PIL import Image
 from rows import full_but
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.data import label_guard
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.report import collect

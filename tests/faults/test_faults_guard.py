@@ -10,7 +10,7 @@ import pytest
 from faults import states
 from rows import full_but
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.prediction import restore
 from pwcrf_jax.runtime import parallel
 from pwcrf_jax.runtime.logs import log

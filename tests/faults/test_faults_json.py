@@ -9,7 +9,7 @@ import pytest
 import small
 from faults import states
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.data import DataError, label_guard, load_dataset, prepare
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.runtime import checkpoint, files, logs

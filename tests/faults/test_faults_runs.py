@@ -14,7 +14,7 @@ from faults import states
 from faults.kill import KEYS, ROOT
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.prediction import restore
 from pwcrf_jax.runtime import checkpoint, logs, preemption

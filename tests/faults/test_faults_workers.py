@@ -12,7 +12,7 @@ import pytest
 import small
 from faults import kill
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.data import DataError, load_dataset, train_batches
 
 OPTIONS = dict(batch_size=4, crop_size=(64, 96), scale_range=(0.7, 1.2), seed=3)

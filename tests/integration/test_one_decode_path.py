@@ -7,7 +7,7 @@ import pytest
 import small
 from rows import full_but
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.data.readers.image_io import MEAN_COLOUR
 from pwcrf_jax.evaluation import evaluate, evaluators
 from pwcrf_jax.model import decode

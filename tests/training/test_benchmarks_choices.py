@@ -8,8 +8,8 @@ import pathlib
 import numpy as np
 import pytest
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import metrics
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.model import decode
 from pwcrf_jax.prediction import restore

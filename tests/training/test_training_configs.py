@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from rows import full_but
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.prediction import restore
 from pwcrf_jax.runtime import parallel
 from pwcrf_jax.training import steps
@@ -49,14 +49,13 @@ def test_camvid_variants():
         module.get_config("other")
 
 
-@pytest.mark.parametrize("name", ["poly", "cosine", "constant"])
-def test_schedules(name, config):
-    config.optimizer.schedule, config.optimizer.warmup_steps = name, 10
+def test_schedule(config):
+    config.optimizer.warmup_steps = 10
     rate = schedule(config.optimizer, 100)
     peak = config.optimizer.learning_rate
     assert 0 < rate(0) < rate(5) < peak
     assert float(rate(10)) == pytest.approx(peak)
-    assert float(rate(99)) <= peak * (1.0 if name == "constant" else 0.05) * (1 + 1e-6)
+    assert float(rate(99)) <= peak * 0.05
 
 
 def test_scripts_end_to_end(config, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import small
 from rows import full_but
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.data import load_dataset
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.model import losses

@@ -14,7 +14,7 @@ from jax import export as jax_export
 from PIL import Image
 from rows import full_row
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.configs import demo
 from pwcrf_jax.data import DataError
 from pwcrf_jax.prediction import export, predict, restore

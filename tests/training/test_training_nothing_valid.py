@@ -9,7 +9,7 @@ import pytest
 import small
 
 import pwcrf_jax as pw
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.evaluation import evaluate, tuning
 from pwcrf_jax.evaluation import steps as eval_steps
 from pwcrf_jax.model import losses, segmenter

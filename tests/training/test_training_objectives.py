@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from rows import full_but
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import objectives, piecewise
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.mean_field import Settings
 from pwcrf_jax.model import losses
 from pwcrf_jax.prediction import restore

@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import inspect
 import json
 import pathlib
 import shutil
@@ -16,8 +15,7 @@ import small
 from rows import full_but
 
 import pwcrf_jax as pw
-from pwcrf_jax.config import settings as configs
-from pwcrf_jax.configs import default
+from pwcrf_jax import config as configs
 from pwcrf_jax.evaluation import evaluate, tuning
 from pwcrf_jax.model import segmenter
 from pwcrf_jax.nets import grid_size
@@ -228,7 +226,7 @@ BOXES = {
 def test_what_is_kept_of_a_box_is_what_the_crop_has(box, crop, tmp_path):
     """Offsets that leave the crop from every node are never trained: no larger map may use them."""
     config = small.config(tmp_path, **{"data.crop_size": crop, "model.relations": ("own",)})
-    config.relations.own = default.relation(**box)
+    config.relations.own = configs.relation(**box)
     wanted = of_crop(config)["own"]
     assert wanted
     configs.keep_offsets(config)
@@ -283,8 +281,8 @@ def test_nothing_else_makes_offsets_of_the_map_that_comes_in():
         for path in (ROOT / "pwcrf_jax").rglob("*.py")
         if "relations import" in (text := path.read_text()) and "offsets(" in text.replace("_offsets(", "")
     ]
-    assert users == ["pwcrf_jax/config/settings.py"]
-    assert inspect.getsource(configs).count("offsets(box, *grid)") == 1
+    assert users == ["pwcrf_jax/config/offsets.py"]
+    assert (ROOT / users[0]).read_text().count("offsets(box, *grid)") == 1
 
 
 @pytest.mark.parametrize("crop", [(64, 96), (96, 64), (160, 160), (48, 240)])

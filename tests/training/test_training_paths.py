@@ -16,9 +16,10 @@ import small
 from absl import flags
 from rows import full_but, full_row
 
+from pwcrf_jax import config as configs
 from pwcrf_jax.cli import check, command
 from pwcrf_jax.cli.main import COMMANDS
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax.config import keys, kinds
 from pwcrf_jax.data import load_dataset
 from pwcrf_jax.runtime import files
 from pwcrf_jax.runtime.files import FileError, expand_path
@@ -106,8 +107,8 @@ def test_no_flag_that_names_a_path_is_forgotten():
         of_files = lambda flag: any(word in flag.help for word in ("older", "ile", "images:"))
         found |= {f.name for f in map(values.__getitem__, values) if f.flag_type() == "string" and of_files(f)}
     assert found == {name for name in command.PATHS if "." not in name} - {"config"}
-    keys = {f"config.{key}" for key, kind in configs.schema.SCHEMA.items() if isinstance(kind, configs.schema.Path)}
-    assert keys == {name for name in command.PATHS if "." in name}
+    named = {f"config.{key}" for key, entry in keys.KEYS.items() if isinstance(entry.kind, kinds.Path)}
+    assert named == {name for name in command.PATHS if "." in name}
 
 
 @pytest.mark.parametrize("key", ["init_from", "data.source_dir", "data.data_dir"])

@@ -15,7 +15,7 @@ from layouts import voc
 from PIL import Image
 from rows import full_row
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.configs import voc_vgg16
 from pwcrf_jax.data import DataError, load_dataset
 from pwcrf_jax.data.sets.synthetic import generate_scene
@@ -252,13 +252,13 @@ def test_one_image_is_refined_as_in_evaluation(wide):
     config = configs.load(wide / "config.json")
     image = scene(100, 130)
     log_probs = log_probs_of(wide, image)
-    refined, change = refinement.refine_image(log_probs, image, config.refine, "full")
+    refined, change = refinement.refine_image(log_probs, image, configs.refine_settings(config, "full"))
     assert refined.shape == log_probs.shape and change.shape == (10,) and change[0] > 0
     np.testing.assert_allclose(np.exp(refined).sum(-1), 1, atol=1e-4)
     cells = np.asarray(log_probs[None])  # a grid of one cell a pixel
     truth = np.random.default_rng(0).integers(0, 6, (1, 100, 130)).astype(np.uint8)
     batch = dict(image=image[None], label=truth, valid_box=np.array([[0, 0, 100, 130]], np.int32))
-    counts, _ = refinement.refine_batch(cells, batch, config.refine, "full")
+    counts, _ = refinement.refine_batch(cells, batch, configs.refine_settings(config, "full"))
     got = np.bincount(truth.ravel() * 6 + refined.argmax(-1).ravel(), minlength=36).reshape(6, 6)
     assert np.abs(counts[0] - got).sum() <= 4
 
@@ -446,7 +446,7 @@ def test_probabilities(wide, tmp_path):
     config.refine.num_iterations = 2
     refined = tmp_path / "refined"
     predict.predict(config, str(wide), str(refined), images=str(tmp_path / "in.png"), refine="full", probabilities=True)
-    wanted, _ = refinement.refine_image(log_probs_of(wide, image), image, config.refine, "full")
+    wanted, _ = refinement.refine_image(log_probs_of(wide, image), image, configs.refine_settings(config, "full"))
     np.testing.assert_allclose(
         np.load(refined / "probabilities" / "in.npz")["probabilities"], np.exp(wanted), atol=2e-3
     )

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import dense_crf
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.evaluation import evaluate, tuning
 from pwcrf_jax.prediction import refinement, restore
 from pwcrf_jax.runtime import checkpoint
@@ -20,15 +20,11 @@ from pwcrf_jax.training import steps
 
 ROOT = pathlib.Path(__file__).parents[2]
 K = 4
-SETTINGS = dict(
-    num_iterations=3,
-    method="lattice",
-    smoothness_compat=1.0,
-    smoothness_sxy=1.5,
-    appearance_compat=2.0,
-    appearance_sxy=10.0,
-    appearance_srgb=60.0,
+PARAMS = dense_crf.Params(
+    smoothness_compat=1.0, smoothness_sxy=1.5, appearance_compat=2.0, appearance_sxy=10.0, appearance_srgb=60.0
 )
+SETTINGS = configs.RefineSettings(PARAMS, num_iterations=3, method="lattice")
+SPATIAL = SETTINGS._replace(params=PARAMS._replace(appearance_compat=None))
 
 
 def sample(sizes, frame, grid=(8, 12), seed=0):
@@ -68,18 +64,15 @@ def by_hand(marginals, batch, params, num_iterations):
     return total
 
 
-@pytest.mark.parametrize("mode", ["spatial", "full"])
-def test_images_of_all_sizes_in_one_batch(mode):
+@pytest.mark.parametrize("settings", [SPATIAL, SETTINGS], ids=["spatial", "full"])
+def test_images_of_all_sizes_in_one_batch(settings):
     """Empty entries count for nothing, and neither the frame nor what is in it outside the image is seen."""
     sizes = [(60, 90), (96, 70), (0, 0), (17, 33)]
     marginals, batch = sample(sizes, (96, 96))
-    confusion, change = refinement.refine_batch(marginals, batch, SETTINGS, mode)
-    params = dense_crf.Params(*(SETTINGS[n] for n in dense_crf.Params._fields))
-    if mode == "spatial":
-        params = params._replace(appearance_compat=None)
-    np.testing.assert_array_equal(confusion[0], by_hand(marginals, batch, params, 3))
+    confusion, change = refinement.refine_batch(marginals, batch, settings)
+    np.testing.assert_array_equal(confusion[0], by_hand(marginals, batch, settings.params, 3))
     assert change.shape == (3,) and change[0] > 0
-    again, _ = refinement.refine_batch(*sample(sizes, (96, 96), seed=1), SETTINGS, mode)
+    again, _ = refinement.refine_batch(*sample(sizes, (96, 96), seed=1), settings)
     np.testing.assert_array_equal(again, confusion)
     assert np.all(confusion[1:].sum((1, 2)) < confusion[0].sum())
     assert np.all(np.diff(confusion[1:].sum((1, 2))) >= 0), "the wider band holds the narrower"
@@ -94,21 +87,21 @@ def test_few_sizes_of_frames():
         assert all(n <= f <= min(500, n + refinement.BUCKET - 1) for n, f in zip(size, frame, strict=True))
     before = refinement._compiled.cache_info().misses
     for size in ((130, 130), (140, 190), (192, 192)):
-        refinement.refine_batch(*sample([size], (200, 200)), SETTINGS, "spatial")
+        refinement.refine_batch(*sample([size], (200, 200)), SPATIAL)
     assert refinement._compiled.cache_info().misses == before + 1
 
 
 def test_a_lattice_that_is_too_small_is_built_again():
     marginals, batch = sample([(90, 96)], (96, 96))
     batch["image"] = np.random.default_rng(3).integers(0, 256, batch["image"].shape).astype(np.uint8)
-    tight = SETTINGS | dict(appearance_sxy=2.0, appearance_srgb=3.0)  # each pixel has vertices of its own
-    params = dense_crf.Params(*(tight[n] for n in dense_crf.Params._fields))
+    params = PARAMS._replace(appearance_sxy=2.0, appearance_srgb=3.0)  # each pixel has vertices of its own
+    tight = SETTINGS._replace(params=params)
     one = dense_crf.refine(
         np.full((90, 96, K), -np.log(K), np.float32), batch["image"][0, :90], params, 1, method="lattice"
     )[1]
     assert one.exceeded
-    got, _ = refinement.refine_batch(marginals, batch, tight, "full")
-    exact, _ = refinement.refine_batch(marginals, batch, tight | dict(method="exact"), "full")
+    got, _ = refinement.refine_batch(marginals, batch, tight)
+    exact, _ = refinement.refine_batch(marginals, batch, tight._replace(method="exact"))
     # Kernels this narrow see little but the pixel itself, in either filter.
     assert np.abs(got[0] - exact[0]).sum() < 0.02 * got[0].sum()
 
@@ -202,16 +195,16 @@ def test_kernels_tried_again_are_no_trials(config, tmp_path, monkeypatch, max_tr
     target |= dict(smoothness_sxy=3.0)
     calls = []
 
-    def score(config, dataset, split, marginals, settings, mode, what):
-        calls.append(tuple(settings[name] for name in tuning.KERNELS))
+    def score(config, dataset, split, marginals, settings, what):
+        calls.append(tuple(getattr(settings.params, name) for name in tuning.KERNELS))
         assert what == f"trial {len(calls)}"
-        return 0.9 - 0.05 * sum(abs(np.log(settings[name] / target[name])) for name in tuning.KERNELS)
+        return 0.9 - 0.05 * sum(abs(np.log(getattr(settings.params, name) / target[name])) for name in tuning.KERNELS)
 
     monkeypatch.setattr(tuning, "_score_kernels", score)
     found, miou = tuning._tune_kernels(config, None, "val", str(tmp_path), [], "full", max_trials)
     assert len(calls) == len(set(calls)) <= max_trials and (max_trials == 100 or len(calls) == max_trials)
     if max_trials == 100:
-        assert {name: found[name] for name in target} == target and miou == pytest.approx(0.9)
+        assert found.params == dense_crf.Params(**target) and miou == pytest.approx(0.9)
         assert len(calls) < 40
     again = len(calls)
     assert tuning._tune_kernels(config, None, "val", str(tmp_path), [], "full", max_trials) == (found, miou)
@@ -292,7 +285,7 @@ def test_the_kept_marginals_are_those_of_the_chosen_weights(searched):
     config.crf.weights, config.crf.num_iterations = weights, 2
     config.refine.num_iterations = 0
     plain = evaluate.evaluate(config, str(workdir), split="val[:8]")
-    score = tuning._score_kernels(config, dataset, "val[:8]", files, config.refine, "full", "")
+    score = tuning._score_kernels(config, dataset, "val[:8]", files, configs.refine_settings(config, "full"), "")
     assert score == pytest.approx(plain["rows"]["all"]["miou"])
 
 
@@ -341,7 +334,7 @@ def test_a_search_needs_a_trained_workdir(config, tmp_path):
 
 
 def test_wrong_settings_are_refused_by_name(config):
-    for key, value in (("smoothness_sxy", 0.0), ("method", "latice"), ("num_iterations", -1), ("appearance_srgb", "x")):
+    for key, value in (("smoothness_sxy", 0.0), ("num_iterations", -1), ("appearance_srgb", "x")):
         broken = config.copy_and_resolve_references()
         with broken.ignore_type():
             broken.refine[key] = value

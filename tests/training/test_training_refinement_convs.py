@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import mean_field, nets, piecewise
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.evaluation import evaluate, tuning
 from pwcrf_jax.model import decode, losses
 from pwcrf_jax.prediction import predictor, restore

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from rows import full_row
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.configs import camvid_mobilenet_v2
 from pwcrf_jax.data import DataError
 from pwcrf_jax.evaluation import evaluate
@@ -181,7 +181,6 @@ def test_unknown_split(config, tmp_path, monkeypatch):
         ("crf.weights", (1.0, 1.0, 1.0), "crf.weights"),
         ("crf.damping", 1.0, "damping"),
         ("crf.algorithm", "tabel", "crf.algorithm = 'tabel'.*did you mean 'table'"),
-        ("crf.chunk_edges", -1, "crf.chunk_edges.*integer from 0"),
         ("loss.sampled_offsets", -1, "loss.sampled_offsets.*integer from 0"),
         ("optimizer.learning_rate", float("nan"), "learning_rate.*finite"),
         ("optimizer.learning_rate", 0.0, "learning_rate.*above 0"),
@@ -200,7 +199,7 @@ def test_unknown_split(config, tmp_path, monkeypatch):
         ("data.synthetic.image_size", (1, 2, 3), "image_size.*2 values"),
         ("model.block6", ((3, 64.5),), "block6.*integer"),
         ("model.tiny.features", (1.5, 4, 4, 4), "features.*integer"),
-        ("optimizer.momentum", 1.0, "momentum.*below 1"),
+        ("loss.unary_share", 1.0, "unary_share.*below 1"),
         ("seed", 10**23, "seed.*to 4294967295"),
         ("relations.surrounding.parameterisation", "fre", "free"),
     ],

@@ -17,7 +17,7 @@ import pytest
 from rows import full_row
 
 import pwcrf_jax as pw
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.data import eval_batches
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.mean_field import Settings

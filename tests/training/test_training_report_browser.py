@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import pwcrf_jax as pw
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.data import eval_batches
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.model import decode

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rows import full_but
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.prediction import restore
 from pwcrf_jax.runtime import checkpoint
@@ -107,9 +107,7 @@ def test_table_of_one_relation_and_of_none(config, tmp_path):
 
 
 def test_a_user_defined_relation_by_config(config, tmp_path):
-    from pwcrf_jax.configs.default import relation
-
-    config.relations.left_right = relation(rows=(-1, 1), cols=(-3, -1), unit="cells")
+    config.relations.left_right = configs.relation(rows=(-1, 1), cols=(-3, -1), unit="cells")
     config.model.relations = ("left_right",)
     config.train.steps = 2
     result = loop.train_and_evaluate(config, str(tmp_path))

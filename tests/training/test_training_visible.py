@@ -23,10 +23,10 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 from tqdm import tqdm
 
+from pwcrf_jax import config as configs
 from pwcrf_jax.cli import command as cli
 from pwcrf_jax.cli import usage
 from pwcrf_jax.cli.main import COMMANDS, main
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import load_dataset
 from pwcrf_jax.evaluation import evaluators
 from pwcrf_jax.evaluation import steps as eval_steps
@@ -229,7 +229,7 @@ def files(folder):
 def flat(config):
     keys = ("data.data_dir", "data.synthetic.num_train", "data.synthetic.num_val", "data.crop_size", "model.hidden")
     keys += ("model.tiny.features", "train.batch_size", "eval.batch_size")
-    values = dict(configs._flat(config))
+    values = dict(configs.flat(config))
     return [f"--config.{key}={values[key]}" for key in keys]
 
 
@@ -304,7 +304,7 @@ def test_help_shows_every_flag_with_default_and_example(command):
 
 def test_full_help_shows_the_keys_of_the_config_too():
     text = in_process("train", "--helpfull")[0]
-    for key, value in configs._flat(importlib.import_module("pwcrf_jax.configs.default").get_config()):
+    for key, value in configs.flat(configs.defaults()):
         if not key.startswith("relations."):
             assert f"--config.{key}=" in text, (key, value)
     assert "Flags of libraries" in text
