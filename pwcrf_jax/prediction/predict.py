@@ -134,7 +134,7 @@ def class_info(config, workdir: str):
     names, palette = configs.load_classes(workdir)
     if not names:
         builder = prepare.builder_class(config.data.name)
-        names = getattr(builder, "class_names", ()) or [f"class_{i}" for i in range(config.data.num_classes)]
+        names = getattr(builder, "class_names", ()) or tuple(f"class_{i}" for i in range(config.data.num_classes))
         palette = builder.palette or voc_palette(len(names))
     if len(names) != config.data.num_classes:
         raise configs.ConfigError(

@@ -29,7 +29,6 @@ LIBRARIES = {
 }  # fmt: skip
 PRIVATE = ("jax._src", "jax.lib", "jax.config.update")
 FILE, FUNCTION, PARAMETERS = 400, 60, 7  # lines, lines without docstring, positional parameters
-KNOWN = {}
 
 
 def room(path: Path) -> str:
@@ -161,7 +160,7 @@ def test_public_jax_alone_and_no_global_settings():
 def test_files_and_functions_are_short():
     found = {str(p.relative_to(PACKAGE)) for p, source in sources() if len(source.splitlines()) > FILE}
     found |= {f"{p.relative_to(PACKAGE)}:{name}" for p, source in sources() for name in oversized(source)}
-    assert found == KNOWN
+    assert not found
 
 
 def test_the_base_needs_jax_and_numpy_alone():
