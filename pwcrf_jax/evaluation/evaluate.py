@@ -67,15 +67,15 @@ def evaluate_params(eval_fn, params, dataset, split: str, config, more: Sequence
         seen = evaluators.Seen(number, batch, per_image, *sums)
         for evaluator in every:
             evaluator.add(seen)
-    result = dict(split=split, num_images=len(dataset.source(split)), classes=list(config.eval.classes))
-    result |= dict(rows={}, nll={}, change={})
+    sections: dict[str, dict] = dict(rows={}, nll={}, change={})
     for evaluator in every:
         for name, value in evaluator.results():
             section, _, key = name.partition("/")
-            result[section][key] = value
-    if list(result["rows"].values())[-1]["miou"] is None:
+            sections[section][key] = value
+    if list(sections["rows"].values())[-1]["miou"] is None:
         log.warning("%s", nothing_scored(split, config))
-    return result
+    about = dict(split=split, num_images=len(dataset.source(split)), classes=list(config.eval.classes))
+    return about | sections
 
 
 def check_scored(config, dataset, split: str) -> None:

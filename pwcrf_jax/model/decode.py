@@ -15,8 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pwcrf_jax import mean_field
-from pwcrf_jax.arrays import level
+from pwcrf_jax.arrays import as_array, level
 from pwcrf_jax.model.segmenter import Potentials
+
+Array = jax.Array | np.ndarray
+"""Of a device or of the host, on which images of any size are put together."""
 
 Taps = tuple[np.ndarray, np.ndarray]
 """Positions along an axis of a map: (index int32 [n], fraction float32 [n]) of `taps`."""
@@ -34,14 +37,12 @@ class Decoded(NamedTuple):
       change: float32 [num_iterations, B], the largest change of a marginal in each iteration; None: not known.
     """
 
-    log_marginals: jax.Array
-    mask: jax.Array
+    log_marginals: Array
+    mask: Array
     change: jax.Array | None = None
 
 
-def decode(
-    potentials: Potentials, valid_box: jax.Array, size: tuple[int, int], settings: mean_field.Settings
-) -> Decoded:
+def decode(potentials: Potentials, valid_box: Array, size: Sequence[int], settings: mean_field.Settings) -> Decoded:
     """Mean field over the unary and the relations, then the refinement convolutions.
 
     Args:
@@ -68,9 +69,18 @@ def decode(
 
 
 def with_refinement_convs(
-    decoded: Decoded, refinement_logits: jax.Array | None, valid_box: jax.Array, size: tuple[int, int]
+    decoded: Decoded, refinement_logits: Array | None, valid_box: Array, size: Sequence[int]
 ) -> Decoded:
-    """`Decoded` of the grid of the unary, on the finer grid of refinement convolutions; without them as it is."""
+    """Adds refinement convolutions to the outcome of mean field.
+
+    Args:
+      decoded: `Decoded` of the unary's grid.
+      refinement_logits: float32 [B, h', w', K], of `Potentials`, or None.
+      valid_box, size: of `decode`.
+
+    Returns:
+      `Decoded` of the finer grid, float32 [B, h', w', K]; without refinement_logits what was given.
+    """
     if refinement_logits is None:
         return decoded
     log_marginals = apply_refinement(decoded.log_marginals, refinement_logits, decoded.mask)
@@ -78,9 +88,7 @@ def with_refinement_convs(
     return decoded._replace(log_marginals=log_marginals, mask=mask)
 
 
-def apply_refinement(
-    log_marginals: jax.Array, refinement_logits: jax.Array, node_mask: jax.Array | None = None
-) -> jax.Array:
+def apply_refinement(log_marginals: Array, refinement_logits: Array, node_mask: Array | None = None) -> jax.Array:
     """Log marginals upsampled to the finer grid of refinement convolutions, plus what these say.
 
     Args:
@@ -95,24 +103,47 @@ def apply_refinement(
 
 
 def log_probs(decoded: Decoded, rows: Taps, cols: Taps) -> jax.Array:
-    """Log-probabilities at pixels, float32 [..., n, m, K]; rows, cols: of `read`, as of `frame_taps`."""
+    """Log-probabilities at pixels.
+
+    Args:
+      decoded: `Decoded`, of a batch or of one image.
+      rows, cols: of `read`, as `frame_taps` gives them.
+
+    Returns:
+      float32 [..., n, m, K].
+    """
     return jax.nn.log_softmax(read(decoded.log_marginals, decoded.mask, rows, cols), axis=-1)
 
 
 def labels(decoded: Decoded, rows: Taps, cols: Taps) -> jax.Array:
-    """The best label at pixels, uint8 [..., n, m]; rows, cols: of `read`, as of `frame_taps`.
+    """The best label at pixels, the first of equals.
 
-    Of what is interpolated, without normalising it: that would change no label, but its rounding may make a tie.
+    It is taken of what is interpolated, without normalising: that would change no label, but its rounding may tie two.
+
+    Args:
+      decoded: `Decoded`, of a batch or of one image.
+      rows, cols: of `read`, as `frame_taps` gives them.
+
+    Returns:
+      uint8 [..., n, m].
     """
     return jnp.argmax(read(decoded.log_marginals, decoded.mask, rows, cols), axis=-1).astype(jnp.uint8)
 
 
-def frame_labels(decoded: Decoded, size: tuple[int, int]) -> jax.Array:
-    """`labels` at all pixels of a frame (height, width), uint8 [..., height, width]."""
+def frame_labels(decoded: Decoded, size: Sequence[int]) -> jax.Array:
+    """`labels` at all pixels of a frame.
+
+    Args:
+      decoded: `Decoded`, of a batch or of one image.
+      size: (height, width) of the frame in pixels; static.
+
+    Returns:
+      uint8 [..., height, width].
+    """
     return labels(decoded, *frame_taps(decoded.log_marginals.shape[-3:-1], size))
 
 
-def upsample(log_marginals: jax.Array, size: tuple[int, int], node_mask: jax.Array | None = None) -> jax.Array:
+def upsample(log_marginals: Array, size: Sequence[int], node_mask: Array | None = None) -> jax.Array:
     """Bilinear upsampling of a map to a frame: `read` at all its pixels.
 
     Args:
@@ -129,7 +160,15 @@ def upsample(log_marginals: jax.Array, size: tuple[int, int], node_mask: jax.Arr
 
 
 def frame_taps(grid: Sequence[int], size: Sequence[int]) -> tuple[Taps, Taps]:
-    """(rows, columns) for `read` of all pixels of a frame `size` that a map of `grid` cells covers."""
+    """The taps of all pixels of a frame.
+
+    Args:
+      grid: (h, w) in cells of the map that covers the frame.
+      size: (height, width) of the frame in pixels.
+
+    Returns:
+      (rows, cols) for `read`, each (int32 [n], float32 [n]) of `taps`.
+    """
     rows, cols = (taps((np.arange(n) + 0.5) * (cells / n) - 0.5, cells) for n, cells in zip(size, grid, strict=True))
     return rows, cols
 
@@ -148,7 +187,7 @@ def taps(positions: np.ndarray, num_cells: int) -> Taps:
     return (index + 1).astype(np.int32), (positions - index).astype(np.float32)
 
 
-def read(log_marginals: jax.Array, node_mask: jax.Array, rows: Taps, cols: Taps) -> jax.Array:
+def read(log_marginals: Array, node_mask: Array, rows: Taps, cols: Taps) -> jax.Array:
     """Log marginals of cells, bilinearly interpolated at pixels; all labels of pixels are read by it.
 
     Args:
@@ -163,14 +202,14 @@ def read(log_marginals: jax.Array, node_mask: jax.Array, rows: Taps, cols: Taps)
     """
     border = lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 3) + ((1, 1), (1, 1), (0, 0)))  # weights are 0 there
 
-    def mix(x):
+    def mix(x: jax.Array) -> jax.Array:
         for axis, (index, fraction), rest in ((-3, rows, (1, 2)), (-2, cols, (0, 2))):
             near, far = jnp.take(x, index, axis), jnp.take(x, index + 1, axis)
-            near, far, fraction = level(near, far, jnp.expand_dims(fraction, rest))
-            x = near * (1 - fraction) + far * fraction
+            near, far, share = level(near, far, jnp.expand_dims(fraction, rest))
+            x = near * (1 - share) + far * share
         return x
 
-    log_marginals, valid = level(log_marginals, node_mask[..., None])
+    log_marginals, valid = level(as_array(log_marginals), as_array(node_mask)[..., None])
     # Minus infinity times a share of 0 would be NaN. A select within `mix` would make programs round differently.
     finite = jnp.maximum(log_marginals, _LOWEST)
     weight = mix(border(valid.astype(jnp.float32)))
@@ -178,7 +217,7 @@ def read(log_marginals: jax.Array, node_mask: jax.Array, rows: Taps, cols: Taps)
     return jnp.where(out < _LOWEST * _LEAST_SHARE, -jnp.inf, out)
 
 
-def grid_mask(valid_box: jax.Array, grid: tuple[int, int], size: tuple[int, int]) -> jax.Array:
+def grid_mask(valid_box: Array, grid: Sequence[int], size: Sequence[int]) -> jax.Array:
     """Which cells lie on the image and not on its padding.
 
     Args:

@@ -181,7 +181,7 @@ def _trace(closed: core.ClosedJaxpr, num_params: int) -> tuple[list[_Value], lis
 
 
 def _call(eqn) -> core.Jaxpr | None:
-    """What an equation only calls, such as another `jit`; None for loops and all else."""
+    """The jaxpr that an equation only calls, such as another `jit`; None for loops and all else."""
     if eqn.primitive.name in ("scan", "while", "cond"):
         return None
     shapes = lambda variables: [v.aval.shape for v in variables]

@@ -116,7 +116,7 @@ class Objective:
 
     @property
     def stages(self) -> tuple[tuple[str, ...], ...]:
-        """What each stage trains, of `TRAINED_FACTORS`, in order."""
+        """Kinds of factors that each stage trains, of `TRAINED_FACTORS`, in order."""
         return tuple((kind,) for kind in TRAINED_FACTORS) if self.staged else (TRAINED_FACTORS,)
 
     def term_names(self, potentials: Potentials) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What a model costs at an image size, before anything is compiled: multiply-adds, and bytes of memory on one device.
+"""Costs of a model at an image size, before anything is compiled: multiply-adds, and bytes of memory on one device.
 
 The nets' figures are read from the jaxprs of the model and of its gradient, those of the pairwise parts come from
 `pwcrf_jax.costs`; nothing is computed, and no array of the model's size is made. A multiply-add is one product and one

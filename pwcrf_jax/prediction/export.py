@@ -76,12 +76,13 @@ def parse_size(text: str, config) -> tuple[int, int]:
       ConfigError: not HxW.
     """
     if not text:
-        return tuple(config.data.eval_size)
+        height, width = config.data.eval_size
+        return height, width
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
-    size = tuple(map(int, match.groups())) if match else ()
-    if not size or not all(1 <= n <= LARGEST for n in size):
+    height, width = map(int, match.groups()) if match else (0, 0)
+    if not all(1 <= n <= LARGEST for n in (height, width)):
         raise configs.ConfigError(f"--size={text} must be HEIGHTxWIDTH in pixels, each 1 to {LARGEST}, such as 480x640")
-    return size
+    return height, width
 
 
 def export_predictor(config, workdir: str, file: str, which: str = "best", size: str = "", overwrite=False) -> dict:
@@ -137,8 +138,8 @@ def export_predictor(config, workdir: str, file: str, which: str = "best", size:
         calling_convention_version=exported.calling_convention_version,
         bytes=len(data),
     )
-    with files.replacing(about) as beside, files.replacing(path) as file:  # both or none
+    with files.replacing(about) as beside, files.replacing(path) as program:  # both or none
         beside.write(json.dumps(info, indent=2).encode() + b"\n")
         beside.flush()
-        file.write(data)
+        program.write(data)
     return info

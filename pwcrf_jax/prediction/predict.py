@@ -78,7 +78,9 @@ class Targets:
     def __init__(self, output: str, format_name: str, split: str = "test"):
         self._format = FORMATS[format_name]
         self._folder = Path(output, self._format.folder.format(split=split))
-        self._taken, self._files, self._folders = {}, {}, {}
+        self._taken: dict[Path, str] = {}
+        self._files: dict[str, str] = {}
+        self._folders: dict[str, str] = {}
 
     def __call__(self, name: str) -> Path:
         parts = name.split("/")
@@ -132,7 +134,7 @@ def class_info(config, workdir: str):
     names, palette = configs.load_classes(workdir)
     if not names:
         builder = prepare.builder_class(config.data.name)
-        names = getattr(builder, "class_names", ()) or [f"class_{i}" for i in range(config.data.num_classes)]
+        names = getattr(builder, "class_names", ()) or tuple(f"class_{i}" for i in range(config.data.num_classes))
         palette = builder.palette or voc_palette(len(names))
     if len(names) != config.data.num_classes:
         raise configs.ConfigError(
@@ -253,6 +255,7 @@ def predict(
 def _requested(config, workdir, output, *, images, split, format_name) -> Request:
     """Finds what is to be predicted; refuses a format that does not fit, and names that are none of files."""
     found, source = image_files.Found({}, {}, {}), None
+    items: dict[str, tuple[Any, Any]]
     if split:
         dataset = load_dataset(**configs.dataset_options(config))
         configs.check_classes(config, dataset.class_names)

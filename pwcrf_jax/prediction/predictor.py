@@ -198,10 +198,10 @@ class Marginals:
     @classmethod
     def of_frame(cls, log_marginals: np.ndarray, valid_box: np.ndarray, frame: tuple[int, int]) -> "Marginals":
         """Those of an image in the upper left corner of a frame: log marginals [h, w, K] of a map of all of it."""
-        grid, size = log_marginals.shape[:2], (int(valid_box[2]), int(valid_box[3]))
+        grid = log_marginals.shape[:2]
         mask = np.asarray(decode.grid_mask(valid_box[None], grid, frame)[0])
-        layout = tiling.Layout(size, tuple(frame), grid, tuple(frame), grid, ((0,), (0,)))
-        return cls(size, [View(decode.Decoded(log_marginals, mask), layout)])
+        layout = tiling.whole_frame(valid_box[2:].tolist(), frame, grid)
+        return cls(layout.size, [View(decode.Decoded(log_marginals, mask), layout)])
 
     def labels(self) -> np.ndarray:
         """The best class of each pixel, uint8 [H, W]."""

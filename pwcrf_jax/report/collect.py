@@ -12,6 +12,7 @@ import importlib.resources
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,7 +43,9 @@ class Extremes:
     """Of what is offered, the half of `limit` with the largest gains and the half with the least; all if not more."""
 
     def __init__(self, limit: int):
-        self._limit, self._keys, self._entries = limit, [], {}
+        self._limit = limit
+        self._keys: list[tuple[float, int]] = []
+        self._entries: dict[int, Any] = {}
 
     def offer(self, gain: float, index: int, make) -> None:
         """make() is called, for the entry, only where it is kept for now."""
@@ -86,12 +89,12 @@ class Report:
         files.make_folder(self.file.parent)
         files.check_replaceable(self.file)
         self._gallery, self._wanted = Extremes(images), inspected
-        self._inspected = None
-        self._confusion = collections.defaultdict(int)  # {row: int64 [K, K]}
-        self._watched = collections.defaultdict(dict)
+        self._confusion: Any = collections.defaultdict(int)  # {row: int64 [K, K]}
+        self._watched: dict[int, dict[str, Pixels]] = collections.defaultdict(dict)
+        self._changes: dict[tuple[str, str], np.ndarray]
         self._changes = collections.defaultdict(lambda: np.zeros(len(CHANGES), np.int64))
-        self._bins = collections.defaultdict(lambda: np.zeros((3, BINS)))
-        self._hidden = collections.defaultdict(float)
+        self._bins: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros((3, BINS)))
+        self._hidden: Any = collections.defaultdict(float)  # {relation: [sums of hidden units and their number]}
         self._seen = self._void = 0
 
     def start(self, config, model, params, dataset):
@@ -349,4 +352,4 @@ def entropy_colours() -> list[tuple[int, int, int]]:
     """16 colours from sure to unsure."""
     at = np.linspace(0, len(_ENTROPY_ANCHORS) - 1, 16)
     channels = [np.interp(at, range(len(_ENTROPY_ANCHORS)), channel) for channel in zip(*_ENTROPY_ANCHORS, strict=True)]
-    return [tuple(int(round(x)) for x in colour) for colour in zip(*channels, strict=True)]
+    return [(int(round(r)), int(round(g)), int(round(b))) for r, g, b in zip(*channels, strict=True)]

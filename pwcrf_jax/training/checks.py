@@ -1,4 +1,4 @@
-"""What a run is refused for before it trains: its config, its data set, its start, what is left of another run."""
+"""Refusals before a run trains: of its config, its data set, its start, of what is left of another run."""
 
 import os
 from typing import Any
@@ -56,7 +56,7 @@ def _check_reached(config: ConfigDict) -> None:
     if objective.contains_inference and any(left_out.values()):
         key = next(key for key, found in left_out.items() if found)
         raise configs.ConfigError(
-            f"config.crf.{key} = {crf[key]!r} leaves relations out, which config.loss.objective = "
+            f"config.crf.{key} = {getattr(crf, key)!r} leaves relations out, which config.loss.objective = "
             f"{config.loss.objective!r} then does not train; change it, or take them out of config.model.relations"
         )
 

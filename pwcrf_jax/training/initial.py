@@ -1,4 +1,4 @@
-"""What a run begins with: its config settled, its parameters random, from a file of weights or from another run."""
+"""The beginning of a run: its config settled, its parameters random, from a file of weights or from another run."""
 
 import operator
 import os

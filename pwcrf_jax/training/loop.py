@@ -265,7 +265,7 @@ class Run:
 def _facts(
     config: ConfigDict, dataset: Any, state: steps.TrainState, meta: dict[str, Any], best_meta: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """What processes that were started alike may still have found otherwise."""
+    """Facts that processes which were started alike may still have found otherwise."""
     at = {"the step to go on from": meta["step"], "its samples": meta["samples_seen"], "its score": meta.get("score")}
     at |= {f"the best model's {key}": best_meta and best_meta[key] for key in ("step", restore.BEST)}
     at["config.model.input_scaling"] = config.model.input_scaling

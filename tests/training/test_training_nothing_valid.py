@@ -58,7 +58,8 @@ def evaluated(monkeypatch, label, classes=(), predicted=1, factors=(), split="va
     config = small.config("unused", **{"eval.classes": classes, "data.num_classes": len(NAMES)})
     box = np.array([[0, 0, *label.shape]], np.int32)
     batch = dict(image=np.zeros((1, *label.shape, 3), np.uint8), label=label[None], valid_box=box)
-    monkeypatch.setattr(evaluate, "eval_batches", lambda *_, **__: [batch])
+    monkeypatch.setattr(evaluate, "batches_of", lambda *_: [batch])
+    monkeypatch.setattr(evaluate, "inputs_of", lambda batch: batch)
     counts = confusion_of(label, predicted)
     rows = dict.fromkeys([*configs.table_rows(config), configs.final_row(config)], counts)
     terms = {"unary": (0.0, 0), "surrounding": (0.0, 0), **dict(factors)}

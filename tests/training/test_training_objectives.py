@@ -59,6 +59,24 @@ def small(config):
     return config
 
 
+@pytest.mark.parametrize("name", losses.OBJECTIVES)
+def test_an_objective_names_its_terms_and_weighs_no_other(small, name):
+    """With each relation that inference uses, or with those that it names; refinement convolutions where they train."""
+    objective, batch = losses.OBJECTIVES[name], batch_of(np.random.default_rng(0), 1)
+    if objective.trains_refinement_convs:
+        small.model.refinement_convs.layers = ("conv3",)
+    model = configs.build_model(small)
+    scores = lambda p: model.apply({"params": p}, batch["image"])
+    params = restore.abstract_params(model)
+    names = objective.term_names(jax.eval_shape(scores, params))
+    for weights in (None, 0.5, {"surrounding": 1.0}):
+        of = lambda p, w=weights: objective.terms(scores(p), jnp.asarray(batch["label"]), inference=Settings(weights=w))
+        terms = jax.eval_shape(of, params)
+        assert set(terms) == set(names) >= set(objective.weights(terms))
+    assert ("refinement_convs" in names) == objective.trains_refinement_convs
+    assert [kind for stage in objective.stages for kind in stage] == list(losses.TRAINED_FACTORS)
+
+
 @pytest.mark.parametrize("features", full_but(["shared", "own"], "own"))
 def test_relations_leave_the_steps_of_the_unary_as_they_are(small, features):
     """Beside relations that do not train its features, the unary takes the steps it takes alone, clipped or not."""
