@@ -12,6 +12,7 @@ from pwcrf_jax import config as configs
 from pwcrf_jax import metrics
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.model import decode
+from pwcrf_jax.prediction import restore
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -157,7 +158,7 @@ def test_potts_scores_are_means_of_the_neighbours(choices, trained):
     """Mean field written out in NumPy: what a node hears is the mean of its neighbours' marginals."""
     config = configs.load(trained / "config.json")
     counts, _ = choices.counts_of_images(config, trained, "val", [choices.Decoding(3.0, 2, potts=True)])
-    model, params, _, dataset = trained.load(config, str(trained), "latest", "val")
+    model, params, _, dataset = restore.load(config, str(trained), "latest", "val")
     boxes = dict(model.relations)
     batches = choices.eval_batches(dataset, "val", batch_size=1, size=config.data.eval_size)
     changed = 0

@@ -22,6 +22,7 @@ from pwcrf_jax.data import eval_batches
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.mean_field import Settings
 from pwcrf_jax.model import decode
+from pwcrf_jax.prediction import restore
 from pwcrf_jax.report import collect
 from pwcrf_jax.report.parts import pixels_of
 from pwcrf_jax.runtime.files import FileError
@@ -52,7 +53,7 @@ def run(trained):
     """(config, model, params, data set) of a run whose pair networks say something."""
     config = configs.load(trained / "config.json")
     config.crf.weights = (0.5, 2.0)
-    model, params, _, dataset = trained.load(config, str(trained), "best", "val")
+    model, params, _, dataset = restore.load(config, str(trained), "best", "val")
     rng = np.random.default_rng(0)
     for name in config.model.relations:
         layer = params[f"pairwise_{name}"]

@@ -16,6 +16,7 @@ from pwcrf_jax import config as configs
 from pwcrf_jax.data import eval_batches
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.model import decode
+from pwcrf_jax.prediction import restore
 from pwcrf_jax.report import collect
 
 pytestmark = pytest.mark.slow
@@ -43,7 +44,7 @@ def chromium():
 @pytest.fixture(scope="module")
 def run(trained):
     config = configs.load(trained / "config.json")
-    model, params, _, dataset = trained.load(config, str(trained), "best", "val")
+    model, params, _, dataset = restore.load(config, str(trained), "best", "val")
     rng = np.random.default_rng(0)
     for name in config.model.relations:
         layer = params[f"pairwise_{name}"]
