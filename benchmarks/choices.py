@@ -32,10 +32,10 @@ import ladder_table
 import numpy as np
 from tqdm import tqdm
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import metrics
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import eval_batches
-from pwcrf_jax.model import segmenter
+from pwcrf_jax.model import decode
 from pwcrf_jax.prediction import restore
 from pwcrf_jax.runtime import logs, parallel
 from pwcrf_jax.training import loop
@@ -120,13 +120,13 @@ def counts_of_images(config, workdir, split, decodings):
     def step(params, batch):
         potentials = model.apply({"params": params}, batch["image"])
         size = batch["label"].shape[1:3]
-        mask = segmenter.grid_mask(batch["valid_size"], potentials.unary.shape[1:3], size)
+        box, logits = batch["valid_box"], potentials.refinement_logits
+        potentials = potentials._replace(refinement_logits=None)
 
-        def confusion(log_marginals, mask):
-            labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask), axis=-1)
-            return metrics.confusion_matrix(labels, batch["label"], model.num_classes)
+        def confusion(decoded):
+            return metrics.confusion_matrix(decode.frame_labels(decoded, size), batch["label"], model.num_classes)
 
-        out = {"unary": confusion(jax.nn.log_softmax(potentials.unary), mask)}
+        out = {"unary": confusion(decode.decode(potentials, box, size, dataclasses.replace(crf, weights={})))}
         for d in decodings:
             pairwise = potentials.pairwise
             if d.potts:
@@ -140,18 +140,16 @@ def counts_of_images(config, workdir, split, decodings):
                 damping=d.damping,
                 average_messages=d.average_messages,
             )
-            log_marginals, _ = segmenter.infer(scaled, settings, node_mask=mask)
-            out[str(d)] = confusion(log_marginals, mask)
-            if potentials.correction is not None:
-                sharp = segmenter.sharpen(log_marginals, potentials.correction, mask)
-                fine = segmenter.grid_mask(batch["valid_size"], sharp.shape[1:3], size)
-                out[f"{d}, sharpened"] = confusion(sharp, fine)
+            decoded = decode.decode(scaled, box, size, settings)
+            out[str(d)] = confusion(decoded)
+            if logits is not None:
+                out[f"{d}, sharpened"] = confusion(decode.with_refinement_convs(decoded, logits, box, size))
         return jax.lax.psum(out, parallel.AXIS)
 
     fn, counts = parallel.pmap_eval(step, devices=jax.devices()[:1]), {}
     batches = eval_batches(dataset, split, batch_size=1, size=config.data.eval_size)
     for batch in tqdm(batches, desc=str(workdir), disable=None, leave=False):
-        matrices = fn(params, parallel.split({k: batch[k] for k in ("image", "label", "valid_size")}, 1))
+        matrices = fn(params, parallel.split({k: batch[k] for k in ("image", "label", "valid_box")}, 1))
         for row, matrix in matrices.items():
             counts.setdefault(row, []).append(ladder.of_classes(np.asarray(matrix, np.int64)[None]))
     rows = sorted(counts, key=["unary", *(f"{d}{end}" for d in decodings for end in ("", ", sharpened"))].index)

@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import metrics, nets, piecewise
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import eval_batches
 from pwcrf_jax.model import decode
 from pwcrf_jax.prediction import restore

@@ -2,9 +2,9 @@
 
     python benchmarks/export.py --workdir DIR [--images 20] [--repeats 5]
 
-Images of the validation split, one at a time, in one process: the file that `eval.py --export` writes, read back,
-beside the same function jitted with the parameters as arguments, and beside what `eval.py --dataset` runs. Medians over
-images and repeats, the three interleaved. Prints milliseconds and ratios, and the number of pixels whose label differs;
+Images of the validation split, one at a time, in one process: the file that `pwcrf export` writes, read back, beside
+the same function jitted with the parameters as arguments, and beside what `pwcrf predict` runs. Medians over images and
+repeats, the three interleaved. Prints milliseconds and ratios, and the number of pixels whose label differs;
 ends with one line of JSON.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 import timing
 from jax import export as jax_export
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.data import load_dataset
 from pwcrf_jax.data.readers.image_io import MEAN_COLOUR
 from pwcrf_jax.prediction import export, restore

@@ -16,7 +16,7 @@
   `piecewise` takes for these ("equal time", by the seconds of a step measured above; a run of its own, with its own
   learning rate schedule). Mean IoU of the unary and of all relations, on 200 scenes of another seed, after the last
   step: with three iterations and message weights of 1, as unrolled mean field was trained, and with the number and the
-  weights that `eval.py --tune-refinement` finds best for each run on training scenes that were held out.
+  weights that `pwcrf tune` finds best for each run on training scenes that were held out.
 
 Messages are means (the demo's setting). Figures go to benchmarks/results (--results), those of --quick nowhere. Ends
 with one line of JSON: `step_ratio` and `crf_ratio` are unrolled mean field over piecewise, and over the other kinds of
@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import timing
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.configs import camvid_mobilenet_v2, demo
 from pwcrf_jax.evaluation import evaluate, tuning
 from pwcrf_jax.model import losses
@@ -62,13 +62,13 @@ def batch_of(config):
     return {"image": rng.integers(0, 256, (*size, 3), np.uint8), "label": labels}
 
 
-def compiled_step(config, name, batch, kinds=losses.KINDS):
+def compiled_step(config, name, batch, kinds=losses.TRAINED_FACTORS):
     """(turn of `timing.interleaved` that runs a step on fresh state, bytes of temporaries)."""
     _choose(config, name)
     model = configs.build_model(config)
     tx = make_optimizer(config.optimizer, config.model, config.train.steps, configs.unary_steps(config))
     state = jax.jit(lambda: _fresh(config, model, tx))()
-    step = steps.make_train_step(model, tx, config.loss.to_dict(), 0, configs.crf_settings(config), kinds)
+    step = steps.from_config(config, model, tx, kinds)
     one = jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name=parallel.AXIS)  # a single device, without donation
     inputs = parallel.split(batch, 1)
     compiled = jax.jit(one).lower(state, inputs).compile()
@@ -92,14 +92,11 @@ def compiled_crf(config, name, batch):
     params = restore.init_params(model, 0)
     potentials = jax.jit(lambda: model.apply({"params": params}, batch["image"]))()
     crf, labels = configs.crf_settings(config), jnp.asarray(batch["label"])
-    sampled, key = config.loss.sampled_offsets, jax.random.key(0)
+    objective, settings, key = configs.objective(config), configs.loss_settings(config), jax.random.key(0)
 
     def loss(potentials):
-        if name.startswith("piecewise"):
-            terms = losses.piecewise_terms(potentials, labels, sampled_offsets=sampled, key=key)
-            return sum(-total / count for total, count in terms.values())
-        total, count = losses.joint_term(potentials, labels, name, crf)
-        return -total / count
+        terms = objective.terms(potentials, labels, settings, crf, key=key)
+        return losses.negative_log_likelihood(terms, len(labels), objective.weights(terms, settings))
 
     compiled = jax.jit(jax.value_and_grad(loss, allow_int=True)).lower(potentials).compile()
     return partial(timing.timed, compiled, potentials), compiled.memory_analysis().temp_size_in_bytes

@@ -41,8 +41,8 @@ import jax.numpy as jnp
 import numpy as np
 import timing
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import mean_field, piecewise, relations
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.configs import voc_vgg16
 from pwcrf_jax.potentials import factored_pairwise
 from pwcrf_jax.prediction import restore
@@ -596,7 +596,7 @@ def train_step_rows(config, image_size=(375, 500), dtypes=("float32", "bfloat16"
         config.model.dtype = dtype
         model = configs.build_model(config)
         tx = make_optimizer(config.optimizer, config.model, config.train.steps)
-        step = parallel.pmap_train(steps.make_train_step(model, tx, config.loss.to_dict()), devices=[device])
+        step = parallel.pmap_train(steps.from_config(config, model, tx), devices=[device])
         params = jax.jit(lambda model=model: restore.init_params(model, config.seed))()
         state = steps.TrainState(jnp.int32(0), params, jax.jit(tx.init)(params))
         del params  # donated with the state

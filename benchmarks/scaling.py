@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import timing
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.model.plan import plan
 from pwcrf_jax.prediction import restore
 from pwcrf_jax.runtime import parallel
@@ -70,7 +70,7 @@ def load(name):
 
 
 def train_step(config, model, tx, num_devices):
-    step = steps.make_train_step(model, tx, config.loss.to_dict(), config.seed, configs.crf_settings(config))
+    step = steps.from_config(config, model, tx)
     return parallel.pmap_train(step, devices=jax.devices()[:num_devices])
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.prediction import predictor, restore
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}

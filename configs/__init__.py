@@ -1,1 +1,1 @@
-"""Configuration files: each has a `get_config()`; `default.py` holds every key."""
+"""Configuration files: each has a `get_config()`, which starts from that of `default.py`."""

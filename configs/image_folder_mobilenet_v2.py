@@ -1,7 +1,7 @@
 """Your own images and masks with MobileNetV2 start weights, sized for two CPU cores or a small GPU.
 
-    python -m pwcrf_jax.data.check image_folder --source_dir PATH
-    python train.py --config configs/image_folder_mobilenet_v2.py --workdir runs/mine \\
+    pwcrf check image_folder --source_dir PATH
+    pwcrf train --config image_folder_mobilenet_v2 --workdir runs/mine \\
         --config.data.source_dir=PATH --config.data.num_classes=K --config.data.eval_size="(H, W)" \\
         --config.init_from=PATH/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5
 

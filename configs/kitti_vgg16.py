@@ -1,6 +1,6 @@
 """KITTI with 11 classes as in the paper (68.5 mean IoU; 70.3 pretrained on COCO), see configs/paper.py.
 
-    python train.py --config configs/kitti_vgg16.py --workdir runs/kitti \\
+    pwcrf train --config kitti_vgg16 --workdir runs/kitti \\
         --config.data.source_dir=PATH \\
         --config.init_from=PATH/vgg16_weights_tf_dim_ordering_tf_kernels.h5
 

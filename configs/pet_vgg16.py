@@ -1,6 +1,6 @@
 """Oxford-IIIT Pet as TFDS prepared it, 3 classes (not in the paper), see configs/paper.py and docs/datasets.md.
 
-    python train.py --config configs/pet_vgg16.py --workdir runs/pet \\
+    pwcrf train --config pet_vgg16 --workdir runs/pet \\
         --config.data.source_dir=PATH \\
         --config.init_from=PATH/vgg16_weights_tf_dim_ordering_tf_kernels.h5
 

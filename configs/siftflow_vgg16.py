@@ -1,6 +1,6 @@
 """SIFT Flow, 33 classes, as in the paper (44.9 mean IoU, images enlarged 2x), see configs/paper.py.
 
-    python train.py --config configs/siftflow_vgg16.py --workdir runs/siftflow \\
+    pwcrf train --config siftflow_vgg16 --workdir runs/siftflow \\
         --config.data.source_dir=PATH \\
         --config.init_from=PATH/vgg16_weights_tf_dim_ordering_tf_kernels.h5
 

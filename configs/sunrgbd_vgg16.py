@@ -1,6 +1,6 @@
 """SUN RGB-D, 37 classes from RGB alone, as in the paper (42.3 mean IoU), see configs/paper.py.
 
-    python train.py --config configs/sunrgbd_vgg16.py --workdir runs/sunrgbd \\
+    pwcrf train --config sunrgbd_vgg16 --workdir runs/sunrgbd \\
         --config.data.source_dir=PATH \\
         --config.init_from=PATH/vgg16_weights_tf_dim_ordering_tf_kernels.h5
 

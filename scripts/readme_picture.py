@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.prediction import predictor, refinement, restore
 from pwcrf_jax.report import pictures
 
@@ -41,7 +41,7 @@ def rows(workdir, split, count):
     for record, (_, image, marginals), (_, _, alone) in zip(
         records, with_relations(images), unary(images), strict=True
     ):
-        refined, _ = refinement.refine_image(marginals.log_probs(), image, config.refine, "full")
+        refined, _ = refinement.refine_image(marginals.log_probs(), image, configs.refine_settings(config, "full"))
         labels = (record["label"], alone.labels(), marginals.labels(), refined.argmax(-1))
         yield [image, *(pictures.coloured(x, dataset.palette) for x in labels)]
 

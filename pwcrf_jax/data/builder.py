@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from pwcrf_jax.data.check import LabelGuard, bad_value
+from pwcrf_jax.data.label_guard import LabelGuard, bad_value
 from pwcrf_jax.data.readers.classes import refuse_own_names
 from pwcrf_jax.data.readers.files import MAX_PIXELS, DataError, check_regular, read_image_file
 from pwcrf_jax.data.readers.image_io import (

@@ -123,27 +123,27 @@ class Dataset:
             if name in self.unlabelled:
                 raise DataError(
                     f"split {name!r} of data set {self.name!r} has no public labels; predict on it with "
-                    f"eval.py --dataset={name} --output=DIR, or name another split"
+                    f"pwcrf predict --dataset={name} --output=DIR, or name another split"
                 )
 
     def label_report(self) -> dict[str, Any]:
-        """The report of `check.LabelGuard`, made when the data set was prepared, see `LabelGuard.report`.
+        """The report of `label_guard.LabelGuard`, made when the data set was prepared, see `LabelGuard.report`.
 
         Raises:
           DataError: a prepared record is damaged.
         """
-        from pwcrf_jax.data import check
+        from pwcrf_jax.data import label_guard
 
         def usable(report: Any) -> Any:
-            check.format_report(report)
+            label_guard.format_report(report)
             if list(report["classes"]) != list(self.class_names) or report["splits"].keys() != self.splits.keys():
                 raise ValueError("it is of another data set")
             return report
 
         try:
-            return read_json(Path(self.folder, check.REPORT), "it is written again", usable)
+            return read_json(Path(self.folder, label_guard.REPORT), "it is written again", usable)
         except OSError:  # of another shape, or of a run that was killed
-            guard = check.LabelGuard(self.class_names, self.unlabelled)
+            guard = label_guard.LabelGuard(self.class_names, self.unlabelled)
         for split in self.splits:
             source = self.source(split)
             for index in range(len(source)):
@@ -153,7 +153,7 @@ class Dataset:
                 guard.add(split, record["id"], record["image"], pixels, label)
         report = guard.report()
         with contextlib.suppress(OSError):  # a read-only folder
-            check.write_report(report, self.folder)
+            label_guard.write_report(report, self.folder)
         return report
 
     def source(self, split: str) -> Source:
@@ -273,7 +273,7 @@ def _clear_leftovers(home: Path) -> None:
 def _prepare(name: str, builder: Any, home: Path) -> None:
     import tensorflow_datasets as tfds
 
-    from pwcrf_jax.data import check
+    from pwcrf_jax.data import label_guard
 
     start = time.monotonic()
     try:
@@ -289,7 +289,7 @@ def _prepare(name: str, builder: Any, home: Path) -> None:
         raise
     report = builder.guard.report()
     with contextlib.suppress(OSError):  # the data set is whole; `label_report` makes it anew
-        check.write_report(report, builder.data_dir)
+        label_guard.write_report(report, builder.data_dir)
     for warning in report["warnings"]:
         log.warning("%s: %s", name, warning)
     counts = ", ".join(f"{k} {v.num_examples}" for k, v in builder.info.splits.items())

@@ -1,60 +1,40 @@
 """Evaluation on a split at full resolution, and its table."""
 
 import functools
-import math
 import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from pwcrf_jax import metrics
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.data import eval_batches
+from pwcrf_jax.evaluation import evaluators
 from pwcrf_jax.evaluation import steps as eval_steps
-from pwcrf_jax.model import segmenter
-from pwcrf_jax.model.counts import BAND_WIDTHS, confusions
+from pwcrf_jax.model.losses import piecewise_terms
 from pwcrf_jax.prediction import predictor as inference
-from pwcrf_jax.prediction import refinement, restore
+from pwcrf_jax.prediction import restore
 from pwcrf_jax.runtime import files, parallel
 from pwcrf_jax.runtime.logs import bar, log
 
 
-def eval_step(config, model, marginals_of=None, labels_of=()):
-    """The evaluation step of a config, see `eval_steps.make_eval_step`."""
-    rows, crf, loss = configs.table_rows(config), configs.crf_settings(config), config.loss
-    more = marginals_of, labels_of, loss.pairwise_balance_power
-    return eval_steps.make_eval_step(model, rows, crf, loss.balance_power, loss.chunk_edges or None, *more)
+def make_eval_fn(config, model, *, keep: Sequence[str] = (), figures: Callable | None = None, devices=None):
+    """The evaluation step of a config, see `eval_steps.make_eval_step`, mapped over the devices and compiled.
 
-
-def make_eval_fn(config, model, refine="off"):
-    """The same, mapped over the devices and compiled.
-
-    It returns (sums, more). more: with a mode of refinement the marginals of the final row; "off": the labels of
-    `configs.shown_rows`, whether they are looked at or not, so that training and eval.py compile one program.
+    keep, figures: of `make_eval_step`; `configs.shown_rows` are kept whether they are looked at or not, so that
+    training and evaluation compile one program.
     """
-    final, shown = configs.final_row(config), configs.shown_rows(config)
-    more = dict(labels_of=shown) if refine == "off" else dict(marginals_of=final)
-    return parallel.pmap_eval(eval_step(config, model, **more), per_image=True)
+    terms = functools.partial(piecewise_terms, settings=configs.loss_settings(config))
+    rows, settings = configs.table_rows(config), configs.crf_settings(config)
+    keep = tuple(dict.fromkeys([*configs.shown_rows(config), configs.final_row(config), *keep]))
+    step = eval_steps.make_eval_step(model, rows, settings, keep=keep, terms=terms, figures=figures)
+    return parallel.pmap_eval(step, devices, per_image=True)
 
 
-def evaluate_params(
-    eval_fn, params, dataset, split, config, refine="off", predictor=None, panel=None, report=None
-) -> dict:
-    """Runs one split.
-
-    refine: "off", or "spatial" or "full" for one more row, the final marginals refined by the dense CRF; `eval_fn`
-      must be made for it.
-    predictor: an `inference.Predictor`, for one more row, "tta", the means over its views. They are then what is
-      refined, and `eval_fn` must be made for "off".
-    panel: a `pictures.Panel` that is shown the images and their labels; `eval_fn` must be made for "off".
-    report: a `report.Report` that collects what it shows; `eval_fn` must be the one that its `start` returned.
-
-    Returns a dict of plain numbers, None where no valid pixel or edge gives one: `rows` {row: {miou, pixel_accuracy,
-    mean_accuracy, fw_iou, iou {class: ...}, boundary_iou {width: ...}}}, `nll` {unary, relation: ...}, `change` {row:
-    [largest change of a marginal in each iteration]; of "refined", on this host; not of "tta"}, `num_images`, `classes`
-    (names that means are over; none: all).
-    """
-    batches = eval_batches(
+def batches_of(config, dataset, split: str):
+    """This process' share of the batches of a split, each in a frame of config.data.eval_size."""
+    return eval_batches(
         dataset,
         split,
         batch_size=config.eval.batch_size,
@@ -63,96 +43,40 @@ def evaluate_params(
         hosts=jax.process_count(),
         num_threads=config.data.num_threads,
     )
-    rows = list(dict.fromkeys([*configs.table_rows(config), configs.final_row(config)]))
-    rows += ["tta"] * bool(predictor) + ["refined"] * (refine != "off")
-    confusion, terms, change = {}, {}, {}
-    for number, batch in enumerate(bar(batches, f"eval {split}")):
-        out, more = eval_fn(params, parallel.split({k: batch[k] for k in ("image", "label", "valid_size")}))
-        if panel:
-            panel.add(number, batch, more)
-        views = figures = None
-        if report:
-            figures = report.unpack(more)
-        if predictor:
-            sizes = enumerate(batch["valid_size"])
-            views = predictor((i, batch["image"][i, :height, :width]) for i, (height, width) in sizes if height)
-        elif report and refine != "off":
-            views = report.marginals(batch, figures)
-        if views:
-            counts, largest, pixels = _image_by_image(
-                views, batch, len(dataset.class_names), config.refine, refine, bool(predictor), report
-            )
-            out["confusion"] |= {row: parallel.sum_over_hosts(x) for row, x in counts.items()}
-            out["change"] |= largest
-        elif refine != "off":
-            marginals = np.asarray(more)
-            marginals = marginals.reshape(-1, *marginals.shape[2:])
-            counts, out["change"]["refined"] = refinement.refine_batch(marginals, batch, config.refine, refine)
-            out["confusion"]["refined"] = parallel.sum_over_hosts(counts)
-        if report:
-            report.add(batch, figures, pixels if views else {})
-        for row, counts in out["confusion"].items():
-            confusion[row] = confusion.get(row, 0) + np.asarray(counts, np.int64)
-        for row, largest in out["change"].items():
-            change[row] = np.maximum(change.get(row, 0.0), np.asarray(largest))
-        for name, (total, count) in out["terms"].items():
-            terms[name] = terms.get(name, 0.0) + np.array([total, count], np.float64)
-    scored = configs.scored_classes(config, dataset.class_names)
-    if mean_iou(confusion[rows[-1]][0], scored) is None:
-        log.warning("%s", nothing_scored(split, config))
-    if report:
-        report.confusion = {row: confusion[row][0] for row in rows}
-    return dict(
-        split=split,
-        num_images=len(dataset.source(split)),
-        classes=list(config.eval.classes),
-        rows={row: _figures(confusion[row], dataset.class_names, scored) for row in rows},
-        nll={name: float(-total / count) if count else None for name, (total, count) in terms.items()},
-        change={row: [float(x) for x in values] for row, values in change.items()},
-    )
 
 
-def _image_by_image(views, batch, num_classes, settings, refine, augmented, report):
-    """Rows that are made of one image after the other: "tta" if augmented and, with refine, "refined".
+def inputs_of(batch, num_devices: int | None = None):
+    """What the evaluation step reads of a batch, an axis of devices first."""
+    return parallel.split({k: batch[k] for k in ("image", "label", "valid_box")}, num_devices)
 
-    views: (position in the batch, image, marginals) of this host's images.
-    Returns ({row: int32 [1 + bands, K, K]}, {row: change}, {position: {row: `report.Pixels`}}).
+
+def evaluate_params(eval_fn, params, dataset, split: str, config, more: Sequence[evaluators.Evaluator] = ()) -> dict:
+    """Runs one split: every batch through `eval_fn` of `make_eval_fn`, and by every evaluator.
+
+    more: evaluators; those that make rows of the table, then those that look on.
+
+    Returns a dict of plain numbers, None where no valid pixel or edge gives one: `rows` {row: {miou, pixel_accuracy,
+    mean_accuracy, fw_iou, iou {class: ...}, boundary_iou {width: ...}}}, `nll` {unary, relation: ...}, `change` {row:
+    [largest change of a marginal in each iteration]; of "refined", on this host; not of "tta"}, `num_images`, `classes`
+    (names that means are over; none: all).
     """
-    rows = ["tta"] * augmented + ["refined"] * (refine != "off")
-    counts = {row: np.zeros((1 + len(BAND_WIDTHS), num_classes, num_classes), np.int32) for row in rows}
-    change = {"refined": np.zeros(settings["num_iterations"], np.float32)} if refine != "off" else {}
-    pixels = {}
-    for i, image, marginals in views:
-        predictions, log_probs = {}, {}
-        if augmented:
-            predictions["tta"] = marginals.labels()
-        if refine != "off" or report:
-            log_probs["tta"] = marginals.log_probs()
-        if refine != "off":
-            log_probs["refined"], largest = refinement.refine_image(log_probs["tta"], image, settings, refine)
-            predictions["refined"] = log_probs["refined"].argmax(-1)
-            change["refined"] = np.maximum(change["refined"], largest)
-        if report:
-            pixels[i] = {row: report.read(log_probs[row]) for row in rows}
-        truth = batch["label"][i]
-        for row, labels in predictions.items():
-            framed = np.zeros_like(truth)
-            framed[: labels.shape[0], : labels.shape[1]] = labels
-            counts[row] = counts[row] + np.asarray(_count(framed, truth, batch["valid_size"][i], num_classes))
-    return counts, change, pixels
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def _count(predictions, labels, valid_size, num_classes):
-    """`confusions` of one image in a frame [H, W]."""
-    valid = segmenter.grid_mask(valid_size[None], labels.shape, labels.shape)[0]
-    return confusions(predictions, labels, valid, num_classes)
-
-
-def mean_iou(confusion, scored) -> float | None:
-    """Mean IoU over the classes that are scored (indices; None: all). None where the truth has no pixel of any."""
-    figures = metrics.scores(confusion, scored)
-    return None if math.isnan(figures.mean_accuracy) else figures.mean_iou
+    scored = configs.scored_classes(config, dataset.class_names)
+    order = [*configs.table_rows(config), configs.final_row(config)]
+    every = [*more, evaluators.Rows(order, dataset.class_names, scored), evaluators.Terms()]
+    for number, batch in enumerate(bar(batches_of(config, dataset, split), f"eval {split}")):
+        sums, per_image = eval_fn(params, inputs_of(batch))
+        seen = evaluators.Seen(number, batch, per_image, *sums)
+        for evaluator in every:
+            evaluator.add(seen)
+    sections: dict[str, dict] = dict(rows={}, nll={}, change={})
+    for evaluator in every:
+        for name, value in evaluator.results():
+            section, _, key = name.partition("/")
+            sections[section][key] = value
+    if list(sections["rows"].values())[-1]["miou"] is None:
+        log.warning("%s", nothing_scored(split, config))
+    about = dict(split=split, num_images=len(dataset.source(split)), classes=list(config.eval.classes))
+    return about | sections
 
 
 def check_scored(config, dataset, split: str) -> None:
@@ -168,20 +92,6 @@ def nothing_scored(split: str, config) -> str:
     """What is said of a split without a pixel of a class that is scored."""
     of = f"of config.eval.classes = {config.eval.classes}" if config.eval.classes else "that is not void"
     return f"split {split!r} has no pixel {of}, so it has no mean IoU; name another split or check its labels"
-
-
-def _figures(confusions, class_names, scored):
-    none = lambda x: None if math.isnan(x) else float(x)
-    whole = metrics.scores(confusions[0], scored)
-    miou, *bands = (mean_iou(confusion, scored) for confusion in confusions)
-    return dict(
-        miou=miou,
-        pixel_accuracy=none(whole.pixel_accuracy),
-        mean_accuracy=none(whole.mean_accuracy),
-        fw_iou=none(whole.frequency_weighted_iou),
-        boundary_iou=dict(zip(map(str, BAND_WIDTHS), bands, strict=True)),
-        iou={name: none(x) for name, x in zip(class_names, whole.iou_per_class, strict=True)},
-    )
 
 
 def row_title(row: str) -> str:
@@ -242,18 +152,35 @@ def evaluate(config, workdir: str, which: str = "best", split: str = "", refine:
 
     which: "best" (by validation mean IoU) or "latest".
     split: of the data set; "": config.data.eval_split.
-    refine, report: of `evaluate_params`.
+    refine, report: of `evaluate_model`.
     """
     split = split or config.data.eval_split
     model, params, step, dataset = restore.load(config, workdir, which, split)
     log.info("%s checkpoint of step %d, split %s", which, step, split)
-    predictor = inference.Predictor(config, model, params) if configs.augments(config) else None
-    if report:
-        eval_fn = report.start(config, model, params, dataset)
-    else:
-        eval_fn = make_eval_fn(config, model, "off" if predictor else refine)
-    result = evaluate_params(eval_fn, params, dataset, split, config, refine, predictor, report=report)
+    result = evaluate_model(config, model, params, dataset, split, refine=refine, report=report)
     return result | dict(step=step, checkpoint=which, refine=refine, config=config.to_dict())
+
+
+def evaluate_model(config, model, params, dataset, split: str, *, refine: str = "off", report=None) -> dict:
+    """`evaluate_params` with all rows that a config asks for: also "tta", and "refined" with a mode of refinement.
+
+    refine: "off", or "spatial" or "full" for one more row, the final marginals, of "tta" if there, refined by the dense
+      CRF.
+    report: a `pwcrf_jax.report.collect.Report` that collects what it shows.
+    """
+    predictor = inference.Predictor(config, model, params) if configs.augments(config) else None
+    final, settings = configs.final_row(config), configs.refine_settings(config, refine)
+    options: dict[str, Any] = {}
+    more: list[evaluators.Evaluator] = []
+    if report:
+        options = report.start(config, model, params, dataset)
+    if predictor or (report and settings):
+        watch = report.watch if report else None
+        more.append(evaluators.ImageByImage(predictor, final, settings, watch))
+    elif settings:
+        more.append(evaluators.Refined(final, settings))
+    eval_fn = make_eval_fn(config, model, **options)
+    return evaluate_params(eval_fn, params, dataset, split, config, [*more, *([report] if report else [])])
 
 
 def write(result: dict, workdir: str) -> str:

@@ -1,4 +1,4 @@
-"""Search of message weights and refinement parameters on validation images: `eval.py --tune-refinement`.
+"""Search of message weights and refinement parameters on validation images: `pwcrf tune`.
 
 Two stages, by mean IoU. First the weights of the mean-field messages, relation by relation, and the number of
 iterations, all candidates of a pass over the split decoded from the same potentials. Then, on the log marginals kept
@@ -18,12 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import metrics
-from pwcrf_jax.config import settings as configs
-from pwcrf_jax.data import eval_batches
-from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.evaluation import evaluate, evaluators
 from pwcrf_jax.evaluation import steps as eval_steps
-from pwcrf_jax.model import segmenter
+from pwcrf_jax.model import decode
 from pwcrf_jax.prediction import refinement, restore
 from pwcrf_jax.runtime import files, parallel
 from pwcrf_jax.runtime.logs import OTHER_SHAPE, bar, log
@@ -37,7 +36,7 @@ KERNELS = ("smoothness_compat", "appearance_compat", "appearance_srgb", "appeara
 
 
 def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: int, row: str = "") -> dict:
-    """Searches, and writes the best values to WORKDIR/tuned.json, which eval.py reads.
+    """Searches, and writes the best values to WORKDIR/tuned.json, which `pwcrf eval` reads.
 
     split: of the data set, "" for config.data.eval_split; a test split is refused.
     mode: "full", or "spatial" to search the smoothness kernel alone.
@@ -45,7 +44,7 @@ def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: in
       one more for each relation, one for the number of iterations and, where another one is better, a last one for the
       weights.
     row: of the table, whose marginals the second stage refines, "all" or "convs"; "" for the model's last one, which is
-      what eval.py refines: for another one nothing is written.
+      what `pwcrf eval` refines: for another one nothing is written.
 
     Returns:
       What was written: {"config": {dotted key: value}, "conditions": {dotted key: value} under which they were chosen,
@@ -61,20 +60,21 @@ def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: in
                 "the training images that was held out"
             )
     if jax.process_count() > 1:
-        raise configs.ConfigError("--tune-refinement runs in one process; start it on one host alone")
+        raise configs.ConfigError("tuning runs in one process; start it on one host alone")
     model, params, step, dataset = restore.load(config, workdir, which, split)
     evaluate.check_scored(config, dataset, split)
     folder = _folder(config, workdir, params, dataset, split, step)
     files.make_folder(folder, inside=workdir)
     log.info("tuning on %s (%d images), checkpoint of step %d, notes in %s", split, len(dataset.source(split)), step,
              folder)  # fmt: skip
-    (*weights, iterations), before, messages = _tune_messages(config, model, params, dataset, split, folder)
+    best, before, messages = _tune_messages(config, model, params, dataset, split, folder)
+    *weights, iterations = best
     row = row or configs.final_row(config)
-    marginals = _marginals(config, model, params, dataset, split, folder, weights, iterations, row)
+    marginals = _marginals(config, model, params, dataset, split, folder=folder, messages=best, row=row)
     notes = os.path.dirname(marginals[0])  # trials of these marginals, not of others
     settings, after = _tune_kernels(config, dataset, split, notes, marginals, mode, max_trials)
     chosen = {"crf.weights": weights, "crf.num_iterations": iterations} if weights and iterations else {}
-    chosen |= {f"refine.{name}": settings[name] for name in _searched(mode)}
+    chosen |= {f"refine.{name}": getattr(settings.params, name) for name in _searched(mode)}
     result = dict(
         config=chosen,
         conditions=configs.tuning_conditions(config) | {"crf.num_iterations": iterations},
@@ -141,16 +141,6 @@ class _Trials:
             file.write(f"{line}\n".encode())
 
 
-def _batches(config, dataset, split):
-    return eval_batches(
-        dataset,
-        split,
-        batch_size=config.eval.batch_size,
-        size=config.data.eval_size,
-        num_threads=config.data.num_threads,
-    )
-
-
 def _tune_messages(config, model, params, dataset, split, folder):
     """(best weights and number of iterations, mean IoU as configured, mean IoU of the best)."""
     crf = configs.crf_settings(config)
@@ -162,9 +152,8 @@ def _tune_messages(config, model, params, dataset, split, folder):
     def score(candidates, what):
         missing = [c for c in dict.fromkeys(candidates) if c not in trials.scores]
         if missing:
-            for values, miou in zip(
-                missing, _score_messages(config, model, params, dataset, split, relations, missing, what), strict=True
-            ):
+            scores = _score_messages(config, model, params, dataset, split, missing, what)
+            for values, miou in zip(missing, scores, strict=True):
                 trials.add(values, miou)
         return max(candidates, key=lambda c: trials.scores[c])  # the first of equals, so that ties change nothing
 
@@ -190,59 +179,67 @@ def _named(names, values):
     return ", ".join(f"{name} {value:g}" for name, value in zip(names, values, strict=True))
 
 
-def _score_messages(config, model, params, dataset, split, relations, candidates, what):
+def _score_messages(config, model, params, dataset, split, candidates, what):
     """Mean IoU of each candidate, weights and number of iterations, in one pass over the split."""
-    crf = configs.crf_settings(config)
     groups = {n: [c[:-1] for c in candidates if c[-1] == n] for *_, n in candidates}
-
-    def step(params, batch):
-        potentials = model.apply({"params": params}, batch["image"])
-        size = batch["label"].shape[1:3]
-        mask = segmenter.grid_mask(batch["valid_size"], potentials.unary.shape[1:3], size)
-
-        def count(weights, num_iterations):
-            chosen = dict(zip(relations, weights, strict=True))
-            settings = dataclasses.replace(crf, weights=chosen, num_iterations=num_iterations)
-            log_marginals, _ = segmenter.infer(potentials, settings, node_mask=mask)
-            labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask), axis=-1)
-            return metrics.confusion_matrix(labels, batch["label"], model.num_classes)
-
-        counts = []
-        for num_iterations, group in groups.items():
-            weights = jnp.asarray(group, jnp.float32).reshape(len(group), len(relations))
-            counts.append(jax.lax.map(functools.partial(count, num_iterations=num_iterations), weights))
-        return jax.lax.psum(jnp.concatenate(counts), parallel.AXIS)
-
-    fn, total = parallel.pmap_eval(step), 0
-    batches = bar(_batches(config, dataset, split), what)
-    for batch in batches:
-        inputs = parallel.split({k: batch[k] for k in ("image", "label", "valid_size")})
-        total = total + np.asarray(fn(params, inputs), np.int64)
+    fn, total = parallel.pmap_eval(_count_messages(config, model, groups)), 0
+    for batch in bar(evaluate.batches_of(config, dataset, split), what):
+        total = total + np.asarray(fn(params, evaluate.inputs_of(batch)), np.int64)
     order = [(*weights, n) for n, group in groups.items() for weights in group]
     found = dict(zip(order, (_mean_iou(x, config, dataset, split) for x in total), strict=True))
     return [found[c] for c in candidates]
 
 
-def _marginals(config, model, params, dataset, split, folder, weights, iterations, row):
-    """Log marginals of a row with these messages, of every image, from the folder or computed into it: file names."""
+def _count_messages(config, model, groups):
+    """Builds step(params, batch) -> int32 [candidates, K, K]; groups: {number of iterations: [weights, ...]}."""
     names = configs.crf_relations(config)
-    chosen = dict(zip(names, weights, strict=True))
-    crf = dataclasses.replace(configs.crf_settings(config), weights=chosen, num_iterations=iterations)
-    digest = hashlib.sha256(json.dumps([*weights, iterations, row]).encode()).hexdigest()[:8]
+
+    def step(params, batch):
+        potentials = model.apply({"params": params}, batch["image"])._replace(refinement_logits=None)
+        size = batch["label"].shape[1:3]
+
+        def count(weights, num_iterations):
+            settings = _with_messages(config, (*weights, num_iterations))
+            decoded = decode.decode(potentials, batch["valid_box"], size, settings)
+            return metrics.confusion_matrix(decode.frame_labels(decoded, size), batch["label"], model.num_classes)
+
+        counts = []
+        for num_iterations, group in groups.items():
+            weights = jnp.asarray(group, jnp.float32).reshape(len(group), len(names))
+            counts.append(jax.lax.map(functools.partial(count, num_iterations=num_iterations), weights))
+        return jax.lax.psum(jnp.concatenate(counts), parallel.AXIS)
+
+    return step
+
+
+def _with_messages(config, values):
+    """Settings of inference with other message weights, one a relation, and the number of iterations after them."""
+    *weights, num_iterations = values
+    names = configs.crf_relations(config)
+    weights = dict(zip(names, weights, strict=True))
+    return dataclasses.replace(configs.crf_settings(config), weights=weights, num_iterations=num_iterations)
+
+
+def _marginals(config, model, params, dataset, split, *, folder, messages, row):
+    """File names of the log marginals of a row with these messages, of every image, in the folder or computed into it.
+
+    messages: of `_with_messages`.
+    """
+    digest = hashlib.sha256(json.dumps([*messages, row]).encode()).hexdigest()[:8]
     home = os.path.join(folder, f"marginals-{digest}")
     files.make_folder(home, inside=folder)
     paths = [os.path.join(home, f"{i:06d}.npy") for i in range(len(dataset.source(split)))]
     if all(map(os.path.exists, paths)):
         return paths
-    step = eval_steps.make_eval_step(model, {"all": names}, crf, marginals_of=row)
+    rows = {"all": configs.crf_relations(config)}
+    step = eval_steps.make_eval_step(model, rows, _with_messages(config, messages), keep=(row,))
     fn = parallel.pmap_eval(step, per_image=True)
-    batches = bar(_batches(config, dataset, split), "marginals")
-    for number, batch in enumerate(batches):
+    for number, batch in enumerate(bar(evaluate.batches_of(config, dataset, split), "marginals")):
         mine = paths[number * config.eval.batch_size :][: config.eval.batch_size]
         if all(map(os.path.exists, mine)):
             continue
-        _, kept = fn(params, parallel.split({k: batch[k] for k in ("image", "label", "valid_size")}))
-        kept = np.asarray(kept).reshape(-1, *kept.shape[2:])
+        _, per_image = fn(params, evaluate.inputs_of(batch))
+        kept = evaluators.without_devices(per_image.rows[row].log_marginals)
         for path, one in zip(mine, kept, strict=False):  # the last batch is filled up
             with files.replacing(path) as file:
                 np.save(file, one)
@@ -250,10 +247,11 @@ def _marginals(config, model, params, dataset, split, folder, weights, iteration
 
 
 def _tune_kernels(config, dataset, split, folder, marginals, mode, max_trials):
-    """(best settings of config.refine, their mean IoU)."""
+    """(best settings of the dense CRF, their mean IoU)."""
     names = _searched(mode)
     trials = _Trials(os.path.join(folder, f"refine-{mode}.jsonl"), names)
-    base = config.refine.to_dict()
+    base = configs.refine_settings(config, mode)
+    of = lambda values: base._replace(params=base.params._replace(**dict(zip(names, values, strict=True))))
     tried = set()  # in this search: those of an earlier one count as well, so that a stopped search ends where it would
 
     def score(values):
@@ -261,11 +259,10 @@ def _tune_kernels(config, dataset, split, folder, marginals, mode, max_trials):
             return -1.0
         tried.add(values)
         if values not in trials.scores:
-            settings, what = base | dict(zip(names, values, strict=True)), f"trial {len(tried)}"
-            trials.add(values, _score_kernels(config, dataset, split, marginals, settings, mode, what))
+            trials.add(values, _score_kernels(config, dataset, split, marginals, of(values), f"trial {len(tried)}"))
         return trials.scores[values]
 
-    best = tuple(float(base[n]) for n in names)
+    best = tuple(float(getattr(base.params, n)) for n in names)
     best_score = score(best)
     log.info("refined with %s: mean IoU %.2f", _named(names, best), 100 * best_score)
 
@@ -291,30 +288,29 @@ def _tune_kernels(config, dataset, split, folder, marginals, mode, max_trials):
                 going = True
                 while going and best[i]:  # a compatibility of zero stays zero
                     going = better((*best[:i], round(best[i] * direction, 6), *best[i + 1 :]))
-    return base | dict(zip(names, best, strict=True)), best_score
+    return of(best), best_score
 
 
-def _score_kernels(config, dataset, split, marginals, settings, mode, what):
+def _score_kernels(config, dataset, split, marginals, settings, what):
     total, index = 0, 0
-    batches = bar(_batches(config, dataset, split), what)
-    for batch in batches:
+    for batch in bar(evaluate.batches_of(config, dataset, split), what):
         mine = marginals[index : index + config.eval.batch_size]
         index += len(mine)
-        batch = {k: batch[k][: len(mine)] for k in ("image", "label", "valid_size")}
+        batch = {k: batch[k][: len(mine)] for k in ("image", "label", "valid_box")}
         try:
             kept = np.stack([np.load(path) for path in mine])
         except (ValueError, EOFError) as error:
             raise files.FileError(
                 f"{os.path.dirname(mine[0])} cannot be used ({error}); delete it, tune again"
             ) from None
-        counts, _ = refinement.refine_batch(kept, batch, settings, mode)
+        counts, _ = refinement.refine_batch(kept, batch, settings)
         total = total + counts[0].astype(np.int64)
     return _mean_iou(total, config, dataset, split)
 
 
 def _mean_iou(confusion, config, dataset, split):
     """ConfigError where there is none: of nothing no best can be chosen."""
-    found = evaluate.mean_iou(confusion, configs.scored_classes(config, dataset.class_names))
+    found = evaluators.mean_iou(confusion, configs.scored_classes(config, dataset.class_names))
     if found is None:
         raise configs.ConfigError(evaluate.nothing_scored(split, config))
     return found

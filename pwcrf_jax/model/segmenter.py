@@ -1,4 +1,4 @@
-"""The assembly: image -> nets -> potentials -> mean field -> labels of the full image."""
+"""The assembly: image -> nets -> potentials, which `pwcrf_jax.model.decode` turns into labels."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -8,33 +8,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pwcrf_jax import mean_field
-from pwcrf_jax.arrays import level
 from pwcrf_jax.nets import FeatMapNet, PairwiseNet, RefinementConvs, UnaryNet, grid_size, scale_input
 from pwcrf_jax.potentials import FactoredPairwise, factored_pairwise
 
 PARAMETERISATIONS = ("free", "residual")
-"""What the score of a pair of labels is made of; see `Segmenter`."""
+"""Forms of the score of a pair of labels; see `Segmenter`."""
 
 PAIRWISE_FEATURES = ("shared", "own")
-"""What Pairwise-Nets stand on; see `Segmenter`."""
-
-# Stands for minus infinity while `read` interpolates; and less than any share of a cell that is not 0, of two axes.
-_LOWEST, _LEAST_SHARE = -1e30, 1e-15
+"""Features of Pairwise-Nets; see `Segmenter`."""
 
 
 class Potentials(NamedTuple):
-    """What the nets say of a batch.
+    """The scores that the nets give a batch.
 
     Attributes:
       unary: scores, float32 [B, h, w, K].
       pairwise: one `FactoredPairwise` a relation, by name.
-      correction: of models with refinement convolutions: float32 [B, h', w', K] on a finer grid, for `sharpen`.
+      refinement_logits: of models with refinement convolutions, float32 [B, h', w', K] on their finer grid: added to
+        log marginals by `pwcrf_jax.model.decode.apply_refinement`.
     """
 
     unary: jax.Array
     pairwise: dict[str, FactoredPairwise]
-    correction: jax.Array | None = None
+    refinement_logits: jax.Array | None = None
 
 
 class Segmenter(nn.Module):
@@ -119,11 +115,11 @@ class Segmenter(nn.Module):
                 name=f"pairwise_{name}",
             )(features)
             potentials[name] = factored_pairwise(*parts, offsets, unary_log_probs if residual else None)
-        correction = None
+        refinement_logits = None
         if middle:
             convs = RefinementConvs(self.num_classes, self.refinement_width, self.dtype, name="refinement_convs")
-            correction = convs(unary, middle)
-        return Potentials(unary, potentials, correction)
+            refinement_logits = convs(unary, middle)
+        return Potentials(unary, potentials, refinement_logits)
 
     def grids(self, image_size: tuple[int, int]) -> list[tuple[int, int]]:
         """(h, w) in cells of each scale's map, in the order of the scales; image_size: (H, W) in pixels."""
@@ -147,123 +143,3 @@ def _explicit(relations) -> tuple[tuple[str, tuple[tuple[int, int], ...]], ...]:
             )
         out.append((name, tuple((int(row), int(col)) for row, col in box)))
     return tuple(out)
-
-
-def infer(
-    potentials: Potentials, settings: mean_field.Settings, *, node_mask: jax.Array | None = None
-) -> tuple[jax.Array, mean_field.MeanFieldInfo]:
-    """Mean field over the unary and the relations that the weights of the settings name.
-
-    Args:
-      potentials: of a `Segmenter`.
-      settings: `pwcrf_jax.mean_field.Settings`; weights: float, by name of the relations whose messages count, or one
-        for all relations.
-      node_mask: bool [B, h, w]; false nodes (padding) neither send nor receive.
-
-    Returns:
-      (log_marginals float32 [B, h, w, K], MeanFieldInfo). Without relations: the log softmax of the unary.
-
-    Raises:
-      KeyError: a relation that the potentials do not have.
-      ValueError: as `pwcrf_jax.mean_field.run`.
-    """
-    weights, chosen = settings.weights, potentials.pairwise
-    if isinstance(weights, Mapping):
-        chosen = {name: chosen[name] for name in weights}
-    return mean_field.run(potentials.unary, chosen, settings, node_mask=node_mask)
-
-
-def sharpen(log_marginals: jax.Array, correction: jax.Array | None, node_mask: jax.Array | None = None) -> jax.Array:
-    """Log marginals of the grid on the finer grid of a correction, corrected.
-
-    Args:
-      log_marginals: float32 [B, h, w, K].
-      correction: float32 [B, h', w', K], of `Potentials`, or None.
-      node_mask: of `upsample`.
-
-    Returns:
-      float32 [B, h', w', K], not normalised. Without a correction: log_marginals as they are.
-    """
-    if correction is None:
-        return log_marginals
-    return upsample(log_marginals, *correction.shape[1:3], node_mask) + correction
-
-
-def upsample(log_marginals: jax.Array, height: int, width: int, node_mask: jax.Array | None = None) -> jax.Array:
-    """Bilinear upsampling of the score map to the image: `read` at all pixels.
-
-    Args:
-      log_marginals: float32 [..., h, w, K].
-      height, width: size of the image in pixels; Python integers.
-      node_mask: of `read`; None: all valid.
-
-    Returns:
-      float32 [..., height, width, K].
-    """
-    if node_mask is None:
-        node_mask = jnp.ones(log_marginals.shape[-3:-1], bool)
-    axes = zip((height, width), log_marginals.shape[-3:-1], strict=True)
-    return read(log_marginals, node_mask, *(taps((np.arange(n) + 0.5) * (cells / n) - 0.5, cells) for n, cells in axes))
-
-
-def taps(positions: np.ndarray, num_cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """What `read` takes of an axis.
-
-    Args:
-      positions: float [n], in cells; the centre of cell i is i.
-      num_cells: of the map along this axis.
-
-    Returns:
-      (index int32 [n], fraction float32 [n]): between which cells a position lies, and where between them.
-    """
-    index = np.clip(np.floor(positions), -1, num_cells - 1)
-    return (index + 1).astype(np.int32), (positions - index).astype(np.float32)
-
-
-def read(log_marginals: jax.Array, node_mask: jax.Array, rows, cols) -> jax.Array:
-    """Log marginals of cells, bilinearly interpolated at pixels; all labels of pixels are read by it.
-
-    Args:
-      log_marginals: float32 [..., h, w, K].
-      node_mask: bool [..., h, w]; masked cells (padding) lend nothing to the pixels beside them: the weights of the
-        others are scaled up, as at the border of the map.
-      rows, cols: of `taps`, n and m positions.
-
-    Returns:
-      float32 [..., n, m, K]. Pixels that no valid cell reaches get zeros; a label that a cell rules out (-inf) is
-      ruled out at all pixels that it reaches.
-    """
-    border = lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 3) + ((1, 1), (1, 1), (0, 0)))  # weights are 0 there
-
-    def mix(x):
-        for axis, (index, fraction), rest in ((-3, rows, (1, 2)), (-2, cols, (0, 2))):
-            near, far = jnp.take(x, index, axis), jnp.take(x, index + 1, axis)
-            near, far, fraction = level(near, far, jnp.expand_dims(fraction, rest))
-            x = near * (1 - fraction) + far * fraction
-        return x
-
-    log_marginals, valid = level(log_marginals, node_mask[..., None])
-    # Minus infinity times a share of 0 would be NaN. A select within `mix` would make programs round differently.
-    finite = jnp.maximum(log_marginals, _LOWEST)
-    weight = mix(border(valid.astype(jnp.float32)))
-    out = mix(border(jnp.where(valid, finite, 0.0))) / jnp.maximum(weight, 1e-6)
-    return jnp.where(out < _LOWEST * _LEAST_SHARE, -jnp.inf, out)
-
-
-def grid_mask(valid_size: jax.Array, grid: tuple[int, int], image_size: tuple[int, int]) -> jax.Array:
-    """Which cells lie on the image and not on its padding.
-
-    Args:
-      valid_size: int [B, 2], height and width in pixels of each image inside its padded frame.
-      grid: (h, w) of the map; static.
-      image_size: (height, width) of the frame in pixels; static.
-
-    Returns:
-      bool [B, h, w]: true where the cell's centre lies inside, and in the first row and column of any image that is not
-      empty, however thin.
-    """
-    axes = []
-    for axis, (n, size) in enumerate(zip(grid, image_size, strict=True)):
-        valid = valid_size[:, axis, None]
-        axes.append(((jnp.arange(n) + 0.5) * (size / n) < valid) | ((jnp.arange(n) == 0) & (valid > 0)))
-    return axes[0][:, :, None] & axes[1][:, None, :]

@@ -14,6 +14,9 @@ from jax import lax
 
 TAPS = tuple((i, j) for i in range(3) for j in range(3))
 
+METHODS = ("auto", "shifted", "grouped")
+"""Ways to compute a depthwise convolution; see `DepthwiseConv`."""
+
 
 def depthwise_grouped(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1) -> jax.Array:
     """Depthwise convolution as a grouped one. x: [B, H, W, C]; kernel: [3, 3, 1, C]; "SAME" padding."""

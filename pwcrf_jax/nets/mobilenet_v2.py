@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pwcrf_jax.nets.convs import Features, check_middle, conv, with_middle
-from pwcrf_jax.nets.depthwise import DepthwiseConv
+from pwcrf_jax.nets.depthwise import METHODS, DepthwiseConv
 
 
 class Block(NamedTuple):
@@ -91,7 +91,7 @@ class MobileNetV2(nn.Module):
             raise ValueError(
                 f"mobilenet_v2: output {self.output!r} is not a layer at stride 16; known: {', '.join(output_names())}"
             )
-        if self.depthwise not in ("auto", "shifted", "grouped"):
+        if self.depthwise not in METHODS:
             raise ValueError(f"mobilenet_v2: depthwise must be auto, shifted or grouped, got {self.depthwise!r}")
         names = [block.name for block in BLOCKS] + ["Conv_1"]
         if self.freeze_until and self.freeze_until not in names:

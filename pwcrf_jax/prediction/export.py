@@ -1,6 +1,6 @@
-"""The predictor as one file that JAX runs without this package: `eval.py --export FILE`.
+"""The predictor as one file that JAX runs without this package: `pwcrf export`.
 
-What `eval.py` predicts, image to labels, CRF included, as StableHLO for CPU, CUDA and TPU, parameters baked in. Beside
+The labels are those of `pwcrf predict`, CRF included, as StableHLO for CPU, CUDA and TPU, parameters baked in. Beside
 it FILE.json says what goes in and comes out. The dense CRF (`--refine`) and test-time augmentation are not in it.
 """
 
@@ -14,9 +14,9 @@ import numpy as np
 from jax import export
 
 import pwcrf_jax
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.data.readers.image_io import MEAN_COLOUR, VOID, DataError
-from pwcrf_jax.model import segmenter
+from pwcrf_jax.model import decode
 from pwcrf_jax.prediction import predict, restore
 from pwcrf_jax.runtime import files
 from pwcrf_jax.runtime.logs import log
@@ -40,26 +40,19 @@ def make_predictor(config, model, params, size):
 
     config, model, params: of `restore.load`, or `restore.restore_params`. size: (H, W).
     """
-    crf = configs.crf_settings(config)
+    settings, names = configs.crf_settings(config), configs.crf_relations(config)
     # Relations that inference does not use would only make the file larger.
     each = zip(model.relations, model.parameterisation, strict=True)
-    used = [(relation, kind) for relation, kind in each if relation[0] in crf.weights]
+    used = [(relation, kind) for relation, kind in each if relation[0] in names]
     model = model.clone(relations=tuple(r for r, _ in used), parameterisation=tuple(kind for _, kind in used))
-    params = {
-        k: v for k, v in params.items() if not k.startswith("pairwise_") or k.removeprefix("pairwise_") in crf.weights
-    }
+    params = {k: v for k, v in params.items() if not k.startswith("pairwise_") or k.removeprefix("pairwise_") in names}
 
     def one(image, valid_size):
-        size, valid_size = image.shape[:2], valid_size[None]
-        valid = segmenter.grid_mask(valid_size, size, size)
+        valid_box = jnp.concatenate([jnp.zeros_like(valid_size), valid_size])[None]
+        valid = decode.grid_mask(valid_box, size, size)
         image = jnp.where(valid[..., None], image[None], jnp.array(MEAN_COLOUR, jnp.uint8))
-        potentials = model.apply({"params": params}, image)
-        mask = segmenter.grid_mask(valid_size, potentials.unary.shape[1:3], size)
-        log_marginals, _ = segmenter.infer(potentials, crf, node_mask=mask)
-        log_marginals = segmenter.sharpen(log_marginals, potentials.correction, mask)
-        mask = segmenter.grid_mask(valid_size, log_marginals.shape[1:3], size)
-        labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask)[0], axis=-1)
-        return jnp.where(valid[0], labels, VOID).astype(jnp.uint8)
+        decoded = decode.decode(model.apply({"params": params}, image), valid_box, size, settings)
+        return jnp.where(valid, decode.frame_labels(decoded, size), jnp.uint8(VOID))[0]
 
     return jax.vmap(one)
 
@@ -77,20 +70,19 @@ def lower(predictor, size):
 
 
 def parse_size(text: str, config) -> tuple[int, int]:
-    """(height, width) of --export_size; "": config.data.eval_size.
+    """(height, width) of --size; "": config.data.eval_size.
 
     Raises:
       ConfigError: not HxW.
     """
     if not text:
-        return tuple(config.data.eval_size)
+        height, width = config.data.eval_size
+        return height, width
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
-    size = tuple(map(int, match.groups())) if match else ()
-    if not size or not all(1 <= n <= LARGEST for n in size):
-        raise configs.ConfigError(
-            f"--export_size={text} must be HEIGHTxWIDTH in pixels, each 1 to {LARGEST}, such as 480x640"
-        )
-    return size
+    height, width = map(int, match.groups()) if match else (0, 0)
+    if not all(1 <= n <= LARGEST for n in (height, width)):
+        raise configs.ConfigError(f"--size={text} must be HEIGHTxWIDTH in pixels, each 1 to {LARGEST}, such as 480x640")
+    return height, width
 
 
 def export_predictor(config, workdir: str, file: str, which: str = "best", size: str = "", overwrite=False) -> dict:
@@ -104,21 +96,21 @@ def export_predictor(config, workdir: str, file: str, which: str = "best", size:
     """
     configs.validate(config, batches=())
     if jax.process_count() > 1:
-        raise configs.ConfigError("--export is done by one process; start it on one host alone")
+        raise configs.ConfigError("export is done by one process; start it on one host alone")
     if configs.augments(config):
         raise configs.ConfigError("config.tta is not part of an exported predictor; leave it at its default")
     try:
         import flatbuffers  # noqa: F401  jax.export writes with it
     except ImportError:
-        raise configs.ConfigError("--export needs the package flatbuffers: pip install flatbuffers") from None
+        raise configs.ConfigError('export needs the package flatbuffers: pip install "pwcrf_jax[export]"') from None
     height, width = parse_size(size, config)
     path = Path(file)
     about = path.with_name(f"{path.name}.json")
     for place in (path, about):
         if place.exists() and not place.is_dir() and not overwrite:
-            raise DataError(f"--export={file}: {place} is there already; name another file, or add --overwrite")
+            raise DataError(f"--output={file}: {place} is there already; name another file, or add --overwrite")
     if not path.parent.is_dir():
-        raise DataError(f"--export={file}: there is no folder {path.parent}; make it, or name another file")
+        raise DataError(f"--output={file}: there is no folder {path.parent}; make it, or name another file")
     files.make_folder(path.parent)
     for place in (path, about):
         files.check_replaceable(place)
@@ -146,8 +138,8 @@ def export_predictor(config, workdir: str, file: str, which: str = "best", size:
         calling_convention_version=exported.calling_convention_version,
         bytes=len(data),
     )
-    with files.replacing(about) as beside, files.replacing(path) as file:  # both or none
+    with files.replacing(about) as beside, files.replacing(path) as program:  # both or none
         beside.write(json.dumps(info, indent=2).encode() + b"\n")
         beside.flush()
-        file.write(data)
+        program.write(data)
     return info

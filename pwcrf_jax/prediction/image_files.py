@@ -1,4 +1,4 @@
-"""Which files `eval.py --images` means, and what lies there and is not predicted.
+"""Which files `pwcrf predict --images` means, and what lies there and is not predicted.
 
 What is an image is told by its suffix or, where that says nothing, by its first bytes. Each is predicted or named as
 failed; what is none is named too.

@@ -1,4 +1,4 @@
-"""Prediction into files: `eval.py --images` and `eval.py --dataset`.
+"""Prediction into files: `pwcrf predict`.
 
 Images come from the user's files or from a split of the run's data set, labelled or not. For each, DIR holds
 
@@ -14,14 +14,15 @@ server wants them, coded as it wants them, instead of in labels/.
 import contextlib
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from PIL import Image
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.data import DataError, load_dataset, prepare
 from pwcrf_jax.data.readers.files import read_image_file
 from pwcrf_jax.data.readers.image_io import MAX_PIXELS, decode_image, storable_image, voc_palette
@@ -77,7 +78,9 @@ class Targets:
     def __init__(self, output: str, format_name: str, split: str = "test"):
         self._format = FORMATS[format_name]
         self._folder = Path(output, self._format.folder.format(split=split))
-        self._taken, self._files, self._folders = {}, {}, {}
+        self._taken: dict[Path, str] = {}
+        self._files: dict[str, str] = {}
+        self._folders: dict[str, str] = {}
 
     def __call__(self, name: str) -> Path:
         parts = name.split("/")
@@ -131,7 +134,7 @@ def class_info(config, workdir: str):
     names, palette = configs.load_classes(workdir)
     if not names:
         builder = prepare.builder_class(config.data.name)
-        names = getattr(builder, "class_names", ()) or [f"class_{i}" for i in range(config.data.num_classes)]
+        names = getattr(builder, "class_names", ()) or tuple(f"class_{i}" for i in range(config.data.num_classes))
         palette = builder.palette or voc_palette(len(names))
     if len(names) != config.data.num_classes:
         raise configs.ConfigError(
@@ -178,10 +181,27 @@ def _label_image(labels, codes, palette):
     return image
 
 
+class Request(NamedTuple):
+    """What is to be predicted, and how labels are written.
+
+    items: {title: (name, None: of its record; file or index of the record)}. source: of records; None: items are files.
+    found: of the files, with what is not among the items. target: where the labels of a name go.
+    """
+
+    items: dict[str, tuple]
+    source: Any
+    found: image_files.Found
+    class_names: Sequence[str]
+    palette: Sequence
+    format_name: str
+    target: Targets
+
+
 def predict(
     config,
     workdir: str,
     output: str,
+    *,
     images: str = "",
     split: str = "",
     which: str = "best",
@@ -211,7 +231,31 @@ def predict(
     output, images = files.expand_path(output, "--output"), files.expand_path(images, "--images")
     if jax.process_count() > 1:
         raise configs.ConfigError("predictions are written by one process; start it on one host alone")
-    found = image_files.Found({}, {}, {})
+    request = _requested(config, workdir, output, images=images, split=split, format_name=format_name)
+    model, params, step = restore.restore_params(config, workdir, which)
+    predictor, settings = inference.Predictor(config, model, params), configs.refine_settings(config, refine)
+    _claim(output, workdir, overwrite)
+    log.info("%s checkpoint of step %d, %d images into %s", which, step, len(request.items), output)
+    configs.save_classes(request.class_names, request.palette, output)
+    _tell(request.found)
+    failed = list(request.found.failed)
+    write = _Writer(output, request, probabilities=probabilities, overlay=overlay)
+    predicted = predictor(_readable(request, config.data.max_pixels, failed))
+    for name, image, marginals in bar(predicted, "predict", len(request.items), "image"):
+        if settings is None:
+            write(name, image, marginals.labels(), marginals.log_probs() if probabilities else None)
+        else:
+            log_probs, _ = refinement.refine_image(marginals.log_probs(), image, settings)
+            write(name, image, log_probs.argmax(-1).astype(np.uint8), log_probs)
+    counts = dict(num_images=len(request.items) + len(request.found.failed) - len(failed), failed=failed)
+    about = dict(left_out=list(request.found.left_out), format=request.format_name, step=step, output=output)
+    return counts | about
+
+
+def _requested(config, workdir, output, *, images, split, format_name) -> Request:
+    """Finds what is to be predicted; refuses a format that does not fit, and names that are none of files."""
+    found, source = image_files.Found({}, {}, {}), None
+    items: dict[str, tuple[Any, Any]]
     if split:
         dataset = load_dataset(**configs.dataset_options(config))
         configs.check_classes(config, dataset.class_names)
@@ -232,45 +276,45 @@ def predict(
     target = Targets(output, format_name, split.split("+")[0].split("[")[0] or "test")
     for name, _ in items.values() if images else ():
         target(name)
-    model, params, step = restore.restore_params(config, workdir, which)
-    predictor = inference.Predictor(config, model, params)
-    _claim(output, workdir, overwrite)
-    log.info("%s checkpoint of step %d, %d images into %s", which, step, len(items), output)
-    configs.save_classes(class_names, palette, output)
-    _tell(found)
-    failed = list(found.failed)
+    return Request(items, source, found, class_names, palette, format_name, target)
 
-    def readable():
-        for title, (name, where) in items.items():
-            try:
-                record = {"id": name, "image": read_image(where, config.data.max_pixels)} if images else source[where]
-                target(record["id"])
-            except DataError as error:
-                failed.append(title)
-                log.info("error: %s", shown(error))
-            else:
-                yield record["id"], record["image"]
 
-    codes = _codes(format_name)
-    colours = np.array(palette, np.uint8)
-    for name, image, marginals in bar(predictor(readable()), "predict", len(items), "image"):
-        log_probs = marginals.log_probs() if probabilities or refine != "off" else None
-        if refine != "off":
-            log_probs, _ = refinement.refine_image(log_probs, image, config.refine, refine)
-        labels = marginals.labels() if refine == "off" else log_probs.argmax(-1).astype(np.uint8)
-        with _writing(target(name), output) as file:
-            _label_image(labels, codes, colours).save(file, "PNG")
-        if overlay and max(image.shape) > LARGEST_JPEG:
+def _readable(request, max_pixels, failed):
+    """(name, image) of each item that can be read and has a name for its files; others are told and go to `failed`."""
+    for title, (name, where) in request.items.items():
+        try:
+            source = request.source
+            record = source[where] if source is not None else {"id": name, "image": read_image(where, max_pixels)}
+            request.target(record["id"])
+        except DataError as error:
+            failed.append(title)
+            log.info("error: %s", shown(error))
+        else:
+            yield record["id"], record["image"]
+
+
+class _Writer:
+    """Writes the files of an image: labels and, if wanted, the overlay and the probabilities."""
+
+    def __init__(self, output, request, *, probabilities, overlay):
+        self._output, self._target, self._class_names = output, request.target, request.class_names
+        self._probabilities, self._overlay = probabilities, overlay
+        self._codes, self._palette = _codes(request.format_name), np.array(request.palette, np.uint8)
+
+    def __call__(self, name, image, labels, log_probs):
+        """labels: uint8 [H, W]. log_probs: float32 [H, W, K], for the probabilities."""
+        with _writing(self._target(name), self._output) as file:
+            _label_image(labels, self._codes, self._palette).save(file, "PNG")
+        if self._overlay and max(image.shape) > LARGEST_JPEG:
             log.info("%s: no overlay, as JPEG ends at %d pixels", name, LARGEST_JPEG)
-        elif overlay:
-            with _writing(Path(output, "overlays", f"{name}.jpg"), output) as file:
-                mixed = Image.blend(Image.fromarray(image), Image.fromarray(colours[labels]), 0.5)
+        elif self._overlay:
+            with _writing(Path(self._output, "overlays", f"{name}.jpg"), self._output) as file:
+                mixed = Image.blend(Image.fromarray(image), Image.fromarray(self._palette[labels]), 0.5)
                 mixed.save(file, "JPEG", quality=90)
-        if probabilities:
-            with _writing(Path(output, "probabilities", f"{name}.npz"), output) as file:
-                np.savez_compressed(file, probabilities=np.exp(log_probs).astype(np.float16), class_names=class_names)
-    counts = dict(num_images=len(items) + len(found.failed) - len(failed), failed=failed)
-    return dict(**counts, left_out=list(found.left_out), format=format_name, step=step, output=output)
+        if self._probabilities:
+            probs = np.exp(log_probs).astype(np.float16)
+            with _writing(Path(self._output, "probabilities", f"{name}.npz"), self._output) as file:
+                np.savez_compressed(file, probabilities=probs, class_names=self._class_names)
 
 
 def _tell(found):

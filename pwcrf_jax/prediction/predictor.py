@@ -7,17 +7,19 @@ Every view has its own tiles and its own mean field; at each pixel the probabili
 import collections
 import functools
 import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.data.readers.image_io import MEAN_COLOUR
-from pwcrf_jax.model import segmenter
+from pwcrf_jax.model import decode
+from pwcrf_jax.model.segmenter import Potentials
 from pwcrf_jax.potentials import factored_pairwise
-from pwcrf_jax.prediction import predictor as inference
 from pwcrf_jax.prediction import tiling
 from pwcrf_jax.runtime import parallel
 
@@ -28,7 +30,7 @@ BLOCK = 2**24  # numbers in such a block, about
 class Predictor:
     """Predicts images with a trained model; one tile on each of this host's devices at a time.
 
-    config, model, params: of `runs.load`, or `runs.restore_params`.
+    config, model, params: of `restore.load`, or `restore.restore_params`.
 
     The offsets of a relation are the model's, whatever the size of the image: they do not grow with it.
 
@@ -49,13 +51,14 @@ class Predictor:
         crf = configs.crf_settings(config)
         names = tuple(crf.weights)
         self._devices = jax.local_devices()
-        step = inference.make_potentials_step(model, names)
+        step = make_potentials_step(model, names)
         self._networks = parallel.pmap_eval(step, devices=self._devices, per_image=True)
         boxes = {name: box for name, box in model.relations if name in names}
         self._last_layers = {
             name: (params[f"pairwise_{name}"]["last_kernel"], params[f"pairwise_{name}"]["last_bias"]) for name in names
         }
-        self._infer = jax.jit(functools.partial(_infer, boxes=boxes, crf=crf))
+        decode_one = functools.partial(_decode, boxes=boxes, settings=crf)
+        self._decode = jax.jit(decode_one, static_argnames="canvas")
 
     def __call__(self, images):
         """Predicts (key, image uint8 [H, W, 3]) pairs in turn: yields (key, image, `Marginals`) of each, in order."""
@@ -104,22 +107,21 @@ class Predictor:
         read = []
         for view in views:
             layout = view.layout
-            cells = lambda grid, layout=layout: np.asarray(
-                segmenter.grid_mask(np.array([layout.size]), grid, layout.canvas)[0]
-            )
-            marginals = np.asarray(self._infer(*view.blended(), self._last_layers, cells(layout.grid)))
-            grid = marginals.shape[:2]  # finer than the layout's where there are refinement convolutions
-            read.append((marginals, cells(grid), layout._replace(grid=grid), view.mirrored))
+            box = np.array([[0, 0, *layout.size]], np.int32)
+            decoded = self._decode(*view.blended(), self._last_layers, box, canvas=layout.canvas)
+            decoded = jax.tree.map(np.asarray, decoded)
+            read.append(View(decoded, layout._replace(grid=decoded.mask.shape), view.mirrored))
         return key, image, Marginals(image.shape[:2], read)
 
 
-def _infer(unary, parts, correction, last_layers, mask, boxes, crf):
-    """Mean field on the potentials of one image, and its correction: log marginals float32 [h, w, K]."""
-    potentials = {
+def _decode(unary, parts, refinement_logits, last_layers, valid_box, *, boxes, settings, canvas):
+    """`decode.Decoded` of one image, without its axis, from what the networks say of its canvas."""
+    pairs = {
         name: factored_pairwise(p[None], q[None], *last_layers[name], boxes[name]) for name, (p, q) in parts.items()
     }
-    log_marginals, _ = segmenter.infer(segmenter.Potentials(unary[None], potentials), crf, node_mask=mask[None])
-    return segmenter.sharpen(log_marginals, None if correction is None else correction[None], mask[None])[0]
+    one = lambda x: None if x is None else x[None]
+    decoded = decode.decode(Potentials(unary[None], pairs, one(refinement_logits)), valid_box, canvas, settings)
+    return decode.Decoded(decoded.log_marginals[0], decoded.mask[0])
 
 
 class _View:
@@ -173,18 +175,33 @@ def _finer(weights, times):
     return weights.repeat(times, 0).repeat(times, 1)[..., None]
 
 
+class View(NamedTuple):
+    """One view of an image, decoded: of `layout`, the grid that of `decoded`; mirrored: left to right."""
+
+    decoded: decode.Decoded
+    layout: tiling.Layout
+    mirrored: bool = False
+
+
 class Marginals:
     """Marginals of all pixels of an image, computed block by block where they are asked for.
 
     size: (height, width). num_classes: K.
     """
 
-    def __init__(self, size, views):
-        """views: (log marginals of cells [h, w, K], mask [h, w], `tiling.Layout`, mirrored) of each view."""
+    def __init__(self, size: tuple[int, int], views: Sequence[View]):
         self.size = size
-        self._maps = tuple((log_marginals, mask) for log_marginals, mask, _, _ in views)
-        self._seen = [(layout, mirrored) for _, _, layout, mirrored in views]
-        self.num_classes = views[0][0].shape[-1]
+        self._maps = tuple(view.decoded for view in views)
+        self._seen = [(view.layout, view.mirrored) for view in views]
+        self.num_classes = views[0].decoded.log_marginals.shape[-1]
+
+    @classmethod
+    def of_frame(cls, log_marginals: np.ndarray, valid_box: np.ndarray, frame: tuple[int, int]) -> "Marginals":
+        """Those of an image in the upper left corner of a frame: log marginals [h, w, K] of a map of all of it."""
+        grid = log_marginals.shape[:2]
+        mask = np.asarray(decode.grid_mask(valid_box[None], grid, frame)[0])
+        layout = tiling.whole_frame(valid_box[2:].tolist(), frame, grid)
+        return cls(layout.size, [View(decode.Decoded(log_marginals, mask), layout)])
 
     def labels(self) -> np.ndarray:
         """The best class of each pixel, uint8 [H, W]."""
@@ -212,27 +229,25 @@ class Marginals:
 @jax.jit
 def _log_probs(maps, rows, cols):
     """Log of the mean over views of their marginals at pixels, float32 [n, m, K]."""
-    views = (jax.nn.log_softmax(segmenter.read(*view, *at)) for view, *at in zip(maps, rows, cols, strict=True))
-    return functools.reduce(jnp.logaddexp, views) - np.log(len(maps))
+    return functools.reduce(jnp.logaddexp, map(decode.log_probs, maps, rows, cols)) - np.log(len(maps))
 
 
 @jax.jit
 def _labels(maps, rows, cols):
-    # Of one view as evaluation has it: normalising changes no label, but its rounding may make a tie of two scores.
-    one = len(maps) == 1
-    scores = segmenter.read(*maps[0], rows[0], cols[0]) if one else _log_probs(maps, rows, cols)
-    return jnp.argmax(scores, axis=-1).astype(jnp.uint8)
+    if len(maps) == 1:  # as evaluation has it
+        return decode.labels(maps[0], rows[0], cols[0])
+    return jnp.argmax(_log_probs(maps, rows, cols), axis=-1).astype(jnp.uint8)
 
 
 def make_potentials_step(model, names):
-    """Builds step(params, {"image": uint8 [B, H, W, 3]}) -> ((), (unary [B, h, w, K], {relation: (p, q)}, correction)).
+    """Builds step(params, {"image": uint8 [B, H, W, 3]}) -> ((), (unary [B, h, w, K], {relation: (p, q)}, logits)).
 
-    p, q: hidden_p and hidden_q [B, h, w, M] of the potentials of the named relations. correction: of
+    p, q: hidden_p and hidden_q [B, h, w, M] of the potentials of the named relations. logits: refinement_logits of
     `pwcrf_jax.model.segmenter.Potentials`.
     """
 
     def step(params, batch):
-        unary, potentials, correction = model.apply({"params": params}, batch["image"])
-        return (), (unary, {name: (potentials[name].hidden_p, potentials[name].hidden_q) for name in names}, correction)
+        unary, pairs, logits = model.apply({"params": params}, batch["image"])
+        return (), (unary, {name: (pairs[name].hidden_p, pairs[name].hidden_q) for name in names}, logits)
 
     return step

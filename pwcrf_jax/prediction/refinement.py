@@ -9,17 +9,12 @@ import jax
 import numpy as np
 
 from pwcrf_jax import dense_crf, gaussian
-from pwcrf_jax.model import segmenter
+from pwcrf_jax.config import RefineSettings
+from pwcrf_jax.model import decode
 from pwcrf_jax.model.counts import BAND_WIDTHS, confusions
 
 MODES = ("off", "spatial", "full")
 BUCKET = 64  # frames are multiples of it, so that images of many sizes share few compiled programs
-
-
-def params_of(settings, mode) -> dense_crf.Params:
-    """The kernels of config.refine that a mode uses: "spatial" the smoothness kernel alone, "full" both."""
-    params = dense_crf.Params(*(settings[name] for name in dense_crf.Params._fields))
-    return params._replace(appearance_compat=None) if mode == "spatial" else params
 
 
 def frame_of(height: int, width: int, largest) -> tuple[int, int]:
@@ -34,15 +29,16 @@ def _capacities(frame):
 
 @functools.cache
 def _compiled(size, frame, num_iterations, method, radius, capacity):
-    """fn(log_marginals, image, label, valid_size, params) over this host's devices, an image on each."""
+    """fn(log_marginals, image, label, valid_box, params) over this host's devices, an image on each."""
 
-    def refine(log_marginals, image, label, valid_size, params):
+    def refine(log_marginals, image, label, valid_box, params):
         """Marginals of the grid over a frame `size`, refined and counted inside `frame`."""
-        node_mask = segmenter.grid_mask(valid_size[None], log_marginals.shape[:2], size)
-        log_probs = segmenter.upsample(log_marginals[None], *size, node_mask)[0, : frame[0], : frame[1]]
-        valid = segmenter.grid_mask(valid_size[None], frame, frame)[0]
+        mask = decode.grid_mask(valid_box[None], log_marginals.shape[:2], size)[0]
+        rows, cols = decode.frame_taps(mask.shape, size)
+        rows, cols = (tuple(x[:n] for x in axis) for axis, n in zip((rows, cols), frame, strict=True))
+        valid = decode.grid_mask(valid_box[None], frame, frame)[0]
         refined, info = dense_crf.refine(
-            jax.nn.log_softmax(log_probs),
+            decode.log_probs(decode.Decoded(log_marginals, mask), rows, cols),
             image,
             params,
             num_iterations,
@@ -57,27 +53,31 @@ def _compiled(size, frame, num_iterations, method, radius, capacity):
     return jax.pmap(refine, in_axes=(0, 0, 0, 0, None), devices=jax.local_devices())
 
 
-def refine_batch(log_marginals, batch, settings, mode):
+def refine_batch(
+    log_marginals: np.ndarray, batch: dict[str, np.ndarray], settings: RefineSettings
+) -> tuple[np.ndarray, np.ndarray]:
     """Refines and scores the images of a host's batch.
 
     Args:
       log_marginals: float32 [b, h, w, K] of the grid.
       batch: of `pwcrf_jax.data.eval_batches`.
-      settings: config.refine, or a mapping of its names.
-      mode: "spatial" or "full".
+      settings: of `pwcrf_jax.config.refine_settings`.
 
     Returns:
       (confusion int32 [1 + bands, K, K] of `confusions`, change float32 [num_iterations], the largest).
     """
-    params = params_of(settings, mode)
+    params, num_iterations, method = settings
     size = batch["label"].shape[1:]
-    num_iterations, method = settings["num_iterations"], settings["method"]
-    confusion, change = 0, np.zeros(num_iterations, np.float32)
-    wanted = np.flatnonzero(batch["valid_size"][:, 0])
+    num_classes = log_marginals.shape[-1]
+    confusion = np.zeros((1 + len(BAND_WIDTHS), num_classes, num_classes), np.int32)
+    change = np.zeros(num_iterations, np.float32)
+    boxes = batch["valid_box"]
+    wanted = np.flatnonzero(boxes[:, 2])
     for first in range(0, len(wanted), jax.local_device_count()):
         chosen = wanted[first : first + jax.local_device_count()]
-        frame = height, width = frame_of(*batch["valid_size"][chosen].max(0).tolist(), size)
-        arrays = [log_marginals, *(batch[name][:, :height, :width] for name in ("image", "label")), batch["valid_size"]]
+        bottom, right = boxes[chosen, 2:].max(0).tolist()
+        frame = height, width = frame_of(bottom, right, size)
+        arrays = [log_marginals, *(batch[name][:, :height, :width] for name in ("image", "label")), boxes]
         # Devices without an image of their own work on the last one again.
         chosen = np.pad(chosen, (0, jax.local_device_count() - len(chosen)), "edge")
         arrays = [x[chosen] for x in arrays]
@@ -89,24 +89,21 @@ def refine_batch(log_marginals, batch, settings, mode):
         real = min(len(wanted) - first, jax.local_device_count())
         confusion = confusion + np.asarray(counts[:real]).sum(0)
         change = np.maximum(change, np.max(largest[:real], axis=0))
-    if not len(wanted):
-        num_classes = log_marginals.shape[-1]
-        confusion = np.zeros((1 + len(BAND_WIDTHS), num_classes, num_classes), np.int32)
     return confusion, change
 
 
-def refine_image(log_probs, image, settings, mode):
+def refine_image(log_probs: np.ndarray, image: np.ndarray, settings: RefineSettings) -> tuple[np.ndarray, np.ndarray]:
     """Refines one image of any size, on one device.
 
     Args:
       log_probs: float32 [H, W, K], log-probabilities of its pixels.
       image: uint8 [H, W, 3].
-      settings, mode: of `refine_batch`.
+      settings: of `pwcrf_jax.config.refine_settings`.
 
     Returns:
       (log-probabilities float32 [H, W, K], change float32 [num_iterations], the largest of each iteration).
     """
-    params = params_of(settings, mode)
+    params, num_iterations, method = settings
     height, width = image.shape[:2]
     frame = frame_of(height, width, (np.inf, np.inf))
     padding = [(0, n - at) for n, at in zip(frame, (height, width), strict=True)]
@@ -118,9 +115,9 @@ def refine_image(log_probs, image, settings, mode):
             log_probs,
             image,
             params,
-            settings["num_iterations"],
+            num_iterations,
             mask=mask,
-            method=settings["method"],
+            method=method,
             capacity=capacity,
             radius=radius,
         )

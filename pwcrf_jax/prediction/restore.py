@@ -5,8 +5,8 @@ import os
 import jax
 import numpy as np
 
+from pwcrf_jax import config as configs
 from pwcrf_jax.config import agreement
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.data import check_sizes, load_dataset
 from pwcrf_jax.runtime import checkpoint, distributed
 

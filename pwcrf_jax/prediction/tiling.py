@@ -9,12 +9,13 @@ enough around a cell, the outcome is that of the networks on the whole image.
 
 import itertools
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 
-from pwcrf_jax.model import segmenter
+from pwcrf_jax.model import decode
 from pwcrf_jax.nets import grid_size
 from pwcrf_jax.nets.featmap_net import STRIDE
 
@@ -43,7 +44,8 @@ class Layout(NamedTuple):
     def cells(self, corner) -> tuple[slice, slice]:
         """The cells of the grid that a tile covers."""
         first = (at * cells // pixels for at, cells, pixels in zip(corner, self.grid, self.canvas, strict=True))
-        return tuple(slice(at, at + n) for at, n in zip(first, self.tile_grid, strict=True))
+        rows, cols = (slice(at, at + n) for at, n in zip(first, self.tile_grid, strict=True))
+        return rows, cols
 
     def weights(self, corner) -> np.ndarray:
         """Weight of each cell of a tile, float32 [h, w], positive; falls towards sides that other tiles lie beyond."""
@@ -61,12 +63,14 @@ def _ramp(before, after, cells):
     return distance**SHARPNESS
 
 
-def alignment(scales) -> int:
+def alignment(scales: Sequence[float]) -> int:
     """The least number of pixels by which a tile can be moved so that the cells of all scales fall on one another."""
     return math.lcm(*((STRIDE / Fraction(scale).limit_denominator(1000)).numerator for scale in scales))
 
 
-def layout(size, frame, tile, overlap: float, scales) -> Layout:
+def layout(
+    size: Sequence[int], frame: Sequence[int], tile: Sequence[int], overlap: float, scales: Sequence[float]
+) -> Layout:
     """Tiles for an image.
 
     size: of the image, (height, width) as all sizes.
@@ -79,8 +83,7 @@ def layout(size, frame, tile, overlap: float, scales) -> Layout:
       ValueError: the tile is too small to be moved; with the size that would do.
     """
     if all(n <= most for n, most in zip(size, frame, strict=True)):
-        grid = grid_size(frame, scales)
-        return Layout(tuple(size), tuple(frame), grid, tuple(frame), grid, ((0,), (0,)))
+        return whole_frame(size, frame, grid_size(_pair(frame), tuple(scales)))
     step = alignment(scales)
     up = lambda n: -(-n // step) * step
     tiles, canvas, starts = [], [], []
@@ -99,18 +102,28 @@ def layout(size, frame, tile, overlap: float, scales) -> Layout:
         tiles.append(side)
         canvas.append(whole)
         starts.append(tuple(round(i * last / max(count - 1, 1)) * step for i in range(count)))
-    tile, canvas = tuple(tiles), tuple(canvas)
-    return Layout(tuple(size), canvas, grid_size(canvas, scales), tile, grid_size(tile, scales), tuple(starts))
+    of = lambda sides: (_pair(sides), grid_size(_pair(sides), tuple(scales)))
+    return Layout(_pair(size), *of(canvas), *of(tiles), (starts[0], starts[1]))
 
 
-def taps(pixels, num_pixels: int, layout: Layout, axis: int, mirrored: bool = False):
+def whole_frame(size: Sequence[int], frame: Sequence[int], grid: Sequence[int]) -> Layout:
+    """One tile, the frame, whose cells are `grid`; the image lies in its upper left corner."""
+    return Layout(_pair(size), _pair(frame), _pair(grid), _pair(frame), _pair(grid), ((0,), (0,)))
+
+
+def _pair(numbers: Sequence[int]) -> tuple[int, int]:
+    first, second = numbers
+    return int(first), int(second)
+
+
+def taps(pixels: np.ndarray, num_pixels: int, layout: Layout, axis: int, mirrored: bool = False) -> decode.Taps:
     """Where pixels of an image of `num_pixels` rows or columns lie on a grid that saw it scaled to layout.size.
 
     pixels: integers along `axis`, 0 rows, 1 columns. mirrored: the grid saw the image mirrored along the axis.
-    Returns `pwcrf_jax.model.segmenter.taps` of the pixels.
+    Returns `pwcrf_jax.model.decode.taps` of the pixels.
     """
     pixels = np.asarray(pixels)
     pixels = num_pixels - 1 - pixels if mirrored else pixels
     scaled = (pixels + 0.5) * (layout.size[axis] / num_pixels)
     position = scaled * (layout.grid[axis] / layout.canvas[axis]) - 0.5
-    return segmenter.taps(position, layout.grid[axis])
+    return decode.taps(position, layout.grid[axis])

@@ -1,4 +1,4 @@
-"""`eval.py --report`: one HTML file, without need of a network, that shows what the CRF does.
+"""`pwcrf eval --report`: one HTML file, without need of a network, that shows what the CRF does.
 
 Its figures are collected in the pass over the split that makes the table of `evaluate`, from the same labels. What is
 shown of the images is reduced in size; all figures are of all pixels.
@@ -12,18 +12,20 @@ import importlib.resources
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import piecewise
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.evaluation.evaluators import Seen, inside, without_devices
 from pwcrf_jax.nets import grid_size
-from pwcrf_jax.report.parts import GridMarginals, Pixels, last_update, make_step
+from pwcrf_jax.report.parts import Pixels, last_update, make_figures, pixels_of
 from pwcrf_jax.report.pictures import VOID_COLOUR
-from pwcrf_jax.runtime import files, parallel
+from pwcrf_jax.runtime import files
 
 BINS = 15  # of confidence, in the calibration curve and its error
 SIDE = 360  # pixels of a picture, at most
@@ -41,7 +43,9 @@ class Extremes:
     """Of what is offered, the half of `limit` with the largest gains and the half with the least; all if not more."""
 
     def __init__(self, limit: int):
-        self._limit, self._keys, self._entries = limit, [], {}
+        self._limit = limit
+        self._keys: list[tuple[float, int]] = []
+        self._entries: dict[int, Any] = {}
 
     def offer(self, gain: float, index: int, make) -> None:
         """make() is called, for the entry, only where it is kept for now."""
@@ -61,7 +65,7 @@ class Extremes:
 
 
 class Report:
-    """Collects a report while `evaluate.evaluate` runs, and writes it.
+    """Collects a report while `evaluate.evaluate` runs, as an evaluator, and writes it.
 
     file: of HTML. images: in the gallery at most. inspected: images whose cells can be looked into, at most; None:
     INSPECTED, or all of a smaller gallery. Of both the first half are those that gained most, the others those that
@@ -85,16 +89,16 @@ class Report:
         files.make_folder(self.file.parent)
         files.check_replaceable(self.file)
         self._gallery, self._wanted = Extremes(images), inspected
-        self._inspected = None
-        self.confusion = {}
-        """Of `evaluate`: {row: int64 [K, K]}."""
+        self._confusion: Any = collections.defaultdict(int)  # {row: int64 [K, K]}
+        self._watched: dict[int, dict[str, Pixels]] = collections.defaultdict(dict)
+        self._changes: dict[tuple[str, str], np.ndarray]
         self._changes = collections.defaultdict(lambda: np.zeros(len(CHANGES), np.int64))
-        self._bins = collections.defaultdict(lambda: np.zeros((3, BINS)))
-        self._hidden = collections.defaultdict(float)
+        self._bins: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros((3, BINS)))
+        self._hidden: Any = collections.defaultdict(float)  # {relation: [sums of hidden units and their number]}
         self._seen = self._void = 0
 
     def start(self, config, model, params, dataset):
-        """Names the run; returns the evaluation function to be used with it."""
+        """Names the run; returns the options of `evaluate.make_eval_fn` that it needs."""
         self._config, self._dataset, self._params = config, dataset, params
         self._crf = configs.crf_settings(config)
         self._grid = grid_size(config.data.eval_size, config.model.scales)
@@ -106,39 +110,31 @@ class Report:
         self._room = int(INSPECTOR_BYTES // (numbers * 2 * 4 / 3))  # two bytes each, in base64
         self._inspected = Extremes(min(self._wanted, max(1, self._room)))
         self._last_update = jax.jit(functools.partial(last_update, boxes=self._boxes, crf=self._crf))
-        return parallel.pmap_eval(make_step(config, model), per_image=True)
+        return dict(keep=self._order, figures=make_figures(self._order, tuple(self._boxes)))
 
-    def unpack(self, kept):
-        """Figures of `make_step` without the axis of devices; all but the potentials in NumPy."""
-        flat = lambda x: x.reshape(-1, *x.shape[2:])
-        nodes = jax.tree.map(flat, kept.pop("nodes"))
-        return jax.tree.map(lambda x: flat(np.asarray(x)), kept) | {"nodes": nodes}
+    def watch(self, i: int, row: str, log_probs: np.ndarray) -> None:
+        """Takes a row that is made image by image, of image i of the batch that `add` sees next: float32 [H, W, K]."""
+        self._watched[i][row] = pixels_of(log_probs)
 
-    def marginals(self, batch, figures):
-        """(position in the batch, image, `GridMarginals` of the model's answer) of each image."""
-        for i, (height, width) in enumerate(batch["valid_size"]):
-            if height:
-                of = GridMarginals(figures["final"][i], batch["valid_size"][i], batch["label"].shape[1:])
-                yield i, batch["image"][i, :height, :width], of
-
-    @staticmethod
-    def read(log_probs) -> Pixels:
-        """`Pixels` of log-probabilities float32 [H, W, K]."""
-        probs = np.exp(log_probs)
-        entropy = -(probs * np.where(probs > 0, log_probs, 0)).sum(-1) / np.log(max(2, probs.shape[-1]))
-        return Pixels(log_probs.argmax(-1).astype(np.uint8), probs.max(-1), entropy)
-
-    def add(self, batch, figures, more):
-        """One batch: its figures from `unpack`, and {position: {row: Pixels}} of rows that are made image by image."""
+    def add(self, seen: Seen) -> None:
+        """One batch, with the figures of `make_figures`; the potentials stay on the devices."""
+        for row, counts in seen.confusion.items():
+            self._confusion[row] = self._confusion[row] + np.asarray(counts[0], np.int64)
+        figures = dict(seen.per_image.figures)
+        nodes = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), figures.pop("nodes"))
+        figures = jax.tree.map(without_devices, figures) | {"nodes": nodes}
         for name, (total, count) in figures["hidden"].items():
             self._hidden[name] += np.array([*total.astype(np.float64).sum(0), count.sum()])
-        for i, (height, width) in enumerate(batch["valid_size"]):
-            if not height:
-                continue
-            inside = lambda x, i=i, h=height, w=width: x[i, :h, :w]
-            stages = {row: Pixels(*map(inside, figures["pixels"][row])) for row in self._order}
-            self._add_image(inside(batch["image"]), inside(batch["label"]), batch["id"][i], stages | more.get(i, {}),
-                            lambda i=i: self._cells(figures, i))  # fmt: skip
+        for i, image in seen.images():
+            box = seen.batch["valid_box"][i]
+            stages = {row: Pixels(*(inside(x[i], box) for x in figures["pixels"][row])) for row in self._order}
+            truth, name = inside(seen.batch["label"][i], box), seen.batch["id"][i]
+            cells = lambda i=i: self._cells(figures, i)
+            self._add_image(image, truth, name, stages | self._watched.pop(i, {}), cells)
+
+    def results(self) -> tuple:
+        """Nothing: `write` writes them."""
+        return ()
 
     def _add_image(self, image, truth, name, stages, cells):
         valid = truth != piecewise.VOID
@@ -247,7 +243,7 @@ class Report:
             titles={row: evaluate.row_title(row) for row in result["rows"]},
             stages=rows,
             rows=result["rows"],
-            confusion={row: counts.tolist() for row, counts in self.confusion.items()},
+            confusion={row: self._confusion[row].tolist() for row in result["rows"]},
             changes=every,
             iterations={row: result["change"][row] for row in result["rows"] if row in result["change"]},
             calibration={row: _calibration(self._bins[row]) for row in rows},
@@ -356,4 +352,4 @@ def entropy_colours() -> list[tuple[int, int, int]]:
     """16 colours from sure to unsure."""
     at = np.linspace(0, len(_ENTROPY_ANCHORS) - 1, 16)
     channels = [np.interp(at, range(len(_ENTROPY_ANCHORS)), channel) for channel in zip(*_ENTROPY_ANCHORS, strict=True)]
-    return [tuple(int(round(x)) for x in colour) for colour in zip(*channels, strict=True)]
+    return [(int(round(r)), int(round(g)), int(round(b))) for r, g, b in zip(*channels, strict=True)]

@@ -1,7 +1,6 @@
-"""What `report` computes on the devices: figures of each image beside the evaluation's sums, and the last messages."""
+"""Figures of each image that a report shows, computed beside the evaluation's sums, and the last messages."""
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -9,48 +8,48 @@ import jax.numpy as jnp
 import numpy as np
 
 from pwcrf_jax import mean_field, piecewise
-from pwcrf_jax.config import settings as configs
-from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.messages import compute_messages
-from pwcrf_jax.model import segmenter
+from pwcrf_jax.model import decode
 from pwcrf_jax.potentials import factored_pairwise
 
 
 class Pixels(NamedTuple):
-    """What one stage says of an image, [H, W]: labels uint8; confidence and entropy float32, the best probability and
-    the share of log K."""
+    """One stage's answer at the pixels of an image, [H, W].
+
+    labels: uint8. confidence: float32, the best probability. entropy: float32, as a share of log K.
+    """
 
     labels: np.ndarray
     confidence: np.ndarray
     entropy: np.ndarray
 
 
-def make_step(config, model):
-    """The evaluation step of a config that returns (sums, figures of each image) for `parallel.pmap_eval`."""
-    inner = evaluate.eval_step(config, model, "all")
-    names = configs.crf_relations(config)
+def pixels_of(log_probs: np.ndarray) -> Pixels:
+    """`Pixels` of log-probabilities float32 [H, W, K], in NumPy."""
+    probs = np.exp(log_probs)
+    entropy = -(probs * np.where(probs > 0, log_probs, 0)).sum(-1) / np.log(max(2, probs.shape[-1]))
+    return Pixels(log_probs.argmax(-1).astype(np.uint8), probs.max(-1), entropy)
 
-    def step(params, batch):
-        sums, log_marginals = inner(params, batch)
-        potentials = model.apply({"params": params}, batch["image"])  # XLA finds that it has it already
+
+def make_figures(rows, names):
+    """Builds figures(potentials, batch, decoded) of each image, for `evaluation.steps.make_eval_step`.
+
+    rows: of the table, whose pixels are looked at. names: of the relations whose messages are.
+    """
+
+    def figures(potentials, batch, decoded):
         size, grid = batch["label"].shape[1:3], potentials.unary.shape[1:3]
-        mask = segmenter.grid_mask(batch["valid_size"], grid, size)
-        maps = {"unary": (mean_field.init(potentials.unary), mask)}
-        if names:
-            maps["all"] = log_marginals, mask
-        if potentials.correction is not None:
-            sharp = segmenter.sharpen(log_marginals, potentials.correction, mask)
-            maps["convs"] = sharp, segmenter.grid_mask(batch["valid_size"], sharp.shape[1:3], size)
+        mask = decoded["unary"].mask
         pairs = {name: potentials.pairwise[name] for name in names}
-        return sums, dict(
-            pixels={row: _pixels(segmenter.upsample(x, *size, of)) for row, (x, of) in maps.items()},
-            final=list(maps.values())[-1][0],
+        scores = {row: decode.upsample(decoded[row].log_marginals, size, decoded[row].mask) for row in rows}
+        return dict(
+            pixels={row: _pixels(x) for row, x in scores.items()},
             hidden={name: _sum_of_hidden(pair, mask) for name, pair in pairs.items()},
             nodes=(potentials.unary, {name: (pair.hidden_p, pair.hidden_q) for name, pair in pairs.items()}, mask),
             truth=piecewise.grid_labels(batch["label"], *grid),
         )
 
-    return step
+    return figures
 
 
 def _pixels(scores):
@@ -100,22 +99,3 @@ def last_update(unary, parts, mask, last_layers, boxes, crf):
         message = message / jnp.maximum(count, 1.0)[..., None] if crf.average_messages else message
         added[name], counts[name] = crf.weights[name] * message[0], count[0]
     return before[0], after[0], added, counts
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _on_pixels(log_marginals, valid_size, size):
-    mask = segmenter.grid_mask(valid_size[None], log_marginals.shape[:2], size)
-    return jax.nn.log_softmax(segmenter.upsample(log_marginals[None], *size, mask)[0])
-
-
-class GridMarginals(NamedTuple):
-    """Marginals of one image of a batch, read at its pixels on demand, as `inference.Marginals`."""
-
-    log_marginals: np.ndarray
-    valid_size: np.ndarray
-    size: tuple[int, int]
-
-    def log_probs(self) -> np.ndarray:
-        """Log-probabilities, float32 [H, W, K]."""
-        height, width = self.valid_size
-        return np.asarray(_on_pixels(self.log_marginals, self.valid_size, self.size))[:height, :width]

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from pwcrf_jax.evaluation.evaluators import Seen, inside
+
 VOID_COLOUR = (255, 255, 255)
 _BETWEEN = 128  # the grey between pictures
 _GAP = 4  # pixels of it
@@ -45,7 +47,7 @@ def chosen(num_images: int, batch_size: int, count: int) -> list[int]:
 
 
 class Panel:
-    """Some images of a split as they come by in `evaluate.evaluate_params`: a row each, of image, truth, labels.
+    """An evaluator that keeps some images of a split: a row each, of image, truth, labels.
 
     indices: of `chosen`. batch_size: over all processes. rows: of the evaluation table, whose labels are shown.
     palette: (r, g, b) of each class.
@@ -56,18 +58,18 @@ class Panel:
         self._indices, self._batch_size, self._palette = indices, batch_size, palette
         self._seen = []
 
-    def add(self, number: int, batch: dict, labels: dict) -> None:
-        """Batch `number` of process 0, of `pwcrf_jax.data.eval_batches`, and {row: uint8 [devices, b, H, W]}."""
-        here = [i % self._batch_size for i in self._indices if i // self._batch_size == number]
-        here = [i for i in here if i < len(batch["id"])]  # others are another process's
-        if not here:
-            return
-        labels = [np.asarray(labels[row]) for row in self.rows]
-        labels = [batch["label"], *(x.reshape(-1, *x.shape[2:]) for x in labels)]
+    def add(self, seen: Seen) -> None:
+        here = [i % self._batch_size for i in self._indices if i // self._batch_size == seen.number]
+        here = [i for i in here if i < len(seen.batch["id"])]  # others are another process's
+        labels = [seen.batch["label"], *(seen.labels(row) for row in self.rows)] if here else []
         for i in here:
-            height, width = batch["valid_size"][i]
-            inside = lambda x, i=i, h=height, w=width: x[i, :h, :w]
-            self._seen.append([inside(batch["image"]), *(coloured(inside(x), self._palette) for x in labels)])
+            box = seen.batch["valid_box"][i]
+            shown = [coloured(inside(x[i], box), self._palette) for x in labels]
+            self._seen.append([inside(seen.batch["image"][i], box), *shown])
+
+    def results(self) -> tuple:
+        """Nothing: `picture` shows them."""
+        return ()
 
     def picture(self) -> np.ndarray:
         """uint8 [H, W, 3]."""

@@ -318,7 +318,7 @@ class Store:
         said = ", ".join(f"{self._path(step)} cannot be read ({why})" for step, why in damaged.items())
         raise CheckpointError(
             f"{said} and no other is there: put a copy in its place, or move it away; what is left of the run is in "
-            f"{os.path.dirname(self.folder)} (--checkpoint of eval.py chooses between best and latest)"
+            f"{os.path.dirname(self.folder)} (--checkpoint chooses between best and latest)"
         )
 
     def _rank(self, step: int) -> tuple[float, int]:

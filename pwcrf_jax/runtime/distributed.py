@@ -31,31 +31,35 @@ _ADDRESSES = 2048  # bytes in which process 0 says where it listens
 _wire: wire.Hub | wire.Spoke | None = None  # to the other processes; None: there are none
 
 
-def define_flags() -> None:
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """--distributed, or --coordinator, --num_processes and --process_id; --heartbeat."""
     flags.DEFINE_bool(
         "distributed",
         False,
         "One of several processes that JAX finds itself: on Cloud TPU, in SLURM, Open MPI, Kubernetes. "
         "Example: --distributed",
+        flag_values=values,
     )
     flags.DEFINE_string(
         "coordinator",
         "",
         "One of several processes, elsewhere: HOST:PORT of process 0. Example: --coordinator 10.0.0.2:29500 "
         "--num_processes 2 --process_id 1",
+        flag_values=values,
     )
     flags.DEFINE_integer(
         "num_processes",
         None,
         "With --coordinator: how many processes there are. Example: --num_processes 2",
         lower_bound=1,
+        flag_values=values,
     )
     flags.DEFINE_integer(
         "process_id",
         None,
         "With --coordinator: which of them this is, from 0. Example: --process_id 0",
         lower_bound=0,
+        flag_values=values,
     )
     flags.DEFINE_integer(
         "heartbeat",
@@ -63,6 +67,7 @@ def define_flags() -> None:
         "Of several processes: seconds of silence after which one whose host is gone ends the others. "
         "Example: --heartbeat 60",
         lower_bound=5,
+        flag_values=values,
     )
 
 

@@ -38,7 +38,7 @@ def held(workdir: str) -> Iterator[None]:
         except BlockingIOError:
             holder = os.pread(number, 200, 0).decode(errors="replace")
             raise ConfigError(
-                f"another train.py ({holder if holder.isprintable() and holder else 'unknown'}) is training in "
+                f"another training run ({holder if holder.isprintable() and holder else 'unknown'}) is training in "
                 f"--workdir {workdir}; let it end, or name another"
             ) from None
         except OSError as error:

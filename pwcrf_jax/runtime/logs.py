@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import absl.logging
@@ -18,7 +18,6 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import image, scalar
 from tqdm import tqdm
 
-from pwcrf_jax.model import losses
 from pwcrf_jax.runtime import files, streams
 
 log = logging.getLogger("pwcrf_jax")
@@ -159,7 +158,9 @@ def _duration(seconds: float) -> str:
 class Progress:
     """Loss, images per second and time left: a bar on a terminal, a line each time elsewhere."""
 
-    def __init__(self, first_step: int, num_steps: int, batch_size: int):
+    def __init__(self, first_step: int, num_steps: int, batch_size: int, relations: Sequence[str] = ()):
+        """relations: names of those that may have a term of their own in the loss."""
+        self._relations = relations
         self._num_steps, self._batch_size = num_steps, batch_size
         self._last = (first_step, time.monotonic())
         # What a narrow terminal cuts off stands last: the NLL of each kind of factor.
@@ -186,7 +187,7 @@ class Progress:
         others = ", ".join(f"{k[4:]} {v:.3f}" for k, v in metrics.items() if k.startswith("nll_") and k != "nll_unary")
         loss, terms = f"loss {number(metrics.get('loss'), 4)}", f"nll unary {number(unary, 3)}"
         if others:
-            edges = {k[4:] for k in metrics if k.startswith("nll_")} - {"unary", "refinement_convs", *losses.OBJECTIVES}
+            edges = any(f"nll_{name}" in metrics for name in self._relations)
             terms += f"  {others}" + (f" (2 x unary {2 * unary:.3f})" if edges and unary is not None else "")
         if self._bar is not None:
             self._bar.set_postfix_str("  ".join(filter(None, (loss, speed, terms))), refresh=False)

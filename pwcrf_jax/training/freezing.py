@@ -6,7 +6,7 @@ import os
 
 import jax
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.nets.pretrained import KNOWN_FILES
 from pwcrf_jax.prediction import restore
 from pwcrf_jax.training.optimizer import standing_still
@@ -33,7 +33,7 @@ def check(config, params, random) -> None:
     """
     keys = standing_still(config, params, configs.unary_steps(config))
     keys = jax.tree.map(lambda key, at_random: key if at_random else "", keys, random)
-    found = {}
+    found: dict[str, dict] = {}
     for path, key in jax.tree_util.tree_leaves_with_path(keys):
         found.setdefault(key, {})[jax.tree_util.keystr(path[:-1], simple=True, separator="/")] = None
     key = next(filter(None, found), None)

@@ -159,8 +159,8 @@ def test_edges_look_at_labels_under_the_mask_alone():
         pw.likelihood.edge_log_likelihood(factored(), labels, node_mask=mask), FUNCTIONS["pairwise"](labels_with(255))
     )
     equal(
-        pw.unrolled_log_likelihood(X.unary, [factored()], labels, 2, node_mask=mask),
-        pw.unrolled_log_likelihood(X.unary, [factored()], labels_with(255), 2, node_mask=mask),
+        pw.unrolled_log_likelihood(X.unary, [factored()], labels, node_mask=mask),
+        pw.unrolled_log_likelihood(X.unary, [factored()], labels_with(255), node_mask=mask),
     )
 
 

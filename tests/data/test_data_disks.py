@@ -123,7 +123,7 @@ def test_small_disks(packed, options, tmp_path):
     else:
         layout.make(source, np.random.default_rng(0))
         name = "image_folder"
-    command = [sys.executable, "-m", "pwcrf_jax.data.check", name, f"--source_dir={source}", f"--data_dir={small}"]
+    command = [sys.executable, "-m", "pwcrf_jax", "check", name, f"--source_dir={source}", f"--data_dir={small}"]
     script = f'mount -t tmpfs -o {options} none {small} && "$@"; code=$?; find {small} -type f >&2; exit $code'
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", *command]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -345,13 +345,14 @@ def test_a_limit_that_is_none(load, value):
 
 def test_the_key_of_a_config_is_the_limit():
     import pwcrf_jax.configs.default as default
-    from pwcrf_jax.config import schema
-    from pwcrf_jax.config import settings as configs
+    from pwcrf_jax import config as configs
+    from pwcrf_jax.config import keys
 
     config = default.get_config()
     config.data.max_pixels = 123
     assert configs.dataset_options(config)["max_pixels"] == 123
-    assert not schema.kind("data.max_pixels").accepts(0) and schema.kind("data.max_pixels").accepts(2_000_000_000)
+    kind = keys.of("data.max_pixels").kind
+    assert not kind.accepts(0) and kind.accepts(2_000_000_000)
 
 
 def text_chunk(kind, key, size):
@@ -441,6 +442,6 @@ def test_tiff_of_many_real_pages_is_refused_before_it_is_decoded(tmp_path, monke
 def test_a_pipe_among_the_images_ends_the_check_command(own, tmp_path):
     (own / "images/a.jpg").unlink()
     os.mkfifo(own / "images/a.jpg")
-    command = [sys.executable, "-m", "pwcrf_jax.data.check", "image_folder", "--source_dir", str(own)]
+    command = [sys.executable, "-m", "pwcrf_jax", "check", "image_folder", "--source_dir", str(own)]
     done = subprocess.run([*command, "--data_dir", str(tmp_path / "p")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "a.jpg: is a pipe (FIFO)" in done.stdout

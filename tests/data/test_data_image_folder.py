@@ -287,7 +287,7 @@ def test_other_layouts_take_images_as_stored_and_say_so(tmp_path, tree, camvid):
 def test_scripts_take_the_data_set(make, root, tmp_path):
     """The options of configs/default.py are those of the data set."""
     import pwcrf_jax.configs.default as default
-    from pwcrf_jax.config import settings as configs
+    from pwcrf_jax import config as configs
 
     make()
     config = default.get_config()

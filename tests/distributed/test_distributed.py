@@ -16,7 +16,7 @@ import pytest
 import small
 from rows import full_row
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.prediction import restore
 
@@ -197,8 +197,9 @@ from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 from pwcrf_jax.nets import WeightsError
-from pwcrf_jax.training import cli, distributed
-from pwcrf_jax.training.loop import NonFiniteError
+from pwcrf_jax.cli import command as cli
+from pwcrf_jax.runtime import distributed
+from pwcrf_jax.training.guard import NonFiniteError
 config_flags.DEFINE_config_file("config", "configs/demo.py")
 flags.DEFINE_string("workdir", "", "")
 distributed.define_flags()

@@ -24,7 +24,7 @@ from pwcrf_jax import nets
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = (
     *("costs", "dense_crf", "gaussian", "mean_field", "metrics", "objectives", "permutohedral", "piecewise"),
-    *("potentials", "messages", "likelihood", "relations", "model.plan", "model.segmenter"),
+    *("potentials", "messages", "likelihood", "relations", "model.plan", "model.segmenter", "model.decode"),
 )
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 

@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import small  # noqa: E402
 from faults import states  # noqa: E402
 
-from pwcrf_jax.config import settings as configs  # noqa: E402
+from pwcrf_jax import config as configs  # noqa: E402
 from pwcrf_jax.runtime import checkpoint  # noqa: E402
 
 KEYS = {

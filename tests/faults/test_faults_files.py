@@ -16,8 +16,8 @@ from faults.kill import ROOT
 from PIL import Image
 from rows import full_but
 
-from pwcrf_jax.config import settings as configs
-from pwcrf_jax.data import check
+from pwcrf_jax import config as configs
+from pwcrf_jax.data import label_guard
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.report import collect
 from pwcrf_jax.runtime import checkpoint, files, lock, logs
@@ -63,7 +63,7 @@ WRITERS = {
     "metrics.jsonl": _metrics,
     "train.lock": _lock,
     "checkpoints/3/note.json": _note,
-    "label_report.json": lambda workdir: check.write_report({"splits": {}}, str(workdir)),
+    "label_report.json": lambda workdir: label_guard.write_report({"splits": {}}, str(workdir)),
 }
 """{file in a workdir: what writes it}"""
 

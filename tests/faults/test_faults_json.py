@@ -9,12 +9,12 @@ import pytest
 import small
 from faults import states
 
-from pwcrf_jax.config import settings as configs
-from pwcrf_jax.data import DataError, check, load_dataset, prepare
+from pwcrf_jax import config as configs
+from pwcrf_jax.data import DataError, label_guard, load_dataset, prepare
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.runtime import checkpoint, files, logs
 from pwcrf_jax.runtime.files import FileError
-from pwcrf_jax.training import loop
+from pwcrf_jax.training import initial
 
 SHAPES = {
     "empty": "",
@@ -50,9 +50,7 @@ def _one_line(error, path):
 
 def test_tuned_values(spoiled, tmp_path):
     (tmp_path / "tuned.json").write_bytes(spoiled)
-    with pytest.raises(
-        configs.ConfigError, match="delete it, tune again, or start eval.py with --tuned=false"
-    ) as error:
+    with pytest.raises(configs.ConfigError, match="delete it, tune again, or add --tuned=false") as error:
         configs.apply_tuned(small.config(""), str(tmp_path))
     _one_line(error, tmp_path / "tuned.json")
 
@@ -108,7 +106,7 @@ def test_a_run_to_start_from_without_a_config_of_ours(tmp_path):
     (tmp_path / "config.json").write_text('{"model": {"input_scaling": "tf"}}')
     config = small.config("", init_from=str(tmp_path))
     with pytest.raises(configs.ConfigError, match=f"{tmp_path}/config.json cannot be used: config.* is missing"):
-        loop.resolve(config, str(tmp_path / "new"))
+        initial.resolve_init(config, str(tmp_path / "new"))
 
 
 def test_classes(spoiled, tmp_path):
@@ -144,7 +142,7 @@ def prepared(tmp_path_factory):
 
 
 def test_a_label_report_is_made_anew(spoiled, prepared):
-    path = pathlib.Path(prepared.folder, check.REPORT)
+    path = pathlib.Path(prepared.folder, label_guard.REPORT)
     report = prepared.label_report()
     path.write_bytes(spoiled)
     assert prepared.label_report() == report == json.loads(path.read_text())
@@ -153,7 +151,7 @@ def test_a_label_report_is_made_anew(spoiled, prepared):
 @pytest.mark.parametrize("change", [{"splits": {}}, {"splits": {"train": {}}}, {"classes": []}, {"warnings": 3}])
 def test_a_label_report_without_its_parts(change, prepared):
     report = prepared.label_report()
-    check.write_report(report | change, prepared.folder)
+    label_guard.write_report(report | change, prepared.folder)
     assert prepared.label_report() == report
 
 

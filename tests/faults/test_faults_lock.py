@@ -32,7 +32,7 @@ def test_a_second_run_is_refused_by_name_until_the_first_ends_however_it_does(tm
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(
-            ConfigError, match=rf"another train.py \(process {holder.pid} on .*is training in --workdir"
+            ConfigError, match=rf"another training run \(process {holder.pid} on .*is training in --workdir"
         ):
             with lock.held(str(tmp_path)):
                 pass
@@ -105,7 +105,7 @@ def test_another_user_of_a_group_is_kept_out_too_and_comes_in_later(umask, tmp_p
             [sys.executable, "-c", SECOND, shared, umask], capture_output=True, text=True, cwd=kill.ROOT
         )
         refused, later = done.stdout.splitlines()
-        assert "another train.py (process " in refused and "let it end" in refused, done.stderr
+        assert "another training run (process " in refused and "let it end" in refused, done.stderr
         assert later == "held"
     finally:
         shutil.rmtree(shared)

@@ -8,10 +8,11 @@ import pathlib
 import numpy as np
 import pytest
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import metrics
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.evaluation import evaluate
-from pwcrf_jax.model import segmenter
+from pwcrf_jax.model import decode
+from pwcrf_jax.prediction import restore
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -157,7 +158,7 @@ def test_potts_scores_are_means_of_the_neighbours(choices, trained):
     """Mean field written out in NumPy: what a node hears is the mean of its neighbours' marginals."""
     config = configs.load(trained / "config.json")
     counts, _ = choices.counts_of_images(config, trained, "val", [choices.Decoding(3.0, 2, potts=True)])
-    model, params, _, dataset = trained.load(config, str(trained), "latest", "val")
+    model, params, _, dataset = restore.load(config, str(trained), "latest", "val")
     boxes = dict(model.relations)
     batches = choices.eval_batches(dataset, "val", batch_size=1, size=config.data.eval_size)
     changed = 0
@@ -179,7 +180,7 @@ def test_potts_scores_are_means_of_the_neighbours(choices, trained):
                             number[i + row, j + col] += 1
                 heard += 3.0 * total / np.maximum(number, 1)
             q = softmax(heard)
-        labels = segmenter.upsample(np.log(q)[None].astype(np.float32), *batch["label"].shape[1:3]).argmax(-1)
+        labels = decode.upsample(np.log(q)[None].astype(np.float32), batch["label"].shape[1:3]).argmax(-1)
         expected = np.asarray(metrics.confusion_matrix(labels, batch["label"], k))
         assert np.abs(ours[0] - choices.ladder.of_classes(expected)).max() <= 4  # pixels that are undecided
         changed += np.abs(ours - unaries).sum()

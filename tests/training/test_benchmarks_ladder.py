@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import small
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import metrics
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.evaluation import evaluate
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rows import full_but
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.data import DATASETS, load_dataset
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.training import loop

@@ -1,4 +1,4 @@
-"""The exported predictor: the labels of eval.py, without the package, on all platforms."""
+"""The exported predictor: the labels of pwcrf predict, without the package, on all platforms."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from jax import export as jax_export
 from PIL import Image
 from rows import full_row
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.configs import demo
 from pwcrf_jax.data import DataError
 from pwcrf_jax.prediction import export, predict, restore
@@ -89,7 +89,7 @@ def test_the_file_gives_the_labels_of_eval_without_the_package(workdir, tmp_path
         frame[: image.shape[0], : image.shape[1]] = image
     np.savez(tmp_path / "batch.npz", images=frames, valid_size=np.array([x.shape[:2] for x in images], np.int32))
 
-    command = [sys.executable, "eval.py", "--workdir", workdir, "--export", tmp_path / "p.stablehlo"]
+    command = [sys.executable, "-m", "pwcrf_jax", "export", "--workdir", workdir, "--output", tmp_path / "p.stablehlo"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     told, about = json.loads(done.stdout.splitlines()[-1]), json.loads((tmp_path / "p.stablehlo.json").read_text())
@@ -167,7 +167,7 @@ def test_what_cannot_be_exported_is_refused(workdir, tmp_path, monkeypatch):
     config = configs.load(workdir / "config.json")
     write = lambda file="p", **options: export.export_predictor(config, str(workdir), str(tmp_path / file), **options)
     for size in ("640", "0x64", "64x99999", "axb", "64x64x3"):
-        with pytest.raises(configs.ConfigError, match=f"--export_size={size} must be HEIGHTxWIDTH"):
+        with pytest.raises(configs.ConfigError, match=f"--size={size} must be HEIGHTxWIDTH"):
             write(size=size)
     with pytest.raises(DataError, match="there is no folder .*gone; make it"):
         write("gone/p")
@@ -197,11 +197,11 @@ def test_what_cannot_be_exported_is_refused(workdir, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "match"),
     [
-        (["--export=p", "--overwrite", "--refine=full"], "the dense CRF is not part"),
-        full_row((["--export_size=64x64"], "--export_size is of --export")),
+        (["--output=p", "--overwrite", "--refine=full"], "--refine is of pwcrf eval, predict, tune: see"),
+        full_row((["--size=64x64"], "--output must be given")),
     ],
 )
 def test_flags_that_do_not_go_together(workdir, args, match):
-    command = [sys.executable, "eval.py", "--workdir", workdir, *args]
+    command = [sys.executable, "-m", "pwcrf_jax", "export", "--workdir", workdir, *args]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and match in done.stderr and "Traceback" not in done.stderr

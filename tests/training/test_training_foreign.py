@@ -5,8 +5,8 @@ import json
 import pytest
 from absl import flags
 
+from pwcrf_jax import config as configs
 from pwcrf_jax.cli import command
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.runtime import checkpoint
 from pwcrf_jax.runtime.files import FileError
 from pwcrf_jax.training import loop

@@ -11,12 +11,11 @@ import pytest
 import small
 from rows import full_but
 
-from pwcrf_jax.config import settings as configs
-from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax import config as configs
 from pwcrf_jax.nets import WeightsError
 from pwcrf_jax.nets.pretrained import KNOWN_FILES
 from pwcrf_jax.prediction import restore
-from pwcrf_jax.training import freezing, loop, optimizer
+from pwcrf_jax.training import checks, freezing, initial, loop, optimizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 MOBILENET = {"model.backbone": "mobilenet_v2", "model.mobilenet_v2.output": "block_6_project"}
@@ -49,7 +48,7 @@ FREEZING = {  # the key that is named, a layer that is, and what else is set
 @pytest.mark.parametrize("case", FREEZING)
 def test_a_random_start_that_stays(case, tmp_path, monkeypatch):
     key, layer, changes = FREEZING[case]
-    monkeypatch.setattr(loop, "load_dataset", lambda **_: pytest.fail("data were prepared"))
+    monkeypatch.setattr(checks, "load_dataset", lambda **_: pytest.fail("data were prepared"))
     config = small.config(tmp_path, **changes)
     with pytest.raises(configs.ConfigError) as told:
         loop.train_and_evaluate(config, str(tmp_path / "work"))
@@ -121,13 +120,13 @@ def test_a_run_makes_it_fit_where_it_has_all_that_is_frozen(given, frozen, tmp_p
             del trained["featmap"]["backbone"]["block_1_project"]
         case "nothing frozen":
             del trained["featmap"]
-    monkeypatch.setattr(evaluate, "restore_params", lambda *_: (None, trained, 7))
+    monkeypatch.setattr(restore, "restore_params", lambda *_: (None, trained, 7))
     frozen.init_from = str(tmp_path / "run")
     if given in ("all of it", "the backbone"):
-        loop.resolve(frozen, str(tmp_path / "work"))
+        initial.resolve_init(frozen, str(tmp_path / "work"))
         return
     with pytest.raises(configs.ConfigError) as told:
-        loop.resolve(frozen, str(tmp_path / "work"))
+        initial.resolve_init(frozen, str(tmp_path / "work"))
     assert "freeze_until = 'block_3'" in str(told.value) and "does not give them" in str(told.value)
 
 
@@ -135,17 +134,17 @@ def test_a_run_goes_on_without_what_it_started_from(frozen, tmp_path, monkeypatc
     def prepare(**_):
         raise InterruptedError
 
-    monkeypatch.setattr(loop, "load_dataset", prepare)
+    monkeypatch.setattr(checks, "load_dataset", prepare)
     (tmp_path / "work/checkpoints/3").mkdir(parents=True)
     with pytest.raises(InterruptedError):
-        loop.checked_dataset(frozen, str(tmp_path / "work"))
+        checks.load_and_validate(frozen, str(tmp_path / "work"))
     with pytest.raises(configs.ConfigError):
-        loop.checked_dataset(frozen, str(tmp_path / "other"))
+        checks.load_and_validate(frozen, str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01])
 def test_a_file_of_weights_holds_no_unary(share, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "load_dataset", lambda **_: pytest.fail("data were prepared"))
+    monkeypatch.setattr(checks, "load_dataset", lambda **_: pytest.fail("data were prepared"))
     config = small.config(tmp_path, **MOBILENET | STAGED | {"loss.unary_share": share})
     config.init_from = str(tmp_path / "mobilenet.h5")
     (tmp_path / "mobilenet.h5").touch()
@@ -166,7 +165,7 @@ def test_a_start_that_is_no_file(kind, tmp_path, monkeypatch):
             path.symlink_to(tmp_path / "none")
         case "link round":
             path.symlink_to(path)
-    monkeypatch.setattr(loop, "load_dataset", lambda **_: pytest.fail("data were prepared"))
+    monkeypatch.setattr(checks, "load_dataset", lambda **_: pytest.fail("data were prepared"))
     with pytest.raises(WeightsError, match=f"init_from = '{path}' (does not exist|is neither a file nor a folder)"):
         loop.train_and_evaluate(small.config(tmp_path, init_from=str(path)), str(tmp_path / "work"))
 

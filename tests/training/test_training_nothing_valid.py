@@ -9,14 +9,15 @@ import pytest
 import small
 
 import pwcrf_jax as pw
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.evaluation import evaluate, tuning
+from pwcrf_jax.evaluation import steps as eval_steps
 from pwcrf_jax.model import losses, segmenter
 from pwcrf_jax.model.counts import confusions
 from pwcrf_jax.prediction import restore
 from pwcrf_jax.report import collect
 from pwcrf_jax.runtime import checkpoint
-from pwcrf_jax.training import loop
+from pwcrf_jax.training import checks, initial, loop
 
 NAMES = ("sky", "water", "boat")
 VOID = 255
@@ -55,15 +56,15 @@ def confusion_of(label, predicted):
 def evaluated(monkeypatch, label, classes=(), predicted=1, factors=(), split="val"):
     """`evaluate_params` of one image whose pixels are all predicted alike, with these (sum, count) of factors."""
     config = small.config("unused", **{"eval.classes": classes, "data.num_classes": len(NAMES)})
-    size = np.array([label.shape], np.int32)
-    batch = dict(image=np.zeros((1, *label.shape, 3), np.uint8), label=label[None], valid_size=size)
-    monkeypatch.setattr(evaluate, "eval_batches", lambda *_, **__: [batch])
-    monkeypatch.setattr(evaluate.parallel, "split", lambda x: x)
+    box = np.array([[0, 0, *label.shape]], np.int32)
+    batch = dict(image=np.zeros((1, *label.shape, 3), np.uint8), label=label[None], valid_box=box)
+    monkeypatch.setattr(evaluate, "batches_of", lambda *_: [batch])
+    monkeypatch.setattr(evaluate, "inputs_of", lambda batch: batch)
     counts = confusion_of(label, predicted)
     rows = dict.fromkeys([*configs.table_rows(config), configs.final_row(config)], counts)
     terms = {"unary": (0.0, 0), "surrounding": (0.0, 0), **dict(factors)}
-    out = {"confusion": rows, "terms": terms, "change": {}}
-    return evaluate.evaluate_params(lambda *_: (out, {}), None, Split(label), split, config)
+    sums = eval_steps.Sums(rows, terms, {})
+    return evaluate.evaluate_params(lambda *_: (sums, None), None, Split(label), split, config)
 
 
 def strict_json(value):
@@ -154,11 +155,11 @@ def test_nothing_is_chosen_by_no_mean_iou(name):
 
 
 def test_training_with_such_a_validation_split_is_refused_before_compute(config, tmp_path, monkeypatch):
-    dataset = loop.load_dataset(**configs.dataset_options(config))
+    dataset = checks.load_dataset(**configs.dataset_options(config))
     about = dataset.label_report()
     about["splits"]["val"]["pixels"] = [0] * len(dataset.class_names)
     monkeypatch.setattr(type(dataset), "label_report", lambda self: about)
-    monkeypatch.setattr(loop, "resolve", None)
+    monkeypatch.setattr(initial, "resolve_init", None)
     with pytest.raises(configs.ConfigError, match="split 'val' has no pixel that is not void"):
         loop.train_and_evaluate(config, str(tmp_path / "run"))
     assert not list((tmp_path / "run").glob("**/best/*"))

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from rows import full_but
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import objectives, piecewise
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.mean_field import Settings
 from pwcrf_jax.model import losses
 from pwcrf_jax.prediction import restore
 from pwcrf_jax.runtime import parallel
-from pwcrf_jax.training import loop, steps
+from pwcrf_jax.training import checks, loop, steps
 from pwcrf_jax.training.optimizer import make_optimizer
 
-OTHERS = [name for name in losses.OBJECTIVES if not name.startswith("piecewise")]
+OTHERS = [name for name, objective in losses.OBJECTIVES.items() if objective.contains_inference]
 
 
 def batch_of(rng, count, size=(32, 48), classes=6):
@@ -32,9 +32,8 @@ def started(config, seed=0, kinds=None):
     unary_steps = configs.unary_steps(config)
     tx = make_optimizer(config.optimizer, config.model, config.train.steps, unary_steps)
     params = restore.init_params(model, seed)
-    crf = configs.crf_settings(config)
-    kinds = kinds or (losses.KINDS if unary_steps is None else ("unary",))
-    step = steps.make_train_step(model, tx, config.loss.to_dict(), 0, crf, kinds)
+    kinds = kinds or configs.objective(config).stages[0]
+    step = steps.from_config(config, model, tx, kinds)
     return step, steps.TrainState(jnp.int32(0), params, tx.init(params))
 
 
@@ -58,6 +57,24 @@ def small(config):
     config.train.steps = 12
     config.optimizer.warmup_steps = 2
     return config
+
+
+@pytest.mark.parametrize("name", losses.OBJECTIVES)
+def test_an_objective_names_its_terms_and_weighs_no_other(small, name):
+    """With each relation that inference uses, or with those that it names; refinement convolutions where they train."""
+    objective, batch = losses.OBJECTIVES[name], batch_of(np.random.default_rng(0), 1)
+    if objective.trains_refinement_convs:
+        small.model.refinement_convs.layers = ("conv3",)
+    model = configs.build_model(small)
+    scores = lambda p: model.apply({"params": p}, batch["image"])
+    params = restore.abstract_params(model)
+    names = objective.term_names(jax.eval_shape(scores, params))
+    for weights in (None, 0.5, {"surrounding": 1.0}):
+        of = lambda p, w=weights: objective.terms(scores(p), jnp.asarray(batch["label"]), inference=Settings(weights=w))
+        terms = jax.eval_shape(of, params)
+        assert set(terms) == set(names) >= set(objective.weights(terms))
+    assert ("refinement_convs" in names) == objective.trains_refinement_convs
+    assert [kind for stage in objective.stages for kind in stage] == list(losses.TRAINED_FACTORS)
 
 
 @pytest.mark.parametrize("features", full_but(["shared", "own"], "own"))
@@ -134,7 +151,7 @@ def test_stages(small, name, features):
     small.model.pairwise_trains_features = True  # staged training does not let them
     small.optimizer.weight_decay = 0.1
     assert configs.unary_steps(small) == 4
-    (first, state), (second, _) = (started(small, kinds=(kind,)) for kind in losses.KINDS)
+    (first, state), (second, _) = (started(small, kinds=(kind,)) for kind in losses.TRAINED_FACTORS)
     batches = [batch_of(np.random.default_rng(i), 2) for i in range(12)]
     out = run(first, state, batches[:4])
     out += run(second, out[-1][0], batches[4:])
@@ -189,8 +206,8 @@ def test_padding_of_a_crop_takes_no_part(small):
         Settings(average_messages=True),
         node_mask=jnp.asarray(mask),
     )
-    inside = np.array([[0, 0, 32, 64]] * 2, np.int32)
-    got = run(step, state, [batch | {"inside": inside}])[0][1]["loss"]
+    valid_box = np.array([[0, 0, 32, 64]] * 2, np.int32)
+    got = run(step, state, [batch | {"valid_box": valid_box}])[0][1]["loss"]
     assert got == pytest.approx(float(-total / count), rel=1e-4)
     assert got != pytest.approx(run(step, state, [batch])[0][1]["loss"], rel=1e-4)
 
@@ -258,7 +275,7 @@ def test_relations_out_of_reach_are_refused_in_training_alone(small, tmp_path, n
     assert not list(tmp_path.iterdir())
     configs.validate(small, num_devices=1)  # as evaluation does: decoding so is no mistake
     small.loss.objective, small.data.eval_size = "piecewise", (192, 256)
-    loop.checked_dataset(small)  # trains them each by itself
+    checks.load_and_validate(small)  # trains them each by itself
 
 
 @pytest.mark.parametrize("features", full_but(["shared", "own"], "own"))

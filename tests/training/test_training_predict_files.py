@@ -9,7 +9,7 @@ import pytest
 import small
 from PIL import Image
 
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.data import DataError
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.prediction import predict

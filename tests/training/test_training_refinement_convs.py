@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from pwcrf_jax import nets, piecewise
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
+from pwcrf_jax import mean_field, nets, piecewise
 from pwcrf_jax.evaluation import evaluate, tuning
-from pwcrf_jax.model import losses, segmenter
+from pwcrf_jax.model import decode, losses
 from pwcrf_jax.prediction import predictor, restore
 from pwcrf_jax.runtime import parallel
 from pwcrf_jax.training import loop, steps
@@ -112,7 +112,7 @@ def test_refused_with_objectives_that_do_not_train_them(fine):
 
 
 def test_their_loss_moves_nothing_else(fine):
-    """The term is the log-likelihood of sharpened unary marginals at fine cells; its gradient stays in the convs."""
+    """The term is the log-likelihood of refined unary marginals at fine cells; its gradient stays in the convs."""
     model = configs.build_model(fine)
     params = restore.init_params(model, 0)
     rng = np.random.default_rng(0)
@@ -130,8 +130,9 @@ def test_their_loss_moves_nothing_else(fine):
     (total, (count, potentials)), grads = jax.jit(jax.value_and_grad(term, has_aux=True, allow_int=True))(params)
     moved = {name for name, tree in grads.items() if any(np.any(x) for x in jax.tree.leaves(tree))}
     assert moved == {"refinement_convs"}
-    assert potentials.correction.shape == (2, 32, 48, 6)
-    scores = jax.image.resize(jax.nn.log_softmax(potentials.unary), (2, 32, 48, 6), "bilinear") + potentials.correction
+    assert potentials.refinement_logits.shape == (2, 32, 48, 6)
+    upsampled = jax.image.resize(jax.nn.log_softmax(potentials.unary), (2, 32, 48, 6), "bilinear")
+    scores = upsampled + potentials.refinement_logits
     log_p = np.asarray(jax.nn.log_softmax(scores))
     truth = np.asarray(piecewise.grid_labels(jnp.asarray(labels), 32, 48))
     np.testing.assert_allclose(total, np.take_along_axis(log_p, truth[..., None], -1).sum(), rtol=1e-5)
@@ -143,7 +144,7 @@ def test_relations_have_a_class_balance_of_their_own(fine):
     rng = np.random.default_rng(5)
     labels = rng.choice(6, (2, 64, 96), p=[0.5, 0.3, 0.1, 0.05, 0.03, 0.02]).astype(np.uint8)
     batch = {"image": rng.integers(0, 256, (2, 64, 96, 3), np.uint8), "label": labels}
-    batch["valid_size"] = np.array([[64, 96]] * 2, np.int32)
+    batch["valid_box"] = np.array([[0, 0, 64, 96]] * 2, np.int32)
     fine.crf.num_iterations = 1
     model = configs.build_model(fine)
     params = restore.init_params(model, 0)
@@ -153,11 +154,11 @@ def test_relations_have_a_class_balance_of_their_own(fine):
     def terms(balance, of_pairs):
         fine.loss.balance_power, fine.loss.pairwise_balance_power = balance, of_pairs
         configs.validate(fine, num_devices=1)
-        step = parallel.pmap_train(steps.make_train_step(model, tx, fine.loss.to_dict()), devices=jax.devices()[:1])
+        step = parallel.pmap_train(steps.from_config(fine, model, tx), devices=jax.devices()[:1])
         copy = jax.tree.map(jnp.copy, params)
         _, seen = step(steps.TrainState(jnp.int32(0), copy, tx.init(copy)), parallel.split(batch, 1))
-        fn = parallel.pmap_eval(evaluate.eval_step(fine, model), devices=jax.devices()[:1])
-        sums = fn(params, parallel.split(batch, 1))["terms"]
+        fn = evaluate.make_eval_fn(fine, model, devices=jax.devices()[:1])
+        sums = fn(params, parallel.split(batch, 1))[0].terms
         found = {k: -float(total) / float(count) for k, (total, count) in sums.items()}
         assert {k: float(seen[f"nll_{k}"]) for k in found} == pytest.approx(found, rel=1e-4)
         return found
@@ -207,14 +208,12 @@ def test_predictions_are_those_of_evaluation(ran):
     height, width = config.data.eval_size
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     potentials = model.apply({"params": params}, image[None])
-    crf = configs.crf_settings(config)
-    mask = jnp.ones(potentials.unary.shape[:3], bool)
-    log_marginals, _ = segmenter.infer(potentials, crf, node_mask=mask)
-    sharp = segmenter.sharpen(log_marginals, potentials.correction, mask)
-    want = jax.nn.log_softmax(segmenter.upsample(sharp, height, width))[0]
+    log_marginals, _ = mean_field.run(potentials.unary, potentials.pairwise, configs.crf_settings(config))
+    sharp = decode.apply_refinement(log_marginals, potentials.refinement_logits)
+    want = jax.nn.log_softmax(decode.upsample(sharp, (height, width)))[0]
     ((_, _, marginals),) = predictor.Predictor(config, model, params)([("x", image)])
     np.testing.assert_allclose(marginals.log_probs(), want, atol=2e-4)
-    assert np.abs(np.asarray(sharp - segmenter.upsample(log_marginals, *sharp.shape[1:3]))).max() > 1e-3
+    assert np.abs(np.asarray(sharp - decode.upsample(log_marginals, sharp.shape[1:3]))).max() > 1e-3
 
 
 def test_tiles_say_what_one_tile_says(ran):

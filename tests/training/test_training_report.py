@@ -17,12 +17,14 @@ import pytest
 from rows import full_row
 
 import pwcrf_jax as pw
-from pwcrf_jax.config import settings as configs
+from pwcrf_jax import config as configs
 from pwcrf_jax.data import eval_batches
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.mean_field import Settings
-from pwcrf_jax.model import segmenter
+from pwcrf_jax.model import decode
+from pwcrf_jax.prediction import restore
 from pwcrf_jax.report import collect
+from pwcrf_jax.report.parts import pixels_of
 from pwcrf_jax.runtime.files import FileError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -41,8 +43,7 @@ def unpacked(packed, *shape):
 
 def collected(config, model, params, dataset, file, refine="off", **options):
     page = collect.Report(str(file), **options)
-    fn = page.start(config, model, params, dataset)
-    result = evaluate.evaluate_params(fn, params, dataset, "val", config, refine, report=page) | ABOUT
+    result = evaluate.evaluate_model(config, model, params, dataset, "val", refine=refine, report=page) | ABOUT
     page.write(result | dict(refine=refine))
     return result, embedded(file.read_text()), page
 
@@ -52,7 +53,7 @@ def run(trained):
     """(config, model, params, data set) of a run whose pair networks say something."""
     config = configs.load(trained / "config.json")
     config.crf.weights = (0.5, 2.0)
-    model, params, _, dataset = trained.load(config, str(trained), "best", "val")
+    model, params, _, dataset = restore.load(config, str(trained), "best", "val")
     rng = np.random.default_rng(0)
     for name in config.model.relations:
         layer = params[f"pairwise_{name}"]
@@ -76,7 +77,7 @@ def by_api(run):
     config, model, params, dataset = run
     (batch,) = eval_batches(dataset, "val", batch_size=10, size=config.data.eval_size)
     potentials = jax.jit(model.apply)({"params": params}, batch["image"])
-    mask = segmenter.grid_mask(batch["valid_size"], potentials.unary.shape[1:3], batch["label"].shape[1:])
+    mask = decode.grid_mask(batch["valid_box"], potentials.unary.shape[1:3], batch["label"].shape[1:])
     chosen = [potentials.pairwise[name] for name in config.model.relations]
     rows = {}
     for row, some in (("unary", 0), ("all", 2)):
@@ -86,7 +87,7 @@ def by_api(run):
             Settings(weights=config.crf.weights[:some], average_messages=True),
             node_mask=mask,
         )
-        rows[row] = np.asarray(jax.nn.log_softmax(segmenter.upsample(log_marginals, *batch["label"].shape[1:], mask)))
+        rows[row] = np.asarray(jax.nn.log_softmax(decode.upsample(log_marginals, batch["label"].shape[1:], mask)))
     return batch["label"], rows, log_marginals, potentials, mask
 
 
@@ -237,8 +238,7 @@ def test_with_refinement(run, tmp_path):
     config, model, params, dataset = run
     config = config.copy_and_resolve_references()
     config.refine.num_iterations = 2
-    plain_fn = evaluate.make_eval_fn(config, model, "spatial")
-    plain = evaluate.evaluate_params(plain_fn, params, dataset, "val", config, "spatial")
+    plain = evaluate.evaluate_model(config, model, params, dataset, "val", refine="spatial")
     result, data, page = collected(
         config, model, params, dataset, tmp_path / "a.html", "spatial", images=1, inspected=0
     )
@@ -265,12 +265,8 @@ def test_one_relation_and_augmentation(run, tmp_path):
     config, model, params, dataset = run
     config = config.copy_and_resolve_references()
     config.crf.relations, config.crf.weights, config.tta.flip = ("above_below",), (1.0,), True
-    from pwcrf_jax.prediction import predictor as inference
-
     page = collect.Report(str(tmp_path / "a.html"))
-    fn = page.start(config, model, params, dataset)
-    predictor = inference.Predictor(config, model, params)
-    result = evaluate.evaluate_params(fn, params, dataset, "val", config, predictor=predictor, report=page)
+    result = evaluate.evaluate_model(config, model, params, dataset, "val", report=page)
     data = page.data(result | ABOUT)
     assert data["stages"] == ["unary", "all", "tta"] and [r["name"] for r in data["relations"]] == ["above_below"]
     assert len(data["gallery"]) == 10 and len(data["inspector"]["images"]) == 10
@@ -344,14 +340,14 @@ def test_a_page_of_noisy_images_stays_small(run, tmp_path):
         image = np.clip(colours[clean.argmax(-1)] + normal(20, *size, 3), 0, 255).astype(np.uint8)
         for row in stages:  # those of the network are enlarged from its cells
             scores = clean + normal(0.3, *size, k) if row in stages[3:] else zoom(coarse + normal(1, 9, 12, k))
-            views[row] = page.read(np.asarray(jax.nn.log_softmax(scores)))
+            views[row] = pixels_of(np.asarray(jax.nn.log_softmax(scores)))
         page._add_image(image, clean.argmax(-1).astype(np.uint8), name, views, cells)
     four = page._gallery.entries()
     for i in range(4, 100):  # the same pictures again: to compress 100 images takes too long here
         page._gallery.offer(0.0, i, lambda i=i: four[i % 4] | {"index": i})
         page._inspected.offer(0.0, i, lambda i=i: cells() | {"index": i})
     page._hidden |= {name: np.ones(len(params[f"pairwise_{name}"]["last_kernel"]) + 1) for name in page._boxes}
-    page.confusion = {row: np.full((k, k), 10**6) for row in stages}
+    page._confusion = {row: np.full((k, k), 10**6) for row in stages}
     figures = dict.fromkeys(("miou", "pixel_accuracy", "mean_accuracy", "fw_iou"), 0.5)
     rows = dict.fromkeys(stages, figures | dict(boundary_iou={}, iou=dict.fromkeys(names, 0.5)))
     written = page.write(ABOUT | dict(split="val", num_images=100, classes=[], change={}, rows=rows))
@@ -428,11 +424,12 @@ def test_a_small_gallery_needs_no_other_flag(trained, tmp_path):
     "words, says",
     [
         (("--report_images=3",), "--report_images is of --report"),
-        full_row((("--report", "--images=x", "--output=y"), "does not go with --images")),
+        full_row((("--report=auto", "--images=x"), "--images is of pwcrf predict: see")),
         full_row(
-            (("--report", "--report_images=2", "--report_inspect=3"), "_inspect=3 is more than --report_images=2")
+            (("--report=auto", "--report_images=2", "--report_inspect=3"), "_inspect=3 is more than --report_images=2")
         ),
-        full_row((("--report=a.html", "--tune-refinement"), "does not go with --tune-refinement")),
+        full_row((("--report=a.html", "--tune-refinement"), "--tune-refinement is of pwcrf tune: see")),
+        full_row((("--report_images=2", "--report"), "Missing value for flag --report")),
     ],
 )
 def test_flags_that_do_not_go_together(trained, words, says):

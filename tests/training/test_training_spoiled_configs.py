@@ -15,12 +15,12 @@ from absl import flags
 from ml_collections import config_flags
 from rows import full_row
 
+from pwcrf_jax import config as configs
 from pwcrf_jax.cli import command as cli
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.configs import default
 
 ROOT = pathlib.Path(__file__).parents[2]
-DEFAULTS = dict(configs._flat(default.get_config()))
+DEFAULTS = dict(configs.flat(default.get_config()))
 
 FREE_TEXT = {"init_from", "data.source_dir", "data.data_dir", "data.train_split", "data.eval_split"}
 FREE_TEXT |= {"data.tfds.dataset", "data.tfds.image_key", "data.tfds.label_key"}

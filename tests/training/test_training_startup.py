@@ -16,8 +16,8 @@ from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import config_flags
 
+from pwcrf_jax import config as configs
 from pwcrf_jax.cli import command as cli
-from pwcrf_jax.config import settings as configs
 from pwcrf_jax.prediction import restore
 from pwcrf_jax.runtime import compilation
 

@@ -29,18 +29,6 @@ LIBRARIES = {
 }  # fmt: skip
 PRIVATE = ("jax._src", "jax.lib", "jax.config.update")
 FILE, FUNCTION, PARAMETERS = 400, 60, 7  # lines, lines without docstring, positional parameters
-KNOWN = {
-    "config/settings.py",
-    "evaluation/evaluate.py:evaluate_params",
-    "evaluation/steps.py:make_eval_step",
-    "evaluation/tuning.py:_marginals",
-    "evaluation/tuning.py:_score_messages",
-    "model/plan.py",
-    "model/plan.py:plan",
-    "prediction/predict.py:predict",
-    "training/loop.py",
-    "training/loop.py:_train",
-}
 
 
 def room(path: Path) -> str:
@@ -172,7 +160,7 @@ def test_public_jax_alone_and_no_global_settings():
 def test_files_and_functions_are_short():
     found = {str(p.relative_to(PACKAGE)) for p, source in sources() if len(source.splitlines()) > FILE}
     found |= {f"{p.relative_to(PACKAGE)}:{name}" for p, source in sources() for name in oversized(source)}
-    assert found == KNOWN
+    assert not found
 
 
 def test_the_base_needs_jax_and_numpy_alone():

@@ -87,7 +87,7 @@ def _open(data: bytes, where: str, load: bool = True, max_pixels: float = MAX_PI
         raise DataError(f"{where}: the file is empty (0 bytes); restore it from the original data")
     too_large = DataError(
         f"{where}: has more pixels than config.data.max_pixels = {max_pixels:.0f} allows; raise that (--option "
-        "max_pixels=N of pwcrf_jax.data.check) or cut it into tiles, or, if it should be smaller, restore the file"
+        "max_pixels=N of pwcrf check) or cut it into tiles, or, if it should be smaller, restore the file"
     )
     if foreign := foreign_format(data):
         raise DataError(f"{where}: is an image of a format that is not read ({foreign}); {FOREIGN_REMEDY}")

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder
-from pwcrf_jax.data.check import bad_value
+from pwcrf_jax.data.label_guard import bad_value
 from pwcrf_jax.data.readers.archives import locate
 from pwcrf_jax.data.readers.files import DataError, open_file, present
 from pwcrf_jax.data.readers.image_io import VOID

@@ -41,7 +41,7 @@ from typing import Any
 import numpy as np
 
 from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
-from pwcrf_jax.data.check import bad_value
+from pwcrf_jax.data.label_guard import bad_value
 from pwcrf_jax.data.readers.classes import read_classes
 from pwcrf_jax.data.readers.files import (
     FOREIGN_REMEDY,

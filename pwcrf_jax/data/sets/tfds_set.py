@@ -24,7 +24,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from pwcrf_jax.data.builder import Plan, SegmentationBuilder, check_options, fingerprint, require_source_dir
-from pwcrf_jax.data.check import bad_value
+from pwcrf_jax.data.label_guard import bad_value
 from pwcrf_jax.data.prepare import _locked, _quiet
 from pwcrf_jax.data.readers.disk import refusal, unwritable
 from pwcrf_jax.data.readers.files import present

@@ -1,15 +1,9 @@
 """The label guard: looks at every example of a data set, refuses what must be wrong and warns of what may be.
 
-    python -m pwcrf_jax.data.check image_folder --source_dir DIR [--data_dir DIR] [--partial] [--option seed=1]
-
-prepares the data set, as training would, and prints what the guard saw. Exit code 2: data, a flag or a path is refused,
-as by every command. The guard sees it once, while it is prepared, and keeps `label_report.json` in the prepared folder.
+It sees a data set once, while it is prepared, and keeps `label_report.json` in the prepared folder, which `pwcrf check`
+prints.
 """
 
-import argparse
-import ast
-import logging
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +13,6 @@ import numpy as np
 
 from pwcrf_jax.data.readers.image_io import VOID, DataError, orientation, value_counts
 from pwcrf_jax.runtime import files
-from pwcrf_jax.runtime.streams import naming_stdout, say
 
 REPORT = "label_report.json"
 INTERPOLATED = 0.35
@@ -29,8 +22,6 @@ SPREAD = 0.05
 """Share of borders that values other than the two most frequent ones must blur. Outlines, kerbs and poles are thin too
 and lie between others, but are drawn in few classes; interpolation makes all values between two. With four classes and
 fewer one cannot tell."""
-_ARGUMENTS = {"name": "DATASET"} | {name: f"--{name}" for name in ("source_dir", "data_dir", "partial")}
-"""What `load_dataset` takes beside the options of a data set: how the command has it."""
 EVEN_SIZE = 40
 """Pixels: cells of 16 cover multiples of it evenly at 1.2 times their size, the largest scale."""
 
@@ -289,67 +280,3 @@ def format_report(report: dict[str, Any]) -> str:
         f'to train: --config.data.num_classes={len(report["classes"])} --config.data.eval_size="({height},{width})"'
     )
     return "\n".join(lines)
-
-
-def _option(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    if key in _ARGUMENTS or key == "cls":  # which Python takes itself
-        own = f"; give it as {_ARGUMENTS[key]}" if key in _ARGUMENTS else ""
-        raise argparse.ArgumentTypeError(f"{key!r} is no option of a data set{own}")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
-
-
-def parser() -> argparse.ArgumentParser:
-    """The arguments of the command."""
-    parser = argparse.ArgumentParser(prog="python -m pwcrf_jax.data.check", description="Checks a data set's labels.")
-    parser.add_argument("dataset", help="what data.name of a config is")
-    parser.add_argument("--source_dir", default="", help="folder of your copy")
-    parser.add_argument("--data_dir", default="", help="where prepared data sets are kept")
-    parser.add_argument("--partial", action="store_true", help="accept splits without the official number of images")
-    parser.add_argument("--option", action="append", default=[], type=_option, metavar="KEY=VALUE",
-                        help="an option of the data set")  # fmt: skip
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    from pwcrf_jax.data import load_dataset
-
-    args = parser().parse_args(arguments)
-    log = logging.getLogger("pwcrf_jax.data.prepare")
-    level = log.level
-    log.setLevel(logging.ERROR)  # the report has its warnings
-    try:
-        data = load_dataset(
-            args.dataset,
-            source_dir=args.source_dir,
-            data_dir=args.data_dir,
-            partial=args.partial,
-            **dict(args.option),
-        )
-        report = data.label_report()
-    except (DataError, files.FileError) as e:
-        say(f"refused: {e}")
-        return 2
-    finally:
-        log.setLevel(level)
-    say(f"{args.dataset}, prepared in {data.folder}\n{format_report(report)}")
-    return 0
-
-
-def _command() -> int:
-    try:
-        with naming_stdout():
-            return main()
-    except files.FileError as e:  # of standard output
-        print(f"refused: {e}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(_command())
