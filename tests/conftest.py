@@ -3,14 +3,11 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# XLA's older emitters, without splitting a program for threads, compile in a third of the time; processes inherit it.
-_FLAGS = {
-    "--xla_force_host_platform_device_count": "8",
-    "--xla_cpu_use_fusion_emitters": "false",
-    "--xla_cpu_parallel_codegen_split_count": "1",
-}
-_GIVEN = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = " ".join([_GIVEN, *(f"{k}={v}" for k, v in _FLAGS.items() if k not in _GIVEN)]).strip()
+import small
+
+_FLAG = "--xla_force_host_platform_device_count"
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8 {small.FAST_COMPILATION}".strip()
 
 import atexit  # noqa: E402
 import gc  # noqa: E402
@@ -19,7 +16,6 @@ import sys  # noqa: E402
 import tempfile  # noqa: E402
 
 import pytest  # noqa: E402
-import small  # noqa: E402
 
 # What scripts compile goes where nothing of the user's is.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()

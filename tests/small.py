@@ -4,6 +4,8 @@ import contextlib
 
 from configs import demo
 
+FAST_COMPILATION = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+"""XLA's older emitters, and programs not split for threads: both compile in a third of the time. For XLA_FLAGS."""
 KEYS = {
     "data.synthetic.num_train": 24,
     "data.synthetic.num_val": 10,  # the last batch is padded

@@ -4,12 +4,12 @@ import importlib
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
+import commands
 import jax
 import jax.numpy as jnp
 import pytest
+import small
 from rows import full_but
 
 from pwcrf_jax.training import config as configs
@@ -59,12 +59,10 @@ def test_schedules(name, config):
 
 def test_scripts_end_to_end(config, tmp_path):
     """train.py, again (nothing left to do), then eval.py with no more than --workdir; its last line is JSON."""
-    env = {**os.environ, "XLA_FLAGS": ""}
+    env = os.environ | {"XLA_FLAGS": small.FAST_COMPILATION}
 
     def run(*args):
-        return subprocess.run(
-            [sys.executable, *map(str, args)], capture_output=True, text=True, cwd=tmp_path, env=env, check=False
-        )
+        return commands.run(args, cwd=tmp_path, env=env)
 
     train = [ROOT / "train.py", "--config", ROOT / "configs" / "demo.py", "--workdir", tmp_path / "work",
              f"--config.data.data_dir={config.data.data_dir}", "--config.data.synthetic.num_train=24",

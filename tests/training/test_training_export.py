@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -88,8 +89,7 @@ def test_the_file_gives_the_labels_of_eval_without_the_package(workdir, tmp_path
         frame[: image.shape[0], : image.shape[1]] = image
     np.savez(tmp_path / "batch.npz", images=frames, valid_size=np.array([x.shape[:2] for x in images], np.int32))
 
-    command = [sys.executable, "eval.py", "--workdir", workdir, "--export", tmp_path / "p.stablehlo"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = commands.run(["eval.py", "--workdir", workdir, "--export", tmp_path / "p.stablehlo"])
     assert done.returncode == 0, done.stderr
     told, about = json.loads(done.stdout.splitlines()[-1]), json.loads((tmp_path / "p.stablehlo.json").read_text())
     assert told["bytes"] == about["bytes"] == (tmp_path / "p.stablehlo").stat().st_size
@@ -199,6 +199,5 @@ def test_what_cannot_be_exported_is_refused(workdir, tmp_path, monkeypatch):
     ],
 )
 def test_flags_that_do_not_go_together(workdir, args, match):
-    command = [sys.executable, "eval.py", "--workdir", workdir, *args]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = commands.run(["eval.py", "--workdir", workdir, *args])
     assert done.returncode == 2 and match in done.stderr and "Traceback" not in done.stderr

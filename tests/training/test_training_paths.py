@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 
+import commands
 import jax
 import pytest
 import small
@@ -100,9 +101,8 @@ def test_no_flag_that_names_a_path_is_forgotten():
     code += "if f.flag_type() == 'string' and any(w in f.help for w in ('older', 'ile', 'images:'))))"
     found = set()
     for script in ("train", "eval"):
-        done = subprocess.run(
-            [sys.executable, "-c", code.format(script)], cwd=ROOT, capture_output=True, text=True, check=True
-        )
+        done = commands.run(["-c", code.format(script)])
+        assert not done.returncode, done.stderr
         found |= set(done.stdout.split())
     assert {"workdir", "output", "images"} <= found <= {*cli.PATHS, "export_size"}
     keys = {f"config.{key}" for key, kind in configs.schema.SCHEMA.items() if isinstance(kind, configs.schema.Path)}
@@ -292,8 +292,7 @@ def test_commands_without_their_platform(platform, words, tmp_path):
     configs.save(small.config("sets"), tmp_path / "trained" / "config.json")
     flags += small.flags("sets") if script == "train.py" else []
     flags = [flag.replace("configs/", f"{ROOT}/configs/") for flag in flags]
-    done = subprocess.run([sys.executable, ROOT / script, *flags], cwd=tmp_path, capture_output=True, text=True,
-                          env=os.environ | {"JAX_PLATFORMS": platform})  # fmt: skip
+    done = commands.run([ROOT / script, *flags], cwd=tmp_path, env=os.environ | {"JAX_PLATFORMS": platform})
     assert done.returncode == 2 and done.stderr.startswith(f"error: JAX_PLATFORMS={platform}: "), done.stderr
     assert done.stderr.count("\n") == 1 and os.listdir(tmp_path) == ["trained"]
     assert os.listdir(tmp_path / "trained") == ["config.json"]

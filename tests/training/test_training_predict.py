@@ -4,9 +4,8 @@ import functools
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 
+import commands
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -499,7 +498,7 @@ def test_submission_of_a_split_without_labels(tmp_path):
 
 
 def _eval(*args):
-    return subprocess.run([sys.executable, "eval.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    return commands.run(["eval.py", *args])
 
 
 def test_unreadable_images_are_named_and_the_others_predicted(trained, tmp_path):

@@ -4,9 +4,8 @@ import itertools
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -294,7 +293,7 @@ def test_the_kept_marginals_are_those_of_the_chosen_weights(searched):
 
 
 def _eval(*args):
-    done = subprocess.run([sys.executable, "eval.py", *args], cwd=ROOT, capture_output=True, text=True)
+    done = commands.run(["eval.py", *args])
     return done, json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 

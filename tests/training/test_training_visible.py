@@ -9,11 +9,11 @@ import pty
 import re
 import shutil
 import struct
-import subprocess
 import sys
 import termios
 from pathlib import Path
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -224,8 +224,8 @@ def flat(config):
 
 
 def test_dry_run_leaves_its_picture_alone(config, tmp_path):
-    command = [sys.executable, "train.py", "--config=configs/demo.py", f"--workdir={tmp_path / 'work'}", "--dry-run"]
-    done = subprocess.run([*command, *flat(config)], cwd=ROOT, capture_output=True, text=True)
+    command = ["train.py", "--config=configs/demo.py", f"--workdir={tmp_path / 'work'}", "--dry-run"]
+    done = commands.run([*command, *flat(config)])
     assert done.returncode == 0, done.stderr
     assert [p.name for p in (tmp_path / "work").iterdir()] == ["dry_run.png"]
     model = configs.build_model(config)
@@ -273,8 +273,7 @@ def test_dry_run_beside_a_run(trained, config, tmp_path, capsys, caplog, monkeyp
 
 @pytest.mark.parametrize(("script", "argument"), [("train.py", "--helpfull"), ("eval.py", "--help")])
 def test_help_shows_every_flag_with_default_and_example(script, argument):
-    command = [sys.executable, script, "--workdir=gone", argument]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = commands.run([script, "--workdir=gone", argument])
     assert done.returncode == 0 and not done.stderr
     usage, _, text = done.stdout.partition("\nFlags:\n\n")
     assert f"    python {script} " in usage
