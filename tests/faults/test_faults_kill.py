@@ -6,6 +6,11 @@ from faults import kill
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
+    return kill.undisturbed(tmp_path_factory.mktemp("lives"), devices=2, forked=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_from_its_start(tmp_path_factory):
     return kill.undisturbed(tmp_path_factory.mktemp("lives"), devices=2)
 
 
@@ -26,11 +31,11 @@ def test_terminated(undisturbed):
 
 
 @pytest.mark.slow
-def test_killed_a_hundred_times(undisturbed):
-    assert _check(kill.campaign(undisturbed, 100, seed=1))["kills"] == 100
+def test_killed_a_hundred_times(undisturbed_from_its_start):
+    assert _check(kill.campaign(undisturbed_from_its_start, 100, seed=1))["kills"] == 100
 
 
 @pytest.mark.slow
-def test_terminated_many_times(undisturbed):
-    summary = _check(kill.campaign(undisturbed, 40, kill=False, seed=2))
+def test_terminated_many_times(undisturbed_from_its_start):
+    summary = _check(kill.campaign(undisturbed_from_its_start, 40, kill=False, seed=2))
     assert summary["kills"] == 40 and summary["code 143"] > 20
