@@ -5,6 +5,7 @@
 One process a test session imports the package, starts neither devices nor threads, and forks for each command.
 """
 
+import ast
 import atexit
 import gc
 import importlib
@@ -46,6 +47,8 @@ def start(words, out, err, cwd=ROOT, env=None) -> "Process":
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
         )
         atexit.register(_server.stdin.close)
+    for name in (out, err):
+        open(name, "w").close()
     environment = dict(os.environ if env is None else env)
     asked = dict(words=list(map(str, words)), out=str(out), err=str(err), cwd=str(cwd), env=environment)
     print(json.dumps(asked), file=_server.stdin, flush=True)
@@ -125,11 +128,16 @@ def _become(asked):
 
     for name, text in asked["env"].items():
         if name.startswith("JAX_") and text != os.environ.get(name):
-            before = getattr(jax.config, name.lower())
-            value = bool(int(text)) if isinstance(before, bool) else text if before is None else type(before)(text)
-            jax.config.update(name.lower(), value)
+            jax.config.update(name.lower(), _value(text))
     os.environ.clear()
     os.environ.update(asked["env"])
+
+
+def _value(text):
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """A run small enough for a test: 192 x 256 synthetic scenes, the tiny backbone, a handful of steps."""
 
 import contextlib
+import fcntl
+import os
 
 from configs import demo
 
@@ -12,6 +14,7 @@ KEYS = {
     "data.crop_size": (96, 128),
     "model.tiny.features": (4, 4, 8, 8),
     "model.hidden": 8,
+    "optimizer.schedule": "constant",  # so that runs of any number of steps are one program
     "train.batch_size": 8,
     "train.steps": 6,
     "train.log_every": 1,
@@ -47,8 +50,28 @@ def programs(tmp_path_factory):
 
     Runs that are held against one another belong in here alike. Fixtures of a session come before those of a module.
     """
-    with compiled_once(tmp_path_factory.getbasetemp() / "compiled"), compiled_quickly():
+    with compiled_once(session_folder(tmp_path_factory) / "compiled"), compiled_quickly():
         yield
+
+
+def session_folder(tmp_path_factory):
+    """The folder of a test session, one for all of its processes."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def workdir(tmp_path_factory, name, config):
+    """Workdir of a run of a config, trained by the first process of the test session that asks; only to be read."""
+    from pwcrf_jax.training import loop
+
+    folder = session_folder(tmp_path_factory)
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / name).exists():
+            with programs(tmp_path_factory):
+                loop.train_and_evaluate(config, str(folder / f"{name}-unfinished"))
+            os.rename(folder / f"{name}-unfinished", folder / name)
+    return folder / name
 
 
 @contextlib.contextmanager

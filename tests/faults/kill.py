@@ -55,7 +55,7 @@ HANGS = 300  # seconds after which a life is taken for hanging
 class Life:
     """One process of train.py; its log is on disk, so that nothing of it is lost with it.
 
-    forked: it need not import anything first, so that its start is no more that of a user.
+    forked: for tests; it need not import anything first, and compiles quickly and once for all.
     """
 
     def __init__(self, workdir, devices, data_dir, workers=0, forked=False):
@@ -66,6 +66,11 @@ class Life:
         environment = os.environ | {"XLA_FLAGS": flags}
         self.began = time.time()
         if forked:
+            environment |= {
+                "JAX_COMPILATION_CACHE_DIR": str(data_dir.parent / "compiled"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            }
             self.process = commands.start(command[1:], self.log_path, self.log_path, env=environment)
             return
         with open(self.log_path, "w") as log:

@@ -25,6 +25,7 @@ def test_killed_in_training_and_in_a_save(undisturbed):
     assert _check(kill.campaign(undisturbed, 2, kinds=("step", "save")))["kills"] == 2
 
 
+@pytest.mark.full
 def test_terminated(undisturbed):
     summary = _check(kill.campaign(undisturbed, 1, kill=False, kinds=("step",)))
     assert summary["kills"] == summary["code 143"] == 1

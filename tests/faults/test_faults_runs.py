@@ -230,6 +230,7 @@ def test_a_read_only_workdir(work, config):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.full
 def test_a_disk_that_runs_full(tmp_path, config):
     """A disk with room for some checkpoints. The last good one stays, and where there is room the run goes on."""
     _needs_mounts()

@@ -118,6 +118,7 @@ def test_the_file_gives_the_labels_of_eval_without_the_package(workdir, tmp_path
     assert (next(predictor([(None, images[0])]))[2].labels() != loaded["batch"][0]).mean() > 0.05
 
 
+@pytest.mark.full
 def test_refinement_convolutions_and_sizes_beyond_the_frame_of_evaluation():
     """The distances of relations stay those of the frame, as `Predictor` has it, which sees this image in one tile."""
     convs = {"model.refinement_convs.layers": ("conv2", "conv3"), "model.refinement_convs.width": 4}
@@ -137,13 +138,15 @@ BACKBONE = {"model.scales": (1.0, 0.5), "model.block6": ((3, 4),), "model.pyrami
     "keys",
     [
         full_row({"model.backbone": "vgg16", "model.parameterisation": "free", "crf.route": "folded", **BACKBONE}),
-        {
-            "model.backbone": "mobilenet_v2",
-            "model.mobilenet_v2.depthwise": "grouped",
-            "model.refinement_convs.layers": ("block_3_expand", "block_6_expand"),
-            "crf.route": "table",
-            **BACKBONE,
-        },
+        full_row(
+            {
+                "model.backbone": "mobilenet_v2",
+                "model.mobilenet_v2.depthwise": "grouped",
+                "model.refinement_convs.layers": ("block_3_expand", "block_6_expand"),
+                "crf.route": "table",
+                **BACKBONE,
+            }
+        ),
         full_row({"model.backbone": "mobilenet_v2", "model.dtype": "bfloat16", **BACKBONE}),
         {"model.relations": ()},
     ],

@@ -18,7 +18,7 @@ from configs import voc_vgg16
 from pwcrf_jax import segmenter
 from pwcrf_jax.data import DataError, load_dataset
 from pwcrf_jax.data.synthetic import generate_scene
-from pwcrf_jax.training import checkpoint, evaluate, image_files, inference, loop, predict, refinement, tiling
+from pwcrf_jax.training import checkpoint, evaluate, image_files, inference, predict, refinement, tiling
 from pwcrf_jax.training import config as configs
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -29,8 +29,8 @@ def wide(tmp_path_factory):
     """Workdir of a short run of a network whose cells see far beyond themselves, on crops of 96 x 128."""
     from configs import demo
 
-    config, base = demo.get_config(), tmp_path_factory.mktemp("wide")
-    config.data.data_dir = str(base / "prepared")
+    config = demo.get_config()
+    config.data.data_dir = str(tmp_path_factory.mktemp("wide") / "prepared")
     config.data.synthetic = dict(num_train=24, num_val=8, image_size=(192, 256), seed=0)
     config.data.crop_size = (96, 128)
     config.model.tiny.features = (8, 8, 16, 16)
@@ -39,9 +39,7 @@ def wide(tmp_path_factory):
     config.optimizer.learning_rate = 1e-2
     config.train.batch_size = config.eval.batch_size = 8
     config.train.steps = config.train.eval_every = config.train.checkpoint_every = 60
-    with small.programs(tmp_path_factory):
-        loop.train_and_evaluate(config, str(base / "work"))
-    return base / "work"
+    return small.workdir(tmp_path_factory, "wide", config)
 
 
 def predictor_of(workdir, **changes):

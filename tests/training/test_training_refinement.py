@@ -9,6 +9,7 @@ import commands
 import jax
 import numpy as np
 import pytest
+from rows import full_but
 
 from pwcrf_jax import dense_crf
 from pwcrf_jax.training import checkpoint, evaluate, refinement, steps, tuning
@@ -64,7 +65,7 @@ def by_hand(marginals, batch, params, num_iterations):
     return total
 
 
-@pytest.mark.parametrize("mode", ["spatial", "full"])
+@pytest.mark.parametrize("mode", full_but(["spatial", "full"], "full"))
 def test_images_of_all_sizes_in_one_batch(mode):
     """Empty entries count for nothing, and neither the frame nor what is in it outside the image is seen."""
     sizes = [(60, 90), (96, 70), (0, 0), (17, 33)]
@@ -214,6 +215,7 @@ def test_kernels_tried_again_are_no_trials(config, tmp_path, monkeypatch, max_tr
     assert len(calls) == again
 
 
+@pytest.mark.full
 def test_each_candidate_is_scored_with_its_own_weights_and_iterations(searched):
     config, workdir = searched
     model, params, _, dataset = evaluate.load(config, str(workdir), "best", "val[:8]")
@@ -258,6 +260,7 @@ def test_without_iterations_there_is_nothing_to_search(searched):
     assert len((notes / "messages.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.full
 def test_other_settings_start_another_search(searched):
     config, workdir = searched
     tuning.tune(config, str(workdir), "best", "val[:8]", "spatial", 1)
@@ -279,6 +282,7 @@ def test_nothing_is_chosen_on_a_test_split(searched, split):
     assert not (workdir / "tuning").exists()
 
 
+@pytest.mark.full
 def test_the_kept_marginals_are_those_of_the_chosen_weights(searched):
     config, workdir = searched
     weights = (0.0, 3.0)
