@@ -7,7 +7,7 @@ SEED ?= 0
 JOBS ?= 2
 DEMO := runs/demo-seed$(SEED)
 
-.PHONY: demo test test-full test-slow lint docs clean
+.PHONY: demo test test-full test-slow lint wheel docs clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not v >= (3, 11, 4) and "pwcrf_jax needs Python 3.11.4 or newer (tar archives are unpacked with its filter), $(PYTHON) is %d.%d.%d; try make PYTHON=python3.12" % v[:3])'
@@ -35,10 +35,16 @@ test-slow: $(VENV)/installed
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check pwcrf_jax configs tests benchmarks examples train.py eval.py
+	$(BIN)/mypy
+
+# dist/: sdist and wheel, the wheel tried in a clean environment outside of the checkout.
+wheel: $(VENV)/installed
+	.ci/try_wheel $(BIN)/python
 
 # The site as plain files in site/; to search it, `python -m http.server -d site`.
 docs: $(VENV)/installed
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) runs site *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs site build dist *.egg-info .pytest_cache .ruff_cache

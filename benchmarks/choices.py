@@ -32,15 +32,19 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from pwcrf_jax.prediction import restore
+
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 import ladder
 import ladder_table
 
-from pwcrf_jax import metrics, segmenter
+from pwcrf_jax import config as configs
+from pwcrf_jax import metrics
 from pwcrf_jax.data import eval_batches
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, logs, loop, parallel
+from pwcrf_jax.model import decode
+from pwcrf_jax.runtime import logs, parallel
+from pwcrf_jax.training import loop
 
 
 class Decoding(NamedTuple):
@@ -51,19 +55,19 @@ class Decoding(NamedTuple):
     num_iterations: int = 3
     damping: float = 0.0
     temperature: float = 1.0
-    normalize: bool = True
+    average_messages: bool = True
     potts: bool = False
 
     def __str__(self):
         numbers = ("weight", "num_iterations", "damping", "temperature")
         said = [f"{k} {getattr(self, k):g}" for k in numbers if getattr(self, k) != self._field_defaults[k]]
-        said += ["sums"] * (not self.normalize) + ["Potts"] * self.potts
+        said += ["sums"] * (not self.average_messages) + ["Potts"] * self.potts
         return ", ".join(said) or "weight 1"
 
 
 LADDER = "as in the ladder"
 EACH = (*map(Decoding, (0.1, 0.5, 1.0, 2.0, 4.0)), Decoding(num_iterations=10))
-SUMS = tuple(Decoding(weight, n, normalize=False) for weight in (0.02, 0.1) for n in (3, 10))
+SUMS = tuple(Decoding(weight, n, average_messages=False) for weight in (0.02, 0.1) for n in (3, 10))
 DECODED = (
     *(Decoding(num_iterations=n) for n in (1, 2, 5, 20)),
     Decoding(0.5, 10), Decoding(2.0, 10), Decoding(0.5, 20),
@@ -116,40 +120,42 @@ def config_of(args, name, seed, split):
 
 def counts_of_images(config, workdir, split, decodings):
     """As ladder.counts_of_images, of the unary and each decoding, without bands: ({row: counts}, names of classes)."""
-    model, params, _, dataset = evaluate.load(config, str(workdir), "latest", split)
+    model, params, _, dataset = restore.load(config, str(workdir), "latest", split)
     crf = configs.crf_settings(config)
-    names = list(crf["relation_weights"])
 
     def step(params, batch):
         potentials = model.apply({"params": params}, batch["image"])
         size = batch["label"].shape[1:3]
-        mask = segmenter.grid_mask(batch["valid_size"], potentials.unary.shape[1:3], size)
+        box, logits = batch["valid_box"], potentials.refinement_logits
+        potentials = potentials._replace(refinement_logits=None)
 
-        def confusion(log_marginals, mask):
-            labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask), axis=-1)
-            return metrics.confusion_matrix(labels, batch["label"], model.num_classes)
+        def confusion(decoded):
+            return metrics.confusion_matrix(decode.frame_labels(decoded, size), batch["label"], model.num_classes)
 
-        out = {"unary": confusion(jax.nn.log_softmax(potentials.unary), mask)}
+        out = {"unary": confusion(decode.decode(potentials, box, size, dataclasses.replace(crf, weights={})))}
         for d in decodings:
             pairwise = potentials.pairwise
             if d.potts:
-                same = dict(b2=jnp.eye(model.num_classes), evidence=None)
-                pairwise = {k: dataclasses.replace(p, w2=0 * p.w2, **same) for k, p in pairwise.items()}
+                same = dict(bias=jnp.eye(model.num_classes), unary_log_probs=None)
+                pairwise = {k: dataclasses.replace(p, kernel=0 * p.kernel, **same) for k, p in pairwise.items()}
             scaled = potentials._replace(unary=potentials.unary / d.temperature, pairwise=pairwise)
-            weights = [d.weight / d.temperature] * len(names)
-            settings = d.num_iterations, d.damping, d.normalize, mask, crf["route"], crf["chunk_edges"]
-            log_marginals, _ = segmenter.infer(scaled, names, weights, *settings)
-            out[str(d)] = confusion(log_marginals, mask)
-            if potentials.correction is not None:
-                sharp = segmenter.sharpen(log_marginals, potentials.correction, mask)
-                fine = segmenter.grid_mask(batch["valid_size"], sharp.shape[1:3], size)
-                out[f"{d}, sharpened"] = confusion(sharp, fine)
+            settings = dataclasses.replace(
+                crf,
+                weights=dict.fromkeys(crf.weights, d.weight / d.temperature),
+                num_iterations=d.num_iterations,
+                damping=d.damping,
+                average_messages=d.average_messages,
+            )
+            decoded = decode.decode(scaled, box, size, settings)
+            out[str(d)] = confusion(decoded)
+            if logits is not None:
+                out[f"{d}, sharpened"] = confusion(decode.with_refinement_convs(decoded, logits, box, size))
         return jax.lax.psum(out, parallel.AXIS)
 
     fn, counts = parallel.pmap_eval(step, devices=jax.devices()[:1]), {}
     batches = eval_batches(dataset, split, batch_size=1, size=config.data.eval_size)
     for batch in tqdm(batches, desc=str(workdir), disable=None, leave=False):
-        matrices = fn(params, parallel.split({k: batch[k] for k in ("image", "label", "valid_size")}, 1))
+        matrices = fn(params, parallel.split({k: batch[k] for k in ("image", "label", "valid_box")}, 1))
         for row, matrix in matrices.items():
             counts.setdefault(row, []).append(ladder.of_classes(np.asarray(matrix, np.int64)[None]))
     rows = sorted(counts, key=["unary", *(f"{d}{end}" for d in decodings for end in ("", ", sharpened"))].index)

@@ -36,12 +36,14 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from pwcrf_jax.prediction import restore
+
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from pwcrf_jax import dense_crf, gaussian, segmenter
+from pwcrf_jax import config as configs
+from pwcrf_jax import dense_crf, gaussian
 from pwcrf_jax.data import eval_batches, load_dataset
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate
+from pwcrf_jax.model import decode
 
 try:
     import pydensecrf.densecrf as rival
@@ -115,32 +117,28 @@ def colour_classes(image, num_classes, seed=0):
 def model_unaries(workdir, count, folder=None):
     """Yields (log P [H, W, K], image) of a workdir's validation images, or of images in a folder."""
     config = configs.load(os.path.join(workdir, "config.json"))
-    model, params, _ = evaluate.restore_params(config, workdir)
+    model, params, _ = restore.restore_params(config, workdir)
     frame = tuple(config.data.eval_size)
 
     @jax.jit
-    def infer(image, valid_size):
-        potentials = model.apply({"params": params}, image)
-        mask = segmenter.grid_mask(valid_size, potentials.unary.shape[1:3], frame)
-        crf = configs.crf_settings(config)
-        names, weights = zip(*crf["relation_weights"].items(), strict=True) if crf["relation_weights"] else ((), ())
-        settings = crf["num_iterations"], crf["damping"], crf["normalize"], mask, crf["route"], crf["chunk_edges"]
-        log_marginals, _ = segmenter.infer(potentials, names, weights, *settings)
-        return jax.nn.log_softmax(segmenter.upsample(log_marginals, *frame, mask))[0]
+    def infer(image, valid_box):
+        potentials = model.apply({"params": params}, image)._replace(refinement_logits=None)
+        decoded = decode.decode(potentials, valid_box, frame, configs.crf_settings(config))
+        return decode.log_probs(decoded, *decode.frame_taps(decoded.mask.shape[1:], frame))[0]
 
     if folder is None:
         dataset = load_dataset(**configs.dataset_options(config))
         split = config.data.eval_split
         wanted = set(spread(range(len(dataset.source(split))), count))
         batches = enumerate(eval_batches(dataset, split, batch_size=1, size=frame))
-        samples = ((b["image"], b["valid_size"]) for i, b in batches if i in wanted)
+        samples = ((b["image"], b["valid_box"]) for i, b in batches if i in wanted)
     else:
         samples = (
             _framed(np.array(Image.open(p).convert("RGB")), frame, p) for p in spread(read_images(folder), count)
         )
-    for image, valid_size in samples:
-        height, width = valid_size[0]
-        log_probs = infer(image, valid_size)[:height, :width]
+    for image, valid_box in samples:
+        _, _, height, width = valid_box[0]
+        log_probs = infer(image, valid_box)[:height, :width]
         yield np.asarray(log_probs), image[0, :height, :width]
 
 
@@ -150,7 +148,7 @@ def _framed(image, frame, path):
         sys.exit(f"{path}: {height} x {width} is larger than the model's data.eval_size {frame}")
     padded = np.zeros((1, *frame, 3), np.uint8)
     padded[0, :height, :width] = image
-    return padded, np.array([[height, width]], np.int32)
+    return padded, np.array([[0, 0, height, width]], np.int32)
 
 
 def samples_of(args):

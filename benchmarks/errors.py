@@ -19,12 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pwcrf_jax.prediction import restore
+
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from pwcrf_jax import metrics, nets, piecewise, segmenter
+from pwcrf_jax import config as configs
+from pwcrf_jax import mean_field, metrics, nets, piecewise
 from pwcrf_jax.data import eval_batches
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate
+from pwcrf_jax.model import decode
 
 
 def misplaced(found, labels, width, num_classes):
@@ -34,14 +36,16 @@ def misplaced(found, labels, width, num_classes):
     return near & (found != labels) & (labels != piecewise.VOID)
 
 
-def step_of(model, width):
+def step_of(config, model, width):
     """(params, batch) -> confusion matrices as they are and with either kind mended, counts of wrong pixels."""
 
+    unary_alone = mean_field.Settings(weights={})
+
     def step(params, batch):
-        unary = model.apply({"params": params}, batch["image"]).unary
+        potentials = model.apply({"params": params}, batch["image"])
         labels, size = batch["label"].astype(jnp.int32), batch["label"].shape[1:3]
-        mask = segmenter.grid_mask(batch["valid_size"], unary.shape[1:3], size)
-        found = jnp.argmax(segmenter.upsample(jax.nn.log_softmax(unary), *size, mask), axis=-1)
+        decoded = decode.decode(potentials._replace(refinement_logits=None), batch["valid_box"], size, unary_alone)
+        found = decode.frame_labels(decoded, size).astype(jnp.int32)
         wrong = (found != labels) & (labels != piecewise.VOID)
         placed = misplaced(found, labels, width, model.num_classes)
         mended = lambda which: jnp.where(which, labels, found)
@@ -60,10 +64,10 @@ def main():
     args = parser.parse_args()
     config = configs.load(os.path.join(args.workdir, "config.json"))
     split = args.split or config.data.eval_split
-    model, params, _, dataset = evaluate.load(config, args.workdir, "latest", split)
-    step, total = step_of(model, args.width), None
+    model, params, _, dataset = restore.load(config, args.workdir, "latest", split)
+    step, total = step_of(config, model, args.width), None
     for batch in eval_batches(dataset, split, batch_size=1, size=config.data.eval_size):
-        out = step(params, {k: batch[k] for k in ("image", "label", "valid_size")})
+        out = step(params, {k: batch[k] for k in ("image", "label", "valid_box")})
         out = jax.tree.map(lambda x: np.asarray(x, np.int64), out)
         total = out if total is None else jax.tree.map(np.add, total, out)
     matrices, (placed, wrong) = total

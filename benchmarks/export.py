@@ -2,9 +2,9 @@
 
     python benchmarks/export.py --workdir DIR [--images 20] [--repeats 5]
 
-Images of the validation split, one at a time, in one process: the file that `eval.py --export` writes, read back,
-beside the same function jitted with the parameters as arguments, and beside what `eval.py --dataset` runs. Medians over
-images and repeats, the three interleaved. Prints milliseconds and ratios, and the number of pixels whose label differs;
+Images of the validation split, one at a time, in one process: the file that `pwcrf export` writes, read back, beside
+the same function jitted with the parameters as arguments, and beside what `pwcrf predict` runs. Medians over images and
+repeats, the three interleaved. Prints milliseconds and ratios, and the number of pixels whose label differs;
 ends with one line of JSON.
 """
 
@@ -20,12 +20,15 @@ import jax
 import numpy as np
 from jax import export as jax_export
 
+from pwcrf_jax.prediction import restore
+
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
+from pwcrf_jax import config as configs
 from pwcrf_jax.data import load_dataset
-from pwcrf_jax.data.common import MEAN_COLOUR
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, export, inference
+from pwcrf_jax.data.readers.image_io import MEAN_COLOUR
+from pwcrf_jax.prediction import export
+from pwcrf_jax.prediction import predictor as inference
 
 
 def main():
@@ -36,7 +39,7 @@ def main():
     args = parser.parse_args()
     config = configs.load(os.path.join(args.workdir, "config.json"))
     configs.apply_tuned(config, args.workdir)
-    model, params, _ = evaluate.restore_params(config, args.workdir)
+    model, params, _ = restore.restore_params(config, args.workdir)
     size = tuple(config.data.eval_size)
     source = load_dataset(**configs.dataset_options(config)).source(config.data.eval_split)
     images = [source[i]["image"] for i in range(min(args.images, len(source)))]

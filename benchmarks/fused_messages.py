@@ -1,4 +1,4 @@
-"""Should a hand-written kernel send the messages on a GPU: `pairwise._send` by XLA against a Pallas kernel.
+"""Should a hand-written kernel send the messages on a GPU: `messages._send` by XLA against a Pallas kernel.
 
     python benchmarks/fused_messages.py [--quick]
 
@@ -31,7 +31,8 @@ from jax.experimental.pallas import triton as plgpu
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from pwcrf_jax import costs, pairwise, relations
+from pwcrf_jax import costs, relations
+from pwcrf_jax.messages import _send
 
 WORTH = 1.3
 """The ratio above which the kernel would enter the package."""
@@ -70,11 +71,11 @@ def column_parts(k: int) -> tuple[tuple[int, int], ...]:
     return tuple(parts)
 
 
-def fused_send(sender, receiver, sent, box, w2, b2, interpret=False, tile=None, g_bytes=G_BYTES):
-    """`pairwise._send` with the hidden layer kept on the chip; arguments and result are its own.
+def fused_send(sender, receiver, sent, box, kernel, bias, interpret=False, tile=None, g_bytes=G_BYTES):
+    """`messages._send` with the hidden layer kept on the chip; arguments and result are its own.
 
-    sender, receiver: [B, H, W, M]; sent: float32 [B, H, W, K]; box: static int [num_offsets, 2]; w2: [K, M, K] and
-    b2 [K, K], the sender's label first. Returns float32 [B, H, W, K].
+    sender, receiver: [B, H, W, M]; sent: float32 [B, H, W, K]; box: static int [num_offsets, 2]; kernel: [K, M, K] and
+    bias [K, K], the sender's label first. Returns float32 [B, H, W, K].
 
     XLA forms G and sums up the messages, [nodes, offsets, K] in float32; the kernel makes the messages from G.
     tile: a `Tile`, None for the default. g_bytes: nodes are taken in blocks whose G is at most so large.
@@ -105,15 +106,15 @@ def fused_send(sender, receiver, sent, box, w2, b2, interpret=False, tile=None, 
     shift = np.zeros(wide_box, np.int32)
     shift[: len(box)] = box[:, 0] * full_width + box[:, 1]
     # G is [nodes, K, M]: TF32 products read both factors along M.
-    w2 = jnp.swapaxes(pad_to(pad_to(w2, 1, wide_m), 2, wide_k), 1, 2)
-    b2 = pad_to(b2, 1, wide_k)
+    kernel = jnp.swapaxes(pad_to(pad_to(kernel, 1, wide_m), 2, wide_k), 1, 2)
+    bias = pad_to(bias, 1, wide_k)
     cut = lambda x: x.reshape(blocks, block, *x.shape[1:])
     per_block = lambda x: cut(pad_to(x, 0, blocks * block))
 
     def send(nodes_of_block):
         base, sender, sent = nodes_of_block
-        folded = jnp.einsum("nl,lkm->nkm", sent, w2).astype(sender.dtype)
-        constant = jnp.einsum("nl,lk->nk", sent, b2)
+        gathered = jnp.einsum("nl,lkm->nkm", sent, kernel).astype(sender.dtype)
+        constant = jnp.einsum("nl,lk->nk", sent, bias)
         # One program per sender and tile of offsets. By receiver there would be nothing left to sum up, but every edge
         # would read a G of its own, a product of one row: M K floats for 2 M K flops. By sender G serves the whole box.
         return pl.pallas_call(
@@ -132,7 +133,7 @@ def fused_send(sender, receiver, sent, box, w2, b2, interpret=False, tile=None, 
             compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
             interpret=interpret,
             name="fused_send",
-        )(base, jnp.asarray(shift), sender, rows, folded, constant)
+        )(base, jnp.asarray(shift), sender, rows, gathered, constant)
 
     sender = pad_to(sender, 3, wide_m).reshape(nodes, wide_m)
     message = jax.lax.map(send, (cut(base), per_block(sender), per_block(sent.reshape(nodes, k))))
@@ -145,7 +146,7 @@ def fused_send(sender, receiver, sent, box, w2, b2, interpret=False, tile=None, 
     return jnp.sum(message, axis=1)[:, :k].reshape(num_images, height, width, k)
 
 
-def _send_kernel(base, shift, sender, receiver, folded, constant, message, *, hidden_tile, parts):
+def _send_kernel(base, shift, sender, receiver, gathered, constant, message, *, hidden_tile, parts):
     """Messages of one sender to a tile of offsets; refs in the order of `in_specs`, then the result's."""
     ends = base[0] + shift[...]
 
@@ -155,7 +156,7 @@ def _send_kernel(base, shift, sender, receiver, folded, constant, message, *, hi
         hidden = receiver[ends, units].astype(jnp.float32) + sender[units].astype(jnp.float32)[None]
         hidden = jnp.maximum(hidden, 0.0).astype(sender.dtype)
         return tuple(
-            total + jnp.dot(hidden, folded[pl.ds(*part), units].T, preferred_element_type=jnp.float32)
+            total + jnp.dot(hidden, gathered[pl.ds(*part), units].T, preferred_element_type=jnp.float32)
             for total, part in zip(sums, parts, strict=True)
         )
 
@@ -184,10 +185,10 @@ def error(got, expected):
     return float(np.abs(got - expected).max() / np.abs(expected).max())
 
 
-def reference(sender, receiver, sent, box, w2, b2):
+def reference(sender, receiver, sent, box, kernel, bias):
     wide = (x.astype(jnp.float32) for x in (sender, receiver))
     with jax.default_matmul_precision("highest"):
-        return jax.jit(lambda a, b, *rest: pairwise._send(a, b, rest[0], box, *rest[1:], 4096))(*wide, sent, w2, b2)
+        return jax.jit(lambda a, b, *rest: _send(a, b, rest[0], box, *rest[1:], 4096))(*wide, sent, kernel, bias)
 
 
 def close_enough(dtype):
@@ -202,9 +203,9 @@ def check_on_cpu(quick):
     for height, width, k, hidden in sizes:
         for dtype in (jnp.float32, jnp.bfloat16):
             box = [(r, c) for r in range(-2, 3) for c in range(-2, 3) if (r, c) != (0, 0)]
-            sender, receiver, sent, box, w2, b2 = problem(height, width, k, hidden, dtype, box)
-            got = fused_send(sender, receiver, sent, box, w2, b2, interpret=True, tile=Tile(16, 32))
-            expected = pairwise._send(sender, receiver, sent, box, w2, b2, 4096)
+            sender, receiver, sent, box, kernel, bias = problem(height, width, k, hidden, dtype, box)
+            got = fused_send(sender, receiver, sent, box, kernel, bias, interpret=True, tile=Tile(16, 32))
+            expected = _send(sender, receiver, sent, box, kernel, bias, 4096)
             worst, allowed = error(got, expected), 1e-5 if dtype == jnp.float32 else 1e-3
             print(f"{height} x {width}, {hidden:3d} hidden, {k:2d} classes, {dtype.__name__:8s}: error {worst:.1e}")
             if not worst <= allowed:
@@ -214,9 +215,9 @@ def check_on_cpu(quick):
 def iterate(send, iterations):
     """Mean-field iterations, in which each message depends on the one before it; gives all messages."""
 
-    def run(sender, receiver, sent, w2, b2):
+    def run(sender, receiver, sent, kernel, bias):
         def body(sent, _):
-            message = send(sender, receiver, sent, w2, b2)
+            message = send(sender, receiver, sent, kernel, bias)
             return jax.nn.softmax(message), message
 
         return jax.lax.scan(body, sent, None, length=iterations)[1]
@@ -230,11 +231,11 @@ def first_line(exception):
 
 def measure(size, k, dtype, tiles, chunks, repeats, iterations):
     """Rows of every candidate of both for one problem; "exact" is a kernel at the highest precision, not timed."""
-    sender, receiver, sent, box, w2, b2 = problem(*size[:2], k, size[2], dtype)
-    arrays, expected = (sender, receiver, sent, w2, b2), reference(sender, receiver, sent, box, w2, b2)
-    kernel = lambda tile: lambda a, b, sent, w2, b2: fused_send(a, b, sent, box, w2, b2, tile=tile)
-    xla = lambda chunk: lambda a, b, sent, w2, b2: pairwise._send(a, b, sent, box, w2, b2, chunk)
-    default = costs.default_chunk_edges(k, size[2], folded=True)
+    sender, receiver, sent, box, kernel, bias = problem(*size[:2], k, size[2], dtype)
+    arrays, expected = (sender, receiver, sent, kernel, bias), reference(sender, receiver, sent, box, kernel, bias)
+    kernel = lambda tile: lambda a, b, sent, kernel, bias: fused_send(a, b, sent, box, kernel, bias, tile=tile)
+    xla = lambda chunk: lambda a, b, sent, kernel, bias: _send(a, b, sent, box, kernel, bias, chunk)
+    default = costs.default_chunk_edges(k, size[2], messages=True)
     sends = [({"method": "xla", "chunk_edges": chunk}, xla(chunk)) for chunk in dict.fromkeys((default, *chunks))]
     if dtype == jnp.float32:
         sends.append(({"method": "exact", "tile": list(tiles[0])}, kernel(tiles[0])))

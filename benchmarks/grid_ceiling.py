@@ -13,8 +13,9 @@ import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from pwcrf_jax import metrics, piecewise, segmenter
+from pwcrf_jax import metrics, piecewise
 from pwcrf_jax.data import VOID, eval_batches, load_dataset
+from pwcrf_jax.model import decode
 from pwcrf_jax.nets import grid_size
 
 
@@ -36,7 +37,7 @@ def main():
         def count(labels, grid=grid):
             cells = piecewise.grid_labels(labels, *grid)
             # void cells are all zeros: they vote for no class
-            scores = segmenter.upsample(jax.nn.one_hot(cells, classes), *size)
+            scores = decode.upsample(jax.nn.one_hot(cells, classes), size)
             return metrics.confusion_matrix(scores.argmax(-1), labels, classes, void=VOID)
 
         confusion = 0

@@ -23,8 +23,8 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 from objectives import interleaved
 
-from configs import camvid_mobilenet_v2, voc_vgg16
 from pwcrf_jax import nets
+from pwcrf_jax.configs import camvid_mobilenet_v2, voc_vgg16
 
 CONFIGS = {"camvid": camvid_mobilenet_v2.get_config, "voc": voc_vgg16.get_config}
 

@@ -16,7 +16,7 @@ weights and a number of iterations that are chosen as those of the contextual ru
 
 Nothing is chosen on the images that are scored. Message weights, the number of iterations and the dense CRF's
 parameters come from a pilot: the multiscale and the contextual model trained on a part of the training images, tuned on
-the rest (eval.py --tune-refinement), each rung's dense CRF on the marginals that it refines, once a set; every run then
+the rest (pwcrf tune), each rung's dense CRF on the marginals that it refines, once a set; every run then
 takes its last checkpoint.
 
 Steps, crops and batches are sized for two CPU cores (`SETS`): three seeds take some hours a set. --steps, --crop,
@@ -29,7 +29,7 @@ they will ever be again.
 and on those of the baseline, with fixed message weights: nothing is chosen, every weight is reported.
 
 Each run lies in its own workdir below --runs and goes on where it was stopped; what is finished is not done again. What
-was chosen for its last rung lies in its tuned.json: `eval.py --workdir RUN --checkpoint latest --refine full` scores
+was chosen for its last rung lies in its tuned.json: `pwcrf eval --workdir RUN --checkpoint latest --refine full` scores
 it, with --split test as well. Figures go to benchmarks/results, one JSON a set, rung and seed, with the counts of each
 image, from which --summary makes its table: means over seeds, 95 % intervals from a paired bootstrap over images. Ends
 with one line of JSON.
@@ -48,15 +48,19 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from pwcrf_jax.prediction import restore
+
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 from ladder_table import BESIDE, EVAL_SPLIT, RESULTS, RUN_OF, RUNGS, SIZES, pack, scores, sizes_in, summary
 
-from configs import camvid_mobilenet_v2, voc_mobilenet_v2
-from pwcrf_jax import files
+from pwcrf_jax import config as configs
+from pwcrf_jax.configs import camvid_mobilenet_v2, voc_mobilenet_v2
 from pwcrf_jax.data import eval_batches
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, logs, loop, parallel, refinement, tuning
+from pwcrf_jax.evaluation import evaluate, tuning
+from pwcrf_jax.prediction import refinement
+from pwcrf_jax.runtime import files, logs
+from pwcrf_jax.training import loop
 
 ON_UNARY = {"contextual": "piecewise_staged", "unrolled": "unrolled_mean_field_staged"}  # objectives of these rungs
 MIDDLE = ("block_3_expand", "block_6_expand")
@@ -238,19 +242,16 @@ def counts_of_images(config, workdir, refined=""):
 
     refined: a row, "all" or "convs"; the dense CRF on it is one more row, "refined".
     """
-    model, params, _, dataset = evaluate.load(config, str(workdir), "latest", EVAL_SPLIT)
-    one = jax.devices()[:1]
-    step = evaluate.eval_step(config, model, marginals_of=refined or "all")
-    step = parallel.pmap_eval(step, devices=one, per_image=True)
+    model, params, _, dataset = restore.load(config, str(workdir), "latest", EVAL_SPLIT)
+    step = evaluate.make_eval_fn(config, model, keep=[refined or "all"], devices=jax.devices()[:1])
     counts, ids = {}, []
     batches = eval_batches(dataset, EVAL_SPLIT, batch_size=1, size=config.data.eval_size)
     for batch in tqdm(batches, desc=str(workdir), disable=None, leave=False):
-        inputs = parallel.split({k: batch[k] for k in ("image", "label", "valid_size")}, 1)
-        sums, marginals = step(params, inputs)
-        matrices = {row: np.asarray(matrix, np.int64) for row, matrix in sums["confusion"].items()}
+        sums, per_image = step(params, evaluate.inputs_of(batch, 1))
+        matrices = {row: np.asarray(matrix, np.int64) for row, matrix in sums.confusion.items()}
         if refined:
-            marginals = np.asarray(marginals)[0]
-            matrices["refined"] = refinement.refine_batch(marginals, batch, config.refine, "full")[0]
+            marginals = np.asarray(per_image.rows[refined].log_marginals)[0]
+            matrices["refined"] = refinement.refine_batch(marginals, batch, configs.refine_settings(config, "full"))[0]
         for row, n in matrices.items():
             counts.setdefault(row, []).append(of_classes(n))
         ids += batch["id"]
@@ -278,7 +279,7 @@ def run(args):
                 section, name = key.split(".")
                 config[section][name] = tuple(value) if isinstance(value, list) else value
             counts, ids, names = counts_of_images(config, workdir, refined)
-            if refined == configs.final_row(config):  # so that eval.py --refine full has this rung's figures
+            if refined == configs.final_row(config):  # so that pwcrf eval --refine full has this rung's figures
                 conditions = configs.tuning_conditions(config)
                 configs.write_tuned(dict(config=tuned, conditions=conditions, split=held_out(args.set)[1]), workdir)
             about = dict(seed=seed, tuned=tuned or None)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pwcrf_jax import files
-from pwcrf_jax.training import steps
+from pwcrf_jax.model.counts import BAND_WIDTHS
+from pwcrf_jax.runtime import files
 
 RESULTS = Path(__file__).parent / "results"
 RUNGS = ("baseline", "pyramid", "multiscale", "refined", "contextual", "convs")
@@ -45,7 +45,7 @@ def scores(counts, classes):
         accuracy = (hit / true)[..., 0, classes]
         pixel = hit[..., 0, :].sum(-1) / true[..., 0, :].sum(-1)
     mean = np.nanmean(iou, axis=-1)
-    names = ("miou", *(f"boundary_iou_{w}px" for w in steps.BAND_WIDTHS))
+    names = ("miou", *(f"boundary_iou_{w}px" for w in BAND_WIDTHS))
     figures = dict(zip(names, np.moveaxis(mean, -1, 0), strict=False))
     return {
         k: 100 * v for k, v in (figures | dict(pixel_accuracy=pixel, mean_accuracy=np.nanmean(accuracy, -1))).items()

@@ -1,11 +1,11 @@
-"""Is the choice between the two routes to messages the right one: "folded" against "table" over a range of shapes.
+"""Is the choice between the two algorithms of messages the right one: "factored", "table", over a range of shapes.
 
     python benchmarks/message_routes.py [--quick]
 
-One relation, float32, both routes jitted, interleaved repeats in one process. An iteration is `pairwise.messages`; the
-table route forms its scores before the first. Columns: seconds of one and of ten iterations by each route, what
-`costs.route` chooses for 3 and for 10 iterations, and what that costs beside the faster route (1.00: it is the faster).
-Tables above `costs.TABLE_BYTES` are left out. Ends with one line of JSON.
+One relation, float32, both algorithms jitted, interleaved repeats in one process. An iteration is
+`messages.compute_messages`; "table" forms its scores before the first. Columns: seconds of one and of ten iterations by
+each, what `costs.algorithm` chooses for 3 and for 10 iterations, and what that costs beside the faster one (1.00: it is
+the faster). Tables above `costs.TABLE_BYTES` are left out. Ends with one line of JSON.
 """
 
 import argparse
@@ -21,7 +21,9 @@ import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from pwcrf_jax import costs, pairwise, relations
+from pwcrf_jax import costs, relations
+from pwcrf_jax.messages import compute_messages, prepare_messages
+from pwcrf_jax.potentials import factored_pairwise
 
 GRID5 = relations.Relation("grid5", (-0.2, 0.2), (-0.2, 0.2), grid=5)
 FULL = relations.SURROUNDING
@@ -43,12 +45,12 @@ SHAPES = [  # height, width, relation, hidden, classes
 QUICK = [(12, 16, FULL, 64, 6), (12, 16, GRID5, 128, 21)]
 
 
-def iterate(iterations, route):
+def iterate(iterations, algorithm):
     def run(potential, marginals):
-        prepared = pairwise.prepare_messages(potential, iterations, route)
+        prepared = prepare_messages(potential, iterations, algorithm=algorithm)
 
         def body(q, _):
-            message, count = pairwise.messages(prepared, q)
+            message, count = compute_messages(prepared, q)
             return jax.nn.softmax(message / count[..., None]), None
 
         return jax.lax.scan(body, marginals, None, length=iterations)[0]
@@ -62,15 +64,15 @@ def main():
     args = parser.parse_args()
     rng, rows = np.random.default_rng(0), []
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape).astype(np.float32))
-    print("map      offsets hidden classes | folded 1     10 | table 1     10 | choice 3, cost | choice 10, cost")
+    print("map      offsets hidden classes | factored 1   10 | table 1     10 | choice 3, cost | choice 10, cost")
     for height, width, relation, hidden, k in QUICK if args.quick else SHAPES:
         box = relations.offsets(relation, height, width)
         if costs.table_messages(box, height, width, k, hidden).temp_bytes > costs.TABLE_BYTES:
             continue
-        a, b = draw(2, height, width, hidden)
-        potential = pairwise.factored_pairwise(a, b, 0.1 * draw(hidden, k, k), draw(k, k), box)
+        hidden_p, hidden_q = draw(2, height, width, hidden)
+        potential = factored_pairwise(hidden_p, hidden_q, 0.1 * draw(hidden, k, k), draw(k, k), box)
         marginals = jax.nn.softmax(draw(height, width, k))
-        runs = {(route, n): iterate(n, route) for route in ("folded", "table") for n in (1, 10)}
+        runs = {(algorithm, n): iterate(n, algorithm) for algorithm in ("factored", "table") for n in (1, 10)}
         seconds = {key: [] for key in runs}
         for repeat in range(4 if args.quick else 6):
             for key, run in runs.items():
@@ -80,15 +82,15 @@ def main():
                     seconds[key].append(time.perf_counter() - start)
         median = {key: statistics.median(values) for key, values in seconds.items()}
         row = dict(height=height, width=width, offsets=len(box), hidden=hidden, classes=k)
-        row |= {f"{route}_{n}": round(s, 5) for (route, n), s in median.items()}
+        row |= {f"{algorithm}_{n}": round(s, 5) for (algorithm, n), s in median.items()}
         for n in (3, 10):
-            at = {r: median[r, 1] + (n - 1) * (median[r, 10] - median[r, 1]) / 9 for r in ("folded", "table")}
-            choice = costs.route(box, height, width, k, hidden, 1, n)
+            at = {r: median[r, 1] + (n - 1) * (median[r, 10] - median[r, 1]) / 9 for r in ("factored", "table")}
+            choice = costs.algorithm(box, height, width, k, hidden, num_iterations=n)
             row |= {f"choice_{n}": choice, f"regret_{n}": round(at[choice] / min(at.values()), 3)}
         rows.append(row)
         print(
             f"{height:2d} x {width:2d} {len(box):9d} {hidden:6d} {k:7d} |"
-            f" {row['folded_1']:8.4f} {row['folded_10']:6.3f} | {row['table_1']:7.4f} {row['table_10']:6.3f} |"
+            f" {row['factored_1']:8.4f} {row['factored_10']:6.3f} | {row['table_1']:7.4f} {row['table_10']:6.3f} |"
             f" {row['choice_3']:6s} {row['regret_3']:7.2f} | {row['choice_10']:6s} {row['regret_10']:8.2f}",
             flush=True,
         )

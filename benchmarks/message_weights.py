@@ -2,7 +2,7 @@
 
     python benchmarks/message_weights.py --workdir runs/camvid
 
-Also prints the pairwise NLL of each relation beside that of its evidence alone: what the nets have learnt at all.
+Also prints the pairwise NLL of each relation beside that of two unaries alone: what the nets have learnt at all.
 Two folds: the images of the split are dealt alternately into halves; each weight chosen on one half is reported on the
 other, so that the reported gain is not the choice's own. Ends with one line of JSON.
 """
@@ -17,12 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pwcrf_jax.prediction import restore
+
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from pwcrf_jax import files, metrics, piecewise, segmenter
+from pwcrf_jax import config as configs
+from pwcrf_jax import metrics, piecewise
 from pwcrf_jax.data import eval_batches, load_dataset
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, logs
+from pwcrf_jax.model import decode
+from pwcrf_jax.runtime import files, logs
 
 
 def relation_sets(config):
@@ -44,7 +47,7 @@ def main():
     args = parser.parse_args()
     logs.setup()
     config = configs.load(os.path.join(args.workdir, "config.json"))
-    model, params, trained_steps = evaluate.restore_params(config, args.workdir, args.checkpoint)
+    model, params, trained_steps = restore.restore_params(config, args.workdir, args.checkpoint)
     dataset = load_dataset(**configs.dataset_options(config))
     weights = [float(w) for w in args.weights.split(",")]
     rows = {"unary": ((), 0.0)}
@@ -55,28 +58,20 @@ def main():
     def step(params, batch):
         potentials = model.apply({"params": params}, batch["image"])
         size = batch["label"].shape[1:3]
-        mask = segmenter.grid_mask(batch["valid_size"], potentials.unary.shape[1:3], size)
         labels = piecewise.grid_labels(batch["label"], *potentials.unary.shape[1:3])
         terms = {}
         for name, p in potentials.pairwise.items():
             terms[name] = piecewise.pairwise_log_likelihood(p, labels)
-            if p.evidence is not None:  # the same with a net that says nothing: two independent unaries
-                silent = dataclasses.replace(p, w2=jnp.zeros_like(p.w2), b2=jnp.zeros_like(p.b2))
-                terms[f"{name}, evidence alone"] = piecewise.pairwise_log_likelihood(silent, labels)
+            if p.unary_log_probs is not None:  # the same with a net that says nothing: two independent unaries
+                silent = dataclasses.replace(p, kernel=jnp.zeros_like(p.kernel), bias=jnp.zeros_like(p.bias))
+                terms[f"{name}, unaries alone"] = piecewise.pairwise_log_likelihood(silent, labels)
         out = {}
         for row, (names, weight) in rows.items():
-            log_marginals, _ = segmenter.infer(
-                potentials,
-                names,
-                [weight] * len(names),
-                config.crf.num_iterations,
-                config.crf.damping,
-                not args.sums,
-                mask,
-                config.crf.route,
-                config.crf.chunk_edges or None,
+            settings = dataclasses.replace(
+                configs.crf_settings(config), weights=dict.fromkeys(names, weight), average_messages=not args.sums
             )
-            labels = jnp.argmax(segmenter.upsample(log_marginals, *size, mask), axis=-1)
+            decoded = decode.decode(potentials._replace(refinement_logits=None), batch["valid_box"], size, settings)
+            labels = decode.frame_labels(decoded, size)
             count = jax.vmap(lambda p, y: metrics.confusion_matrix(p, y, model.num_classes))
             out[row] = count(labels, batch["label"])
         return out, terms
@@ -85,7 +80,7 @@ def main():
     index, nll = 0, {}
     split = args.split or config.data.eval_split
     for batch in eval_batches(dataset, split, batch_size=4, size=config.data.eval_size):
-        out, terms = step(params, {k: batch[k] for k in ("image", "label", "valid_size")})
+        out, terms = step(params, {k: batch[k] for k in ("image", "label", "valid_box")})
         for name, term in terms.items():
             nll[name] = nll.get(name, 0) + np.array(term, np.float64)
         for row, counts in out.items():

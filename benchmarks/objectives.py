@@ -16,7 +16,7 @@
   `piecewise` takes for these ("equal time", by the seconds of a step measured above; a run of its own, with its own
   learning rate schedule). Mean IoU of the unary and of all relations, on 200 scenes of another seed, after the last
   step: with three iterations and message weights of 1, as unrolled mean field was trained, and with the number and the
-  weights that `eval.py --tune-refinement` finds best for each run on training scenes that were held out.
+  weights that `pwcrf tune` finds best for each run on training scenes that were held out.
 
 Messages are means (the demo's setting). Figures go to benchmarks/results (--results), those of --quick nowhere. Ends
 with one line of JSON: `step_ratio` and `crf_ratio` are unrolled mean field over piecewise, and over the other kinds of
@@ -35,12 +35,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pwcrf_jax.model import losses
+from pwcrf_jax.prediction import restore
+
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from configs import camvid_mobilenet_v2, demo
-from pwcrf_jax import files
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, logs, loop, parallel, steps, tuning
+from pwcrf_jax import config as configs
+from pwcrf_jax.configs import camvid_mobilenet_v2, demo
+from pwcrf_jax.evaluation import evaluate, tuning
+from pwcrf_jax.runtime import files, logs, parallel
+from pwcrf_jax.training import loop, steps
 from pwcrf_jax.training.optimizer import make_optimizer
 
 RESULTS = Path(__file__).parent / "results"
@@ -62,13 +66,13 @@ def batch_of(config):
     return {"image": rng.integers(0, 256, (*size, 3), np.uint8), "label": labels}
 
 
-def compiled_step(config, name, batch, kinds=steps.KINDS):
+def compiled_step(config, name, batch, kinds=losses.TRAINED_FACTORS):
     """(function of no arguments that runs a step on fresh state, bytes of temporaries)."""
     _choose(config, name)
     model = configs.build_model(config)
     tx = make_optimizer(config.optimizer, config.model, config.train.steps, configs.unary_steps(config))
     state = jax.jit(lambda: _fresh(config, model, tx))()
-    step = steps.make_train_step(model, tx, config.loss.to_dict(), 0, configs.crf_settings(config), kinds)
+    step = steps.from_config(config, model, tx, kinds)
     one = jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name=parallel.AXIS)  # a single device, without donation
     compiled = jax.jit(one).lower(state, parallel.split(batch, 1)).compile()
     inputs = parallel.split(batch, 1)
@@ -81,7 +85,7 @@ def _choose(config, name):
 
 
 def _fresh(config, model, tx):
-    params = evaluate.init_params(model, 0)
+    params = restore.init_params(model, 0)
     return steps.TrainState(jnp.int32(0), params, tx.init(params))
 
 
@@ -89,17 +93,14 @@ def compiled_crf(config, name, batch):
     """The same for loss and gradient from the nets' outputs on."""
     _choose(config, name)
     model = configs.build_model(config)
-    params = evaluate.init_params(model, 0)
+    params = restore.init_params(model, 0)
     potentials = jax.jit(lambda: model.apply({"params": params}, batch["image"]))()
     crf, labels = configs.crf_settings(config), jnp.asarray(batch["label"])
-    sampled, key = config.loss.sampled_offsets, jax.random.key(0)
+    objective, settings, key = configs.objective(config), configs.loss_settings(config), jax.random.key(0)
 
     def loss(potentials):
-        if name.startswith("piecewise"):
-            terms = steps.piecewise_terms(potentials, labels, sampled_offsets=sampled, key=key)
-            return sum(-total / count for total, count in terms.values())
-        total, count = steps.joint_term(potentials, labels, name, crf)
-        return -total / count
+        terms = objective.terms(potentials, labels, settings, crf, key=key)
+        return losses.negative_log_likelihood(terms, len(labels), objective.weights(terms, settings))
 
     compiled = jax.jit(jax.value_and_grad(loss, allow_int=True)).lower(potentials).compile()
     return lambda: jax.block_until_ready(compiled(potentials)), compiled.memory_analysis().temp_size_in_bytes

@@ -7,7 +7,7 @@ Rivals side by side in one process, each with both relations in one program:
 * concat: the features of every edge concatenated, [x_p ; x_q], as public re-implementations do it. Not at K = 150:
   beside its first layer it has all that the tables have.
 * tables: the first layer once a node, then the K x K scores of all edges at once, stored.
-* ours: the package with its defaults; in mean field also with its route forced, "ours folded" and "ours table".
+* ours: the package with its defaults; in mean field also with its algorithm forced, "ours factored" and "ours table".
 
 `loss`: value and gradient of the summed log-likelihood, from the features to the features and all parameters.
 `mean field`: three iterations, from the first layer's outputs (concat: from the features) and the unary scores.
@@ -17,7 +17,7 @@ recomputed, or done for edges beyond the map, counts for nothing. With E edges a
 
 * loss: 6 E M K^2, and for the first layer 12 N D M (concat: 12 E D M).
 * mean field from tables: 2 E M K^2 and 4 E K^2 an iteration (concat: 4 E D M before).
-* mean field, folded: 4 E M K + 4 N M K^2 an iteration.
+* mean field, factored: 4 E M K + 4 N M K^2 an iteration.
 
 share is that of a plain product [4096, M] [M, K^2], timed between the rivals' calls.
 
@@ -40,12 +40,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pwcrf_jax.prediction import restore
+
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from configs import voc_vgg16
-from pwcrf_jax import files, mean_field, pairwise, piecewise, relations
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, parallel, steps
+from pwcrf_jax import config as configs
+from pwcrf_jax import mean_field, piecewise, relations
+from pwcrf_jax.configs import voc_vgg16
+from pwcrf_jax.potentials import factored_pairwise
+from pwcrf_jax.runtime import files, parallel
+from pwcrf_jax.training import steps
 from pwcrf_jax.training.optimizer import make_optimizer
 
 RELATIONS = (relations.SURROUNDING, relations.ABOVE_BELOW)
@@ -87,7 +91,7 @@ class Disagreement(SystemExit):
 class Problem:
     """Random inputs of one size, number of classes and sampling of the boxes.
 
-    params: one tuple (w1 [2, D, M], b1 [M], w2 [M, K, K], b2 [K, K]) a relation, w1[0] for x_p and w1[1] for x_q.
+    params: one tuple (w1 [2, D, M], b1 [M], kernel [M, K, K], bias [K, K]) a relation, w1[0] for x_p and w1[1] for x_q.
     """
 
     def __init__(self, size, boxes, num_classes):
@@ -109,7 +113,7 @@ class Problem:
     def quieter(self):
         """Parameters whose messages are of the order of the unary: else every marginal is 0 or 1 and proves nothing."""
         scale = 4 * self.num_classes**0.5 * self.size.nodes / (2 * self.num_edges)
-        return [(w1, b1, scale * w2, scale * b2) for w1, b1, w2, b2 in self.params]
+        return [(w1, b1, scale * kernel, scale * bias) for w1, b1, kernel, bias in self.params]
 
     def edges(self, fraction):
         """A fixed random fraction of each relation's edges, in their order: [(p, q)]."""
@@ -137,9 +141,9 @@ def first_layer(x, net):
 
 def last_layer(hidden, net):
     """[..., M] -> float32 [..., K^2]; products in the dtype of `hidden`, sums in float32."""
-    _, _, w2, b2 = net
-    w2 = w2.reshape(w2.shape[0], -1).astype(hidden.dtype)
-    return jnp.matmul(hidden, w2, preferred_element_type=jnp.float32) + b2.ravel()
+    _, _, kernel, bias = net
+    kernel = kernel.reshape(kernel.shape[0], -1).astype(hidden.dtype)
+    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32) + bias.ravel()
 
 
 def concat_scores(x, net, edge):
@@ -214,7 +218,7 @@ def loss_rivals(problem):
     def ours(x, params, labels):
         total = 0.0
         for net, box in zip(params, offsets, strict=True):
-            potential = pairwise.factored_pairwise(*first_layer(x, net), *net[2:], box)
+            potential = factored_pairwise(*first_layer(x, net), *net[2:], box)
             total += piecewise.pairwise_log_likelihood(potential, labels)[0]
         return total
 
@@ -235,7 +239,7 @@ def mean_field_rivals(problem):
     offsets, params = problem.offsets, problem.quieter()
     halves = jax.block_until_ready(jax.jit(lambda x, p: [first_layer(x, net) for net in p])(problem.features, params))
     table_flops = lambda e: 2 * e * m * k**2 + ITERATIONS * 4 * e * k**2
-    folded_flops = lambda e: ITERATIONS * (4 * e * m * k + len(RELATIONS) * 4 * size.nodes * m * k**2)
+    factored_flops = lambda e: ITERATIONS * (4 * e * m * k + len(RELATIONS) * 4 * size.nodes * m * k**2)
     square = lambda scores: scores.reshape(*scores.shape[:-1], k, k)
 
     def concat(x, params, unary, edges):
@@ -249,23 +253,24 @@ def mean_field_rivals(problem):
         ]
         return stored_mean_field(nodes(unary), z, edges).reshape(unary.shape)
 
-    def ours(**options):
+    def ours(algorithm="auto"):
+        settings = mean_field.Settings(num_iterations=ITERATIONS, algorithm=algorithm)
+
         def run(halves, params, unary):
             potentials = [
-                pairwise.factored_pairwise(*half, *net[2:], box)
-                for half, net, box in zip(halves, params, offsets, strict=True)
+                factored_pairwise(*half, *net[2:], box) for half, net, box in zip(halves, params, offsets, strict=True)
             ]
-            return mean_field.run(unary, potentials, ITERATIONS, **options)[0]
+            return mean_field.run(unary, potentials, settings)[0]
 
         return run
 
     args = halves, params, problem.unary
     out = [
         Rival("tables", tables, args, table_flops, 4 * k**2, takes_edges=True),
-        # Its useful work is that of the route it takes: see `prepare_all`.
-        Rival("ours", ours(), args, lambda e: min(folded_flops(e), table_flops(e))),
-        Rival("ours folded", ours(route="folded"), args, folded_flops),
-        Rival("ours table", ours(route="table"), args, table_flops, 4 * k**2),
+        # Its useful work is that of the algorithm it takes: see `prepare_all`.
+        Rival("ours", ours(), args, lambda e: min(factored_flops(e), table_flops(e))),
+        Rival("ours factored", ours("factored"), args, factored_flops),
+        Rival("ours table", ours("table"), args, table_flops, 4 * k**2),
     ]
     if k > size.tables_up_to:
         return out[1:2]
@@ -327,7 +332,7 @@ class Prepared:
 def prepare(rival, problem, limit, programs):
     """Compiles and calls a rival, on half the edges as long as it does not fit; None if it cannot do with fewer.
 
-    programs: {text: compiled}, of this size so far; a forced route is often the default one.
+    programs: {text: compiled}, of this size so far; a forced algorithm is often the default one.
     """
     fraction = 1.0
     while fraction * problem.num_edges >= 1:
@@ -373,8 +378,10 @@ def prepare_all(rivals, problem):
         same = next((one for one in forced if one.text == ours.text), None)
         if same:
             ours.rival.flops = same.rival.flops
-        route = same.rival.name.removeprefix("ours ") if same else "neither of the two alone, lower count of work taken"
-        notes.append(f"ours: route {route}")
+        algorithm = (
+            same.rival.name.removeprefix("ours ") if same else "neither of the two alone, lower count of work taken"
+        )
+        notes.append(f"ours: algorithm {algorithm}")
     return ready, notes
 
 
@@ -532,7 +539,7 @@ def sweep(size, counts, repeats, patience):
     calls, temp = {}, {}
     for n in counts:
         objective = lambda parts, labels, n=n: piecewise.pairwise_log_likelihood(
-            pairwise.factored_pairwise(*parts, box[:n]), labels
+            factored_pairwise(*parts, box[:n]), labels
         )[0]
         compiled = jax.jit(jax.value_and_grad(objective)).lower(parts, labels).compile()
         temp[n] = compiled.memory_analysis().temp_size_in_bytes
@@ -612,8 +619,8 @@ def train_step_rows(config, image_size=(375, 500), dtypes=("float32", "bfloat16"
         config.model.dtype = dtype
         model = configs.build_model(config)
         tx = make_optimizer(config.optimizer, config.model, config.train.steps)
-        step = parallel.pmap_train(steps.make_train_step(model, tx, config.loss.to_dict()), devices=[device])
-        params = jax.jit(lambda model=model: evaluate.init_params(model, config.seed))()
+        step = parallel.pmap_train(steps.from_config(config, model, tx), devices=[device])
+        params = jax.jit(lambda model=model: restore.init_params(model, config.seed))()
         state = steps.TrainState(jnp.int32(0), params, jax.jit(tx.init)(params))
         del params  # donated with the state
         batch = 1

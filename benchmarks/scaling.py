@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py [--quick] [--no_paper] [--no_measurement]
 
-Paper: work and bytes of a training step from `pwcrf_jax.planning.plan`, bytes of the all-reduce from the jaxpr of the
+Paper: work and bytes of a training step from `pwcrf_jax.model.plan.plan`, bytes of the all-reduce from the jaxpr of the
 step itself, times from published peaks and bandwidths (`MACHINES`) and the assumptions of docs/scaling.md. Measured:
 the demo model's step with a fixed batch on each of 1, 2, 4 and 8 simulated devices, and the all-reduce alone. They
 share this machine's cores, so images a second of n devices beside those of one show what the mapping and the sums
@@ -19,6 +19,8 @@ import statistics
 import sys
 import time
 
+from pwcrf_jax.prediction import restore
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
@@ -28,9 +30,10 @@ import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from pwcrf_jax.planning import plan
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, parallel, steps
+from pwcrf_jax import config as configs
+from pwcrf_jax.model.plan import plan
+from pwcrf_jax.runtime import parallel
+from pwcrf_jax.training import steps
 from pwcrf_jax.training.optimizer import make_optimizer
 
 
@@ -71,12 +74,12 @@ def load(name):
 
 
 def train_step(config, model, tx, num_devices):
-    step = steps.make_train_step(model, tx, config.loss.to_dict(), config.seed, configs.crf_settings(config))
+    step = steps.from_config(config, model, tx)
     return parallel.pmap_train(step, devices=jax.devices()[:num_devices])
 
 
 def initial_state(model, tx):
-    params = evaluate.init_params(model, 0)
+    params = restore.init_params(model, 0)
     return steps.TrainState(jnp.int32(0), params, tx.init(params))
 
 

@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pwcrf_jax.prediction import restore
+
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, inference
+from pwcrf_jax import config as configs
+from pwcrf_jax.prediction import predictor
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 
@@ -53,7 +55,7 @@ def main():
     parser.add_argument("--factor", type=float, default=4.0)
     args = parser.parse_args()
     config = configs.load(os.path.join(args.workdir, "config.json"))
-    model, params, _ = evaluate.restore_params(config, args.workdir)
+    model, params, _ = restore.restore_params(config, args.workdir)
     paths = sorted(p for p in Path(args.images).rglob("*") if p.suffix.lower() in SUFFIXES)
     if not paths:
         parser.error(f"--images {args.images}: no image ({', '.join(sorted(SUFFIXES))})")
@@ -64,7 +66,7 @@ def main():
     def labels(**changes):
         changed = config.copy_and_resolve_references()
         changed.tiles.update(changes)
-        return [m.labels() for _, _, m in inference.Predictor(changed, model, params)(images)]
+        return [m.labels() for _, _, m in predictor.Predictor(changed, model, params)(images)]
 
     whole = labels(size=size)
     print(f"{args.workdir}, images of {size[0]} x {size[1]}, % of pixels with the label of the untiled run")

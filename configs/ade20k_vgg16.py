@@ -1,11 +1,11 @@
 """ADE20K scene parsing, 150 classes (not in the paper), see configs/paper.py.
 
-    python train.py --config configs/ade20k_vgg16.py --workdir runs/ade20k \\
+    pwcrf train --config ade20k_vgg16 --workdir runs/ade20k \\
         --config.data.source_dir=PATH \\
         --config.init_from=PATH/vgg16_weights_tf_dim_ordering_tf_kernels.h5
 """
 
-from configs import paper
+from pwcrf_jax.configs import paper
 
 
 def get_config():

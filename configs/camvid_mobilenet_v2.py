@@ -1,14 +1,14 @@
 """CamVid with MobileNetV2 start weights, sized for two CPU cores.
 
-    python train.py --config configs/camvid_mobilenet_v2.py --workdir runs/camvid \\
+    pwcrf train --config camvid_mobilenet_v2 --workdir runs/camvid \\
         --config.data.source_dir=PATH/camvid \\
         --config.init_from=PATH/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5
 
-`--config configs/camvid_mobilenet_v2.py:both` trains a second pair of Pairwise-Nets in the paper's free
+`--config camvid_mobilenet_v2:both` trains a second pair of Pairwise-Nets in the paper's free
 parameterisation beside the residual ones, on the same features, so that one run compares them.
 """
 
-from configs import default
+from pwcrf_jax.configs import default
 
 
 def get_config(variant="residual"):

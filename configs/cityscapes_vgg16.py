@@ -1,11 +1,11 @@
 """Cityscapes as in the paper (71.6 mean IoU on test), see configs/paper.py.
 
-    python train.py --config configs/cityscapes_vgg16.py --workdir runs/cityscapes \\
+    pwcrf train --config cityscapes_vgg16 --workdir runs/cityscapes \\
         --config.data.source_dir=PATH \\
         --config.init_from=PATH/vgg16_weights_tf_dim_ordering_tf_kernels.h5
 """
 
-from configs import paper
+from pwcrf_jax.configs import paper
 
 
 def get_config():

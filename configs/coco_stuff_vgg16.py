@@ -1,11 +1,11 @@
 """COCO-Stuff, 171 classes (not in the paper), as configs/coco_vgg16.py.
 
-    python train.py --config configs/coco_stuff_vgg16.py --workdir runs/coco_stuff \\
+    pwcrf train --config coco_stuff_vgg16 --workdir runs/coco_stuff \\
         --config.data.source_dir=PATH \\
         --config.init_from=PATH/vgg16_weights_tf_dim_ordering_tf_kernels.h5
 """
 
-from configs import coco_vgg16
+from pwcrf_jax.configs import coco_vgg16
 
 
 def get_config():

@@ -1,11 +1,11 @@
 """COCO 2017, 80 classes of things and background, see configs/paper.py; the paper has 46.8 mean IoU on COCO.
 
-    python train.py --config configs/coco_vgg16.py --workdir runs/coco \\
+    pwcrf train --config coco_vgg16 --workdir runs/coco \\
         --config.data.source_dir=PATH \\
         --config.init_from=PATH/vgg16_weights_tf_dim_ordering_tf_kernels.h5
 """
 
-from configs import paper
+from pwcrf_jax.configs import paper
 
 
 def get_config():

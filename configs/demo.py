@@ -1,6 +1,6 @@
 """The built-in synthetic set, whose classes differ by context alone, in a few minutes on two CPU cores."""
 
-from configs import default
+from pwcrf_jax.configs import default
 
 
 def get_config():

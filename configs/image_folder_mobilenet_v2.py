@@ -1,7 +1,7 @@
 """Your own images and masks with MobileNetV2 start weights, sized for two CPU cores or a small GPU.
 
-    python -m pwcrf_jax.data.check image_folder --source_dir PATH
-    python train.py --config configs/image_folder_mobilenet_v2.py --workdir runs/mine \\
+    pwcrf check image_folder --source_dir PATH
+    pwcrf train --config image_folder_mobilenet_v2 --workdir runs/mine \\
         --config.data.source_dir=PATH --config.data.num_classes=K --config.data.eval_size="(H, W)" \\
         --config.init_from=PATH/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5
 
@@ -9,7 +9,7 @@ The folder is described in docs/datasets.md. K is the number of classes in class
 height and width of your images, and times 1.2 multiples of 16. The first command prints both flags.
 """
 
-from configs import default
+from pwcrf_jax.configs import default
 
 
 def get_config():

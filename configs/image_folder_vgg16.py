@@ -1,7 +1,7 @@
 """Your own images and masks with the paper's model, see configs/paper.py; for a large accelerator.
 
-    python -m pwcrf_jax.data.check image_folder --source_dir PATH
-    python train.py --config configs/image_folder_vgg16.py --workdir runs/mine \\
+    pwcrf check image_folder --source_dir PATH
+    pwcrf train --config image_folder_vgg16 --workdir runs/mine \\
         --config.data.source_dir=PATH --config.data.num_classes=K --config.data.eval_size="(H, W)" \\
         --config.init_from=PATH/vgg16_weights_tf_dim_ordering_tf_kernels.h5
 
@@ -9,7 +9,7 @@ The folder is described in docs/datasets.md. K is the number of classes in class
 height and width of your images, which the first command prints, and times 1.2 multiples of 16: 400, 520, 640, 800.
 """
 
-from configs import paper
+from pwcrf_jax.configs import paper
 
 
 def get_config():

@@ -1,6 +1,6 @@
 """KITTI's semantic segmentation benchmark with Cityscapes' 19 classes (not in the paper), see configs/paper.py.
 
-    python train.py --config configs/kitti_cityscapes_vgg16.py --workdir runs/kitti_cityscapes \\
+    pwcrf train --config kitti_cityscapes_vgg16 --workdir runs/kitti_cityscapes \\
         --config.data.source_dir=PATH \\
         --config.init_from=PATH/vgg16_weights_tf_dim_ordering_tf_kernels.h5
 
@@ -8,7 +8,7 @@ There is no official validation split: a fifth of the training images is held ou
 --config.data.train_split=train.
 """
 
-from configs import kitti_vgg16
+from pwcrf_jax.configs import kitti_vgg16
 
 
 def get_config():

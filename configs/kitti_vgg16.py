@@ -1,13 +1,13 @@
 """KITTI with 11 classes as in the paper (68.5 mean IoU; 70.3 pretrained on COCO), see configs/paper.py.
 
-    python train.py --config configs/kitti_vgg16.py --workdir runs/kitti \\
+    pwcrf train --config kitti_vgg16 --workdir runs/kitti \\
         --config.data.source_dir=PATH \\
         --config.init_from=PATH/vgg16_weights_tf_dim_ordering_tf_kernels.h5
 
 Results are reported on the 46 images of val. To tune without them, train on train[:80%] and evaluate on train[80%:].
 """
 
-from configs import paper
+from pwcrf_jax.configs import paper
 
 
 def get_config():

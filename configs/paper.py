@@ -11,13 +11,13 @@ so that a relation weighs as much as the unary, whatever its box and the crop. T
 factors, for which the learning rate and the norm of clipping below are not chosen and no run was measured.
 """
 
-from configs import default
+from pwcrf_jax.configs import default
 
 
 def get_config():
     config = default.get_config()
     config.model.parameterisation = "free"
-    config.crf.normalize = False
+    config.crf.average_messages = False
     config.model.dtype = "bfloat16"
     config.optimizer.name = "sgd"
     config.optimizer.learning_rate = 1e-2

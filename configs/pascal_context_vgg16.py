@@ -1,11 +1,11 @@
 """PASCAL-Context, 60 classes with background, as in the paper, see configs/paper.py and docs/datasets.md.
 
-    python train.py --config configs/pascal_context_vgg16.py --workdir runs/pascal_context \\
+    pwcrf train --config pascal_context_vgg16 --workdir runs/pascal_context \\
         --config.data.source_dir=PATH \\
         --config.init_from=PATH/vgg16_weights_tf_dim_ordering_tf_kernels.h5
 """
 
-from configs import paper
+from pwcrf_jax.configs import paper
 
 
 def get_config():

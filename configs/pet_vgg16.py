@@ -1,6 +1,6 @@
 """Oxford-IIIT Pet as TFDS prepared it, 3 classes (not in the paper), see configs/paper.py and docs/datasets.md.
 
-    python train.py --config configs/pet_vgg16.py --workdir runs/pet \\
+    pwcrf train --config pet_vgg16 --workdir runs/pet \\
         --config.data.source_dir=PATH \\
         --config.init_from=PATH/vgg16_weights_tf_dim_ordering_tf_kernels.h5
 
@@ -8,7 +8,7 @@ PATH of the data holds oxford_iiit_pet/4.0.0. Without --config.data.source_dir i
 data.data_dir. For any other set of the TFDS catalogue change config.data.tfds.
 """
 
-from configs import paper
+from pwcrf_jax.configs import paper
 
 
 def get_config():

@@ -1,6 +1,6 @@
 """SIFT Flow, 33 classes, as in the paper (44.9 mean IoU, images enlarged 2x), see configs/paper.py.
 
-    python train.py --config configs/siftflow_vgg16.py --workdir runs/siftflow \\
+    pwcrf train --config siftflow_vgg16 --workdir runs/siftflow \\
         --config.data.source_dir=PATH \\
         --config.init_from=PATH/vgg16_weights_tf_dim_ordering_tf_kernels.h5
 
@@ -8,7 +8,7 @@ There is no validation split and results are reported on test, so nothing may be
 weights, dense CRF), train on train[:90%] and evaluate on train[90%:]; then train on all of train.
 """
 
-from configs import paper
+from pwcrf_jax.configs import paper
 
 
 def get_config():

@@ -1,6 +1,6 @@
 """SUN RGB-D, 37 classes from RGB alone, as in the paper (42.3 mean IoU), see configs/paper.py.
 
-    python train.py --config configs/sunrgbd_vgg16.py --workdir runs/sunrgbd \\
+    pwcrf train --config sunrgbd_vgg16 --workdir runs/sunrgbd \\
         --config.data.source_dir=PATH \\
         --config.init_from=PATH/vgg16_weights_tf_dim_ordering_tf_kernels.h5
 
@@ -8,7 +8,7 @@ There is no validation split and results are reported on test, so nothing may be
 weights, dense CRF), train on train[:90%] and evaluate on train[90%:]; then train on all of train.
 """
 
-from configs import paper
+from pwcrf_jax.configs import paper
 
 
 def get_config():

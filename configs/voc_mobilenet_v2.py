@@ -1,11 +1,11 @@
 """A folder in VOC layout with MobileNetV2 start weights, sized for two CPU cores.
 
-    python train.py --config configs/voc_mobilenet_v2.py --workdir runs/voc \\
+    pwcrf train --config voc_mobilenet_v2 --workdir runs/voc \\
         --config.data.source_dir=PATH/VOCdevkit/VOC2012 --config.data.train_split=train \\
         --config.init_from=PATH/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5
 """
 
-from configs import image_folder_mobilenet_v2
+from pwcrf_jax.configs import image_folder_mobilenet_v2
 
 
 def get_config():

@@ -1,6 +1,6 @@
 """PASCAL VOC 2012 with SBD's extra masks, 10,582 training images, as in the paper, see configs/paper.py.
 
-    python train.py --config configs/voc_vgg16.py --workdir runs/voc \\
+    pwcrf train --config voc_vgg16 --workdir runs/voc \\
         --config.data.source_dir=PATH \\
         --config.init_from=PATH/vgg16_weights_tf_dim_ordering_tf_kernels.h5
 
@@ -8,7 +8,7 @@ PATH of the data holds VOCtrainval_11-May-2012.tar and SBD's benchmark.tgz, pack
 SBD: --config.data.train_split=train, 1,464 images.
 """
 
-from configs import paper
+from pwcrf_jax.configs import paper
 
 
 def get_config():

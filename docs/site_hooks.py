@@ -19,6 +19,7 @@ ELSEWHERE = {
     "benchmarks.md": "benchmarks/README.md",
     "examples.md": "examples/README.md",
     "changes.md": "CHANGELOG.md",
+    "contributing.md": "CONTRIBUTING.md",
     **{
         f"results/{p.name}": f"benchmarks/results/{p.name}"
         for p in (ROOT / "benchmarks/results").iterdir()

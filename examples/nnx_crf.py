@@ -43,9 +43,9 @@ class Net(nnx.Module):
     def __call__(self, images):
         x = nnx.relu(self.features(images))
         unary = self.unary(x)
-        evidence = jax.lax.stop_gradient(jax.nn.log_softmax(unary))  # so that the pairwise net learns context alone
+        log_probs = jax.lax.stop_gradient(jax.nn.log_softmax(unary))  # so that the pairwise net learns context alone
         parts = self.first_p(x), self.first_q(x), self.last[...], self.bias[...]
-        return unary, pw.factored_pairwise(*parts, BOX, evidence)
+        return unary, pw.factored_pairwise(*parts, BOX, log_probs)
 
 
 @nnx.jit
@@ -63,7 +63,8 @@ def train_step(net, optimizer, images, labels):
 @nnx.jit(static_argnames="use_crf")
 def predict(net, images, use_crf):
     unary, around = net(images)
-    return pw.mean_field.run(unary, [around] if use_crf else [], num_iterations=3, normalize=True)[0].argmax(-1)
+    settings = pw.mean_field.Settings(num_iterations=3, average_messages=True)
+    return pw.mean_field.run(unary, [around] if use_crf else [], settings)[0].argmax(-1)
 
 
 def main():

@@ -77,7 +77,8 @@ def main():
         params = train(objective, labels, seen)
         unary, potentials = model(params, test_seen)
         exact = jax.lax.map(lambda x, params=params: exact_marginals(params, x), test_seen)
-        mean_field = jnp.exp(pw.mean_field.run(unary, potentials, num_iterations=20, damping=0.5)[0])[..., 1]
+        settings = pw.mean_field.Settings(num_iterations=20, damping=0.5)
+        mean_field = jnp.exp(pw.mean_field.run(unary, potentials, settings)[0])[..., 1]
         right = [np.mean((p > 0.5) == test_labels) for p in (jax.nn.softmax(unary)[..., 1], mean_field, exact)]
         error = jnp.mean(jnp.abs(mean_field - exact))
         print(f"{name:22} {right[0]:.1%}    {right[1]:.1%}    {right[2]:.1%}    {error:.3f}")

@@ -8,36 +8,30 @@ from pwcrf_jax import (
     costs,
     dense_crf,
     gaussian,
+    likelihood,
     mean_field,
+    messages,
     metrics,
     objectives,
-    pairwise,
     permutohedral,
     piecewise,
+    potentials,
     relations,
 )
+from pwcrf_jax.likelihood import sample_offsets
 from pwcrf_jax.mean_field import MeanFieldInfo
+from pwcrf_jax.messages import compute_messages, prepare_messages
 from pwcrf_jax.metrics import confusion_matrix, scores
+from pwcrf_jax.model.plan import Plan, plan
 from pwcrf_jax.objectives import exact_log_likelihood, pseudo_log_likelihood, unrolled_log_likelihood
-from pwcrf_jax.pairwise import (
-    FactoredPairwise,
-    GridScores,
-    PairwiseTable,
-    factored_pairwise,
-    messages,
-    prepare_messages,
-    sample_offsets,
-    to_table,
-)
 from pwcrf_jax.piecewise import balance_weights, grid_labels, pairwise_log_likelihood, unary_log_likelihood
-from pwcrf_jax.planning import Plan, plan
+from pwcrf_jax.potentials import FactoredPairwise, GridScores, PairwiseTable, factored_pairwise, to_table
 from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING, EdgeList, Relation, edge_list, offsets, validity_mask
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ABOVE_BELOW",
-    "SURROUNDING",
     "EdgeList",
     "FactoredPairwise",
     "GridScores",
@@ -45,7 +39,9 @@ __all__ = [
     "PairwiseTable",
     "Plan",
     "Relation",
+    "SURROUNDING",
     "balance_weights",
+    "compute_messages",
     "confusion_matrix",
     "costs",
     "dense_crf",
@@ -54,16 +50,17 @@ __all__ = [
     "factored_pairwise",
     "gaussian",
     "grid_labels",
+    "likelihood",
     "mean_field",
     "messages",
     "metrics",
     "objectives",
     "offsets",
-    "pairwise",
     "pairwise_log_likelihood",
     "permutohedral",
     "piecewise",
     "plan",
+    "potentials",
     "prepare_messages",
     "pseudo_log_likelihood",
     "relations",

@@ -1,6 +1,6 @@
 """Arguments of the filters and the dense CRF, as callers have them: arrays, or what NumPy makes arrays of."""
 
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,17 @@ FURTHEST = 1e6
 """Features beyond it have no fraction left in float32, and the lattice's integers no room."""
 
 
-def fail(expected: str, got: Any):
+def fail(expected: str, got: Any) -> NoReturn:
     """Raises ValueError with both on one line."""
     raise ValueError(f"{expected}; got {' '.join(str(got).split())}")
 
 
-def visible(*trees) -> bool:
+def visible(*trees: Any) -> bool:
     """Whether the values of all arrays can be looked at, see `arrays.seen`."""
     return all(map(arrays.seen, jax.tree.leaves(trees)))
 
 
-def array(name: str, x: Any) -> jax.Array | np.ndarray:
+def array(name: str, x: Any) -> jax.Array:
     """x, or the array of a list or a tuple of numbers, or of what another library calls an array.
 
     Raises:
@@ -37,7 +37,9 @@ def array(name: str, x: Any) -> jax.Array | np.ndarray:
     return made
 
 
-def numbers(name: str, x: Any, shapes: tuple, wanted: str, positive: bool = False) -> jax.Array | np.ndarray:
+def numbers(
+    name: str, x: Any, shapes: tuple[tuple[int, ...], ...], wanted: str, *, positive: bool = False
+) -> jax.Array:
     """A float32 array of one of the shapes, with finite values.
 
     Args:
@@ -55,12 +57,12 @@ def numbers(name: str, x: Any, shapes: tuple, wanted: str, positive: bool = Fals
     if not visible(made):
         return made.astype(jnp.float32)
     with np.errstate(over="ignore"):
-        made = np.asarray(made).astype(np.float32)  # NumPy's, so that it stays visible where others are traced
-    if not np.isfinite(made).all():
+        values = np.asarray(made).astype(np.float32)  # NumPy's, so that it stays visible where others are traced
+    if not np.isfinite(values).all():
         fail(f"{name}: expected finite numbers", x)
-    if positive and not (made > 0).all():
+    if positive and not (values > 0).all():
         fail(f"{name}: expected positive standard deviations", x)
-    return made
+    return cast(jax.Array, values)
 
 
 def integer(name: str, x: Any, least: int) -> None:
@@ -97,6 +99,6 @@ def points(features: Any, mask: Any = None) -> tuple[jax.Array, jax.Array | None
 
 
 @arrays.compiled()
-def _furthest(features, mask):
+def _furthest(features: jax.Array, mask: jax.Array | None) -> jax.Array:
     size = jnp.abs(features.astype(jnp.float32))
     return jnp.max(size if mask is None else jnp.where(mask[..., None], size, 0.0))

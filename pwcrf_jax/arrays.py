@@ -2,38 +2,69 @@
 
 import functools
 import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, cast, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+Fields = TypeVar("Fields", bound=tuple)
 
 
-def as_array(x):
-    """x where it is an array, of JAX, of NumPy or traced; numbers, lists and tuples become one. None stays None."""
+@overload
+def as_array(x: None) -> None: ...
+
+
+@overload
+def as_array(x: Any) -> jax.Array: ...
+
+
+def as_array(x: Any) -> jax.Array | None:
+    """x where it is an array, of JAX, of NumPy or traced; numbers, lists and tuples become one. None stays None.
+
+    Arrays of NumPy stay what they are, and are annotated as JAX's for what both can do.
+    """
     if x is None or isinstance(x, (jax.Array, np.ndarray)):
-        return x
+        return cast(jax.Array, x)
     of_jax = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x))
-    return jnp.asarray(x) if of_jax else np.asarray(x)
+    return jnp.asarray(x) if of_jax else cast(jax.Array, np.asarray(x))
 
 
-def of_arrays(x):
+def as_mask(node_mask: ArrayLike | None) -> jax.Array | None:
+    """node_mask as an array of bool, or None."""
+    return None if node_mask is None else as_array(node_mask).astype(bool)
+
+
+def of_arrays(x: Fields) -> Fields:
     """A NamedTuple with `as_array` of each of its fields."""
-    return type(x)(*map(as_array, x))
+    return type(x)(*[as_array(field) for field in x])
 
 
-def seen(x):
+def seen(x: Any) -> bool:
     """Whether x has values to look at: it is not traced, and all of it lies on devices of this process."""
     return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
 
 
-def level(*arrays):
+@overload
+def level(x: jax.Array, y: jax.Array, /) -> tuple[jax.Array, jax.Array]: ...
+
+
+@overload
+def level(x: jax.Array, y: jax.Array, z: jax.Array, /) -> tuple[jax.Array, jax.Array, jax.Array]: ...
+
+
+def level(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """The arrays with axes of size 1 in front, all of one rank: JAX can be told to refuse others."""
     rank = max(x.ndim for x in arrays)
-    return [x.reshape((1,) * (rank - x.ndim) + x.shape) for x in arrays]
+    return tuple(x.reshape((1,) * (rank - x.ndim) + x.shape) for x in arrays)
 
 
-def precision(*operands):
-    """Of products: what was given in float32 is multiplied in float32, which TPUs and recent GPUs do not do unasked.
+def precision(*operands: jax.Array) -> jax.lax.Precision | None:
+    """Precision of products: float32 is multiplied in float32, which TPUs and recent GPUs do not do unasked.
 
     They would round it to bfloat16 or TF32. On a TPU it takes some 6 passes of bfloat16 for one. Operands of half
     precision have nothing to lose and are multiplied at full speed.
@@ -41,17 +72,17 @@ def precision(*operands):
     return jax.lax.Precision.HIGHEST if any(x.dtype.itemsize >= 4 for x in operands) else None
 
 
-def matmul(x, y):
+def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     """Matrix product of two arrays of one dtype, summed and returned in float32, in the `precision` of its operands."""
     return jnp.matmul(x, y, precision=precision(x, y), preferred_element_type=jnp.float32)
 
 
-def einsum(subscripts, x, y):
+def einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """`jax.numpy.einsum` of two arrays, as `matmul`."""
     return jnp.einsum(subscripts, x, y, precision=precision(x, y), preferred_element_type=jnp.float32)
 
 
-def vary_together(*trees):
+def vary_together(*trees: Any) -> tuple[Any, ...]:
     """The trees, each leaf varying over all axes of a `jax.shard_map` over which any of them does.
 
     A loop wants the carry that it begins with to vary as what it adds to it.
@@ -63,7 +94,9 @@ def vary_together(*trees):
     return jax.tree.map(lambda x: jnp.where(varying, x, x), trees)
 
 
-def compiled(out=None):
+def compiled(
+    out: Callable[..., Any] | None = None,
+) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
     """Decorator: a function of arrays that is compiled once for each combination of shapes and settings.
 
     Positional arguments are pytrees of arrays, keyword-only ones are static. It is not inlined: the gradient of an
@@ -77,9 +110,9 @@ def compiled(out=None):
       out: (*args, **settings) -> pytree of `jax.P`, a prefix of the results. None: numbers, the same on all devices.
     """
 
-    def decorate(function):
+    def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         @functools.wraps(function)
-        def laid_out(*args, **settings):
+        def laid_out(*args: Any, **settings: Any) -> Any:
             args = vary_together(*args)
             mesh, axes = _explicit(args)
             if not axes:
@@ -96,12 +129,12 @@ def compiled(out=None):
     return decorate
 
 
-def batch_spec(x, own_axes):
+def batch_spec(x: jax.Array, own_axes: int) -> tuple[Any, ...]:
     """How the leading axes of x are laid out on a mesh of Explicit axes; own_axes: the others, of one image."""
     return tuple(jax.typeof(x).sharding.spec)[: x.ndim - own_axes]
 
 
-def _explicit(args):
+def _explicit(args: tuple[Any, ...]) -> tuple[Any, tuple[str, ...]]:
     """(mesh, names of its Explicit axes) of the first argument that lies on any; (None, ())."""
     for leaf in jax.tree.leaves(args):
         mesh = jax.typeof(leaf).sharding.mesh

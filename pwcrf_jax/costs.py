@@ -1,4 +1,4 @@
-"""What the pairwise parts cost, from shapes alone: multiply-adds, bytes of temporaries, and the choices made by them.
+"""Costs of the pairwise parts, from shapes alone: multiply-adds, bytes of temporaries, and the choices made by them.
 
 Everything here is plain Python arithmetic on static shapes. Bytes are those of the temporaries of the compiled program
 in float32, checked against XLA's `memory_analysis` on a CPU; multiply-adds are those carried out, masked and padded
@@ -13,18 +13,21 @@ Arguments that the functions share, all of them Python integers:
 * chunk_edges: edges held at a time; None: chosen by `default_chunk_edges`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+_Offsets = Sequence[tuple[int, int]] | np.ndarray
 
 CHUNK_BYTES = 2**23
 """Size of the arrays of one chunk; some MiB, which a CPU's cache holds, were the fastest there."""
 
 TABLE_BYTES = 2**29
-"""The most that the route "auto" stores as scores of one relation."""
+"""The most that the algorithm "auto" stores as scores of one relation."""
 
-# Of the cost model of `route`, in multiply-adds of a large matrix product (some 7 ps); fitted to measurements on two
-# CPU cores, benchmarks/message_routes.py.
+# Constants of the cost model of `algorithm`, in multiply-adds of a large matrix product (some 7 ps); fitted to
+# measurements on two CPU cores, benchmarks/message_routes.py.
 _HIDDEN = 20.0  # one hidden unit, relu(A_p + B_q)
 _SMALL_PRODUCT = 2.5  # one multiply-add of the product of [O, M] and [M, K]
 _EDGE = 4500.0  # reading and adding up at both ends of an edge
@@ -33,11 +36,11 @@ _READ_ROW, _READ = 430.0, 17.0  # a label's row of stored scores, and each score
 
 
 CHUNK_OVERHEAD = 64
-"""What a chunk costs by itself, in edges: starting it, and adding to the gradient of the last layer."""
+"""The cost of a chunk by itself, in edges: starting it, and adding to the gradient of the last layer."""
 
 
 class Cost(NamedTuple):
-    """What a computation takes.
+    """Cost of a computation.
 
     Attributes:
       multiply_adds: int, carried out.
@@ -48,26 +51,26 @@ class Cost(NamedTuple):
     temp_bytes: int
 
 
-def default_chunk_edges(num_classes: int, hidden: int, folded: bool = False) -> int:
+def default_chunk_edges(num_classes: int, hidden: int, *, messages: bool = False) -> int:
     """How many edges to hold at a time where the caller does not say.
 
     Likelihood: C (K^2 + M) float32 make CHUNK_BYTES, but at least 1024 edges, below which matrix products are slow, and
-    at most 16384. Messages (`folded`): C (K + M) make half of it.
+    at most 16384. Messages: C (K + M) make half of it.
 
     Args:
       num_classes, hidden: K and M.
-      folded: whether it is messages that are walked.
+      messages: whether it is messages that are walked.
 
     Returns:
       int, edges.
     """
-    if folded:
+    if messages:
         return int(np.clip(CHUNK_BYTES // 2 // (4 * (num_classes + hidden)), 256, 16384))
     return int(np.clip(CHUNK_BYTES // (4 * (num_classes**2 + hidden)), 1024, 16384))
 
 
 def sender_runs(num_offsets: int, rows: int, width: int, chunk_edges: int) -> tuple[int, int]:
-    """How messages are walked; see `pwcrf_jax.pairwise.messages`.
+    """How messages are walked; see `pwcrf_jax.messages.compute_messages`.
 
     Args:
       num_offsets: O.
@@ -85,7 +88,7 @@ def sender_runs(num_offsets: int, rows: int, width: int, chunk_edges: int) -> tu
     return run, even(rows, int(np.clip(runs, 1, rows)))
 
 
-def chunk_rows(offsets, height: int, row_edges: int, chunk_edges: int) -> tuple[int, int]:
+def chunk_rows(offsets: _Offsets, height: int, row_edges: int, chunk_edges: int) -> tuple[int, int]:
     """How the likelihood is walked.
 
     A chunk holds pairs of rows (that of p, that of q) of one column offset. Its size is that with the least to do,
@@ -100,7 +103,7 @@ def chunk_rows(offsets, height: int, row_edges: int, chunk_edges: int) -> tuple[
     Returns:
       (rows of the map in a chunk, number of chunks), int.
     """
-    groups = {}
+    groups: dict[int, int] = {}
     for down, right in offsets:
         groups[int(right)] = groups.get(int(right), 0) + max(0, height - abs(int(down)))
     chunks = lambda rows: sum(-(-pairs // rows) for pairs in groups.values())
@@ -110,9 +113,18 @@ def chunk_rows(offsets, height: int, row_edges: int, chunk_edges: int) -> tuple[
 
 
 def pairwise_loss(
-    offsets, height, width, num_classes, hidden, batch=1, itemsize=4, chunk_edges=None, num_sampled_offsets=0
+    offsets: _Offsets,
+    height: int,
+    width: int,
+    num_classes: int,
+    hidden: int,
+    batch: int = 1,
+    *,
+    itemsize: int = 4,
+    chunk_edges: int | None = None,
+    num_sampled_offsets: int = 0,
 ) -> Cost:
-    """Likelihood and gradient of one relation, `pairwise.edge_log_likelihood` of a factored potential.
+    """Likelihood and gradient of one relation, `likelihood.edge_log_likelihood` of a factored potential.
 
     multiply_adds: edges walked * (3 M K^2 + 2 M H): the last layer, its two products backwards, and the summing of
     the gradient into the rows of both ends. temp_bytes: 4 (2 C K^2 + 3.25 C M), the gradient of the last layer before
@@ -144,8 +156,18 @@ def pairwise_loss(
     )
 
 
-def folded_messages(offsets, height, width, num_classes, hidden, batch=1, itemsize=4, chunk_edges=None) -> Cost:
-    """Messages of one relation, once, both directions, without scores: `pairwise.messages` of a factored potential.
+def factored_messages(
+    offsets: _Offsets,
+    height: int,
+    width: int,
+    num_classes: int,
+    hidden: int,
+    batch: int = 1,
+    *,
+    itemsize: int = 4,
+    chunk_edges: int | None = None,
+) -> Cost:
+    """Messages of one relation, once, both directions, without scores: algorithm "factored".
 
     multiply_adds: 2 N O M K + 2 N M K^2 (the products with G, and G). temp_bytes: S O (M + K) of a step, its G, the
     last layer once per direction, the first layer's parts and the messages with their borders; flat in the number of
@@ -160,7 +182,7 @@ def folded_messages(offsets, height, width, num_classes, hidden, batch=1, itemsi
     if not len(offsets):
         return Cost(0, 0)
     if chunk_edges is None:
-        chunk_edges = default_chunk_edges(num_classes, hidden, folded=True)
+        chunk_edges = default_chunk_edges(num_classes, hidden, messages=True)
     run, runs = sender_runs(len(offsets), batch * height, width, chunk_edges)
     padded = -(-width // run) * run
     nodes, senders = batch * height * padded, run * runs
@@ -176,8 +198,17 @@ def folded_messages(offsets, height, width, num_classes, hidden, batch=1, itemsi
     )
 
 
-def table_messages(offsets, height, width, num_classes, hidden, batch=1, num_iterations=3) -> Cost:
-    """Messages of one relation, `num_iterations` times, from stored scores: `pairwise.prepare_messages`, "table".
+def table_messages(
+    offsets: _Offsets,
+    height: int,
+    width: int,
+    num_classes: int,
+    hidden: int,
+    batch: int = 1,
+    *,
+    num_iterations: int = 3,
+) -> Cost:
+    """Messages of one relation, `num_iterations` times, from stored scores: `messages.prepare_messages`, "table".
 
     multiply_adds: N O M K^2 once, and 2 N O K^2 an iteration. temp_bytes: 4 N O K^2, the scores in float32.
 
@@ -192,12 +223,21 @@ def table_messages(offsets, height, width, num_classes, hidden, batch=1, num_ite
     return Cost(scores * (hidden + 2 * num_iterations), 4 * scores)
 
 
-def route(offsets, height, width, num_classes, hidden, batch=1, num_iterations=3) -> str:
-    """The cheaper way to messages, "folded" or "table", for `num_iterations` of them.
+def algorithm(
+    offsets: _Offsets,
+    height: int,
+    width: int,
+    num_classes: int,
+    hidden: int,
+    batch: int = 1,
+    *,
+    num_iterations: int = 3,
+) -> str:
+    """The cheaper way to messages, "factored" or "table", for `num_iterations` of them.
 
     Cost model, in multiply-adds of a large matrix product, with E = N O edges:
 
-        folded: iterations * (2 E (4500 + 20 M + 2.5 M K) + 2 N M K^2)
+        factored: iterations * (2 E (4500 + 20 M + 2.5 M K) + 2 N M K^2)
         table:  E (20 M + M K^2 + 100 K^2) + iterations * 2 E (430 K + 17 K^2)
 
     The terms: what an edge costs by itself, its hidden units, the small product with G; G itself. Then forming the
@@ -209,19 +249,19 @@ def route(offsets, height, width, num_classes, hidden, batch=1, num_iterations=3
       num_iterations: how many times messages are computed.
 
     Returns:
-      str, the name of the route.
+      str, the name of the algorithm.
 
     Examples:
       >>> box = pw.offsets(pw.SURROUNDING, 29, 38)
-      >>> [pw.costs.route(box, 29, 38, num_classes, hidden=512) for num_classes in (2, 60)]
-      ['table', 'folded']
+      >>> [pw.costs.algorithm(box, 29, 38, num_classes, hidden=512) for num_classes in (2, 60)]
+      ['table', 'factored']
     """
     if not len(offsets) or not num_iterations:
-        return "folded"
+        return "factored"
     nodes, k, m = batch * height * width, num_classes, hidden
     edges = nodes * len(offsets)
-    folded = 2 * edges * (_EDGE + m * (_HIDDEN + _SMALL_PRODUCT * k)) + 2 * nodes * m * k**2
+    factored = 2 * edges * (_EDGE + m * (_HIDDEN + _SMALL_PRODUCT * k)) + 2 * nodes * m * k**2
     formed = edges * (_HIDDEN * m + m * k**2 + _WRITE * k**2)
     table = formed + num_iterations * 2 * edges * (_READ_ROW * k + _READ * k**2)
     fits = 4 * edges * k**2 <= TABLE_BYTES
-    return "table" if fits and table < num_iterations * folded else "folded"
+    return "table" if fits and table < num_iterations * factored else "factored"

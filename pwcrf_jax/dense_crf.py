@@ -9,16 +9,20 @@ by mean field: log Q_i = log P_i - sum_kernels mu (K Q)_i - const, all pixels at
 normalisations mean what they mean in pydensecrf, and a pixel's own marginal is part of what it receives, as there.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from pwcrf_jax import arguments, arrays, gaussian, permutohedral
 
 NORMALIZATIONS = ("symmetric", "before", "after", "none")
-"""Of a kernel's filter; see `refine`."""
+"""Normalisations of a kernel's filter; see `refine`."""
+
+_Filter = Callable[[jax.Array], jax.Array]
 
 
 class Params(NamedTuple):
@@ -44,7 +48,7 @@ DEFAULT_PARAMS = Params()
 
 
 class RefineInfo(NamedTuple):
-    """What refinement tells beside its result.
+    """Figures of a refinement, beside its result.
 
     Attributes:
       change: float32 [num_iterations, ...batch], the largest |Q_new - Q_old| over pixels and classes.
@@ -59,17 +63,17 @@ class RefineInfo(NamedTuple):
 
 
 def refine(
-    unary_log_probs: jax.Array,
-    image: jax.Array,
+    unary_log_probs: ArrayLike,
+    image: ArrayLike,
     params: Params = DEFAULT_PARAMS,
     num_iterations: int = 10,
     *,
-    mask: jax.Array | None = None,
+    mask: ArrayLike | None = None,
     normalization: str = "symmetric",
     method: str = "auto",
     capacity: int | None = None,
     radius: int | None = None,
-):
+) -> tuple[jax.Array, RefineInfo]:
     """Sharpens per-pixel log-probabilities along the edges of the image.
 
     Args:
@@ -110,17 +114,38 @@ def refine(
     params = _checked_params(params, unary.shape[-1])
     if radius is None and params.smoothness_compat is not None:
         radius = gaussian.radius_of(params.smoothness_sxy)
-    settings = dict(normalization=normalization, method=method, capacity=capacity, radius=radius)
-    return _refine(unary, image, params, mask, num_iterations=num_iterations, **settings)
+    return _refine(
+        unary,
+        image,
+        params,
+        mask,
+        num_iterations=num_iterations,
+        normalization=normalization,
+        method=method,
+        capacity=capacity,
+        radius=radius,
+    )
 
 
-def _like_unary(unary, *_, **__):
+def _like_unary(unary: jax.Array, *_: Any, **__: Any) -> tuple[jax.Array, RefineInfo]:
+    spec: Any = jax.P  # in place of arrays
     batch = arrays.batch_spec(unary, 3)
-    return jax.P(*batch), RefineInfo(jax.P(None, *batch), jax.P(), jax.P())
+    return spec(*batch), RefineInfo(spec(None, *batch), spec(), spec())
 
 
 @arrays.compiled(out=_like_unary)
-def _refine(unary, image, params, mask, *, num_iterations, normalization, method, capacity, radius):
+def _refine(
+    unary: jax.Array,
+    image: jax.Array,
+    params: Params,
+    mask: jax.Array | None,
+    *,
+    num_iterations: int,
+    normalization: str,
+    method: str,
+    capacity: int | None,
+    radius: int | None,
+) -> tuple[jax.Array, RefineInfo]:
     unary = given = unary.astype(jnp.float32)
     if mask is not None:  # masked pixels may hold anything
         unary, image = (jnp.where(mask[..., None], x, 0) for x in (unary, image))
@@ -134,7 +159,7 @@ def _refine(unary, image, params, mask, *, num_iterations, normalization, method
         flat = features.reshape(*batch, height * width, features.shape[-1])
         flat_mask = None if mask is None else mask.reshape(*batch, height * width)
         room = None if capacity is None else capacity * int(np.prod(batch))
-        prepared = gaussian.prepare(flat, flat_mask, method, room)
+        prepared = gaussian.prepare(flat, flat_mask, method=method, capacity=room)
         if isinstance(prepared, permutohedral.Lattice):
             num_vertices, exceeded = prepared.num_vertices, prepared.exceeded
         over_pixels = lambda x: gaussian.apply(prepared, x.reshape(*flat.shape[:-1], x.shape[-1])).reshape(x.shape)
@@ -147,7 +172,7 @@ def _refine(unary, image, params, mask, *, num_iterations, normalization, method
 
     # The state are scores, not marginals: so each iteration ends with the sum of the messages and XLA has no reason to
     # compute them again in each pass of a softmax.
-    def body(state, _):
+    def body(state: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         scores, before = state
         marginals = jax.nn.softmax(scores, axis=-1)
         scores = sum((message(marginals) for message in messages), start=unary)
@@ -163,7 +188,7 @@ def _refine(unary, image, params, mask, *, num_iterations, normalization, method
     return log_marginals, RefineInfo(change, num_vertices, exceeded)
 
 
-def pixel_features(image, sxy, srgb):
+def pixel_features(image: ArrayLike, sxy: Any, srgb: Any) -> jax.Array:
     """Features of the appearance kernel, (x, y) / sxy and colour / srgb.
 
     Args:
@@ -187,7 +212,7 @@ def pixel_features(image, sxy, srgb):
 
 
 @arrays.compiled(out=lambda image, *_: jax.P(*arrays.batch_spec(image, 3)))
-def _pixel_features(image, sxy, srgb):
+def _pixel_features(image: jax.Array, sxy: jax.Array, srgb: jax.Array) -> jax.Array:
     height, width = image.shape[-3:-1]
     sigma_x, sigma_y = gaussian.pair(sxy)
     y, x = jnp.mgrid[:height, :width].astype(jnp.float32)
@@ -196,7 +221,7 @@ def _pixel_features(image, sxy, srgb):
     return jnp.concatenate([position, image.astype(jnp.float32) / jnp.broadcast_to(srgb, image.shape)], axis=-1)
 
 
-def _normalized(filter_, ones, normalization):
+def _normalized(filter_: _Filter, ones: jax.Array, normalization: str) -> _Filter:
     if normalization == "none":
         return filter_
     norm = filter_(ones)
@@ -208,8 +233,8 @@ def _normalized(filter_, ones, normalization):
     return lambda x: filter_(x * norm) * norm
 
 
-def _message(compat, filter_):
-    """Q -> what a kernel adds to the log marginals."""
+def _message(compat: jax.Array, filter_: _Filter) -> _Filter:
+    """Q -> the kernel's summand of the log marginals."""
     if compat.ndim == 0:
         return lambda q: compat * filter_(q)
     if compat.ndim == 1:
@@ -218,7 +243,7 @@ def _message(compat, filter_):
     return lambda q: -arrays.matmul(filter_(q), symmetric)
 
 
-def _check(unary, image, mask):
+def _check(unary: jax.Array, image: jax.Array, mask: jax.Array | None) -> None:
     """Refuses what would silently give garbage. Values are looked at only where they are at hand, outside of jit."""
     expect = lambda ok, what, got: arguments.fail(what, got) if not ok else None
     expect(unary.ndim >= 3, "unary_log_probs: expected [..., H, W, K], classes last", f"shape {unary.shape}")
@@ -249,7 +274,9 @@ def _check(unary, image, mask):
     expect(not floats or brightest == 0 or brightest > 1, colours, f"floats up to {brightest:.3g}: multiply by 255")
 
 
-def _check_options(num_iterations, normalization, method, capacity, radius):
+def _check_options(
+    num_iterations: int, normalization: str, method: str, capacity: int | None, radius: int | None
+) -> None:
     if not (isinstance(num_iterations, (int, np.integer)) and num_iterations >= 0):
         arguments.fail("num_iterations: expected an integer, 0 or more", repr(num_iterations))
     for name, value, known in (
@@ -262,14 +289,14 @@ def _check_options(num_iterations, normalization, method, capacity, radius):
     arguments.integer("radius", radius, 0)
 
 
-def _checked_params(params, num_classes):
+def _checked_params(params: Params, num_classes: int) -> Params:
     """Params of float32 arrays; those that are not needed are None."""
     if not (isinstance(params, tuple) and len(params) == len(Params._fields)):
         arguments.fail(f"params: expected dense_crf.Params({', '.join(Params._fields)})", type(params).__name__)
     params = Params(*params)
-    compat_shapes = (), (num_classes,), (num_classes, num_classes)
+    compat_shapes: tuple[tuple[int, ...], ...] = (), (num_classes,), (num_classes, num_classes)
     compat = f"a number, [K] or [K, K], K = {num_classes}"
-    made = {}
+    made: dict[str, jax.Array | None] = {}
     for name, value in params._asdict().items():
         kernel, _, what = name.partition("_")
         if getattr(params, f"{kernel}_compat") is None:
@@ -284,8 +311,8 @@ def _checked_params(params, num_classes):
 
 
 @arrays.compiled()
-def _extremes(unary, image, mask):
-    """Of valid pixels: lowest and highest log P, largest |sum of P - 1|, lowest and highest colour."""
+def _extremes(unary: jax.Array, image: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, ...]:
+    """Extremes over valid pixels: lowest and highest log P, largest |sum of P - 1|, lowest and highest colour."""
     valid = jnp.ones(unary.shape[:-1], bool) if mask is None else mask
     unary, image = unary.astype(jnp.float32), image.astype(jnp.float32)
     inside = lambda x, fill: jnp.where(valid[..., None], x, fill)

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from pwcrf_jax import arguments, arrays, permutohedral
 
 METHODS = ("auto", "lattice", "exact")
-"""Of filtering points; see `prepare`."""
+"""Ways of filtering points; see `prepare`."""
 
 EXACT_POINTS = {"cpu": 512, "gpu": 16384, "tpu": 16384}
 """Points of one image up to which "auto" takes the exact filter, by backend. On a CPU, where it breaks even with
@@ -26,7 +27,7 @@ _TILE = (512, 2048)  # points that receive, points that send
 
 
 class Points(NamedTuple):
-    """What the exact filter needs.
+    """Points of the exact filter.
 
     Attributes:
       features: float32 [..., N, d].
@@ -38,7 +39,7 @@ class Points(NamedTuple):
 
 
 def prepare(
-    features: jax.Array, mask: jax.Array | None = None, method: str = "auto", capacity: int | None = None
+    features: ArrayLike, mask: ArrayLike | None = None, method: str = "auto", capacity: int | None = None
 ) -> Points | permutohedral.Lattice:
     """The filter of points.
 
@@ -66,7 +67,7 @@ def prepare(
     return Points(jnp.asarray(features, jnp.float32), jnp.asarray(mask))
 
 
-def apply(prepared: Points | permutohedral.Lattice, values: jax.Array) -> jax.Array:
+def apply(prepared: Points | permutohedral.Lattice, values: ArrayLike) -> jax.Array:
     """Filters values; masked points give and get zero.
 
     Args:
@@ -84,7 +85,7 @@ def apply(prepared: Points | permutohedral.Lattice, values: jax.Array) -> jax.Ar
     return exact(*prepared, values)
 
 
-def exact(features: jax.Array, mask: jax.Array | None, values: jax.Array, tile: tuple[int, int] = _TILE) -> jax.Array:
+def exact(features: ArrayLike, mask: ArrayLike | None, values: ArrayLike, tile: tuple[int, int] = _TILE) -> jax.Array:
     """The sum itself, in tiles. Differentiable in values and features, to any order.
 
     Args:
@@ -104,11 +105,12 @@ def exact(features: jax.Array, mask: jax.Array | None, values: jax.Array, tile: 
     values = arguments.array("values", values)
     if features.shape[:-1] != values.shape[:-1] or values.ndim < 2:
         raise ValueError(f"expected values {features.shape[:-1]} and a channel axis, got {values.shape}")
-    return _exact(features, jnp.ones(features.shape[:-1], bool) if mask is None else mask, values, tile=tuple(tile))
+    mask = jnp.ones(features.shape[:-1], bool) if mask is None else mask
+    return _exact(features, mask, values, tile=(tile[0], tile[1]))
 
 
 @arrays.compiled(out=lambda features, mask, values, **_: jax.P(*arrays.batch_spec(values, 2)))
-def _exact(features, mask, values, *, tile):
+def _exact(features: jax.Array, mask: jax.Array, values: jax.Array, *, tile: tuple[int, int]) -> jax.Array:
     if features.ndim > 2:
         return jax.lax.map(lambda args: _exact(*args, tile=tile), (features, mask, values))
     num_points, num_channels = values.shape
@@ -116,28 +118,29 @@ def _exact(features, mask, values, *, tile):
     # Masked points may hold anything.
     features, values = (jnp.where(mask[:, None], x.astype(jnp.float32), 0.0) for x in (features, values))
 
-    def tiles(x, size):
+    def tiles(x: jax.Array, size: int) -> jax.Array:
         padded = jnp.pad(x, ((0, -num_points % size), (0, 0)))
         return padded.reshape(-1, size, x.shape[1])
 
     senders = tiles(features, send), tiles(values, send)
 
     @jax.checkpoint
-    def add(total, sender, receivers):
+    def add(total: jax.Array, sender: tuple[jax.Array, jax.Array], receivers: jax.Array) -> jax.Array:
         # Differences, not |f|^2 + |g|^2 - 2 f g, which would lose the digits of points that are close together.
         pairs = zip(receivers.T, sender[0].T, strict=True)
         distance = sum(jnp.square(f[:, None] - g[None, :]) for f, g in pairs)
         return total + arrays.matmul(jnp.exp(-0.5 * distance), sender[1])
 
-    def row(receivers):
-        zero = sum(jnp.zeros_like(x, shape=(receive, num_channels)) for x in (features, values))
-        return jax.lax.scan(lambda total, sender: (add(total, sender, receivers), None), zero, senders)[0]
+    def row(receivers: jax.Array) -> jax.Array:
+        zero: Any = sum(jnp.zeros_like(x, shape=(receive, num_channels)) for x in (features, values))
+        total, _ = jax.lax.scan(lambda total, sender: (add(total, sender, receivers), None), zero, senders)
+        return total
 
     out = jax.lax.map(row, tiles(features, receive)).reshape(-1, num_channels)[:num_points]
     return jnp.where(mask[:, None], out, 0.0)
 
 
-def spatial(values: jax.Array, sigma: Any, mask: jax.Array | None = None, radius: int | None = None) -> jax.Array:
+def spatial(values: ArrayLike, sigma: Any, mask: ArrayLike | None = None, radius: int | None = None) -> jax.Array:
     """The Gaussian filter of the pixel grid, separable: one pass along the columns and one along the rows.
 
     Args:
@@ -167,60 +170,61 @@ def spatial(values: jax.Array, sigma: Any, mask: jax.Array | None = None, radius
 
 
 @arrays.compiled(out=lambda values, *_, **__: jax.P(*arrays.batch_spec(values, 3)))
-def _spatial(values, sigma, mask, *, radius):
+def _spatial(values: jax.Array, sigma: jax.Array, mask: jax.Array | None, *, radius: int | None) -> jax.Array:
     height, width, channels = values.shape[-3:]
     sigma_x, sigma_y = pair(sigma)
     x = values.astype(jnp.float32)
     if mask is not None:
         x = jnp.where(mask[..., None], x, 0.0)
     x = x.reshape(-1, height, width * channels)
-    reach = _reach(height, radius), _reach(width, radius)
-    if None in reach:
+    rows, cols = _reach(height, radius), _reach(width, radius)
+    if rows is None or cols is None:
         x = arrays.einsum("ij,bjx->bix", _matrix(height, sigma_y, radius), x)
         x = x.reshape(-1, height, width, channels)
         x = arrays.einsum("ij,bhjc->bhic", _matrix(width, sigma_x, radius), x)
     else:
         # The barriers keep the sums apart: fused, XLA tests for the border at each tap of each pixel.
-        border = reach[1] * channels
-        x = jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), (reach[0], reach[0]), (border, border))))
-        x = jax.lax.optimization_barrier(_taps(x, sigma_y, reach[0], axis=1, stride=1))
-        x = _taps(x, sigma_x, reach[1], axis=2, stride=channels)
+        border = cols * channels
+        x = jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), (rows, rows), (border, border))))
+        x = jax.lax.optimization_barrier(_taps(x, sigma_y, rows, axis=1, stride=1))
+        x = _taps(x, sigma_x, cols, axis=2, stride=channels)
     x = x.reshape(values.shape)
     return x if mask is None else jnp.where(mask[..., None], x, 0.0)
 
 
-def pair(sigma):
+def pair(sigma: Any) -> tuple[Any, Any]:
     """(x, y) of sigma, one standard deviation or two: a number, a pair of numbers or an array of both."""
     if isinstance(sigma, (tuple, list)):
-        return tuple(sigma)
+        x, y = sigma
+        return x, y
     return (sigma, sigma) if jnp.ndim(sigma) == 0 else (sigma[0], sigma[1])
 
 
 _MOST_TAPS = 32  # radius; beyond it the sum would be long, and a product with the matrix of the kernel is taken
 
 
-def radius_of(sigma) -> int | None:
+def radius_of(sigma: Any) -> int | None:
     """The default radius of `spatial`: an int, four times the larger standard deviation in sigma; None where one is
     traced."""
     return math.ceil(4 * float(np.max(np.asarray(sigma)))) if arguments.visible(sigma) else None
 
 
-def _reach(size, radius):
+def _reach(size: int, radius: int | None) -> int | None:
     """How far the taps reach; None where the matrix of the kernel is used instead."""
     return None if radius is None or radius > _MOST_TAPS else min(radius, size - 1)
 
 
-def _kernel(distance, sigma, radius):
+def _kernel(distance: np.ndarray, sigma: jax.Array, radius: int | None) -> jax.Array:
     weight = jnp.exp(-0.5 * jnp.square(distance / sigma))
     return weight if radius is None else jnp.where(jnp.abs(distance) <= radius, weight, 0.0)
 
 
-def _matrix(size, sigma, radius):
+def _matrix(size: int, sigma: jax.Array, radius: int | None) -> jax.Array:
     place = np.arange(size, dtype=np.float32)
     return _kernel(place[:, None] - place[None, :], sigma, radius)
 
 
-def _taps(x, sigma, reach, axis, stride):
+def _taps(x: jax.Array, sigma: jax.Array, reach: int, axis: int, stride: int) -> jax.Array:
     """Along an axis with neighbours `stride` apart and a border of reach * stride on both sides."""
     size = x.shape[axis] - 2 * reach * stride
     weight = _kernel(np.arange(reach + 1, dtype=np.float32), sigma, reach)

@@ -5,17 +5,21 @@ be looked at: there all others are void, for every function alike (`split`).
 """
 
 import operator
+from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from pwcrf_jax.arrays import as_array, seen
 
 VOID = 255
 """The label of nodes and pixels that count for nothing."""
 
-def integers(labels, name="labels"):
+
+def integers(labels: ArrayLike, name: str = "labels") -> jax.Array:
     """labels as an array; lists and tuples are taken. ValueError: values that are not integers."""
     labels = as_array(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
@@ -23,13 +27,22 @@ def integers(labels, name="labels"):
     return labels
 
 
-def narrow(labels):
+def narrow(labels: jax.Array) -> jax.Array:
     """Labels as JAX can take them: of NumPy's 64 bits it keeps 32, which would make class 0 of a void such as -2^63."""
     wide = isinstance(labels, np.ndarray) and labels.dtype.itemsize == 8
-    return np.clip(labels, -(2**31), 2**31 - 1) if wide else labels
+    return cast(jax.Array, np.clip(labels, -(2**31), 2**31 - 1)) if wide else labels
 
 
-def checked(labels, num_classes, void, shape=None, mask=None, name="labels", remedy=None):
+def checked(
+    labels: ArrayLike,
+    num_classes: int,
+    void: int | None,
+    shape: Sequence[int] | None = None,
+    *,
+    mask: ArrayLike | None = None,
+    name: str = "labels",
+    remedy: str | None = None,
+) -> jax.Array:
     """labels as an array, after all of them that can be seen were found to be classes or void.
 
     Of 64 bits void may come back as another number outside 0..K-1: `split` tells what is a class.
@@ -70,7 +83,7 @@ def checked(labels, num_classes, void, shape=None, mask=None, name="labels", rem
     return kept
 
 
-def split(labels, num_classes):
+def split(labels: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
     """(int32 classes, 0 where there is none; bool: where there is one) of traced labels, whatever their integers."""
     wide = labels.astype(jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32)
     valid = (wide >= 0) & (wide < num_classes)

@@ -4,17 +4,21 @@ Rows are true classes, columns predicted ones. Counts are integers: a float32 ma
 On a device a matrix is int32 (2^31 pixels); add matrices of many batches on the host in int64.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from pwcrf_jax.arrays import as_array, batch_spec, compiled, level, seen
+from pwcrf_jax.arrays import as_mask, batch_spec, compiled, level, seen
 from pwcrf_jax.labels import VOID, checked, integers, narrow, split
 
 
-def confusion_matrix(predictions, labels, num_classes, void=VOID):
+def confusion_matrix(
+    predictions: ArrayLike, labels: ArrayLike, num_classes: int, *, void: int | None = VOID
+) -> jax.Array:
     """Counts of (true class, predicted class).
 
     Args:
@@ -48,7 +52,7 @@ def confusion_matrix(predictions, labels, num_classes, void=VOID):
 
 
 @compiled()
-def _counts(predictions, labels, *, num_classes):
+def _counts(predictions: jax.Array, labels: jax.Array, *, num_classes: int) -> jax.Array:
     (row, labelled), (column, predicted) = split(labels, num_classes), split(predictions, num_classes)
     index = row * num_classes + column
     counts = (labelled & predicted).ravel().astype(jnp.int32)
@@ -56,7 +60,7 @@ def _counts(predictions, labels, *, num_classes):
     return flat.reshape(num_classes, num_classes)
 
 
-def boundary_band(labels, width, mask=None):
+def boundary_band(labels: ArrayLike, width: int, mask: ArrayLike | None = None) -> jax.Array:
     """The pixels near a boundary of the truth: the trimap of Kohli, Ladicky and Torr (IJCV 2009).
 
     Scores over this band alone (labels outside it set to void) measure how well outlines are met.
@@ -69,11 +73,11 @@ def boundary_band(labels, width, mask=None):
     Returns:
       bool [..., H, W].
     """
-    return _band(narrow(integers(labels)), None if mask is None else as_array(mask).astype(bool), width=width)
+    return _band(narrow(integers(labels)), as_mask(mask), width=width)
 
 
 @compiled(lambda labels, mask, width: jax.P(*batch_spec(labels, 2)))
-def _band(labels, mask, *, width):
+def _band(labels: jax.Array, mask: jax.Array | None, *, width: int) -> jax.Array:
     labels, valid = level(labels.astype(jnp.int32), jnp.ones(labels.shape, bool) if mask is None else mask)
     limits = jnp.iinfo(jnp.int32)
     highest = _pool(jnp.where(valid, labels, limits.min), width, jax.lax.max, limits.min)
@@ -81,7 +85,7 @@ def _band(labels, mask, *, width):
     return valid & (highest != lowest)
 
 
-def _pool(x, width, reduce, start):
+def _pool(x: jax.Array, width: int, reduce: Callable[..., Any], start: int) -> jax.Array:
     """Over windows of 2 width + 1 rows and columns, one axis after the other."""
     for axis in (-2, -1):
         window = [1] * x.ndim
@@ -106,7 +110,7 @@ class Scores(NamedTuple):
     accuracy_per_class: np.ndarray
 
 
-def scores(confusion, classes=None) -> Scores:
+def scores(confusion: ArrayLike, classes: Sequence[int] | np.ndarray | None = None) -> Scores:
     """Standard figures of a confusion matrix, on the host.
 
         IoU_k = n_kk / (t_k + p_k - n_kk),  accuracy_k = n_kk / t_k,  t_k = sum_j n_kj,  p_k = sum_j n_jk
@@ -149,10 +153,10 @@ def scores(confusion, classes=None) -> Scores:
     )
 
 
-def _ratio(a, b):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+def _ratio(part: ArrayLike, whole: ArrayLike) -> np.ndarray:
+    a, b = np.asarray(part, np.float64), np.asarray(whole, np.float64)
     return np.divide(a, b, out=np.full(a.shape, np.nan), where=b > 0)
 
 
-def _mean(x):
+def _mean(x: np.ndarray) -> float:
     return float(np.mean(x[~np.isnan(x)])) if not np.isnan(x).all() else float("nan")

@@ -13,17 +13,22 @@ memory, and time to fill it with zeros in each filtering.
 """
 
 import functools
-from typing import NamedTuple
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from pwcrf_jax import arguments, arrays
 
 _EMPTY = np.int32(2**31 - 1)
 _PROBES = 64  # of the hash table, at most half full, before a vertex is given up; tests with noise need fewer than 20
 _BLOCK = 4096  # vertices blurred at a time
+
+_Prints = Sequence[jax.Array]  # two arrays of uint32, the halves of fingerprints
 
 
 class Lattice(NamedTuple):
@@ -56,7 +61,7 @@ class Lattice(NamedTuple):
         return self.num_vertices > self.capacity
 
 
-def build(features: jax.Array, mask: jax.Array | None = None, capacity: int | None = None) -> Lattice:
+def build(features: ArrayLike, mask: ArrayLike | None = None, capacity: int | None = None) -> Lattice:
     """The lattice of points, each a feature vector in units of the kernel's standard deviation.
 
     Args:
@@ -88,7 +93,7 @@ def build(features: jax.Array, mask: jax.Array | None = None, capacity: int | No
 
 
 @arrays.compiled()
-def _build(features, mask, *, capacity):
+def _build(features: jax.Array, mask: jax.Array | None, *, capacity: int) -> Lattice:
     per_image, d = features.shape[-2:]
     num_points = features.size // d
     points = features.reshape(num_points, d).astype(jnp.float32)
@@ -98,7 +103,7 @@ def _build(features, mask, *, capacity):
     factors = _factors(d + 2)
     image = jnp.repeat(jnp.arange(num_points // per_image, dtype=jnp.uint32), per_image)
 
-    def corner(r):
+    def corner(r: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Vertex r of each simplex: r more in every coordinate of `base`, but d + 1 less in the r of highest rank."""
         this, before = d - r, (d + 1 - r) % (d + 1)
         pick = lambda k, x: jnp.where(k == this, x, 0.0) - jnp.where(k == before, x, 0.0)
@@ -138,7 +143,7 @@ def _build(features, mask, *, capacity):
     return Lattice(vertex, weight, neighbours, num_vertices)
 
 
-def apply(lattice: Lattice, values: jax.Array) -> jax.Array:
+def apply(lattice: Lattice, values: ArrayLike) -> jax.Array:
     """Filters values of the points; masked points give and get zero.
 
     Linear in values, and differentiable in them to any order by reverse mode (the blur has its own rule, so forward
@@ -164,7 +169,7 @@ def apply(lattice: Lattice, values: jax.Array) -> jax.Array:
 
 
 @arrays.compiled(out=lambda lattice, values: jax.P(*arrays.batch_spec(values, 2)))
-def _apply(lattice, values):
+def _apply(lattice: Lattice, values: jax.Array) -> jax.Array:
     flat = values.astype(jnp.float32).reshape(-1, values.shape[-1])
     d = lattice.weight.shape[0] - 1
     touching = jnp.any(lattice.vertex < lattice.capacity, axis=0)[:, None]
@@ -183,10 +188,12 @@ def _splat(lattice: Lattice, values: jax.Array) -> jax.Array:
     limit = 64 if jax.default_backend() == "cpu" else 1
     blocks = max(n for n in range(1, limit + 1) if num_points % n == 0)
 
-    def add_block(table, block):
+    def add_block(table: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         vertices, weights, given = block
 
-        def add(table, corner):  # a loop, so that XLA adds in place
+        def add(
+            table: jax.Array, corner: tuple[jax.Array, jax.Array]
+        ) -> tuple[jax.Array, None]:  # a loop, so that XLA adds in place
             vertex, weight = corner
             return table.at[vertex].add(weight[:, None] * given, mode="promise_in_bounds"), None
 
@@ -206,13 +213,13 @@ def _slice(lattice: Lattice, table: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _blur(table, neighbours, num_vertices, backwards):
+def _blur(table: jax.Array, neighbours: jax.Array, num_vertices: jax.Array, backwards: bool) -> jax.Array:
     """B x, or its transpose: each direction is symmetric, so that is the directions in backward order."""
     capacity = table.shape[0] - 1
     block = min(_BLOCK, capacity)
     directions = neighbours[::-1] if backwards else neighbours
 
-    def blur_block(b, state):
+    def blur_block(b: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         source, target, pair = state
         # The last block starts early instead of reaching over the end; rows done twice come out the same.
         start = jnp.minimum(b * block, capacity - block)
@@ -229,50 +236,55 @@ def _blur(table, neighbours, num_vertices, backwards):
     return source
 
 
-def _blur_forward(table, neighbours, num_vertices, backwards):
+def _blur_forward(
+    table: jax.Array, neighbours: jax.Array, num_vertices: jax.Array, backwards: bool
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _blur(table, neighbours, num_vertices, backwards), (neighbours, num_vertices)
 
 
-def _blur_backward(backwards, saved, cotangent):
+def _blur_backward(
+    backwards: bool, saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, None, None]:
     return _blur(cotangent, *saved, not backwards), None, None
 
 
 _blur.defvjp(_blur_forward, _blur_backward)
 
 
-def _simplices(features):
+def _simplices(features: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Where points lie in the lattice: features [d, P] -> three arrays [d + 1, P]: the remainder-0 vertex of the
     simplex in units of d + 1 (int32), the rank of each coordinate (int32) and its offset from that vertex (float32)."""
     d = features.shape[0]
     # Onto the hyperplane of zero sum, scaled so that the blur has the standard deviation 1 of the features.
     scaled = [f * np.float32((d + 1) * np.sqrt(2 / 3) / np.sqrt((i + 1) * (i + 2))) for i, f in enumerate(features)]
-    elevated, total = [None] * (d + 1), 0.0
+    elevated: list[Any] = [None] * (d + 1)
+    total: Any = 0.0
     for i in range(d, 0, -1):
         elevated[i] = (total - i * scaled[i - 1]) / (d + 1)
         total = total + scaled[i - 1]
     elevated[0] = total / (d + 1)
     rounded = [jnp.round(e) for e in map(jax.lax.stop_gradient, elevated)]
-    excess = sum(rounded).astype(jnp.int32)
+    excess = functools.reduce(operator.add, rounded).astype(jnp.int32)
     offset = [jax.lax.stop_gradient(e) - r for e, r in zip(elevated, rounded, strict=True)]
-    base, rank = [], []
+    bases, ranks = [], []
     for i in range(d + 1):
         # The rank of its offset in descending order. Rounding left the hyperplane by `excess`: the coordinates
         # furthest out are rounded the other way.
         before = [offset[j] >= offset[i] if j < i else offset[j] > offset[i] for j in range(d + 1) if j != i]
         place = excess + sum(x.astype(jnp.int32) for x in before)
         wrap = (place < 0).astype(jnp.int32) - (place > d).astype(jnp.int32)
-        rank.append(place + (d + 1) * wrap)
-        base.append(rounded[i].astype(jnp.int32) + wrap)
-    base, rank = jnp.stack(base), jnp.stack(rank)
-    return base, rank, jnp.stack(elevated) - base.astype(jnp.float32)
+        ranks.append(place + (d + 1) * wrap)
+        bases.append(rounded[i].astype(jnp.int32) + wrap)
+    base = jnp.stack(bases)
+    return base, jnp.stack(ranks), jnp.stack(elevated) - base.astype(jnp.float32)
 
 
-def _factors(n):
+def _factors(n: int) -> np.ndarray:
     """Two rows of n odd 32-bit factors; fixed, so that the same features give the same lattice everywhere."""
     return np.random.Generator(np.random.PCG64(2010)).integers(0, 2**31, (2, n), dtype=np.uint32) * 2 + 1
 
 
-def _probe(prints, attempt, slots):
+def _probe(prints: _Prints, attempt: jax.Array, slots: int) -> jax.Array:
     """The slot of each fingerprint at each attempt: double hashing, the step odd and so prime to the table's size."""
     a, b = prints
     mixed = (a ^ (b >> 15)) * np.uint32(0x9E3779B1)
@@ -282,7 +294,7 @@ def _probe(prints, attempt, slots):
     return ((mixed + attempt.astype(jnp.uint32) * step) & np.uint32(slots - 1)).astype(jnp.int32)
 
 
-def _insert(prints, wanted, slots):
+def _insert(prints: _Prints, wanted: jax.Array, slots: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Puts fingerprints into a hash table, all at once: in each round those still outside try their next slot, and of
     those that meet in an empty one the lowest index wins.
 
@@ -290,11 +302,11 @@ def _insert(prints, wanted, slots):
     """
     index = jnp.arange(len(prints[0]), dtype=jnp.int32)
 
-    def outside(state):
+    def outside(state: tuple[jax.Array, ...]) -> jax.Array:
         _, _, waiting, attempt = state
         return jnp.any(waiting) & (attempt < _PROBES)
 
-    def try_slot(state):
+    def try_slot(state: tuple[Any, ...]) -> Any:
         table, slot, waiting, attempt = state
         here = _probe(prints, attempt, slots)
         free = waiting & (table[here] == _EMPTY)
@@ -309,7 +321,14 @@ def _insert(prints, wanted, slots):
     return table, slot, wanted & ~waiting
 
 
-def _neighbours(vertex_prints, factors, table, ids, prints, num_vertices):
+def _neighbours(
+    vertex_prints: _Prints,
+    factors: np.ndarray,
+    table: jax.Array,
+    ids: jax.Array,
+    prints: _Prints,
+    num_vertices: jax.Array,
+) -> jax.Array:
     """Looks up the vertex after each vertex in each direction; the one before follows. [d + 1, 2, capacity + 1]."""
     capacity = len(vertex_prints[0]) - 1
     directions = factors.shape[1] - 1
@@ -319,17 +338,17 @@ def _neighbours(vertex_prints, factors, table, ids, prints, num_vertices):
     steps = [f[:-1].sum(dtype=np.uint32) - np.uint32(directions) * f[:-1] for f in factors]
     steps = [s[:, None] for s in steps]
 
-    def look_up(b, after):
+    def look_up(b: jax.Array, after: jax.Array) -> jax.Array:
         start = jnp.minimum(b * block, capacity - block)
         sought = [
             jax.lax.dynamic_slice(p, (start,), (block,))[None] + s for p, s in zip(vertex_prints, steps, strict=True)
         ]
 
-        def searching(state):
+        def searching(state: tuple[jax.Array, ...]) -> jax.Array:
             _, waiting, attempt = state
             return jnp.any(waiting) & (attempt < _PROBES)
 
-        def try_slot(state):
+        def try_slot(state: tuple[Any, ...]) -> Any:
             result, waiting, attempt = state
             here = _probe(sought, attempt, slots)
             owner = table[here]

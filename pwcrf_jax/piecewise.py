@@ -12,13 +12,17 @@ means is wrong as soon as void pixels are spread unevenly.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from pwcrf_jax import pairwise
 from pwcrf_jax.arrays import as_array, batch_spec, compiled, of_arrays
 from pwcrf_jax.labels import VOID, checked, split
+from pwcrf_jax.likelihood import Sums, edge_log_likelihood
+from pwcrf_jax.potentials import FactoredPairwise, PairwiseTable, Potential
 
 
-def unary_log_likelihood(scores, labels, void=VOID, node_weights=None):
+def unary_log_likelihood(
+    scores: ArrayLike, labels: ArrayLike, *, void: int | None = VOID, node_weights: ArrayLike | None = None
+) -> Sums:
     """Sum and count of log P_U(y_p | x) = z_p[y_p] - log sum_k exp z_p[k] over the nodes.
 
     Args:
@@ -43,11 +47,11 @@ def unary_log_likelihood(scores, labels, void=VOID, node_weights=None):
     """
     scores = as_array(scores)
     labels = checked(labels, scores.shape[-1], void, scores.shape[:-1])
-    return _unary_sums(scores, labels, as_array(node_weights))
+    return _unary_sums(scores, labels, None if node_weights is None else as_array(node_weights))
 
 
 @compiled()
-def _unary_sums(scores, labels, node_weights):
+def _unary_sums(scores: jax.Array, labels: jax.Array, node_weights: jax.Array | None) -> Sums:
     safe, valid = split(labels, scores.shape[-1])
     # What void nodes hold, NaN and infinities too, reaches neither the sum nor gradients.
     scores = jnp.where(valid[..., None], scores.astype(jnp.float32), 0.0)
@@ -57,7 +61,15 @@ def _unary_sums(scores, labels, node_weights):
     return jnp.sum(weight * value), jnp.sum(weight)
 
 
-def pairwise_log_likelihood(potential, labels, void=VOID, node_weights=None, chunk_edges=None, sample=None):
+def pairwise_log_likelihood(
+    potential: Potential,
+    labels: ArrayLike,
+    *,
+    void: int | None = VOID,
+    node_weights: ArrayLike | None = None,
+    chunk_edges: int | None = None,
+    sample: ArrayLike | None = None,
+) -> Sums:
     """Sum and count of log P_V(y_p, y_q | x) over the edges of one relation; void at either end leaves an edge out.
 
     An edge weighs w_p w_q: a softmax trained with class weights w models w(k) P(k), so only with the product do the
@@ -68,13 +80,13 @@ def pairwise_log_likelihood(potential, labels, void=VOID, node_weights=None, chu
       potential: `PairwiseTable` or `FactoredPairwise`; leading batch axes allowed in both.
       labels: int [..., num_nodes] for a table, [..., H, W] for a factored potential; 0..K-1 or `void`.
       void, node_weights: as in `unary_log_likelihood`.
-      chunk_edges, sample: as in `pwcrf_jax.pairwise.edge_log_likelihood`, which has the equation too.
+      chunk_edges, sample: as in `pwcrf_jax.likelihood.edge_log_likelihood`, which has the equation too.
 
     Returns:
       (sum, count): float32 scalars.
 
     Raises:
-      ValueError: labels as in `unary_log_likelihood`, and what `pwcrf_jax.pairwise.edge_log_likelihood` refuses.
+      ValueError: labels as in `unary_log_likelihood`, and what `pwcrf_jax.likelihood.edge_log_likelihood` refuses.
 
     Examples:
       >>> chain = pw.PairwiseTable(jnp.zeros((2, 3, 3)), p=jnp.array([0, 1]), q=jnp.array([1, 2]))
@@ -82,18 +94,22 @@ def pairwise_log_likelihood(potential, labels, void=VOID, node_weights=None, chu
       >>> round(float(total), 3), float(count)  # log 1/9; the second edge has a void end
       (-2.197, 1.0)
     """
-    nodes = None  # without evidence a table does not know its number of nodes
-    if isinstance(potential, pairwise.FactoredPairwise):
-        nodes = potential.a
-    elif isinstance(potential, pairwise.PairwiseTable):
+    nodes = None  # a table without unary_log_probs does not know its number of nodes
+    if isinstance(potential, FactoredPairwise):
+        nodes = potential.hidden_p
+    elif isinstance(potential, PairwiseTable):
         potential = of_arrays(potential)
-        nodes = potential.evidence
+        nodes = potential.unary_log_probs
     if nodes is not None:
         checked(labels, potential.num_classes, void, nodes.shape[:-1])
-    return pairwise.edge_log_likelihood(potential, labels, None, node_weights, chunk_edges, sample, void)
+    return edge_log_likelihood(
+        potential, labels, node_weights=node_weights, chunk_edges=chunk_edges, sample=sample, void=void
+    )
 
 
-def balance_weights(labels, num_classes, void=VOID, power=1.0):
+def balance_weights(
+    labels: ArrayLike, num_classes: int, *, void: int | None = VOID, power: ArrayLike = 1.0
+) -> jax.Array:
     """Per-image inverse-frequency weights of the nodes.
 
         w_p = (n_{y_p} / n)^-power, scaled so that the weights of the valid nodes of each image sum to their number.
@@ -118,7 +134,7 @@ def balance_weights(labels, num_classes, void=VOID, power=1.0):
 
 
 @compiled(lambda labels, power, num_classes: jax.P(*batch_spec(labels, 2)))
-def _balance(labels, power, *, num_classes):
+def _balance(labels: jax.Array, power: ArrayLike, *, num_classes: int) -> jax.Array:
     safe, valid = split(labels, num_classes)
     one_hot = jax.nn.one_hot(jnp.where(valid, safe, num_classes), num_classes, dtype=jnp.float32)
     count = jnp.sum(one_hot, axis=(-3, -2), keepdims=True)
@@ -127,7 +143,7 @@ def _balance(labels, power, *, num_classes):
     return weight * jnp.sum(valid, axis=(-2, -1), keepdims=True, dtype=jnp.float32) / jnp.maximum(total, 1e-12)
 
 
-def grid_labels(labels, height, width):
+def grid_labels(labels: ArrayLike, height: int, width: int) -> jax.Array:
     """Labels of an H x W grid: the label at each cell's centre pixel.
 
     The grid covers the image evenly, so the centre of cell i is pixel floor((i + 1/2) * image_height / height). Void
@@ -148,7 +164,7 @@ def grid_labels(labels, height, width):
     return (_compiled_at_centres if isinstance(labels, jax.Array) else _at_centres)(labels, height=height, width=width)
 
 
-def _at_centres(labels, *, height, width):
+def _at_centres(labels: jax.Array, *, height: int, width: int) -> jax.Array:
     sizes = zip((height, width), labels.shape[-2:], strict=True)
     rows, cols = ((2 * np.arange(n) + 1) * size // (2 * n) for n, size in sizes)
     return labels[..., rows[:, None], cols[None, :]]

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-_UNITS = ("short_side", "cells")
+UNITS = ("short_side", "cells")
 _EPS = 1e-9  # 0.2 * 15 is 3.0000000000000004 in floating point, 0.29 * 100 is 28.999999999999996
 
 
@@ -50,9 +50,9 @@ class Relation:
     unit: str = "short_side"
     grid: int | None = None
 
-    def __post_init__(self):
-        if self.unit not in _UNITS:
-            raise ValueError(f"relation {self.name!r}: unit must be one of {_UNITS}, got {self.unit!r}")
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise ValueError(f"relation {self.name!r}: unit must be one of {UNITS}, got {self.unit!r}")
         for axis, bounds in (("rows", self.rows), ("cols", self.cols)):
             if len(bounds) != 2 or not all(math.isfinite(x) for x in bounds) or bounds[0] > bounds[1]:
                 raise ValueError(
@@ -162,7 +162,7 @@ def edge_list(relation: Relation, height: int, width: int) -> EdgeList:
       height, width: size of the map in cells; Python integers.
 
     Returns:
-      `EdgeList` of int32 [num_edges] each, ordered by offset, then by p: as in `pwcrf_jax.pairwise.to_table`.
+      `EdgeList` of int32 [num_edges] each, ordered by offset, then by p: as in `pwcrf_jax.potentials.to_table`.
 
     Raises:
       ValueError: height or width below 1.

@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import os
 
-from configs import demo
+from pwcrf_jax.configs import demo
 
 FAST_COMPILATION = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 """XLA's older emitters, and programs not split for threads: both compile in a third of the time. For XLA_FLAGS."""
@@ -14,7 +14,6 @@ KEYS = {
     "data.crop_size": (96, 128),
     "model.tiny.features": (4, 4, 8, 8),
     "model.hidden": 8,
-    "optimizer.schedule": "constant",  # so that runs of any number of steps are one program
     "train.batch_size": 8,
     "train.steps": 6,
     "train.log_every": 1,

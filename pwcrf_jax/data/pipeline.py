@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pwcrf_jax.data.common import MEAN_COLOUR, VOID, DataError
-from pwcrf_jax.data.datasets import Dataset, Source
+from pwcrf_jax.data.prepare import Dataset, Source
+from pwcrf_jax.data.readers.image_io import MEAN_COLOUR, VOID, DataError
 from pwcrf_jax.data.workers import Workers
 
 _ENDLESS = 2**60  # length of the training stream
@@ -55,8 +55,8 @@ class _Augment:
         offsets = [int(np.sign(e)) * int(rng.integers(abs(e) + 1)) for e in extra]
         axes = list(zip(offsets, self._crop_size, shape, label.shape, strict=True))
         # Rows and columns of the scaled image that the crop shows, and where in the crop they come to lie.
-        (y0, y1), (x0, x1) = inside = [(max(at, 0), min(at + c, n)) for at, c, n, _ in axes]
-        rows, cols = (slice(a - at, b - at) for (a, b), (at, _, _, _) in zip(inside, axes, strict=True))
+        (y0, y1), (x0, x1) = shown = [(max(at, 0), min(at + c, n)) for at, c, n, _ in axes]
+        rows, cols = (slice(a - at, b - at) for (a, b), (at, _, _, _) in zip(shown, axes, strict=True))
         if flipped := self._flip and mirrored:
             x0, x1 = shape[1] - x1, shape[1] - x0
         dy, dx = (source / n for _, _, n, source in axes)
@@ -69,8 +69,8 @@ class _Augment:
         out_image, out_label = self._padding.copy(), np.full(self._crop_size, VOID, np.uint8)
         out_image[rows, cols] = np.asarray(image)
         out_label[rows, cols] = label.take(nearest_y, 0).take(nearest_x, 1)
-        inside = np.array([rows.start, cols.start, rows.stop, cols.stop], np.int32)
-        return {"image": out_image, "label": out_label, "inside": inside, "id": sample["id"]}
+        valid_box = np.array([rows.start, cols.start, rows.stop, cols.stop], np.int32)
+        return {"image": out_image, "label": out_label, "valid_box": valid_box, "id": sample["id"]}
 
 
 def _window(array: np.ndarray, top: int, left: int, size: tuple[int, int], fill: Any) -> np.ndarray:
@@ -109,7 +109,7 @@ class TrainBatches(Iterator):
         return {
             "image": np.stack([s["image"] for s in samples]),
             "label": np.stack([s["label"] for s in samples]),
-            "inside": np.stack([s["inside"] for s in samples]),
+            "valid_box": np.stack([s["valid_box"] for s in samples]),
             "id": [s["id"] for s in samples],
         }
 
@@ -152,8 +152,8 @@ def train_batches(
       pad_value: RGB colour of padding; its label is void (255).
 
     Returns:
-      Iterator of {"image": uint8 [b, h, w, 3], "label": uint8 [b, h, w], "inside": int32 [b, 4] (top, left, bottom,
-      right of what is not padding), "id": list of b str}.
+      Iterator of {"image": uint8 [b, h, w, 3], "label": uint8 [b, h, w], "valid_box": int32 [b, 4] (top, left, bottom,
+      right of what is not padding, the last two exclusive), "id": list of b str}.
 
     Raises:
       DataError: an argument out of range, or an unknown or empty split; while iterating, a damaged record, or a
@@ -207,7 +207,7 @@ def eval_batches(
     """One pass over a split in stored order, nothing scaled, every batch full.
 
     Images are padded at bottom and right with the mean colour, labels with void. The last batch is filled
-    up with all-void entries of id "" and valid_size (0, 0); all hosts yield the same number of batches.
+    up with all-void entries of id "" and valid_box (0, 0, 0, 0); all hosts yield the same number of batches.
 
     Args:
       batch_size: images per step over all hosts; each host gets b = batch_size // hosts of them.
@@ -216,8 +216,8 @@ def eval_batches(
       num_threads: reading threads; 0 reads in the calling thread.
 
     Returns:
-      Iterator of {"image": uint8 [b, H, W, 3], "label": uint8 [b, H, W], "valid_size": int32 [b, 2]
-      (height, width before padding), "id": list of b str}.
+      Iterator of {"image": uint8 [b, H, W, 3], "label": uint8 [b, H, W], "valid_box": int32 [b, 4]
+      as in `train_batches`, here (0, 0, height, width), "id": list of b str}.
 
     Raises:
       DataError: an argument out of range, or an unknown or empty split; while iterating, a damaged record
@@ -267,9 +267,9 @@ def _common_size(source: Source, indices: range) -> tuple[int, int]:
     return height, width
 
 
-def _eval_batch(entries: list[dict[str, Any] | None], shape: tuple[int, int]) -> dict[str, Any]:
-    empty = {"image": np.zeros((0, 0, 3), np.uint8), "label": np.zeros((0, 0), np.uint8), "id": ""}
-    entries = [entry or empty for entry in entries]
+def _eval_batch(read: list[dict[str, Any] | None], shape: tuple[int, int]) -> dict[str, Any]:
+    empty: dict[str, Any] = {"image": np.zeros((0, 0, 3), np.uint8), "label": np.zeros((0, 0), np.uint8), "id": ""}
+    entries = [entry or empty for entry in read]
     for entry in entries:
         height, width = entry["label"].shape
         if height > shape[0] or width > shape[1]:
@@ -277,7 +277,7 @@ def _eval_batch(entries: list[dict[str, Any] | None], shape: tuple[int, int]) ->
     return {
         "image": np.stack([_window(e["image"], 0, 0, shape, MEAN_COLOUR) for e in entries]),
         "label": np.stack([_window(e["label"], 0, 0, shape, VOID) for e in entries]),
-        "valid_size": np.array([e["label"].shape for e in entries], np.int32),
+        "valid_box": np.array([(0, 0, *e["label"].shape) for e in entries], np.int32),
         "id": [e["id"] for e in entries],
     }
 

@@ -6,6 +6,7 @@ processes keep samples and semaphores there, some of which stay behind where a r
 """
 
 import contextlib
+import io
 import os
 import pickle
 import queue
@@ -17,7 +18,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from pwcrf_jax.data.common import DataError
+from pwcrf_jax.data.readers.image_io import DataError
 
 _START = "import sys; sys.path[:] = {path!r}; from pwcrf_jax.data import workers; workers.serve({fd})"
 _OF_THE_RUN = {signal.SIGINT, signal.SIGTERM}  # may go to all processes; what they mean is the parent's to decide
@@ -29,7 +30,8 @@ class Workers:
 
     def __init__(self, view: Any, number: int):
         """view: with `__len__` and `__getitem__`, to be pickled; what it returns is pickled too."""
-        self._length, self._processes, self._free = len(view), [], queue.SimpleQueue()
+        self._length, self._processes = len(view), []
+        self._free: queue.SimpleQueue[tuple[subprocess.Popen, io.BufferedRWPair]] = queue.SimpleQueue()
         path, sent = [str(folder) for folder in sys.path], pickle.dumps(view)
         for _ in range(number):
             ours, theirs = socket.socketpair()
@@ -88,7 +90,7 @@ def _held() -> Iterator[None]:
 
 
 def serve(fd: int) -> None:
-    """What a worker does: reads a view from a socket, then positions, and answers each with `view[position]`."""
+    """Runs a worker: reads a view from a socket, then positions, and answers each with `view[position]`."""
     with contextlib.suppress(*_GONE), socket.socket(fileno=fd) as end, end.makefile("rwb") as channel:
         view = pickle.load(channel)
         while True:

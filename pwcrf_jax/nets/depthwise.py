@@ -14,6 +14,9 @@ from jax import lax
 
 TAPS = tuple((i, j) for i in range(3) for j in range(3))
 
+METHODS = ("auto", "shifted", "grouped")
+"""Ways to compute a depthwise convolution; see `DepthwiseConv`."""
+
 
 def depthwise_grouped(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1) -> jax.Array:
     """Depthwise convolution as a grouped one. x: [B, H, W, C]; kernel: [3, 3, 1, C]; "SAME" padding."""
@@ -42,14 +45,19 @@ def depthwise_shifted(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation
 def _shifted(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.Array:
     rows, cols = (-(-size // stride) for size in x.shape[1:3])
     padded = _pad_same(x, stride, dilation)
-    return sum(_every(padded, i * dilation, j * dilation, rows, cols, stride) * kernel[i, j, 0] for i, j in TAPS)
+    parts = (_every(padded, i * dilation, j * dilation, rows, cols, stride) * kernel[i, j, 0] for i, j in TAPS)
+    return sum(parts, start=jnp.zeros((), x.dtype))
 
 
-def _shifted_forward(x: jax.Array, kernel: jax.Array, stride: int, dilation: int):
+def _shifted_forward(
+    x: jax.Array, kernel: jax.Array, stride: int, dilation: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _shifted(x, kernel, stride, dilation), (x, kernel)
 
 
-def _shifted_backward(stride: int, dilation: int, residuals: tuple[jax.Array, jax.Array], grad: jax.Array):
+def _shifted_backward(
+    stride: int, dilation: int, residuals: tuple[jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
     if stride == 1:
         x_grad = _shifted(grad, kernel[::-1, ::-1], 1, dilation)
@@ -86,7 +94,8 @@ def _input_gradient_of_stride_2(shape: tuple[int, ...], kernel: jax.Array, grad:
 
     def parity(odd_row: int, odd_col: int) -> jax.Array:
         taps = [(i, j) for i, j in TAPS if i % 2 == odd_row and j % 2 == odd_col]
-        return sum(_every(padded, 1 - i // 2, 1 - j // 2, rows, cols, 1) * kernel[i, j, 0] for i, j in taps)
+        parts = (_every(padded, 1 - i // 2, 1 - j // 2, rows, cols, 1) * kernel[i, j, 0] for i, j in taps)
+        return sum(parts, start=jnp.zeros((), grad.dtype))
 
     even, odd = (jnp.stack([parity(row, 0), parity(row, 1)], axis=3) for row in (0, 1))
     full = jnp.stack([even, odd], axis=2).reshape(batch, 2 * rows, 2 * cols, channels)
@@ -99,7 +108,7 @@ def _kernel_gradient(x: jax.Array, kernel: jax.Array, grad: jax.Array, stride: i
     rows, cols = grad.shape[1:3]
     padded = _pad_same(x, stride, dilation)
 
-    def add_row(sums: tuple[jax.Array, ...], row: jax.Array):
+    def add_row(sums: tuple[jax.Array, ...], row: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
         band = lax.dynamic_slice_in_dim(padded, row * stride, 2 * dilation + 1, axis=1)
         band = band.astype(jnp.float32)
         grad_row = lax.dynamic_slice_in_dim(grad, row, 1, axis=1).astype(jnp.float32)

@@ -22,7 +22,8 @@ STRIDE = 16
 
 
 def _scaled_size(image_size: tuple[int, int], scale: float) -> tuple[int, int]:
-    return tuple(max(1, round(scale * size)) for size in image_size)
+    height, width = image_size
+    return max(1, round(scale * height)), max(1, round(scale * width))
 
 
 def grid_size(image_size: tuple[int, int], scales: Sequence[float], stride: int = STRIDE) -> tuple[int, int]:
@@ -130,8 +131,8 @@ class FeatMapNet(nn.Module):
         BACKBONES[self.backbone](**dict(self.backbone_options), middle=self.middle, parent=None)
 
     @nn.compact
-    def __call__(self, images: jax.Array):
-        image_size = images.shape[1:3]
+    def __call__(self, images: jax.Array) -> Any:
+        image_size = (images.shape[1], images.shape[2])
         grid = grid_size(image_size, self.scales)
         options = dict(self.backbone_options)
         backbone = BACKBONES[self.backbone](**options, middle=self.middle, dtype=self.dtype, name="backbone")

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pwcrf_jax.nets.convs import check_middle, conv
-from pwcrf_jax.nets.depthwise import DepthwiseConv
+from pwcrf_jax.nets.convs import Features, check_middle, conv, with_middle
+from pwcrf_jax.nets.depthwise import METHODS, DepthwiseConv
 
 
 class Block(NamedTuple):
@@ -48,12 +48,12 @@ def layer_names() -> tuple[str, ...]:
 
 
 def middle_names() -> tuple[str, ...]:
-    """What `MobileNetV2.middle` may name: expansions at strides 2 (block_1), 4 (2, 3), 8 (4 to 6) and 16."""
+    """The layers that `MobileNetV2.middle` may name: expansions at strides 2 (block_1), 4 (2, 3), 8 (4 to 6) and 16."""
     return tuple(f"{block.name}_expand" for block in BLOCKS if block.expand)
 
 
 def output_names() -> tuple[str, ...]:
-    """What `MobileNetV2.output` may be, in order: everything at stride 16.
+    """The layers that `MobileNetV2.output` may name, in order: everything at stride 16.
 
     `block_N_project` is the projection before the residual sum, `block_N` the block's output after it.
     """
@@ -91,7 +91,7 @@ class MobileNetV2(nn.Module):
             raise ValueError(
                 f"mobilenet_v2: output {self.output!r} is not a layer at stride 16; known: {', '.join(output_names())}"
             )
-        if self.depthwise not in ("auto", "shifted", "grouped"):
+        if self.depthwise not in METHODS:
             raise ValueError(f"mobilenet_v2: depthwise must be auto, shifted or grouped, got {self.depthwise!r}")
         names = [block.name for block in BLOCKS] + ["Conv_1"]
         if self.freeze_until and self.freeze_until not in names:
@@ -114,13 +114,12 @@ class MobileNetV2(nn.Module):
         layers = layer_names()
         return next(i for i, name in enumerate(layers) if self.output in (name, name.rsplit("_", 1)[0]))
 
-    def __call__(self, images: jax.Array):
-        kept = {}
-        x = self._run(images, kept)
-        return (x, {name: kept[name] for name in self.middle}) if self.middle else x
+    def __call__(self, images: jax.Array) -> Features:
+        kept: dict[str, jax.Array] = {}
+        return with_middle(self._run(images, kept), kept, self.middle)
 
     @nn.compact
-    def _run(self, images: jax.Array, kept: dict) -> jax.Array:
+    def _run(self, images: jax.Array, kept: dict[str, jax.Array]) -> jax.Array:
         x = nn.relu6(conv(32, 3, stride=2, name="Conv1", dtype=self.dtype)(images.astype(self.dtype)))
         for block in BLOCKS:
             if block.name == self.freeze_until:

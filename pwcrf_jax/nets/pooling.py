@@ -32,19 +32,22 @@ def _window_max(x: jax.Array, axis: int, window: int) -> jax.Array:
     return reduce(jnp.maximum, _shifts(x, axis, window, -jnp.inf))
 
 
-def _window_max_forward(x: jax.Array, axis: int, window: int):
+def _window_max_forward(x: jax.Array, axis: int, window: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     out = _window_max(x, axis, window)
     return out, (x, out)
 
 
-def _window_max_backward(axis: int, window: int, residuals: tuple[jax.Array, jax.Array], grad: jax.Array):
+def _window_max_backward(
+    axis: int, window: int, residuals: tuple[jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array]:
     # That of the chain of maxima, derived by JAX, takes twenty times as long on CPU.
     x, out = residuals
-    ties = sum((part == out).astype(grad.dtype) for part in _shifts(x, axis, window, -jnp.inf))
+    zero = jnp.zeros((), grad.dtype)
+    ties = sum(((part == out).astype(grad.dtype) for part in _shifts(x, axis, window, -jnp.inf)), start=zero)
     shares = _shifts(grad / ties, axis, window, 0.0)
     maxima = _shifts(out, axis, window, 0.0)
     pairs = zip(maxima, shares, strict=True)
-    return (sum(jnp.where(x == maximum, share, 0) for maximum, share in pairs),)
+    return (sum((jnp.where(x == maximum, share, 0) for maximum, share in pairs), start=zero),)
 
 
 _window_max.defvjp(_window_max_forward, _window_max_backward)

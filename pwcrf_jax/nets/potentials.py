@@ -29,10 +29,11 @@ class _First(nn.Module):
 
     @nn.compact
     def __call__(self, features: jax.Array | Sequence[jax.Array]) -> jax.Array:
-        maps = features if isinstance(features, list | tuple) else [features]
+        maps: list[Any] = list(features) if isinstance(features, list | tuple) else [features]
         channels = [x.shape[-1] for x in maps]
         kernel = self.param("kernel", self.kernel_init, (sum(channels), self.units), jnp.float32).astype(self.dtype)
-        grid, first, out = max(x.shape[1:3] for x in maps), 0, 0
+        grid = max((x.shape[1], x.shape[2]) for x in maps)
+        first, out = 0, jnp.zeros((), self.dtype)
         for x, count in zip(maps, channels, strict=True):
             x, rows = x.astype(self.dtype), kernel[first : first + count]
             out += resize(jnp.matmul(x, rows, precision=precision(x, rows)), grid)
@@ -65,20 +66,20 @@ class UnaryNet(nn.Module):
 
 
 class PairwiseParts(NamedTuple):
-    """What the scores of every edge (p, q) follow from, without forming them:
+    """Parts of the scores of every edge (p, q), from which they follow without being formed:
 
-        z_pq[k, l] = sum_m relu(a_p + b_q)[m] * w2[m, k, l] + b2[k, l]
+        z_pq[k, l] = sum_m relu(hidden_p[p] + hidden_q[q])[m] * kernel[m, k, l] + bias[k, l]
 
     Attributes:
-      a, b: [B, h, w, M] in the net's compute dtype.
-      w2: float32 [M, K, K].
-      b2: float32 [K, K].
+      hidden_p, hidden_q: [B, h, w, M] in the net's compute dtype.
+      kernel: float32 [M, K, K].
+      bias: float32 [K, K].
     """
 
-    a: jax.Array
-    b: jax.Array
-    w2: jax.Array
-    b2: jax.Array
+    hidden_p: jax.Array
+    hidden_q: jax.Array
+    kernel: jax.Array
+    bias: jax.Array
 
 
 class PairwiseNet(nn.Module):
@@ -106,11 +107,11 @@ class PairwiseNet(nn.Module):
     def __call__(self, features: jax.Array | Sequence[jax.Array]) -> PairwiseParts:
         # Half the variance of a layer over D inputs: that of one layer over the 2D inputs [x_p ; x_q].
         init = nn.initializers.variance_scaling(0.5, "fan_in", "truncated_normal")
-        a = _First(self.hidden, kernel_init=init, dtype=self.dtype, name="first_p")(features)
-        b = _First(self.hidden, use_bias=False, kernel_init=init, dtype=self.dtype, name="first_q")(features)
+        hidden_p = _First(self.hidden, kernel_init=init, dtype=self.dtype, name="first_p")(features)
+        hidden_q = _First(self.hidden, use_bias=False, kernel_init=init, dtype=self.dtype, name="first_q")(features)
         zeros = nn.initializers.zeros_init()
         last_init = zeros if self.zero_last else nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         pairs = (self.num_classes, self.num_classes)
-        w2 = self.param("last_kernel", last_init, (self.hidden, *pairs), jnp.float32)
-        b2 = self.param("last_bias", zeros, pairs, jnp.float32)
-        return PairwiseParts(a, b, w2, b2)
+        kernel = self.param("last_kernel", last_init, (self.hidden, *pairs), jnp.float32)
+        bias = self.param("last_bias", zeros, pairs, jnp.float32)
+        return PairwiseParts(hidden_p, hidden_q, kernel, bias)

@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from pwcrf_jax.nets import mobilenet_v2, vgg16
-from pwcrf_jax.nets.weight_files import StoredLayer, WeightsError, open_keras, open_torch_vgg16
+from pwcrf_jax.nets.weight_files import StoredLayer, WeightFile, WeightsError, open_keras, open_torch_vgg16
 
 __all__ = ["LoadReport", "WeightsError", "load_pretrained"]
 
@@ -38,7 +38,7 @@ KNOWN_FILES = {
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_pretrained` did.
+    """Account of what `load_pretrained` did.
 
     Attributes:
       source: "keras_vgg16", "keras_mobilenet_v2" or "torch_vgg16".
@@ -124,7 +124,7 @@ def load_pretrained(path: str | Path, params: Mapping[str, Any]) -> tuple[dict[s
     return _replace(params, where, new_net), report
 
 
-def _open(path: Path, stack: ExitStack):
+def _open(path: Path, stack: ExitStack) -> WeightFile:
     if not os.path.isfile(path):
         there = "a folder" if os.path.isdir(path) else "no regular file" if os.path.exists(path) else "no such file"
         raise WeightsError(f"{path}: {there}; give the path of a .h5 or .safetensors file (config.init_from)")

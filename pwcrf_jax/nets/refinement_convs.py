@@ -47,7 +47,7 @@ class RefinementConvs(nn.Module):
         return nn.Dense(self.num_classes, kernel_init=zeros, dtype=jnp.float32, name="last")(x)
 
 
-def _resize(x, grid):
+def _resize(x: jax.Array, grid: tuple[int, ...]) -> jax.Array:
     if x.shape[1:3] == grid:
         return x
     return jax.image.resize(x, (x.shape[0], *grid, x.shape[3]), "bilinear").astype(x.dtype)

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pwcrf_jax.nets.convs import check_middle, conv
+from pwcrf_jax.nets.convs import Features, check_middle, conv, with_middle
 
 
 class Tiny(nn.Module):
@@ -38,10 +38,11 @@ class Tiny(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, images: jax.Array):
-        x, kept = images.astype(self.dtype), {}
+    def __call__(self, images: jax.Array) -> Features:
+        x = images.astype(self.dtype)
+        kept: dict[str, jax.Array] = {}
         for stage, width in enumerate(self.features, start=1):
             x = kept[f"conv{stage}"] = nn.relu(conv(width, 2, stride=2, name=f"conv{stage}", dtype=self.dtype)(x))
             if self.mix:
                 x = nn.relu(conv(width, 1, name=f"mix{stage}", dtype=self.dtype)(x))
-        return (x, {name: kept[name] for name in self.middle}) if self.middle else x
+        return with_middle(x, kept, self.middle)

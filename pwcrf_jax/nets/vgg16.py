@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pwcrf_jax.nets.convs import check_middle, conv
+from pwcrf_jax.nets.convs import Features, check_middle, conv, with_middle
 from pwcrf_jax.nets.pooling import max_pool_2x2
 
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -43,11 +43,12 @@ class VGG16(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, images: jax.Array):
-        x, kept = images.astype(self.dtype), {}
+    def __call__(self, images: jax.Array) -> Features:
+        x = images.astype(self.dtype)
+        kept: dict[str, jax.Array] = {}
         for block, widths in enumerate(BLOCKS, start=1):
             for index, features in enumerate(widths, start=1):
                 name = f"block{block}_conv{index}"
                 x = kept[name] = nn.relu(conv(features, 3, name=name, dtype=self.dtype)(x))
             x = max_pool_2x2(x, stride=2 if block < len(BLOCKS) else 1)
-        return (x, {name: kept[name] for name in self.middle}) if self.middle else x
+        return with_middle(x, kept, self.middle)

@@ -1,1 +1,1 @@
-"""Training and evaluation: the only place with optax, orbax and pmap."""
+"""Training: the beginning of a run, its loop, its step, its optimizer."""

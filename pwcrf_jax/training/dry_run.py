@@ -1,4 +1,4 @@
-"""`train.py --dry-run`: the model, what it costs, and one training batch as a picture; nothing is trained."""
+"""`pwcrf train --dry-run`: the model, what it costs, and one training batch as a picture; nothing is trained."""
 
 import math
 import os
@@ -6,10 +6,12 @@ import os
 import jax
 import numpy as np
 
-from pwcrf_jax import files
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, loop, pictures
-from pwcrf_jax.training.logs import log
+from pwcrf_jax import config as configs
+from pwcrf_jax.prediction import restore
+from pwcrf_jax.report import pictures
+from pwcrf_jax.runtime import files
+from pwcrf_jax.runtime.logs import log
+from pwcrf_jax.training import checks, initial, loop
 from pwcrf_jax.training.optimizer import make_optimizer
 
 PICTURE = "dry_run.png"  # in the workdir
@@ -22,24 +24,24 @@ def summary(model, images) -> str:
     images: an array or its shape and dtype, uint8 [B, H, W, 3]. A module that is called several times (the backbone,
     for each scale) is shown with its first output.
     """
-    params = evaluate.abstract_params(model)
+    params = restore.abstract_params(model)
     outputs = lambda params, images: model.apply(
         {"params": params}, images, capture_intermediates=True, mutable="intermediates"
     )[1]["intermediates"]
     captured = jax.eval_shape(outputs, params, images)
     shape = lambda x: " x ".join(map(str, x.shape))
-    modules = {}
+    modules: dict[tuple, dict] = {}
     for (*path, name), leaf in jax.tree_util.tree_leaves_with_path(params):
         modules.setdefault(tuple(key.key for key in path), {})[name.key] = leaf
     lines = [("module", "output", "parameters", "number")]
-    for path, leaves in modules.items():
+    for module, leaves in modules.items():
         found = captured
-        for name in (*path, "__call__"):
+        for name in (*module, "__call__"):
             found = found[name]
         out = jax.tree.leaves(found[0])[0]
         described = ", ".join(f"{name} {shape(leaf)}" for name, leaf in leaves.items())
         number = sum(leaf.size for leaf in leaves.values())
-        lines.append(("/".join(path), f"{shape(out)} {out.dtype}", described, f"{number:,}"))
+        lines.append(("/".join(module), f"{shape(out)} {out.dtype}", described, f"{number:,}"))
     total = sum(x.size for x in jax.tree.leaves(params))
     lines.append(("all", "", "", f"{total:,}"))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -79,15 +81,15 @@ def run(config, workdir: str = "", picture: str = "") -> str:
     picture = picture or os.path.join(workdir, PICTURE)
     if not picture.lower().endswith(".png"):
         raise configs.ConfigError(f"--picture={picture} must end in .png")
-    dataset = loop.checked_dataset(config, workdir)
+    dataset = checks.load_and_validate(config, workdir)
     files.make_folder(os.path.dirname(picture) or ".")
     files.check_replaceable(picture)
-    config, fresh_params = loop.resolve(config, workdir)
+    config, params = initial.resolve_init(config, workdir)
     model, c = configs.build_model(config), config.train
     tx = make_optimizer(config.optimizer, config.model, c.steps, configs.unary_steps(config))
     size = tuple(config.data.crop_size)
     print(summary(model, jax.ShapeDtypeStruct((c.batch_size // jax.device_count(), *size, 3), np.uint8)))
-    print(f"\n{loop.planned(config, model, tx)}", flush=True)
+    print(f"\n{loop.estimate_cost(config, model, tx)}", flush=True)
     batches = loop.batches_from(config, dataset, 0)
     try:
         pixels = batch_picture(next(batches), dataset.palette)
@@ -95,7 +97,7 @@ def run(config, workdir: str = "", picture: str = "") -> str:
         batches.close()
     with files.replacing(picture) as file:
         Image.fromarray(pixels).save(file, "PNG")
-    start = "would start from random or pretrained parameters" if fresh_params else "would go on with the run there"
+    start = "would start from random or pretrained parameters" if params else "would go on with the run there"
     log.info("%s: the first batch, images beside their labels (void is white)", picture)
     log.info("nothing was trained; without --dry-run this command %s and train to step %d", start, c.steps)
     return picture

@@ -6,9 +6,9 @@ import os
 
 import jax
 
+from pwcrf_jax import config as configs
 from pwcrf_jax.nets.pretrained import KNOWN_FILES
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate
+from pwcrf_jax.prediction import restore
 from pwcrf_jax.training.optimizer import standing_still
 
 _RUN = "name the workdir of a run there that has trained them"
@@ -33,7 +33,7 @@ def check(config, params, random) -> None:
     """
     keys = standing_still(config, params, configs.unary_steps(config))
     keys = jax.tree.map(lambda key, at_random: key if at_random else "", keys, random)
-    found = {}
+    found: dict[str, dict] = {}
     for path, key in jax.tree_util.tree_leaves_with_path(keys):
         found.setdefault(key, {})[jax.tree_util.keystr(path[:-1], simple=True, separator="/")] = None
     key = next(filter(None, found), None)
@@ -58,6 +58,6 @@ def check_before_data(config) -> None:
     """
     if os.path.isdir(config.init_from):
         return
-    params = evaluate.abstract_params(configs.build_model(config))
+    params = restore.abstract_params(configs.build_model(config))
     from_file = lambda path, _: bool(config.init_from) and path[1].key == "backbone"
     check(config, params, jax.tree_util.tree_map_with_path(lambda *leaf: not from_file(*leaf), params))

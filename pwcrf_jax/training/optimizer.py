@@ -5,16 +5,13 @@ import optax
 
 from pwcrf_jax.nets import mobilenet_v2
 
+MOMENTUM = 0.9  # of sgd
+
 
 def schedule(config, num_steps):
-    """Learning rate by step: linear warm-up, then constant, or poly (power 0.9) or cosine down to 0 at num_steps."""
+    """Learning rate by step: linear warm-up, then a polynomial of power 0.9 down to 0 at num_steps."""
     peak = config.learning_rate
-    decay_steps = max(num_steps - config.warmup_steps, 1)
-    body = {
-        "poly": lambda: optax.polynomial_schedule(peak, 0.0, 0.9, decay_steps),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, decay_steps),
-        "constant": lambda: optax.constant_schedule(peak),
-    }[config.schedule]()
+    body = optax.polynomial_schedule(peak, 0.0, 0.9, max(num_steps - config.warmup_steps, 1))
     if not config.warmup_steps:
         return body
     # A warm-up from 0 would waste the first step.
@@ -66,7 +63,7 @@ def make_optimizer(config, model_config, num_steps, unary_steps=None):
     backbone learns at backbone_factor times the rate; layers that the model freezes get no update at all.
     """
     decay = optax.add_decayed_weights(config.weight_decay, mask=_decayed)
-    rule = [optax.scale_by_adam(), decay] if config.name == "adamw" else [decay, optax.trace(config.momentum)]
+    rule = [optax.scale_by_adam(), decay] if config.name == "adamw" else [decay, optax.trace(MOMENTUM)]
     rule_of = lambda steps: optax.chain(*rule, optax.scale_by_learning_rate(schedule(config, steps)))
     # A common norm would tie together what piecewise training keeps apart: beside relations, the unary's parameters
     # would take other steps than alone. Stateless, so that states saved with one norm for all can be read.

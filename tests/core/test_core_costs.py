@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import full_but, full_row
 
-from pwcrf_jax import costs, mean_field, pairwise
+import pwcrf_jax as pw
+from pwcrf_jax import costs, mean_field
 from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING, offsets
 
 SHAPES = {
@@ -32,7 +33,7 @@ def box(relation, shape):
 
 
 def arguments(shape):
-    """Shapes of (a, b, w2, b2), labels and marginals."""
+    """Shapes of (a, b, kernel, bias), labels and marginals."""
     floats = lambda *size: jax.ShapeDtypeStruct(size, jnp.float32)
     nodes = (shape.get("batch", 1), shape["height"], shape["width"])
     m, k = shape["hidden"], shape["num_classes"]
@@ -57,7 +58,7 @@ def check(multiply_adds, temp_bytes, got):
         pytest.param(SHAPES["paper-21"], id="paper-21"),
         *(full_row(SHAPES[name], id=name) for name in ("paper-60", "batch-4", "batch-2")),
         pytest.param(LARGE_BATCH, id="large-batch"),
-        # Scaling the sum, as every mean does, copies the gradient of w2, which at this size weighs a fifth.
+        # Scaling the sum, as every mean does, copies the gradient of kernel, which at this size weighs a fifth.
         full_row(SHAPES["paper-60"] | {"num_classes": 150}, id="paper-150"),
     ],
 )
@@ -65,7 +66,7 @@ def test_loss(shape, relation):
     where, (parts, labels, _) = box(relation, shape), arguments(shape)
 
     def mean(parts, labels):
-        total, count = pairwise.edge_log_likelihood(pairwise.factored_pairwise(*parts, where), labels)
+        total, count = pw.likelihood.edge_log_likelihood(pw.factored_pairwise(*parts, where), labels)
         return -total / count
 
     cost = costs.pairwise_loss(where, **shape)
@@ -81,8 +82,8 @@ def test_sampled_loss(name):
     where, (parts, labels, _) = box(SURROUNDING, shape), arguments(shape)
 
     def mean(parts, labels, sample):
-        potential = pairwise.factored_pairwise(*parts, where)
-        total, count = pairwise.edge_log_likelihood(potential, labels, sample=sample)
+        potential = pw.factored_pairwise(*parts, where)
+        total, count = pw.likelihood.edge_log_likelihood(potential, labels, sample=sample)
         return -total / count
 
     cost = costs.pairwise_loss(where, **shape, num_sampled_offsets=size)
@@ -98,12 +99,12 @@ def test_sampled_loss(name):
     full_but([*SHAPES.values(), FEW_HIDDEN], SHAPES["paper-60"], SHAPES["batch-4"], FEW_HIDDEN),
     ids=[*SHAPES, "few-hidden"],
 )
-def test_folded_messages(shape, relation):
+def test_factored_messages(shape, relation):
     where, (parts, _, marginals) = box(relation, shape), arguments(shape)
-    send = lambda parts, marginals: pairwise.messages(pairwise.factored_pairwise(*parts, where), marginals)[0]
-    cost = costs.folded_messages(where, **shape)
+    send = lambda parts, marginals: pw.compute_messages(pw.factored_pairwise(*parts, where), marginals)[0]
+    cost = costs.factored_messages(where, **shape)
     rows, width = shape.get("batch", 1) * shape["height"], shape["width"]
-    chunk_edges = costs.default_chunk_edges(shape["num_classes"], shape["hidden"], folded=True)
+    chunk_edges = costs.default_chunk_edges(shape["num_classes"], shape["hidden"], messages=True)
     run, runs = costs.sender_runs(len(where), rows, width, chunk_edges)
     steps = -(-rows * -(-width // run) // runs)
     assert steps > 1
@@ -116,7 +117,7 @@ def test_messages_from_a_table(name):
     where, (parts, _, unary) = box(SURROUNDING, shape), arguments(shape)
 
     def infer(parts, unary):
-        return mean_field.run(unary, [pairwise.factored_pairwise(*parts, where)], 3, route="table")[0]
+        return mean_field.run(unary, [pw.factored_pairwise(*parts, where)], mean_field.Settings(algorithm="table"))[0]
 
     # Both loops are over offsets, and that over iterations around them is a loop too.
     once = costs.table_messages(where, **shape, num_iterations=1).multiply_adds / len(where)
@@ -126,7 +127,9 @@ def test_messages_from_a_table(name):
 # Relations are listed in either form. Numbers are Python's: NumPy's int32 overflows at 2^31.
 
 
-@pytest.mark.parametrize("function", [costs.pairwise_loss, costs.folded_messages, costs.table_messages, costs.route])
+@pytest.mark.parametrize(
+    "function", [costs.pairwise_loss, costs.factored_messages, costs.table_messages, costs.algorithm]
+)
 def test_offsets_may_be_an_array(function):
     shape = SHAPES["paper-60"] | {"batch": 64}
     expected = function(box(SURROUNDING, shape), **shape)
@@ -138,9 +141,9 @@ def test_offsets_may_be_an_array(function):
 
 def test_nothing_costs_nothing():
     shape = SHAPES["batch-2"]
-    assert costs.pairwise_loss((), **shape) == costs.folded_messages((), **shape) == costs.Cost(0, 0)
+    assert costs.pairwise_loss((), **shape) == costs.factored_messages((), **shape) == costs.Cost(0, 0)
     assert costs.table_messages((), **shape) == costs.Cost(0, 0)
-    assert costs.route((), **shape) == "folded"
+    assert costs.algorithm((), **shape) == "factored"
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -194,25 +197,25 @@ def test_chunks_beyond_all_edges_are_as_large_as_the_map(chunk_edges):
     assert costs.sender_runs(len(where), height, width, chunk_edges) == (width, height)
 
 
-# --- the route -------------------------------------------------------------------------------------
+# --- the algorithm -------------------------------------------------------------------------------------
 
 PAPER = dict(height=29, width=38, hidden=512)
 
 
 @pytest.mark.parametrize("relation", [SURROUNDING, ABOVE_BELOW], ids=lambda r: r.name)
-def test_routes_at_the_ends(relation):
+def test_algorithms_at_the_ends(relation):
     where = box(relation, PAPER)
     for num_classes in (2, 5, 11):
-        assert costs.route(where, **PAPER, num_classes=num_classes, num_iterations=50) == "table"
+        assert costs.algorithm(where, **PAPER, num_classes=num_classes, num_iterations=50) == "table"
     for num_iterations in (0, 1, 3, 50):
-        assert costs.route(where, **PAPER, num_classes=150, num_iterations=num_iterations) == "folded"
-    assert costs.route(where, **PAPER, num_classes=2, num_iterations=0) == "folded"
+        assert costs.algorithm(where, **PAPER, num_classes=150, num_iterations=num_iterations) == "factored"
+    assert costs.algorithm(where, **PAPER, num_classes=2, num_iterations=0) == "factored"
 
 
 @pytest.mark.parametrize("num_classes", [2, 11, 21, 40, 60, 150])
 def test_more_iterations_never_turn_from_the_table(num_classes):
     where = box(SURROUNDING, PAPER)
-    chosen = [costs.route(where, **PAPER, num_classes=num_classes, num_iterations=n) for n in range(1, 40)]
+    chosen = [costs.algorithm(where, **PAPER, num_classes=num_classes, num_iterations=n) for n in range(1, 40)]
     assert chosen == sorted(chosen)
 
 
@@ -222,17 +225,17 @@ def test_tables_too_large_are_never_chosen():
         size = costs.table_messages(where, **PAPER, num_classes=num_classes).temp_bytes
         most = costs.TABLE_BYTES // size
         settings = PAPER | dict(num_classes=num_classes, num_iterations=50)
-        assert costs.route(where, **settings, batch=most) == "table"
-        assert costs.route(where, **settings, batch=most + 1) == "folded"
+        assert costs.algorithm(where, **settings, batch=most) == "table"
+        assert costs.algorithm(where, **settings, batch=most + 1) == "factored"
 
 
-def test_auto_takes_the_route_of_the_cost_model():
+def test_auto_takes_the_algorithm_of_the_cost_model():
     parts, _, _ = arguments(dict(height=6, width=7, num_classes=3, hidden=64, batch=2))
     where = ((0, 1), (1, 0))
     kinds = set()
     for num_iterations in (0, 1, 3, 60):
-        make = lambda parts, n=num_iterations: pairwise.prepare_messages(pairwise.factored_pairwise(*parts, where), n)
-        chosen = "table" if isinstance(jax.eval_shape(make, parts), pairwise.GridScores) else "folded"
-        assert chosen == costs.route(where, 6, 7, 3, 64, 2, num_iterations)
+        make = lambda parts, n=num_iterations: pw.prepare_messages(pw.factored_pairwise(*parts, where), n)
+        chosen = "table" if isinstance(jax.eval_shape(make, parts), pw.GridScores) else "factored"
+        assert chosen == costs.algorithm(where, 6, 7, 3, 64, 2, num_iterations=num_iterations)
         kinds.add(chosen)
     assert len(kinds) == 2

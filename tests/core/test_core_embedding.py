@@ -8,9 +8,11 @@ from rows import full_but, full_row
 from test_core_transforms import BOX, CASES, MORE, H, K, M, W, inputs, nodes, table
 
 import pwcrf_jax as pw
-from pwcrf_jax import mean_field, metrics, objectives, pairwise, piecewise
+from pwcrf_jax import mean_field, metrics, objectives, piecewise
+from pwcrf_jax.mean_field import Settings
 from reference import random_problems
 
+PARTS = ("hidden_p", "hidden_q", "kernel", "bias")
 # What belongs to the dense CRF has its own.
 OWN = [
     name
@@ -49,13 +51,13 @@ def test_no_promotion_is_left_to_jax(name, strict):
 def batch(seed, dtype=np.float32, count=2):
     x = random_problems.grid_problem(seed, H, W, K, M, batch=(count,))
     rng = np.random.default_rng(seed)
-    arrays = {name: jnp.asarray(getattr(x, name), dtype) for name in ("unary", "a", "b", "w2", "b2", "evidence")}
+    arrays = {name: jnp.asarray(getattr(x, name), dtype) for name in ("unary", *PARTS, "unary_log_probs")}
     labels = np.where(rng.random((count, H, W)) < 0.2, 255, x.labels)
     return arrays | dict(labels=jnp.asarray(labels, jnp.int32), mask=jnp.asarray(rng.random((count, H, W)) > 0.2))
 
 
 def potential(v):
-    return pw.factored_pairwise(v["a"], v["b"], v["w2"], v["b2"], BOX, v["evidence"])
+    return pw.factored_pairwise(*(v[name] for name in PARTS), BOX, v["unary_log_probs"])
 
 
 def of_graph(v):
@@ -66,11 +68,12 @@ def of_graph(v):
 
 def graph_marginals(v):
     unary, edges, at_nodes = of_graph(v)
-    return mean_field.run(unary, edges, 2, node_mask=at_nodes(v["mask"]))
+    return mean_field.run(unary, edges, Settings(num_iterations=2), node_mask=at_nodes(v["mask"]))
 
 
 weights_of = lambda v: pw.balance_weights(v["labels"], K, power=0.5)
-run = lambda v, **o: mean_field.run(v["unary"], potential(v), 2, 0.5, 0.2, node_mask=v["mask"], **o)
+of = lambda **changes: Settings(**dict(num_iterations=2, weights=0.5, damping=0.2) | changes)
+run = lambda v, **changes: mean_field.run(v["unary"], potential(v), of(**changes), node_mask=v["mask"])
 BATCHED = {
     "unary": lambda v: pw.unary_log_likelihood(v["unary"], v["labels"], node_weights=weights_of(v)),
     "pairs": lambda v: pw.pairwise_log_likelihood(
@@ -80,19 +83,25 @@ BATCHED = {
         potential(v), v["labels"], sample=pw.sample_offsets(jax.random.key(0), len(BOX), 3)
     ),
     "pairs-graph": lambda v: pw.pairwise_log_likelihood(of_graph(v)[1], of_graph(v)[2](v["labels"])),
-    "pseudo": lambda v: pw.pseudo_log_likelihood(v["unary"], potential(v), v["labels"], 0.5, True, route="folded"),
-    "unrolled": lambda v: pw.unrolled_log_likelihood(v["unary"], potential(v), v["labels"], 2, 0.5, 0.2, True),
-    "run-folded": lambda v: run(v, route="folded", normalize=True),
-    "run-table": lambda v: run(v, route="table"),
-    "run-graph": graph_marginals,
-    "step": lambda v: mean_field.step(mean_field.init(v["evidence"]), v["unary"], [potential(v)], [0.5], 0.2),
-    "messages": lambda v: pw.messages(potential(v), jax.nn.softmax(v["unary"]), v["mask"], 30),
-    "messages-stored": lambda v: pw.messages(
-        pw.prepare_messages(potential(v), 2, "table"), jax.nn.softmax(v["unary"]), v["mask"]
+    "pseudo": lambda v: pw.pseudo_log_likelihood(
+        v["unary"], potential(v), v["labels"], of(average_messages=True, algorithm="factored")
     ),
-    "messages-no-mask": lambda v: pw.messages(potential(v), jax.nn.softmax(v["unary"])),
+    "unrolled": lambda v: pw.unrolled_log_likelihood(v["unary"], potential(v), v["labels"], of(average_messages=True)),
+    "run-factored": lambda v: run(v, algorithm="factored", average_messages=True),
+    "run-table": lambda v: run(v, algorithm="table"),
+    "run-graph": graph_marginals,
+    "step": lambda v: mean_field.step(
+        mean_field.init(v["unary_log_probs"]), v["unary"], [potential(v)], of(algorithm="factored")
+    ),
+    "messages": lambda v: pw.compute_messages(
+        potential(v), jax.nn.softmax(v["unary"]), node_mask=v["mask"], chunk_edges=30
+    ),
+    "messages-stored": lambda v: pw.compute_messages(
+        pw.prepare_messages(potential(v), 2, algorithm="table"), jax.nn.softmax(v["unary"]), node_mask=v["mask"]
+    ),
+    "messages-no-mask": lambda v: pw.compute_messages(potential(v), jax.nn.softmax(v["unary"])),
     "to_table": lambda v: pw.to_table(potential(v)).scores,
-    "prepare_messages": lambda v: pw.prepare_messages(potential(v), 2, "table").scores,
+    "prepare_messages": lambda v: pw.prepare_messages(potential(v), 2, algorithm="table").scores,
     "init": lambda v: mean_field.init(v["unary"]),
 }
 OF_LABELS = {
@@ -127,7 +136,7 @@ def test_gradients_of_batches_in_bfloat16_are_finite(name):
 
 def laid_out(v, mesh, *axes):
     """Batches over the mesh, parameters on all of it."""
-    spec = lambda name: jax.P() if name in ("w2", "b2") else jax.P(*axes)
+    spec = lambda name: jax.P() if name in ("kernel", "bias") else jax.P(*axes)
     return {name: jax.device_put(x, jax.NamedSharding(mesh, spec(name))) for name, x in v.items()}
 
 
@@ -150,7 +159,7 @@ KEPT = ("sampled", "pairs-graph", "unrolled", "messages", "balance_weights", "bo
 def test_batches_lie_on_meshes_of_explicit_axes(name, axes):
     function, v = (BATCHED | OF_LABELS)[name], batch(103, count=4)
     if axes == (None, "data"):  # rows of the map
-        v = {k: x[:, :2] if x.ndim > 2 and k != "w2" else x for k, x in v.items()}
+        v = {k: x[:, :2] if x.ndim > 2 and k != "kernel" else x for k, x in v.items()}
     mesh = jax.make_mesh((2, 2), ("data", "model"))
     on_mesh = laid_out(v, mesh, *axes)
     expected = function(v)
@@ -171,38 +180,38 @@ def test_batches_lie_on_meshes_of_explicit_axes(name, axes):
 
 @pytest.mark.parametrize(
     "name",
-    full_but(
-        ["unary", "pairs", "sampled", "pseudo", "unrolled", "run-folded", "run-table"],
-        "sampled",
-        "unrolled",
-        "run-table",
-    ),
+    full_but(["unary", "pairs", "sampled", "pseudo", "unrolled", "run-factored", "run-table"], "sampled", "unrolled"),
 )
 def test_devices_map_over_images_with_shard_map(name):
     """With its own checks on: parameters that all devices share, loops whose carry begins as zeros."""
     v = batch(104, count=2)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    specs = {key: jax.P() if key in ("w2", "b2") else jax.P("data") for key in v}
+    specs = {key: jax.P() if key in ("kernel", "bias") else jax.P("data") for key in v}
     number = lambda v: jax.tree.leaves(BATCHED[name](v))[0].sum()
 
     def of_device(v):
-        value, change = jax.value_and_grad(lambda w2: number(v | {"w2": w2}))(v["w2"])
+        value, change = jax.value_and_grad(lambda kernel: number(v | {"kernel": kernel}))(v["kernel"])
         return jax.lax.psum(value, "data"), change  # of shared parameters JAX sums by itself
 
     got = jax.jit(jax.shard_map(of_device, mesh=mesh, in_specs=(specs,), out_specs=(jax.P(), jax.P())))(v)
-    equal(got, jax.value_and_grad(lambda w2: number(v | {"w2": w2}))(v["w2"]), 1e-5)
+    equal(got, jax.value_and_grad(lambda kernel: number(v | {"kernel": kernel}))(v["kernel"]), 1e-5)
 
 
 # --- lists, mappings, one of a kind ----------------------------------------------------------------
 
 
 TAKING_POTENTIALS = {
-    "run": lambda v, p, w: mean_field.run(v["unary"], p, 2, w),
-    "step": lambda v, p, w: mean_field.step(mean_field.init(v["unary"]), v["unary"], p, w),
-    "pseudo": lambda v, p, w: objectives.pseudo_log_likelihood(v["unary"], p, v["labels"], w),
-    "unrolled": lambda v, p, w: objectives.unrolled_log_likelihood(v["unary"], p, v["labels"], 2, w),
+    "run": lambda v, p, w: mean_field.run(v["unary"], p, Settings(num_iterations=2, weights=w)),
+    "step": lambda v, p, w: mean_field.step(mean_field.init(v["unary"]), v["unary"], p, Settings(weights=w)),
+    "pseudo": lambda v, p, w: objectives.pseudo_log_likelihood(v["unary"], p, v["labels"], Settings(weights=w)),
+    "unrolled": lambda v, p, w: objectives.unrolled_log_likelihood(
+        v["unary"], p, v["labels"], Settings(num_iterations=2, weights=w)
+    ),
     "exact": lambda v, p, w: objectives.exact_log_likelihood(
-        v["unary"][0, :2, :2], jax.tree.map(corner, p, is_leaf=is_potential), v["labels"][0, :2, :2], w
+        v["unary"][0, :2, :2],
+        jax.tree.map(corner, p, is_leaf=is_potential),
+        v["labels"][0, :2, :2],
+        Settings(weights=w),
     ),
 }
 
@@ -237,40 +246,34 @@ def test_potentials_and_weights_come_in_any_form(name):
 
 
 def is_potential(x):
-    return isinstance(x, pairwise.FactoredPairwise)
+    return isinstance(x, pw.FactoredPairwise)
 
 
 def corner(p):
-    return pw.factored_pairwise(p.a[0, :2, :2], p.b[0, :2, :2], p.w2, p.b2, ((0, 1), (1, 0)))
+    return pw.factored_pairwise(p.hidden_p[0, :2, :2], p.hidden_q[0, :2, :2], p.kernel, p.bias, ((0, 1), (1, 0)))
 
 
 def test_arrays_may_be_nested_lists():
     listed = lambda v: jax.tree.map(lambda x: x.tolist(), v)
     v = batch(106)
     scores, mask = listed(v["unary"]), listed(v["mask"])
-    names = ("a", "b", "w2", "b2")
-    p = pw.factored_pairwise(*(listed(v[n]) for n in names), BOX.tolist(), listed(v["evidence"]))
-    settings = dict(num_iterations=2)
-    expected = mean_field.run(v["unary"], potential(v), node_mask=v["mask"], **settings)
-    equal(mean_field.run(scores, p, node_mask=mask, **settings), expected)
+    p = pw.factored_pairwise(*(listed(v[n]) for n in PARTS), BOX.tolist(), listed(v["unary_log_probs"]))
+    expected = mean_field.run(v["unary"], potential(v), node_mask=v["mask"])
+    equal(mean_field.run(scores, p, node_mask=mask), expected)
     weights = weights_of(v)
     got = piecewise.unary_log_likelihood(scores, v["labels"], node_weights=listed(weights))
     equal(got, piecewise.unary_log_likelihood(v["unary"], v["labels"], node_weights=weights))
     edges = pw.PairwiseTable([[[1.0, 0.0], [0.0, 2.0]]], [0], [1])
-    assert pw.messages(edges, [[1.0, 0.0], [0.5, 0.5]])[0].tolist() == [[0.5, 1.0], [1.0, 0.0]]
+    assert pw.compute_messages(edges, [[1.0, 0.0], [0.5, 0.5]])[0].tolist() == [[0.5, 1.0], [1.0, 0.0]]
     assert pw.pairwise_log_likelihood(edges, (1, 1))[1] == 1
 
 
 @pytest.mark.parametrize("yes", [1, np.bool_(True), np.array(True), jnp.bool_(True)], ids=lambda x: type(x).__name__)
-def test_any_truth_says_whether_to_normalize(yes):
+def test_any_truth_says_whether_to_average(yes):
     """A static setting, which arrays cannot be."""
     v = batch(112)
-    for call in (
-        lambda n: mean_field.run(v["unary"], potential(v), 1, normalize=n),
-        lambda n: mean_field.step(v["unary"], v["unary"], potential(v), normalize=n),
-        lambda n: objectives.pseudo_log_likelihood(v["unary"], potential(v), v["labels"], normalize=n),
-    ):
-        equal(call(yes), call(True))
+    call = lambda yes: mean_field.run(v["unary"], potential(v), Settings(num_iterations=1, average_messages=yes))
+    equal(call(yes), call(True))
 
 
 @pytest.mark.parametrize("wrong", ["surrounding", None, 3.0, np.zeros(3)], ids=repr)
@@ -304,7 +307,8 @@ def test_a_second_call_compiles_nothing(name, strict):
 
 
 @pytest.mark.parametrize(
-    "name", full_but([n for n in BATCHED if n not in ("init", "to_table")], "pairs", "pseudo", "run-folded", "messages")
+    "name",
+    full_but([n for n in BATCHED if n not in ("init", "to_table")], "pairs", "pseudo", "run-factored", "messages"),
 )
 def test_a_second_gradient_compiles_nothing(name):
     first, second = batch(110), batch(111)
@@ -318,12 +322,16 @@ def test_other_numbers_compile_nothing():
     v = batch(112)
     edges = table(inputs(113))
     calls = [
-        lambda x: mean_field.run(v["unary"], potential(v), 2, [x], x),
-        lambda x: mean_field.run(v["unary"], [potential(v)] * 2, 2, x, x),
-        lambda x: mean_field.run(nodes(inputs(113), "unary"), {"a": edges}, 2, {"a": x}, x),
-        lambda x: mean_field.step(mean_field.init(v["unary"]), v["unary"], potential(v), x, x),
-        lambda x: objectives.unrolled_log_likelihood(v["unary"], potential(v), v["labels"], 2, x, x),
-        lambda x: objectives.pseudo_log_likelihood(v["unary"], potential(v), v["labels"], x),
+        lambda x: mean_field.run(v["unary"], potential(v), Settings(weights=[x], damping=x)),
+        lambda x: mean_field.run(v["unary"], [potential(v)] * 2, Settings(weights=x, damping=x)),
+        lambda x: mean_field.run(nodes(inputs(113), "unary"), {"a": edges}, Settings(weights={"a": x}, damping=x)),
+        lambda x: mean_field.step(
+            mean_field.init(v["unary"]), v["unary"], potential(v), Settings(weights=x, damping=x)
+        ),
+        lambda x: objectives.unrolled_log_likelihood(
+            v["unary"], potential(v), v["labels"], Settings(weights=x, damping=x)
+        ),
+        lambda x: objectives.pseudo_log_likelihood(v["unary"], potential(v), v["labels"], Settings(weights=x)),
         lambda x: piecewise.balance_weights(v["labels"], K, power=x),
     ]
     for call in calls:

@@ -1,4 +1,4 @@
-"""Chunks, sampled offsets and message routes: the same numbers as the plain forms, whatever the shapes.
+"""Chunks, sampled offsets and algorithms of messages: the same numbers as the plain forms, whatever the shapes.
 
 Random shapes go against the closed forms in float64 of `reference.factored_oracle`, which compile nothing.
 """
@@ -15,11 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import full_but
 
-from pwcrf_jax import mean_field, pairwise, piecewise
+import pwcrf_jax as pw
+from pwcrf_jax import mean_field, piecewise
+from pwcrf_jax.likelihood import edge_log_likelihood
+from pwcrf_jax.mean_field import Settings
+from pwcrf_jax.messages import ALGORITHMS
 from pwcrf_jax.relations import SURROUNDING, offsets
 from reference import crf_oracle, factored_oracle, random_problems
 
-PARTS = ("a", "b", "w2", "b2", "evidence")
+PARTS = ("hidden_p", "hidden_q", "kernel", "bias", "unary_log_probs")
 GARBAGE = (255, -1, 10**6)
 
 
@@ -33,7 +37,7 @@ class Case(NamedTuple):
     hidden: int = 4
     box: tuple = ((0, 1), (1, -1), (-1, 0))
     chunk_edges: int | None = None
-    evidence: bool = True
+    residual: bool = True
     mask: str = "some"
     weights: str = "random"
 
@@ -49,7 +53,7 @@ CASES = st.builds(
     hidden=st.integers(1, 5),
     box=st.lists(st.one_of(near, near, far).filter(any), max_size=5).map(tuple),
     chunk_edges=st.sampled_from([None, 1, 3, 10, 40, 10**9]),
-    evidence=st.booleans(),
+    residual=st.booleans(),
     mask=st.sampled_from(["all", "some", "some", "none"]),
     weights=st.sampled_from(["one", "random", "balance"]),
 )
@@ -59,7 +63,7 @@ EXAMPLES = (
     Case(box=((0, 1), (0, 1), (-1, 2), (0, 1)), batch=(2,), chunk_edges=5),
     Case(size=(1, 6), box=((0, 2), (1, 0), (0, -5), (0, 6)), batch=(2, 1), chunk_edges=10**9),
     Case(size=(5, 1), box=((2, 0), (0, 1), (-4, 0), (5, 0), (-1, -1)), chunk_edges=2),
-    Case(box=((9, 0), (0, 9), (-9, 9)), evidence=False, mask="all"),
+    Case(box=((9, 0), (0, 9), (-9, 9)), residual=False, mask="all"),
     Case(box=((1, 1), (2, 9), (9, 1)), weights="balance", chunk_edges=3),
     Case(size=(1, 1), batch=(2,)),
     Case(mask="none"),
@@ -99,7 +103,7 @@ def problem(case):
     if weights is not None and mask is not None:
         weights = np.where(mask, weights, np.nan)  # not read either
     return Problem(
-        parts={name: None if name == "evidence" and not case.evidence else getattr(x, name) for name in PARTS},
+        parts={name: getattr(x, name) for name in PARTS} | ({} if case.residual else {"unary_log_probs": None}),
         labels=labels,
         mask=mask,
         weights=weights,
@@ -110,7 +114,7 @@ def problem(case):
 
 def build(parts, box):
     box = np.array(box, np.int32).reshape(-1, 2)
-    return pairwise.factored_pairwise(*(parts[n] for n in PARTS[:4]), box, parts.get("evidence"))
+    return pw.factored_pairwise(*(parts[n] for n in PARTS[:4]), box, parts.get("unary_log_probs"))
 
 
 def close(got, expected, tolerance=1e-4, floor=0.1):
@@ -140,13 +144,13 @@ def flat_scores(x):
 def likelihood(case, encode=lambda v: v, **settings):
     """A jitted (parts, weights) -> ((sum, count), gradients of the sum by both)."""
     x = problem(case)
-    per_node = flat if encode is pairwise.to_table else lambda v: v
+    per_node = flat if encode is pw.to_table else lambda v: v
 
     def both(arguments):
         potential = encode(build(arguments, case.box))
         labels, mask = per_node(jnp.asarray(x.labels)), None if x.mask is None else per_node(jnp.asarray(x.mask))
-        total, count = pairwise.edge_log_likelihood(
-            potential, labels, mask, per_node(arguments.get("weights")), **settings
+        total, count = edge_log_likelihood(
+            potential, labels, node_mask=mask, node_weights=per_node(arguments.get("weights")), **settings
         )
         return total, (total, count)
 
@@ -190,14 +194,15 @@ def test_likelihood_and_gradients_of_any_case_match_the_oracle(case):
 def test_the_oracle_and_the_table_agree(index):
     """Nothing here rests on the oracle alone: its gradients are JAX's through a table, its sums those of loops."""
     case = EXAMPLES[index]
-    run, arguments, x = likelihood(case, pairwise.to_table)
+    run, arguments, x = likelihood(case, pw.to_table)
     expected = expected_likelihood(case, x)
     close(run(arguments), expected)
     total = count = 0.0
     for i in np.ndindex(*case.batch):
-        edges = crf_oracle.grid_edges(x.parts["a"][i], x.parts["b"][i], x.parts["w2"], x.parts["b2"], case.box)
-        if x.parts["evidence"] is not None:
-            edges = crf_oracle.with_evidence(edges, flat_scores(x.parts["evidence"][i]))
+        hidden = x.parts["hidden_p"][i], x.parts["hidden_q"][i]
+        edges = crf_oracle.grid_edges(*hidden, x.parts["kernel"], x.parts["bias"], case.box)
+        if x.parts["unary_log_probs"] is not None:
+            edges = crf_oracle.with_unary(edges, flat_scores(x.parts["unary_log_probs"][i]))
         labels = np.where(x.oracle_mask(), x.labels, 255)[i].ravel()
         got = crf_oracle.pairwise_log_likelihood(edges, labels, x.oracle_weights()[i].ravel())
         total, count = total + got[0], count + got[1]
@@ -220,8 +225,8 @@ def test_second_derivatives_match_the_table():
     """Reverse over reverse: the gradient made on the way forward is itself differentiable."""
     case = Case(size=(2, 3), box=((0, 1), (-1, 1), (1, 0)), classes=2, hidden=3)
     results = []
-    for encode in (lambda v: v, pairwise.to_table):
-        run, arguments, _ = likelihood(case, encode, **({} if encode is pairwise.to_table else {"chunk_edges": 6}))
+    for encode in (lambda v: v, pw.to_table):
+        run, arguments, _ = likelihood(case, encode, **({} if encode is pw.to_table else {"chunk_edges": 6}))
         rng = np.random.default_rng(3)
         direction = {name: rng.normal(size=v.shape).astype(np.float32) for name, v in arguments.items()}
 
@@ -238,20 +243,20 @@ def test_forward_over_reverse():
     """What `jax.hessian` does."""
     case = Case(size=(2, 2), classes=2, hidden=2, weights="one")
     hessians = []
-    for encode in (lambda v: v, pairwise.to_table):
+    for encode in (lambda v: v, pw.to_table):
         run, arguments, _ = likelihood(case, encode)
-        by_b2 = lambda b2, run=run, arguments=arguments: run(arguments | {"b2": b2})[1]["b2"]
-        hessians.append(jax.jit(jax.jacfwd(by_b2))(arguments["b2"]))
+        by_bias = lambda bias, run=run, arguments=arguments: run(arguments | {"bias": bias})[1]["bias"]
+        hessians.append(jax.jit(jax.jacfwd(by_bias))(arguments["bias"]))
     close(*hessians)
 
 
 def test_vmap_over_potentials_is_a_batch_axis():
     case = Case(size=(3, 3), batch=(3,), mask="all", weights="one", chunk_edges=7)
     x = problem(case)
-    axes = {name: 0 if name in ("a", "b", "evidence") else None for name in PARTS}
+    axes = {name: 0 if name in ("hidden_p", "hidden_q", "unary_log_probs") else None for name in PARTS}
 
     def one(parts, labels):
-        return pairwise.edge_log_likelihood(build(parts, case.box), labels, chunk_edges=case.chunk_edges)[0]
+        return edge_log_likelihood(build(parts, case.box), labels, chunk_edges=case.chunk_edges)[0]
 
     vmapped = lambda parts: jnp.sum(jax.vmap(one, (axes, 0))(parts, x.labels))
     batched = lambda parts: one(parts, x.labels)
@@ -277,8 +282,8 @@ def test_half_precision_rounds_features_alone(dtype):
     assert count == number
     np.testing.assert_allclose(total, expected, rtol=2e-3)
     close(gradients, slopes, 2e-2)
-    # Mixed: only a and b are narrow, as in training.
-    mixed = full | {name: half[name] for name in ("a", "b")}
+    # Mixed: only the hidden parts are narrow, as in training.
+    mixed = full | {name: half[name] for name in ("hidden_p", "hidden_q")}
     (total, _), gradients = run(mixed)
     assert {name: g.dtype for name, g in gradients.items()} == {name: v.dtype for name, v in mixed.items()}
     np.testing.assert_allclose(total, expected, rtol=2e-3)
@@ -294,9 +299,9 @@ def test_log_sum_exp_of_bfloat16_features_is_float32():
     labels[:, ::2] = labels[:, 1::2]
     equal = np.eye(classes)
 
-    def mean(b2):
-        potential = pairwise.factored_pairwise(zeros, zeros, np.zeros((2, *b2.shape)), b2, np.array([(0, 1), (1, 0)]))
-        total, count = pairwise.edge_log_likelihood(potential, labels)
+    def mean(bias):
+        potential = pw.factored_pairwise(zeros, zeros, np.zeros((2, *bias.shape)), bias, np.array([(0, 1), (1, 0)]))
+        total, count = edge_log_likelihood(potential, labels)
         return total / count, count
 
     (value, count), slope = jax.jit(jax.value_and_grad(mean, has_aux=True))(jnp.float32(256 + more * equal))
@@ -316,16 +321,16 @@ def test_labels_of_any_integer_type(dtype):
     void = 100
     labels = np.where(x.mask, x.labels, void).astype(dtype)
     potential = build(x.parts, Case().box)
-    expected = pairwise.edge_log_likelihood(potential, jnp.asarray(x.labels), x.mask)
-    close(pairwise.edge_log_likelihood(potential, labels, x.mask), expected, 1e-6)
-    close(piecewise.pairwise_log_likelihood(potential, jnp.asarray(labels), void), expected, 1e-6)
+    expected = edge_log_likelihood(potential, jnp.asarray(x.labels), node_mask=x.mask)
+    close(edge_log_likelihood(potential, labels, node_mask=x.mask), expected, 1e-6)
+    close(piecewise.pairwise_log_likelihood(potential, jnp.asarray(labels), void=void), expected, 1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e4, -1e4])
 def test_huge_scores_do_not_overflow(scale):
-    case = Case(evidence=False, mask="all", weights="one")
+    case = Case(residual=False, mask="all", weights="one")
     run, arguments, x = likelihood(case, chunk_edges=10)
-    arguments |= {name: np.float32(scale) * arguments[name] for name in ("w2", "b2")}
+    arguments |= {name: np.float32(scale) * arguments[name] for name in ("kernel", "bias")}
     x.parts.update(arguments)
     expected = expected_likelihood(case, x)
     assert np.abs(expected[0][0]) > 1e4
@@ -333,15 +338,15 @@ def test_huge_scores_do_not_overflow(scale):
 
 
 def test_impossible_labels():
-    """Evidence of -inf for a class that no node has."""
+    """A log-probability of -inf for a class that no node has."""
     x = problem(Case(classes=4, mask="all", weights="one"))
-    parts = x.parts | {"evidence": np.where(np.arange(4) == 3, -np.inf, x.parts["evidence"])}
+    parts = x.parts | {"unary_log_probs": np.where(np.arange(4) == 3, -np.inf, x.parts["unary_log_probs"])}
     labels = np.minimum(x.labels, 2)
-    factored = lambda parts: pairwise.edge_log_likelihood(build(parts, Case().box), labels, chunk_edges=10)[0]
-    table = lambda parts: pairwise.edge_log_likelihood(pairwise.to_table(build(parts, Case().box)), flat(labels))[0]
+    factored = lambda parts: edge_log_likelihood(build(parts, Case().box), labels, chunk_edges=10)[0]
+    table = lambda parts: edge_log_likelihood(pw.to_table(build(parts, Case().box)), flat(labels))[0]
     got, expected = (jax.jit(jax.value_and_grad(f))(parts) for f in (factored, table))
     close(got, expected)
-    assert np.isfinite(got[0]) and not got[1]["evidence"][..., 3].any()
+    assert np.isfinite(got[0]) and not got[1]["unary_log_probs"][..., 3].any()
 
 
 def test_double_precision_enabled():
@@ -355,23 +360,24 @@ def test_double_precision_enabled():
 
         def total(parts, sample=None):
             potential = build(parts, case.box)
-            return pairwise.edge_log_likelihood(potential, labels, x.mask, weights, case.chunk_edges, sample)[0]
+            settings = dict(node_mask=x.mask, node_weights=weights, chunk_edges=case.chunk_edges)
+            return edge_log_likelihood(potential, labels, sample=sample, **settings)[0]
 
         value, gradients = jax.jit(jax.value_and_grad(total))(wide)
-        sampled = jax.jit(lambda parts: total(parts, pairwise.sample_offsets(key, 3, 2)))(wide)
-        routes = {}
-        for route in pairwise.ROUTES:
-            infer = lambda parts, route=route: mean_field.run(
-                jnp.asarray(x.probe, jnp.float64), [build(parts, case.box)], route=route, chunk_edges=5
-            )[0]
-            routes[route] = jax.jit(infer)(wide)
+        sampled = jax.jit(lambda parts: total(parts, pw.sample_offsets(key, 3, 2)))(wide)
+        results = {}
+        for algorithm in ALGORITHMS:
+            of = Settings(algorithm=algorithm, chunk_edges=5)
+            unary = jnp.asarray(x.probe, jnp.float64)
+            infer = lambda parts, of=of, unary=unary: mean_field.run(unary, [build(parts, case.box)], of)[0]
+            results[algorithm] = jax.jit(infer)(wide)
     assert value.dtype == sampled.dtype == np.float32
     assert {g.dtype for g in gradients.values()} == {np.dtype(np.float64)}
     (expected, _), slopes = expected_likelihood(case, x)
     close((value, gradients), (expected, {name: slopes[name] for name in PARTS}))
-    assert {v.dtype for v in routes.values()} == {np.dtype(np.float32)}
-    close(routes["folded"], routes["table"])
-    close(routes["auto"], routes["table"])
+    assert {v.dtype for v in results.values()} == {np.dtype(np.float32)}
+    close(results["factored"], results["table"])
+    close(results["auto"], results["table"])
 
 
 # --- sampled offsets -------------------------------------------------------------------------------
@@ -385,13 +391,13 @@ def sampled_likelihood():
 
     def both(arguments, sample):
         traces.append(1)
-        return pairwise.edge_log_likelihood(
+        return edge_log_likelihood(
             build(arguments, SAMPLED.box),
             jnp.asarray(x.labels),
-            jnp.asarray(x.mask),
-            arguments["weights"],
-            SAMPLED.chunk_edges,
-            sample,
+            node_mask=jnp.asarray(x.mask),
+            node_weights=arguments["weights"],
+            chunk_edges=SAMPLED.chunk_edges,
+            sample=sample,
         )
 
     run = jax.jit(jax.value_and_grad(both, has_aux=True))
@@ -427,56 +433,56 @@ def test_a_sample_of_all_offsets_is_the_full_sum():
 def test_samples_of_a_relation_without_edges():
     x = problem(Case())
     for box in ([(9, 9)], [(9, 9), (0, -9)]):
-        assert not any(pairwise.edge_log_likelihood(build(x.parts, box), x.labels, x.mask, sample=jnp.array([0])))
+        assert not any(edge_log_likelihood(build(x.parts, box), x.labels, node_mask=x.mask, sample=jnp.array([0])))
 
 
 def test_sample_offsets_are_distinct_and_uniform():
     keys = jax.random.split(jax.random.key(5), 3000)
-    draws = np.array(jax.jit(jax.vmap(lambda key: pairwise.sample_offsets(key, 5, 2)))(keys))
+    draws = np.array(jax.jit(jax.vmap(lambda key: pw.sample_offsets(key, 5, 2)))(keys))
     assert draws.dtype == np.int32 and draws.min() == 0 and draws.max() == 4
     assert (draws[:, 0] != draws[:, 1]).all()
     _, counts = np.unique(np.sort(draws, axis=1), axis=0, return_counts=True)
     assert len(counts) == 10
     # Chi-square of 9 degrees of freedom: above 33.7 once in ten thousand.
     assert ((counts - 300) ** 2 / 300).sum() < 33.7
-    assert sorted(np.array(pairwise.sample_offsets(jax.random.key(6), 7, 7))) == list(range(7))
+    assert sorted(np.array(pw.sample_offsets(jax.random.key(6), 7, 7))) == list(range(7))
 
 
 @pytest.mark.parametrize("size", [0, -1, 6])
 def test_sample_offsets_refuses_sizes(size):
     with pytest.raises(ValueError, match=f"cannot sample {size} of 5 offsets"):
-        pairwise.sample_offsets(jax.random.key(0), 5, size)
+        pw.sample_offsets(jax.random.key(0), 5, size)
 
 
 def test_refused_settings():
     x = problem(Case())
     potential = build(x.parts, Case().box)
     with pytest.raises(ValueError, match="sampled on a grid alone"):
-        pairwise.edge_log_likelihood(pairwise.to_table(potential), flat(x.labels), sample=jnp.array([0]))
+        edge_log_likelihood(pw.to_table(potential), flat(x.labels), sample=jnp.array([0]))
     for chunk_edges in (0, -5):
         with pytest.raises(ValueError, match=f"at least 1, or None to choose it, got {chunk_edges}"):
-            pairwise.edge_log_likelihood(potential, x.labels, chunk_edges=chunk_edges)
+            edge_log_likelihood(potential, x.labels, chunk_edges=chunk_edges)
         with pytest.raises(ValueError, match=f"at least 1, or None to choose it, got {chunk_edges}"):
-            pairwise.messages(potential, x.marginals, chunk_edges=chunk_edges)
-    with pytest.raises(ValueError, match="route must be one of .*'table'.*got 'stored'"):
-        pairwise.prepare_messages(potential, 3, "stored")
-    with pytest.raises(ValueError, match="route must be one of"):
-        mean_field.run(x.probe, [potential], route="fold")
+            pw.compute_messages(potential, x.marginals, chunk_edges=chunk_edges)
+    with pytest.raises(ValueError, match="algorithm must be one of .*'table'.*got 'stored'"):
+        pw.prepare_messages(potential, 3, algorithm="stored")
+    with pytest.raises(ValueError, match="algorithm must be one of"):
+        mean_field.run(x.probe, [potential], Settings(algorithm="fold"))
 
 
 # --- messages --------------------------------------------------------------------------------------
 
 
-def folded(potential, marginals, mask, chunk_edges):
-    return pairwise.messages(potential, marginals, mask, chunk_edges)
+def factored(potential, marginals, mask, chunk_edges):
+    return pw.compute_messages(potential, marginals, node_mask=mask, chunk_edges=chunk_edges)
 
 
 def stored(potential, marginals, mask, chunk_edges):
-    return pairwise.messages(pairwise.prepare_messages(potential, 3, "table"), marginals, mask)
+    return pw.compute_messages(pw.prepare_messages(potential, 3, algorithm="table"), marginals, node_mask=mask)
 
 
 def table(potential, marginals, mask, chunk_edges):
-    message, count = pairwise.messages(pairwise.to_table(potential), flat_scores(marginals), flat(mask))
+    message, count = pw.compute_messages(pw.to_table(potential), flat_scores(marginals), node_mask=flat(mask))
     return message.reshape(marginals.shape), count.reshape(*count.shape[:-1], *marginals.shape[-3:-1])
 
 
@@ -504,14 +510,14 @@ def check_messages(case, *encodings):
 
 @pytest.mark.parametrize("case", full_but(EXAMPLES[:6] + UNEVEN, EXAMPLES[2], EXAMPLES[4], UNEVEN[0]), ids=repr)
 def test_messages_of_both_routes_match_the_oracle(case):
-    check_messages(case, folded, stored)
+    check_messages(case, factored, stored)
 
 
 @pytest.mark.full
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(CASES)
 def test_messages_of_both_routes_of_any_case_match_the_oracle(case):
-    check_messages(case, folded, stored)
+    check_messages(case, factored, stored)
 
 
 @pytest.mark.parametrize("index", full_but(range(2, 7), 2, 4))
@@ -522,7 +528,7 @@ def test_messages_of_tables_match_the_oracle(index):
 RUNS = {
     "plain": dict(case=Case(mask="all", chunk_edges=None), settings={}),
     "masked-damped": dict(
-        case=Case(size=(3, 5), batch=(2, 1), chunk_edges=4), settings=dict(damping=0.3, normalize=True)
+        case=Case(size=(3, 5), batch=(2, 1), chunk_edges=4), settings=dict(damping=0.3, average_messages=True)
     ),
     "off-the-map": dict(
         case=Case(size=(1, 6), batch=(2,), box=((0, 2), (0, -7), (1, 0), (0, 2)), chunk_edges=10**9),
@@ -539,41 +545,39 @@ def test_routes_of_mean_field_give_the_same_marginals_and_gradients(name):
     second = ((-1, 0), (0, 3))
     arguments = {name: x.parts[name] for name in PARTS[:4]} | {"unary": x.probe, "weights": np.float32([0.3, -0.4])}
 
-    def objective(arguments, route):
+    def objective(arguments, algorithm):
         potentials = [build(arguments, box) for box in (case.box, second)]
         unary, node_mask = arguments["unary"], mask
-        if route == "PairwiseTable":
-            potentials, unary, node_mask = list(map(pairwise.to_table, potentials)), flat_scores(unary), flat(mask)
-            route = "auto"
-        log_q, info = mean_field.run(
-            unary, potentials, 2, arguments["weights"], node_mask=node_mask, route=route,
-            chunk_edges=case.chunk_edges, **settings,
-        )  # fmt: skip
+        if algorithm == "PairwiseTable":
+            potentials, unary, node_mask = list(map(pw.to_table, potentials)), flat_scores(unary), flat(mask)
+            algorithm = "auto"
+        of = dict(weights=arguments["weights"], algorithm=algorithm, chunk_edges=case.chunk_edges, **settings)
+        log_q, info = mean_field.run(unary, potentials, Settings(num_iterations=2, **of), node_mask=node_mask)
         log_q = log_q.reshape(x.probe.shape)
         return jnp.sum(log_q * x.marginals), (log_q, info.change)
 
     run = jax.jit(jax.grad(objective, has_aux=True), static_argnums=1)
     expected = run(arguments, "PairwiseTable")
     assert all(np.abs(v).max() > 1e-3 for v in jax.tree.leaves(expected))
-    for route in ("folded", "table", "auto") if name == "plain" else ("folded", "table"):
-        close(run(arguments, route), expected)
+    for algorithm in ("factored", "table", "auto") if name == "plain" else ("factored", "table"):
+        close(run(arguments, algorithm), expected)
 
 
 def test_prepared_potentials():
-    """ "folded" is the potential itself; tables and stored scores pass through; stored scores keep no evidence."""
+    """ "factored" is the potential itself; tables and stored scores pass through."""
     x = problem(Case())
     potential = build(x.parts, Case().box)
-    assert pairwise.prepare_messages(potential, 3, "folded") is potential
-    stored = pairwise.prepare_messages(potential, 3, "table")
-    table = pairwise.to_table(potential)
+    assert pw.prepare_messages(potential, 3, algorithm="factored") is potential
+    stored = pw.prepare_messages(potential, 3, algorithm="table")
+    table = pw.to_table(potential)
     for other in (stored, table):
-        for route in pairwise.ROUTES:
-            assert pairwise.prepare_messages(other, 3, route) is other
-    assert isinstance(stored, pairwise.GridScores) and stored.offsets == potential.offsets
+        for algorithm in ALGORITHMS:
+            assert pw.prepare_messages(other, 3, algorithm=algorithm) is other
+    assert isinstance(stored, pw.GridScores) and stored.offsets == potential.offsets
     assert stored.scores.shape == (3, 3, 4, 3, 3) and stored.scores.dtype == jnp.float32
     assert stored.grid == (3, 4) and stored.num_classes == 3
     nothing = build(x.parts, ())
-    assert pairwise.prepare_messages(nothing, 3, "table") is nothing
+    assert pw.prepare_messages(nothing, 3, algorithm="table") is nothing
     # The scores of the edges within the map are those of the table.
     at = np.array(
         [[(0 <= r + dr < 3) and (0 <= c + dc < 4) for r in range(3) for c in range(4)] for dr, dc in Case().box]
@@ -584,7 +588,7 @@ def test_prepared_potentials():
 def test_stored_and_factored_potentials_mix():
     x = problem(Case(batch=(2,)))
     potential = build(x.parts, Case().box)
-    stored = pairwise.prepare_messages(potential, 3, "table")
+    stored = pw.prepare_messages(potential, 3, algorithm="table")
     run = jax.jit(lambda unary, potentials: mean_field.run(unary, potentials)[0])
     close(run(x.probe, [stored, potential]), run(x.probe, [potential, potential]), 1e-5)
 
@@ -595,24 +599,24 @@ def test_one_potential_for_many_marginals_and_the_reverse(shapes):
     parts = problem(Case(batch=of_potential)).parts
     marginals = problem(Case(batch=of_marginals)).marginals
     potential = build(parts, Case().box)
-    full = build({n: v if n in ("w2", "b2") else np.broadcast_to(v, (2, *v.shape[-3:])) for n, v in parts.items()},
-                 Case().box)  # fmt: skip
-    send = jax.jit(pairwise.messages)
+    both = {n: v if n in ("kernel", "bias") else np.broadcast_to(v, (2, *v.shape[-3:])) for n, v in parts.items()}
+    full = build(both, Case().box)
+    send = jax.jit(pw.compute_messages)
     expected, _ = send(full, np.broadcast_to(marginals, (2, 3, 4, 3)))
-    for one in (potential, jax.jit(lambda p: pairwise.prepare_messages(p, 3, "table"))(potential)):
+    for one in (potential, jax.jit(lambda p: pw.prepare_messages(p, 3, algorithm="table"))(potential)):
         close(send(one, marginals)[0], expected, 1e-5)
 
 
-@pytest.mark.parametrize("route", full_but(["folded", "table"], "folded"))
-def test_bfloat16_features_send_float32_messages(route):
+@pytest.mark.parametrize("algorithm", full_but(["factored", "table"], "factored"))
+def test_bfloat16_features_send_float32_messages(algorithm):
     case = Case(size=(5, 6), classes=4, hidden=16, mask="all")
     x = problem(case)
-    half = {name: jnp.asarray(v, jnp.bfloat16) if name in ("a", "b") else v for name, v in x.parts.items()}
+    half = x.parts | {name: jnp.asarray(x.parts[name], jnp.bfloat16) for name in ("hidden_p", "hidden_q")}
     full = {name: jnp.asarray(v, jnp.float32) for name, v in half.items()}
 
     def objective(parts):
-        potential = pairwise.prepare_messages(build(parts, case.box), 3, route)
-        message, _ = pairwise.messages(potential, x.marginals)
+        potential = pw.prepare_messages(build(parts, case.box), 3, algorithm=algorithm)
+        message, _ = pw.compute_messages(potential, x.marginals)
         return jnp.sum(message * x.probe), message
 
     (gradients, message), (slopes, expected) = (jax.jit(jax.grad(objective, has_aux=True))(v) for v in (half, full))
@@ -629,17 +633,17 @@ def test_bfloat16_features_send_float32_messages(route):
 def test_lowers_for_other_devices(dtype):
     case = Case(batch=(2,), mask="all", weights="one")
     x = problem(case)
-    parts = {name: jnp.asarray(v, dtype if name in ("a", "b") else jnp.float32) for name, v in x.parts.items()}
+    parts = {name: jnp.asarray(v, dtype if name.startswith("hidden") else jnp.float32) for name, v in x.parts.items()}
 
     def total(parts, key=None):
-        sample = None if key is None else pairwise.sample_offsets(key, len(case.box), 2)
-        return pairwise.edge_log_likelihood(build(parts, case.box), x.labels, sample=sample)[0]
+        sample = None if key is None else pw.sample_offsets(key, len(case.box), 2)
+        return edge_log_likelihood(build(parts, case.box), x.labels, sample=sample)[0]
 
-    def infer(parts, route):
-        return jnp.sum(mean_field.run(x.probe, [build(parts, case.box)], route=route)[0])
+    def infer(parts, algorithm):
+        return jnp.sum(mean_field.run(x.probe, [build(parts, case.box)], Settings(algorithm=algorithm))[0])
 
     programs = [(total, (parts,)), (total, (parts, jax.random.PRNGKey(0)))]
-    programs += [(functools.partial(infer, route=route), (parts,)) for route in ("folded", "table")]
+    programs += [(functools.partial(infer, algorithm=algorithm), (parts,)) for algorithm in ("factored", "table")]
     for function, args in programs:
         exported = jax.export.export(jax.jit(jax.value_and_grad(function)), platforms=["cuda", "tpu"])(*args)
         assert exported.platforms == ("cuda", "tpu")
@@ -650,20 +654,20 @@ def test_lowers_for_other_devices(dtype):
 
 @functools.cache  # compiled once for all that masked nodes hold
 def outcome_under_a_mask(encode):
-    x = problem(Case(size=(4, 5), evidence=True))
+    x = problem(Case(size=(4, 5), residual=True))
 
     @jax.jit
     def outcome(parts, marginals):
         def total(parts):
             potential = build(parts, Case().box)
             labels, mask = (x.labels, x.mask) if encode == "factored" else (flat(x.labels), flat(x.mask))
-            potential = potential if encode == "factored" else pairwise.to_table(potential)
-            return pairwise.edge_log_likelihood(potential, labels, mask)[0]
+            potential = potential if encode == "factored" else pw.to_table(potential)
+            return edge_log_likelihood(potential, labels, node_mask=mask)[0]
 
-        if encode == "table":  # gradients of a and b go through to_table, which has no mask
+        if encode == "table":  # gradients of the hidden parts go through to_table, which has no mask
             return total(parts)
         value, gradients = jax.value_and_grad(total)(parts)
-        return value, gradients, pairwise.messages(build(parts, Case().box), marginals, x.mask)
+        return value, gradients, pw.compute_messages(build(parts, Case().box), marginals, node_mask=x.mask)
 
     return outcome, x
 
@@ -675,9 +679,9 @@ def test_masked_nodes_may_hold_anything(encode, garbage):
     outcome, x = outcome_under_a_mask(encode)
     nodes = np.where(x.mask[..., None], 0.0, garbage).astype(np.float32)
     if encode == "table":
-        dirty = x.parts | {"evidence": x.parts["evidence"] + nodes}
+        dirty = x.parts | {"unary_log_probs": x.parts["unary_log_probs"] + nodes}
     else:
-        dirty = x.parts | {name: x.parts[name] + nodes for name in ("a", "b", "evidence")}
+        dirty = x.parts | {name: x.parts[name] + nodes for name in ("hidden_p", "hidden_q", "unary_log_probs")}
     got = outcome(dirty, x.marginals + nodes)
     assert all(np.isfinite(v).all() for v in jax.tree.leaves(got))
     close(got, outcome(x.parts, x.marginals))
@@ -686,9 +690,9 @@ def test_masked_nodes_may_hold_anything(encode, garbage):
 def test_a_batch_of_no_images():
     x = problem(Case(batch=(0,), mask="all"))
     potential = build(x.parts, Case().box)
-    assert [float(v) for v in pairwise.edge_log_likelihood(potential, x.labels)] == [0, 0]
-    for route in ("folded", "table"):
-        message, _ = pairwise.messages(pairwise.prepare_messages(potential, 1, route), x.marginals)
+    assert [float(v) for v in edge_log_likelihood(potential, x.labels)] == [0, 0]
+    for algorithm in ("factored", "table"):
+        message, _ = pw.compute_messages(pw.prepare_messages(potential, 1, algorithm=algorithm), x.marginals)
         assert message.shape == x.marginals.shape
 
 
@@ -697,8 +701,8 @@ def test_gradients_of_means_fit_half_precision_where_those_of_sums_do_not():
     weights = np.full(x.labels.shape, 100, np.float32)
 
     def mean(parts, dtype):
-        parts = parts | {n: parts[n].astype(dtype) for n in ("a", "b")}
-        total, count = pairwise.edge_log_likelihood(build(parts, Case().box), x.labels, x.mask, weights)
+        parts = parts | {n: parts[n].astype(dtype) for n in ("hidden_p", "hidden_q")}
+        total, count = edge_log_likelihood(build(parts, Case().box), x.labels, node_mask=x.mask, node_weights=weights)
         return total / count
 
     arrays = jax.tree.map(jnp.asarray, x.parts)
@@ -708,28 +712,30 @@ def test_gradients_of_means_fit_half_precision_where_those_of_sums_do_not():
 
 
 def test_stored_scores_are_batched_like_everything_else():
-    x = problem(Case(batch=(3,), box=((0, 1), (1, -1), (-1, 0)), mask="all", evidence=False))
-    store = lambda a, b: pairwise.prepare_messages(build(x.parts | {"a": a, "b": b}, Case().box), 3, "table")
-    stored = jax.jit(jax.vmap(store))(x.parts["a"], x.parts["b"])
-    close(pairwise.messages(stored, x.marginals), pairwise.messages(build(x.parts, Case().box), x.marginals))
+    x = problem(Case(batch=(3,), box=((0, 1), (1, -1), (-1, 0)), mask="all", residual=False))
+    store = lambda p, q: pw.prepare_messages(
+        build(x.parts | {"hidden_p": p, "hidden_q": q}, Case().box), 3, algorithm="table"
+    )
+    stored = jax.jit(jax.vmap(store))(x.parts["hidden_p"], x.parts["hidden_q"])
+    close(pw.compute_messages(stored, x.marginals), pw.compute_messages(build(x.parts, Case().box), x.marginals))
 
 
 def test_two_dtypes_are_promoted():
     x = problem(Case(mask="all"))
-    mixed = build(x.parts | {"a": jnp.asarray(x.parts["a"], jnp.bfloat16)}, Case().box)
-    rounded = build(x.parts | {"a": np.float32(jnp.asarray(x.parts["a"], jnp.bfloat16))}, Case().box)
-    run = jax.jit(lambda p: (pairwise.edge_log_likelihood(p, x.labels), pairwise.messages(p, x.marginals)))
+    mixed = build(x.parts | {"hidden_p": jnp.asarray(x.parts["hidden_p"], jnp.bfloat16)}, Case().box)
+    rounded = build(x.parts | {"hidden_p": np.float32(jnp.asarray(x.parts["hidden_p"], jnp.bfloat16))}, Case().box)
+    run = jax.jit(lambda p: (edge_log_likelihood(p, x.labels), pw.compute_messages(p, x.marginals)))
     close(run(mixed), run(rounded))
 
 
 def test_misuse_is_named():
     x = problem(Case(mask="all"))
     potential = build(x.parts, Case().box)
-    stored = pairwise.prepare_messages(potential, 1, "table")
+    stored = pw.prepare_messages(potential, 1, algorithm="table")
     with pytest.raises(TypeError, match="GridScores are for messages"):
-        pairwise.edge_log_likelihood(stored, x.labels)
+        edge_log_likelihood(stored, x.labels)
     with pytest.raises(TypeError, match="expected a FactoredPairwise, got GridScores"):
-        pairwise.to_table(stored)
+        pw.to_table(stored)
     for sample in ([], [[0]]):
         with pytest.raises(ValueError, match=r"sample of shape \[n\]"):
-            pairwise.edge_log_likelihood(potential, x.labels, sample=sample)
+            edge_log_likelihood(potential, x.labels, sample=sample)

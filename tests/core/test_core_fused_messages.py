@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from jax import export
 
-from pwcrf_jax import pairwise, relations
+from pwcrf_jax import relations
+from pwcrf_jax.messages import _send
 
 pytest.importorskip("jax.experimental.pallas.triton", reason="Pallas has no Triton backend here")
 
@@ -41,17 +42,17 @@ def script():
     ],
 )
 def test_agrees_with_xla(script, height, width, k, hidden, box, images, tile, dtype):
-    *maps, box, w2, b2 = script.problem(height, width, k, hidden, dtype, box, images, seed=k)
-    got = script.fused_send(*maps, box, w2, b2, interpret=True, tile=script.Tile(*tile))
-    expected = pairwise._send(*maps, box, w2, b2, chunk_edges=64)
+    *maps, box, kernel, bias = script.problem(height, width, k, hidden, dtype, box, images, seed=k)
+    got = script.fused_send(*maps, box, kernel, bias, interpret=True, tile=script.Tile(*tile))
+    expected = _send(*maps, box, kernel, bias, chunk_edges=64)
     assert got.shape == expected.shape and got.dtype == expected.dtype == jnp.float32
     # Hidden units and G are rounded alike, but a last bit of bfloat16 may fall differently.
     assert script.error(got, expected) < (1e-5 if dtype == jnp.float32 else 1e-3)
 
 
 def test_blocks_of_nodes_do_not_change_the_messages(script):
-    *maps, box, w2, b2 = script.problem(3, 5, 3, 16, jnp.float32, BEYOND)
-    send = lambda g_bytes: script.fused_send(*maps, box, w2, b2, True, script.Tile(16, 16), g_bytes)
+    *maps, box, kernel, bias = script.problem(3, 5, 3, 16, jnp.float32, BEYOND)
+    send = lambda g_bytes: script.fused_send(*maps, box, kernel, bias, True, script.Tile(16, 16), g_bytes)
     whole = send(2**20)
     for nodes in (1, 4, 7):  # of 15: even blocks, and ones with a node too many
         np.testing.assert_allclose(send(nodes * 16 * 16 * 4), whole, rtol=1e-5, atol=1e-5)
@@ -69,7 +70,9 @@ def test_lowers_for_a_gpu(script, k, dtype, precision):
     mesh = jax.sharding.AbstractMesh((1,), ("one",), abstract_device=device)
     target = "__gpu$xla.gpu.triton"
     for tile in script.TILES:
-        send = jax.jit(lambda a, b, sent, w2, b2, tile=tile: script.fused_send(a, b, sent, box, w2, b2, tile=tile))
+        send = jax.jit(
+            lambda a, b, sent, kernel, bias, tile=tile: script.fused_send(a, b, sent, box, kernel, bias, tile=tile)
+        )
         lower = export.export(
             send, platforms=["cuda"], disabled_checks=[export.DisabledSafetyCheck.custom_call(target)]
         )

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pwcrf_jax import mean_field, pairwise, piecewise
+import pwcrf_jax as pw
+from pwcrf_jax import mean_field, piecewise
 from pwcrf_jax.relations import SURROUNDING, offsets
 from reference import crf_oracle, random_problems
 
 H, W, K, M = 2, 3, 3, 3
 BOX = offsets(SURROUNDING, H, W)
-NAMES = ("a", "b", "w2", "b2", "evidence")
+NAMES = ("hidden_p", "hidden_q", "kernel", "bias", "unary_log_probs")
 
 
 def check(got, expected):
@@ -57,15 +58,15 @@ def test_pairwise_log_likelihood(problem, weights, encoding):
     arguments = {name: getattr(x, name) for name in NAMES}
 
     def loss(v):
-        potential = pairwise.factored_pairwise(*(v[n] for n in NAMES[:4]), BOX, v["evidence"])
+        potential = pw.factored_pairwise(*(v[n] for n in NAMES[:4]), BOX, v["unary_log_probs"])
         labels, w = x.labels, weights
         if encoding == "table":
-            potential, labels, w = pairwise.to_table(potential), labels.ravel(), w.ravel()
+            potential, labels, w = pw.to_table(potential), labels.ravel(), w.ravel()
         return piecewise.pairwise_log_likelihood(potential, labels, node_weights=w)[0]
 
     def oracle(v):
         edges = crf_oracle.grid_edges(*(v[n] for n in NAMES[:4]), BOX)
-        edges = crf_oracle.with_evidence(edges, v["evidence"].reshape(-1, K))
+        edges = crf_oracle.with_unary(edges, v["unary_log_probs"].reshape(-1, K))
         return crf_oracle.pairwise_log_likelihood(edges, x.labels.ravel(), weights.ravel())[0]
 
     got, expected = jax.jit(jax.grad(loss))(arguments), numerical(oracle, arguments)
@@ -78,14 +79,14 @@ def test_pairwise_log_likelihood_of_a_table():
     labels = np.where(np.arange(5) == 2, 255, x.labels)
 
     def loss(scores):
-        return piecewise.pairwise_log_likelihood(pairwise.PairwiseTable(scores, x.p, x.q), labels)[0]
+        return piecewise.pairwise_log_likelihood(pw.PairwiseTable(scores, x.p, x.q), labels)[0]
 
     oracle = lambda s: crf_oracle.pairwise_log_likelihood(crf_oracle.table_edges(s, x.p, x.q), labels)[0]
     check(jax.jit(jax.grad(loss))(x.scores), crf_oracle.numerical_gradient(oracle, x.scores))
 
 
-@pytest.mark.parametrize(("encoding", "normalize"), [("factored", False), ("factored", True), ("table", True)])
-def test_mean_field_run(problem, encoding, normalize):
+@pytest.mark.parametrize(("encoding", "average"), [("factored", False), ("factored", True), ("table", True)])
+def test_mean_field_run(problem, encoding, average):
     """Of a linear function of the log marginals, by the unary, the relations' weights and all parts."""
     x = problem
     second = np.array([[-1, 0]])
@@ -93,27 +94,26 @@ def test_mean_field_run(problem, encoding, normalize):
     probe = np.random.default_rng(54).normal(size=(H, W, K)).astype(np.float32)
     arguments = {name: getattr(x, name) for name in ("unary", *NAMES[:4])}
     arguments["weights"] = np.array([0.2, -0.3], np.float32)
-    settings = dict(damping=0.25, normalize=normalize)
 
     def objective(v):
         parts = [v[n] for n in NAMES[:4]]
-        potentials = [pairwise.factored_pairwise(*parts, box) for box in (BOX, second)]
+        potentials = [pw.factored_pairwise(*parts, box) for box in (BOX, second)]
         unary, m = v["unary"], jnp.asarray(mask)
         if encoding == "table":
             potentials, unary, m = (
-                list(map(pairwise.to_table, potentials)),
+                list(map(pw.to_table, potentials)),
                 unary.reshape(H * W, K),
                 m.ravel(),
             )
-        log_q, _ = mean_field.run(unary, potentials, 2, v["weights"], node_mask=m, **settings)
+        settings = mean_field.Settings(num_iterations=2, weights=v["weights"], damping=0.25, average_messages=average)
+        log_q, _ = mean_field.run(unary, potentials, settings, node_mask=m)
         return jnp.sum(log_q.reshape(H, W, K) * probe)
 
     def oracle(v):
         parts = [v[n] for n in NAMES[:4]]
         relations = [crf_oracle.grid_edges(*parts, box) for box in (BOX, second)]
-        log_q, _ = crf_oracle.mean_field(
-            v["unary"].reshape(-1, K), relations, 2, weights=v["weights"], mask=mask.ravel(), **settings
-        )
+        settings = dict(weights=v["weights"], damping=0.25, normalize=average, mask=mask.ravel())
+        log_q, _ = crf_oracle.mean_field(v["unary"].reshape(-1, K), relations, 2, **settings)
         return (log_q * probe.reshape(-1, K)).sum()
 
     got, expected = jax.jit(jax.grad(objective))(arguments), numerical(oracle, arguments)
@@ -121,25 +121,25 @@ def test_mean_field_run(problem, encoding, normalize):
         check(got[name], expected[name])
 
 
-def test_evidence_has_no_gradient_through_mean_field(problem):
+def test_log_probs_of_the_unary_have_no_gradient_through_mean_field(problem):
     x = problem
 
-    def objective(evidence):
-        potential = pairwise.factored_pairwise(x.a, x.b, x.w2, x.b2, BOX, evidence)
+    def objective(unary_log_probs):
+        potential = pw.factored_pairwise(*x.parts, BOX, unary_log_probs)
         return jnp.sum(mean_field.run(x.unary, [potential])[0] ** 2)
 
-    assert not jax.jit(jax.grad(objective))(x.evidence).any()
+    assert not jax.jit(jax.grad(objective))(x.unary_log_probs).any()
 
 
 def test_zero_weights_have_finite_gradients(problem):
     """An edge weighs w_p w_q, at 0 too."""
     x = problem
-    potential = pairwise.factored_pairwise(x.a, x.b, x.w2, x.b2, BOX)
+    potential = pw.factored_pairwise(*x.parts, BOX)
     weights = np.arange(H * W, dtype=np.float32).reshape(H, W)
     loss = lambda w: piecewise.pairwise_log_likelihood(potential, x.labels, node_weights=w)[0]
     value, slope = jax.jit(jax.value_and_grad(loss))(weights)
     assert np.isfinite(slope).all()
-    edges = crf_oracle.grid_edges(x.a, x.b, x.w2, x.b2, BOX)
+    edges = crf_oracle.grid_edges(*x.parts, BOX)
     expected, _ = crf_oracle.pairwise_log_likelihood(edges, x.labels.ravel(), weights.ravel())
     np.testing.assert_allclose(value, expected, rtol=1e-4)
 
@@ -148,12 +148,12 @@ def test_works_under_x64(problem):
     """Every result is float32 by contract, and no scan carry changes its type."""
     x = problem
     with jax.enable_x64(True):
-        double = [jnp.asarray(v, jnp.float64) for v in (x.a, x.b, x.w2, x.b2)]
-        potential = pairwise.factored_pairwise(*double, BOX, jnp.asarray(x.evidence, jnp.float64))
+        double = [jnp.asarray(v, jnp.float64) for v in x.parts]
+        potential = pw.factored_pairwise(*double, BOX, jnp.asarray(x.unary_log_probs, jnp.float64))
         total, count = piecewise.pairwise_log_likelihood(potential, jnp.asarray(x.labels, jnp.int64))
-        log_q, info = mean_field.run(jnp.asarray(x.unary, jnp.float64), [potential], damping=0.5)
+        log_q, info = mean_field.run(jnp.asarray(x.unary, jnp.float64), [potential], mean_field.Settings(damping=0.5))
         dtypes = {v.dtype for v in (total, count, log_q, info.change)}
-    edges = crf_oracle.with_evidence(crf_oracle.grid_edges(x.a, x.b, x.w2, x.b2, BOX), x.evidence.reshape(-1, K))
+    edges = crf_oracle.with_unary(crf_oracle.grid_edges(*x.parts, BOX), x.unary_log_probs.reshape(-1, K))
     expected = crf_oracle.pairwise_log_likelihood(edges, x.labels.ravel())
     assert dtypes == {np.dtype("float32")}
     np.testing.assert_allclose((total, count), expected, rtol=1e-5)

@@ -1,18 +1,18 @@
 """Void nodes and padded cells change no loss, no gradient, no marginal, no metric, whatever they hold."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pwcrf_jax import mean_field, metrics, pairwise, piecewise
+import pwcrf_jax as pw
+from pwcrf_jax import mean_field, metrics, piecewise
 from reference import crf_oracle, random_problems
 
 H, W, K, M = 3, 4, 3, 4
 PAD = ((1, 2), (2, 1))  # rows above and below, columns left and right
 GARBAGE = 1e3
+SIGNS = {"unary": 1, "hidden_p": 1, "hidden_q": -0.5, "unary_log_probs": -1}  # of the garbage
 INSIDE = (slice(1, 1 + H), slice(2, 2 + W))
 BOXES = (
     np.array([[r, c] for r in (-1, 0, 1) for c in (-2, -1, 0, 1, 2) if (r, c) != (0, 0)]),
@@ -20,7 +20,7 @@ BOXES = (
 )
 
 
-run = jax.jit(functools.partial(mean_field.run, normalize=True))
+run = jax.jit(mean_field.run)
 
 
 def padded(x, garbage):
@@ -39,16 +39,14 @@ def problem():
 
 def surround(x, garbage):
     return x._replace(
-        **{n: padded(getattr(x, n), s * garbage) for n, s in (("unary", 1), ("a", 1), ("b", -0.5), ("evidence", -1))},
+        **{n: padded(getattr(x, n), s * garbage) for n, s in SIGNS.items()},
         labels=padded(x.labels, 255),
     )
 
 
-def make(x, encoding, evidence=True):
-    potentials = [
-        pairwise.factored_pairwise(x.a, x.b, x.w2, x.b2, box, x.evidence if evidence else None) for box in BOXES
-    ]
-    return potentials if encoding == "factored" else [pairwise.to_table(v) for v in potentials]
+def make(x, encoding, residual=True):
+    potentials = [pw.factored_pairwise(*x.parts, box, x.unary_log_probs if residual else None) for box in BOXES]
+    return potentials if encoding == "factored" else [pw.to_table(v) for v in potentials]
 
 
 def for_encoding(v, encoding, inner):
@@ -66,7 +64,7 @@ def test_padding_changes_no_loss_and_no_gradient(problem, encoding):
         return sum(t for t, _ in terms), jnp.array(terms)
 
     def evaluate(x):
-        parts = {n: getattr(x, n) for n in ("unary", "a", "b", "w2", "b2", "evidence")}
+        parts = {n: getattr(x, n) for n in ("unary", "hidden_p", "hidden_q", "kernel", "bias", "unary_log_probs")}
         return jax.jit(jax.grad(lambda v: loss(v, x, 0.7), has_aux=True))(parts)
 
     grads, terms = evaluate(problem)
@@ -74,7 +72,7 @@ def test_padding_changes_no_loss_and_no_gradient(problem, encoding):
     np.testing.assert_allclose(padded_terms, terms, rtol=1e-5)
     for name, grad in grads.items():
         got = np.asarray(padded_grads[name])
-        if name not in ("w2", "b2"):
+        if name not in ("kernel", "bias"):
             inside = got[INSIDE]
             outside = got.copy()
             outside[INSIDE] = 0
@@ -88,8 +86,8 @@ def test_padding_changes_no_marginal(problem, encoding):
     def infer(x, mask):
         unary = for_encoding(jnp.asarray(x.unary), encoding, True)
         node_mask = None if mask is None else for_encoding(jnp.asarray(mask), encoding, False)
-        settings = dict(weights=jnp.array([0.3, 0.6]), damping=0.2, node_mask=node_mask)
-        log_q, info = run(unary, make(x, encoding), **settings)
+        settings = mean_field.Settings(weights=jnp.array([0.3, 0.6]), damping=0.2, average_messages=True)
+        log_q, info = run(unary, make(x, encoding), settings, node_mask=node_mask)
         return log_q.reshape(x.unary.shape), info.change
 
     mask = np.random.default_rng(72).random((H, W)) > 0.2
@@ -108,12 +106,7 @@ def test_what_a_void_node_holds_changes_nothing(problem):
     """Scores and features of void nodes: any values, the same loss; and void is not the same as left in."""
     x = problem
     void = x.labels == 255
-    other = x._replace(
-        **{
-            n: np.where(void[..., None], 100.0, getattr(x, n)).astype(np.float32)
-            for n in ("unary", "a", "b", "evidence")
-        }
-    )
+    other = x._replace(**{n: np.where(void[..., None], 100.0, getattr(x, n)).astype(np.float32) for n in SIGNS})
 
     @jax.jit
     def loss(v, labels):
@@ -127,10 +120,10 @@ def test_what_a_void_node_holds_changes_nothing(problem):
 
 def test_labels_under_a_false_mask_are_not_read(problem):
     mask = problem.labels != 255
-    loss = jax.jit(pairwise.edge_log_likelihood)
+    loss = jax.jit(pw.likelihood.edge_log_likelihood)
     for potential, shape in ((make(problem, "factored")[0], (H, W)), (make(problem, "table")[0], (H * W,))):
         values = [
-            loss(potential, np.where(mask, problem.labels, garbage).reshape(shape), mask.reshape(shape))
+            loss(potential, np.where(mask, problem.labels, garbage).reshape(shape), node_mask=mask.reshape(shape))
             for garbage in (0, -7, 10**6)
         ]
         assert values[0] == values[1] == values[2]

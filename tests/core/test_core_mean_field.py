@@ -5,49 +5,58 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pwcrf_jax import mean_field, pairwise
+import pwcrf_jax as pw
+from pwcrf_jax import mean_field
+from pwcrf_jax.mean_field import Settings
 from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING, offsets
 from reference import crf_oracle, random_problems
 
-run = jax.jit(mean_field.run, static_argnames=("num_iterations", "normalize"))
-step = jax.jit(mean_field.step, static_argnames="normalize")
-messages = jax.jit(pairwise.messages)
+compiled_run, compiled_step = jax.jit(mean_field.run), jax.jit(mean_field.step)
+messages = jax.jit(pw.compute_messages)
 
 
-def grid_model(seed, height, width, classes=3, scale=1.0, evidence=True):
+def run(unary, potentials, node_mask=None, **settings):
+    return compiled_run(unary, potentials, Settings(**settings), node_mask=node_mask)
+
+
+def step(state, unary, potentials, node_mask=None, **settings):
+    return compiled_step(state, unary, potentials, Settings(**settings), node_mask=node_mask)
+
+
+def grid_model(seed, height, width, classes=3, scale=1.0, residual=True):
     """Two relations on one grid: unary [H, W, K], factored potentials, edge lists of the oracle."""
     potentials, relations = [], []
     for i, relation in enumerate((SURROUNDING, ABOVE_BELOW)):
         x = random_problems.grid_problem(seed + i, height, width, classes, scale=scale)
         box = offsets(relation, height, width)
-        potentials.append(pairwise.factored_pairwise(x.a, x.b, x.w2, x.b2, box, x.evidence if evidence else None))
-        relations.append(crf_oracle.grid_edges(x.a, x.b, x.w2, x.b2, box))
+        potentials.append(pw.factored_pairwise(*x.parts, box, x.unary_log_probs if residual else None))
+        relations.append(crf_oracle.grid_edges(*x.parts, box))
     return x.unary, potentials, relations
 
 
 @pytest.mark.parametrize("encoding", ["factored", "table"])
 @pytest.mark.parametrize(
-    ("weights", "damping", "normalize", "masked"),
+    ("weights", "damping", "average", "masked"),
     [
         (None, 0.0, False, False),
         ((0.3, -0.7), 0.0, False, True),
         (None, 0.5, True, True),
         ((0.1, 0.2), 0.25, False, False),
     ],
-    ids=["plain", "weighted-masked", "normalized-damped-masked", "weighted-damped"],
+    ids=["plain", "weighted-masked", "averaged-damped-masked", "weighted-damped"],
 )
-def test_step_and_run_match_the_oracle(weights, damping, normalize, masked, encoding):
+def test_step_and_run_match_the_oracle(weights, damping, average, masked, encoding):
     height, width, classes = 3, 4, 3
     unary, potentials, relations = grid_model(30, height, width)
     mask = np.random.default_rng(31).random((height, width)) > 0.3 if masked else None
     nodes = (height, width)
     if encoding == "table":
         nodes = (height * width,)
-        potentials = [pairwise.to_table(v) for v in potentials]
+        potentials = [pw.to_table(v) for v in potentials]
     reshape = lambda v: None if v is None else jnp.asarray(v).reshape(*nodes, *v.shape[2:])
     w = None if weights is None else jnp.array(weights)
-    settings = dict(damping=damping, normalize=normalize)
-    oracle = dict(settings, weights=weights, mask=None if mask is None else mask.ravel())
+    settings = dict(damping=damping, average_messages=average)
+    oracle = dict(damping=damping, normalize=average, weights=weights, mask=None if mask is None else mask.ravel())
     flat = unary.reshape(-1, classes)
 
     log_q, info = run(reshape(unary), potentials, num_iterations=3, weights=w, node_mask=reshape(mask), **settings)
@@ -63,8 +72,8 @@ def test_step_and_run_match_the_oracle(weights, damping, normalize, masked, enco
         reshape(start.reshape(unary.shape).astype(np.float32)),
         reshape(unary),
         potentials,
-        w,
         node_mask=reshape(mask),
+        weights=w,
         **settings,
     )
     expected, expected_change = crf_oracle.mean_field_step(start, flat, relations, **oracle)
@@ -86,7 +95,7 @@ def test_masked_nodes_keep_their_unary_and_influence_nobody():
 
 def test_change_leaves_masked_nodes_out():
     x = random_problems.graph_problem(45, nodes=3, edges=4)
-    table = pairwise.PairwiseTable(0.1 * x.scores, x.p, x.q)
+    table = pw.PairwiseTable(0.1 * x.scores, x.p, x.q)
     start = np.log(np.float32([[0.3, 0.3, 0.4], [0.3, 0.3, 0.4], [1 - 2e-6, 1e-6, 1e-6]]))
     unary = np.where(np.arange(3)[:, None] == 2, np.float32([0, 9, 0]), start)
     mask = np.array([True, True, False])
@@ -98,7 +107,7 @@ def test_change_leaves_masked_nodes_out():
 def test_messages_go_both_ways(sender):
     """One edge (0, 1). The receiver hears sum_l z[k, l] Q(l) as p, sum_k z[k, l] Q(k) as q, by hand."""
     z = np.array([[[0.0, 1.0], [2.0, 5.0]]], np.float32)
-    table = pairwise.PairwiseTable(z, np.array([0]), np.array([1]))
+    table = pw.PairwiseTable(z, np.array([0]), np.array([1]))
     marginals = np.array([[0.25, 0.75], [0.5, 0.5]], np.float32)
     message, count = messages(table, marginals)
     np.testing.assert_allclose(message[0], [0.5, 3.5])
@@ -106,11 +115,11 @@ def test_messages_go_both_ways(sender):
     assert count.tolist() == [1, 1]
     mask = np.array([True, True])
     mask[sender] = False
-    message, count = messages(table, marginals, mask)
+    message, count = messages(table, marginals, node_mask=mask)
     assert not message.any() and not count.any()
     # The same on a grid of one row: q is right of p.
     a = np.zeros((1, 2, 1), np.float32)
-    grid = pairwise.factored_pairwise(a, a, np.zeros((1, 2, 2), np.float32), z[0], np.array([[0, 1]]))
+    grid = pw.factored_pairwise(a, a, np.zeros((1, 2, 2), np.float32), z[0], np.array([[0, 1]]))
     message, count = messages(grid, marginals[None])
     np.testing.assert_allclose(message[0], [[0.5, 3.5], [1.5, 4.0]])
     assert count.tolist() == [[1, 1]]
@@ -118,7 +127,7 @@ def test_messages_go_both_ways(sender):
 
 @pytest.mark.parametrize("size", [(2, 2), (2, 3)], ids=str)
 def test_free_energy_is_above_minus_log_z(size):
-    unary, potentials, relations = grid_model(34, *size, scale=0.5, evidence=False)
+    unary, potentials, relations = grid_model(34, *size, scale=0.5, residual=False)
     edges, flat = relations[0] + relations[1], unary.reshape(-1, 3)
     log_z = crf_oracle.log_partition(flat, edges)
     start = np.float64(mean_field.init(unary).reshape(-1, 3))
@@ -145,9 +154,11 @@ def test_marginals_approach_the_enumerated_ones_for_weak_couplings():
 @pytest.mark.parametrize("damping", [0.0, 0.5])
 def test_zero_pairwise_is_the_softmax_of_the_unary(damping):
     x = random_problems.grid_problem(36, 3, 3)
-    zero = pairwise.factored_pairwise(x.a, x.b, 0 * x.w2, 0 * x.b2, offsets(SURROUNDING, 3, 3), x.evidence)
+    zero = pw.factored_pairwise(
+        x.hidden_p, x.hidden_q, 0 * x.kernel, 0 * x.bias, offsets(SURROUNDING, 3, 3), x.unary_log_probs
+    )
     expected = crf_oracle.log_softmax(x.unary)
-    table = pairwise.to_table(zero)
+    table = pw.to_table(zero)
     for unary, potentials in (
         (x.unary, [zero]),
         (x.unary, []),
@@ -163,23 +174,23 @@ def test_zero_pairwise_is_the_softmax_of_the_unary(damping):
 def test_constant_scores_and_zero_weights_change_nothing():
     x = random_problems.grid_problem(37, 3, 3)
     box = offsets(SURROUNDING, 3, 3)
-    constant = pairwise.factored_pairwise(x.a, x.b, 0 * x.w2, 0 * x.b2 + 7, box)
-    strong = pairwise.factored_pairwise(x.a, x.b, x.w2, x.b2, box)
+    constant = pw.factored_pairwise(x.hidden_p, x.hidden_q, 0 * x.kernel, 0 * x.bias + 7, box)
+    strong = pw.factored_pairwise(*x.parts, box)
     expected = jax.nn.log_softmax(x.unary)
     np.testing.assert_allclose(run(x.unary, [constant])[0], expected, atol=1e-4)
     np.testing.assert_allclose(run(x.unary, [strong], weights=jnp.zeros(1))[0], expected, atol=1e-6)
 
 
-def test_normalize_makes_the_weight_independent_of_the_number_of_neighbours():
-    """All edges alike and all nodes alike: with `normalize` any box gives one node's worth of message."""
+def test_averages_make_the_weight_independent_of_the_number_of_neighbours():
+    """All edges alike and all nodes alike: with `average_messages` any box gives one node's worth of message."""
     unary = np.zeros((5, 5, 2), np.float32) + np.float32([0.3, 0.0])
     a = np.zeros((5, 5, 1), np.float32)
-    b2 = np.float32([[0.1, 0.0], [0.0, 0.1]])
+    bias = np.float32([[0.1, 0.0], [0.0, 0.1]])
     results = []
     for radius in (1, 4):
         box = [(r, c) for r in range(-radius, radius + 1) for c in range(-radius, radius + 1) if (r, c) != (0, 0)]
-        potential = pairwise.factored_pairwise(a, a, np.zeros((1, 2, 2), np.float32), b2, np.array(box))
-        results.append(run(unary, [potential], num_iterations=2, normalize=True)[0])
+        potential = pw.factored_pairwise(a, a, np.zeros((1, 2, 2), np.float32), bias, np.array(box))
+        results.append(run(unary, [potential], num_iterations=2, average_messages=True)[0])
     assert np.ptp(run(unary, [potential], num_iterations=2)[0] - results[0]) > 0.1
     np.testing.assert_allclose(results[0], results[1], atol=1e-5)
 
@@ -187,7 +198,7 @@ def test_normalize_makes_the_weight_independent_of_the_number_of_neighbours():
 def test_strong_couplings_flip_for_ever_unless_damped():
     """Two nodes that want to agree and start apart exchange their labels in each parallel update."""
     unary = np.float32([[1.0, 0.0], [0.0, 1.0]])
-    table = pairwise.PairwiseTable(4 * np.eye(2, dtype=np.float32)[None], np.array([0]), np.array([1]))
+    table = pw.PairwiseTable(4 * np.eye(2, dtype=np.float32)[None], np.array([0]), np.array([1]))
     _, wild = run(unary, [table], num_iterations=40)
     assert wild.change[-1] > 0.9
     # Damping settles: with a nudge to break the tie, on the label that the nudge prefers.
@@ -202,11 +213,11 @@ def test_batches_equal_single_images():
     x = random_problems.grid_problem(38, 3, 4, batch=(2,))
     mask = np.random.default_rng(39).random((2, 3, 4)) > 0.2
     box = offsets(SURROUNDING, 3, 4)
-    make = lambda a, b: pairwise.factored_pairwise(a, b, x.w2, x.b2, box)
-    log_q, info = run(x.unary, [make(x.a, x.b)], node_mask=mask, normalize=True)
+    make = lambda a, b: pw.factored_pairwise(a, b, x.kernel, x.bias, box)
+    log_q, info = run(x.unary, [make(x.hidden_p, x.hidden_q)], node_mask=mask, average_messages=True)
     assert info.change.shape == (3, 2)
     for i in range(2):  # the second image reuses the first's compilation
-        single, one = run(x.unary[i], [make(x.a[i], x.b[i])], node_mask=mask[i], normalize=True)
+        single, one = run(x.unary[i], [make(x.hidden_p[i], x.hidden_q[i])], node_mask=mask[i], average_messages=True)
         np.testing.assert_allclose(log_q[i], single, atol=1e-5)
         np.testing.assert_allclose(info.change[:, i], one.change, atol=1e-6)
 
@@ -239,12 +250,24 @@ def test_bfloat16_unary_gives_a_float32_state():
     np.testing.assert_allclose(log_q, run(half.astype(jnp.float32), potentials)[0], atol=1e-5)
 
 
+def test_settings_are_a_pytree_of_weights_and_damping():
+    unary, potentials, _ = grid_model(47, 2, 3)
+    settings = Settings(weights=(0.5, 0.2), damping=0.3, num_iterations=2)
+    leaves, tree = jax.tree.flatten(settings)
+    assert leaves == [0.5, 0.2, 0.3] and jax.tree.unflatten(tree, leaves) == settings
+    loss = lambda settings: jnp.sum(mean_field.run(unary, potentials, settings)[0][..., 0])
+    grads = jax.grad(loss)(settings)  # a tree of `Settings`, whatever its numbers
+    assert type(grads) is Settings and grads.num_iterations == 2 and all(jax.tree.leaves(grads))
+    damping = jnp.array([0.0, 0.4])
+    many = jax.vmap(lambda d: loss(Settings(damping=d)))(damping)
+    np.testing.assert_allclose(many, [loss(Settings(damping=d)) for d in (0.0, 0.4)], rtol=1e-5)
+
+
 def test_refused_arguments():
     unary, potentials, _ = grid_model(44, 2, 3)
-    table = pairwise.to_table(potentials[0])
+    table = pw.to_table(potentials[0])
     for arguments, match in (
         (dict(potentials=[potentials[0], table]), "mix PairwiseTable and FactoredPairwise"),
-        (dict(num_iterations=-1), "at least 0, got -1"),
         (dict(weights=[1.0]), "expected 2 weights, one a potential, got 1"),
         (dict(weights=jnp.ones(3)), "expected 2 weights, one a potential, got 3"),
         (dict(damping=1.0), r"damping must lie in \[0, 1\), got 1.0"),
@@ -254,5 +277,20 @@ def test_refused_arguments():
         (dict(unary=unary.reshape(6, 3)[:, :2], potentials=[table]), "2 classes, a potential has 3"),
         (dict(unary=unary.transpose(1, 0, 2)), r"unary grid is \(3, 2\), a potential's is \(2, 3\)"),
     ):
+        given = dict(unary=unary, potentials=potentials) | arguments
         with pytest.raises(ValueError, match=match):
-            mean_field.run(**{**dict(unary=unary, potentials=potentials), **arguments})
+            mean_field.run(given.pop("unary"), given.pop("potentials"), Settings(**given))
+
+
+@pytest.mark.parametrize(
+    ("setting", "match"),
+    [
+        (dict(num_iterations=-1), "at least 0, got -1"),
+        (dict(algorithm="tables"), r"algorithm must be one of .*'tables'"),
+        (dict(chunk_edges=0), "chunk_edges must be at least 1.*got 0"),
+    ],
+    ids=str,
+)
+def test_static_settings_are_refused_where_they_are_made(setting, match):
+    with pytest.raises(ValueError, match=match):
+        Settings(**setting)

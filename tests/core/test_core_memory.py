@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pwcrf_jax import mean_field, pairwise, piecewise
+import pwcrf_jax as pw
+from pwcrf_jax import mean_field, piecewise
 
 H, W, K, M = 16, 18, 12, 24
 CHUNK = 16 * W  # by default all edges of a map so small would be few chunks
@@ -29,7 +30,7 @@ def temporaries(objective, box, gradient=True):
 
 
 def factored(parts, labels, box, **settings):
-    potential = pairwise.factored_pairwise(*parts[:4], box, parts[4])
+    potential = pw.factored_pairwise(*parts[:4], box, parts[4])
     return piecewise.pairwise_log_likelihood(potential, labels, chunk_edges=CHUNK, **settings)[0]
 
 
@@ -38,18 +39,19 @@ def sampled(parts, labels, box):
 
 
 def table(parts, labels, box):
-    potential = pairwise.to_table(pairwise.factored_pairwise(*parts[:4], box, parts[4]))
+    potential = pw.to_table(pw.factored_pairwise(*parts[:4], box, parts[4]))
     return piecewise.pairwise_log_likelihood(potential, labels.ravel())[0]
 
 
 def messages(parts, labels, box):
-    potential = pairwise.factored_pairwise(*parts[:4], box)
-    return pairwise.messages(potential, jax.nn.softmax(parts[4]), chunk_edges=CHUNK)[0]
+    potential = pw.factored_pairwise(*parts[:4], box)
+    return pw.compute_messages(potential, jax.nn.softmax(parts[4]), chunk_edges=CHUNK)[0]
 
 
-def inference(parts, labels, box, route="folded"):
-    potential = pairwise.factored_pairwise(*parts[:4], box)
-    return jnp.sum(mean_field.run(parts[4], [potential], 2, route=route, chunk_edges=CHUNK)[0] ** 2)
+def inference(parts, labels, box, algorithm="factored"):
+    potential = pw.factored_pairwise(*parts[:4], box)
+    settings = mean_field.Settings(num_iterations=2, algorithm=algorithm, chunk_edges=CHUNK)
+    return jnp.sum(mean_field.run(parts[4], [potential], settings)[0] ** 2)
 
 
 def inference_from_a_table(parts, labels, box):

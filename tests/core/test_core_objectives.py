@@ -5,12 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pwcrf_jax import mean_field, objectives, pairwise, piecewise
+import pwcrf_jax as pw
+from pwcrf_jax import mean_field, objectives, piecewise
+from pwcrf_jax.mean_field import Settings
 from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING, offsets
 from reference import crf_oracle, random_problems
 
 H, W, K = 2, 3, 3
 WEIGHTS = (0.7, -0.4)
+PARTS = ("hidden_p", "hidden_q", "kernel", "bias")
 
 
 def model(seed, scale=1.0):
@@ -19,15 +22,19 @@ def model(seed, scale=1.0):
     for i, (relation, weight) in enumerate(zip((SURROUNDING, ABOVE_BELOW), WEIGHTS, strict=True)):
         x = random_problems.grid_problem(seed + i, H, W, K, scale=scale)
         box = offsets(relation, H, W)
-        potentials.append(pairwise.factored_pairwise(x.a, x.b, x.w2, x.b2, box, x.evidence))
-        edges += [e._replace(scores=weight * e.scores) for e in crf_oracle.grid_edges(x.a, x.b, x.w2, x.b2, box)]
+        potentials.append(pw.factored_pairwise(*x.parts, box, x.unary_log_probs))
+        edges += [e._replace(scores=weight * e.scores) for e in crf_oracle.grid_edges(*x.parts, box)]
     labels = x.labels.copy()
     labels[1, 1] = 255
     return x.unary, potentials, labels, edges
 
 
+def parts(potential):
+    return [getattr(potential, name) for name in PARTS]
+
+
 def as_tables(unary, potentials, labels):
-    return unary.reshape(-1, K), [pairwise.to_table(p) for p in potentials], labels.reshape(-1)
+    return unary.reshape(-1, K), [pw.to_table(p) for p in potentials], labels.reshape(-1)
 
 
 def pseudo_oracle(unary, edges, labels):
@@ -50,13 +57,13 @@ def test_pseudo_likelihood_is_the_conditional_of_each_label(encoding):
     unary, potentials, labels, edges = model(1)
     expected = pseudo_oracle(unary, edges, labels)
     arguments = (unary, potentials, labels) if encoding == "factored" else as_tables(unary, potentials, labels)
-    got = jax.jit(lambda *a: objectives.pseudo_log_likelihood(*a, weights=WEIGHTS))(*arguments)
+    got = jax.jit(lambda *a: objectives.pseudo_log_likelihood(*a, Settings(weights=WEIGHTS)))(*arguments)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 def test_pseudo_likelihood_with_mean_messages_and_node_weights():
     unary, potentials, labels, _ = model(2)
-    relations = [[e for e in crf_oracle.grid_edges(p.a, p.b, p.w2, p.b2, p.offsets)] for p in potentials]
+    relations = [[e for e in crf_oracle.grid_edges(*parts(p), p.offsets)] for p in potentials]
     known = labels.ravel() != 255
     truth = np.log(np.where(np.eye(K)[np.where(known, labels.ravel(), 0)], 1.0, 1e-300))
     log_p, _ = crf_oracle.mean_field_step(
@@ -65,7 +72,11 @@ def test_pseudo_likelihood_with_mean_messages_and_node_weights():
     node_weights = np.random.default_rng(3).uniform(0.5, 2, labels.shape).astype(np.float32)
     expected = crf_oracle.unary_log_likelihood(log_p, labels.ravel(), node_weights.ravel())
     got = objectives.pseudo_log_likelihood(
-        unary, potentials, labels, WEIGHTS, normalize=True, node_weights=jnp.asarray(node_weights)
+        unary,
+        potentials,
+        labels,
+        Settings(weights=WEIGHTS, average_messages=True),
+        node_weights=jnp.asarray(node_weights),
     )
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
@@ -73,16 +84,15 @@ def test_pseudo_likelihood_with_mean_messages_and_node_weights():
 @pytest.mark.parametrize("iterations", [0, 1, 3])
 def test_unrolled_is_the_log_marginal_of_the_truth(iterations):
     unary, potentials, labels, _ = model(4)
-    relations = [crf_oracle.grid_edges(p.a, p.b, p.w2, p.b2, p.offsets) for p in potentials]
+    relations = [crf_oracle.grid_edges(*parts(p), p.offsets) for p in potentials]
     mask = np.ones((H, W), bool)
     mask[0, 0] = False
     log_q, _ = crf_oracle.mean_field(
         unary.reshape(-1, K), relations, iterations, weights=WEIGHTS, damping=0.3, normalize=True, mask=mask.ravel()
     )
     scored = np.where(mask, labels, 255).ravel()
-    got = objectives.unrolled_log_likelihood(
-        unary, potentials, labels, iterations, WEIGHTS, 0.3, True, node_mask=jnp.asarray(mask)
-    )
+    settings = Settings(num_iterations=iterations, weights=WEIGHTS, damping=0.3, average_messages=True)
+    got = objectives.unrolled_log_likelihood(unary, potentials, labels, settings, node_mask=jnp.asarray(mask))
     np.testing.assert_allclose(got, crf_oracle.unary_log_likelihood(log_q, scored), rtol=1e-5)
     assert float(got[1]) == (scored != 255).sum() == H * W - 2
 
@@ -95,7 +105,7 @@ def test_exact_likelihood_by_enumeration(encoding):
     agrees = [all(a in (b, 255) for a, b in zip(labels.ravel(), y, strict=True)) for y in every]
     expected = crf_oracle.log_sum_exp(scores[agrees]) - crf_oracle.log_sum_exp(scores)
     arguments = (unary, potentials, labels) if encoding == "factored" else as_tables(unary, potentials, labels)
-    got = objectives.exact_log_likelihood(*arguments, weights=WEIGHTS)
+    got = objectives.exact_log_likelihood(*arguments, Settings(weights=WEIGHTS))
     np.testing.assert_allclose(got, (expected, H * W - 1), rtol=1e-5)
 
 
@@ -112,7 +122,7 @@ def test_without_potentials_all_are_the_unary():
 
 def test_evidence_plays_no_part():
     unary, potentials, labels, _ = model(7)
-    bare = [pairwise.factored_pairwise(p.a, p.b, p.w2, p.b2, p.offsets) for p in potentials]
+    bare = [pw.factored_pairwise(*parts(p), p.offsets) for p in potentials]
     for objective in (
         objectives.pseudo_log_likelihood,
         objectives.unrolled_log_likelihood,
@@ -126,17 +136,20 @@ def test_the_exact_likelihood_is_bounded_by_mean_field_and_pseudo_likelihood_is_
     unary, potentials, labels, edges = model(8, scale=0.3)
     labels = np.where(labels == 255, 0, labels)
     flat = unary.reshape(-1, K)
-    score = crf_oracle.log_score(labels.ravel(), flat, edges)
-    log_z = score - float(objectives.exact_log_likelihood(unary, potentials, labels, WEIGHTS)[0])
-    log_q, _ = mean_field.run(unary, potentials, 30, WEIGHTS, 0.5)
+    score, settings = crf_oracle.log_score(labels.ravel(), flat, edges), Settings(weights=WEIGHTS)
+    log_z = score - float(objectives.exact_log_likelihood(unary, potentials, labels, settings)[0])
+    damped = Settings(num_iterations=30, weights=WEIGHTS, damping=0.5)
+    log_q, _ = mean_field.run(unary, potentials, damped)
     assert log_z >= -crf_oracle.free_energy(np.asarray(log_q, np.float64).reshape(-1, K), flat, edges) - 1e-4
     hidden = labels.copy()
     hidden[0, 1] = 255
-    whole, others = (float(objectives.exact_log_likelihood(unary, potentials, y, WEIGHTS)[0]) for y in (labels, hidden))
+    whole, others = (
+        float(objectives.exact_log_likelihood(unary, potentials, y, settings)[0]) for y in (labels, hidden)
+    )
     # The conditional of that node alone: all others weigh nothing.
     only = np.zeros((H, W), np.float32)
     only[0, 1] = 1
-    conditional = objectives.pseudo_log_likelihood(unary, potentials, labels, WEIGHTS, node_weights=jnp.asarray(only))
+    conditional = objectives.pseudo_log_likelihood(unary, potentials, labels, settings, node_weights=jnp.asarray(only))
     assert whole - others == pytest.approx(float(conditional[0]), abs=1e-4)
 
 
@@ -155,9 +168,6 @@ def oracle_value(name, v, labels):
     return crf_oracle.log_sum_exp(scores[agrees]) - crf_oracle.log_sum_exp(scores)
 
 
-PARTS = ("a", "b", "w2", "b2")
-
-
 @pytest.mark.parametrize("name", ["pseudo", "unrolled", "exact"])
 def test_gradients(name):
     """Along a random direction of each argument, against central differences in float64."""
@@ -167,12 +177,14 @@ def test_gradients(name):
     point |= {"unary": unary, "weights": np.float32(WEIGHTS)}
 
     def value(v):
-        changed = [pairwise.factored_pairwise(*(v[f"{n}{i}"] for n in PARTS), boxes[i]) for i in (0, 1)]
+        changed = [pw.factored_pairwise(*(v[f"{n}{i}"] for n in PARTS), boxes[i]) for i in (0, 1)]
+        settings = Settings(weights=v["weights"])
         if name == "exact":
-            return objectives.exact_log_likelihood(v["unary"], changed, labels, v["weights"])[0]
+            return objectives.exact_log_likelihood(v["unary"], changed, labels, settings)[0]
         if name == "pseudo":
-            return objectives.pseudo_log_likelihood(v["unary"], changed, labels, v["weights"])[0]
-        return objectives.unrolled_log_likelihood(v["unary"], changed, labels, 2, v["weights"], 0.2, True)[0]
+            return objectives.pseudo_log_likelihood(v["unary"], changed, labels, settings)[0]
+        settings = Settings(num_iterations=2, weights=v["weights"], damping=0.2, average_messages=True)
+        return objectives.unrolled_log_likelihood(v["unary"], changed, labels, settings)[0]
 
     got = jax.jit(jax.grad(value))(point)
     rng, step = np.random.default_rng(10), 1e-5
@@ -193,9 +205,11 @@ def test_refused():
         objectives.exact_log_likelihood(unary, potentials, labels.T)
     for objective in (objectives.pseudo_log_likelihood, objectives.exact_log_likelihood):
         with pytest.raises(ValueError, match="expected 2 weights, one a potential, got 1"):
-            objective(unary, potentials, labels, weights=(1.0,))
+            objective(unary, potentials, labels, Settings(weights=(1.0,)))
         with pytest.raises(ValueError, match="classes"):
             objective(unary[..., :2], potentials, labels)
+    with pytest.raises(ValueError, match="sums of messages: expected average_messages=False, got True"):
+        objectives.exact_log_likelihood(unary, potentials, labels, Settings(average_messages=True))
     big = np.zeros((4, 4, 3), np.float32)
     with pytest.raises(ValueError, match="3 classes on 16 nodes are more than 1048576 labellings"):
         objectives.exact_log_likelihood(big, [], np.zeros((4, 4), int))

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pwcrf_jax import pairwise, piecewise
+import pwcrf_jax as pw
+from pwcrf_jax import piecewise
 from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING, offsets
 from reference import crf_oracle, random_problems
 
@@ -16,25 +17,25 @@ ll_unary = jax.jit(piecewise.unary_log_likelihood, static_argnames="void")
 ll_pairwise = jax.jit(piecewise.pairwise_log_likelihood, static_argnames="void")
 
 
-def relation_potential(x, relation, evidence=False):
-    box = offsets(relation, *x.a.shape[:2])
-    potential = pairwise.factored_pairwise(x.a, x.b, x.w2, x.b2, box, x.evidence if evidence else None)
-    edges = crf_oracle.grid_edges(x.a, x.b, x.w2, x.b2, box)
-    if evidence:
-        edges = crf_oracle.with_evidence(edges, x.evidence.reshape(-1, x.evidence.shape[-1]))
+def relation_potential(x, relation, residual=False):
+    box = offsets(relation, *x.hidden_p.shape[:2])
+    potential = pw.factored_pairwise(*x.parts, box, x.unary_log_probs if residual else None)
+    edges = crf_oracle.grid_edges(*x.parts, box)
+    if residual:
+        edges = crf_oracle.with_unary(edges, x.unary_log_probs.reshape(-1, x.unary_log_probs.shape[-1]))
     return potential, edges
 
 
-@pytest.mark.parametrize("evidence", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("size", GRIDS, ids=str)
-def test_piecewise_bounds_the_enumerated_likelihood(size, evidence):
+def test_piecewise_bounds_the_enumerated_likelihood(size, residual):
     """Z = sum_y prod_f psi_f <= prod_f sum psi_f, so over *all* factors -log P_piecewise >= -log P."""
     x = random_problems.grid_problem(11, *size)
     unary, labels = x.unary.reshape(-1, 3), x.labels.ravel()
     terms, all_edges = [ll_unary(x.unary, x.labels)], []
     np.testing.assert_allclose(terms[0], crf_oracle.unary_log_likelihood(unary, labels), rtol=1e-5)
     for relation in (SURROUNDING, ABOVE_BELOW):
-        potential, edges = relation_potential(x, relation, evidence)
+        potential, edges = relation_potential(x, relation, residual)
         terms.append(ll_pairwise(potential, x.labels))
         np.testing.assert_allclose(terms[-1], crf_oracle.pairwise_log_likelihood(edges, labels), rtol=1e-5)
         assert terms[-1][1] == len(edges) > 0
@@ -57,20 +58,20 @@ def test_piecewise_bound_is_tight_for_no_labelling_only_by_luck():
         np.testing.assert_allclose(got, crf_oracle.exact_log_likelihood(y, unary, edges) - gap, rtol=1e-5)
 
 
-@pytest.mark.parametrize("evidence", [False, True])
-def test_factors_that_share_no_variable_are_exact(evidence):
+@pytest.mark.parametrize("residual", [False, True])
+def test_factors_that_share_no_variable_are_exact(residual):
     """Isolated edges without a unary, or a unary without edges: then piecewise is the likelihood itself."""
     x = random_problems.grid_problem(13, 3, 2)
     # Three edges that share no node: each cell of the left column with its right neighbour.
-    potential = pairwise.factored_pairwise(x.a, x.b, x.w2, x.b2, np.array([[0, 1]]), x.evidence if evidence else None)
-    edges = crf_oracle.grid_edges(x.a, x.b, x.w2, x.b2, [(0, 1)])
+    potential = pw.factored_pairwise(*x.parts, np.array([[0, 1]]), x.unary_log_probs if residual else None)
+    edges = crf_oracle.grid_edges(*x.parts, [(0, 1)])
     assert sorted([e.p for e in edges] + [e.q for e in edges]) == list(range(6))
-    if evidence:
-        edges = crf_oracle.with_evidence(edges, x.evidence.reshape(6, 3))
+    if residual:
+        edges = crf_oracle.with_unary(edges, x.unary_log_probs.reshape(6, 3))
     labels, zeros = x.labels.ravel(), np.zeros((6, 3))
     exact = crf_oracle.exact_log_likelihood(labels, zeros, edges)
     np.testing.assert_allclose(ll_pairwise(potential, x.labels)[0], exact, rtol=1e-5)
-    table = pairwise.to_table(potential)
+    table = pw.to_table(potential)
     np.testing.assert_allclose(ll_pairwise(table, labels)[0], exact, rtol=1e-5)
     # The graph's unary and pairwise factors together share variables: strictly above.
     unary = x.unary.reshape(6, 3)
@@ -89,7 +90,7 @@ def test_parallel_edges_on_one_pair_are_factors_of_their_own():
     """Edges (0,1) twice and (1,0) once share variables: three softmaxes, not one."""
     x = random_problems.graph_problem(15, nodes=2, edges=3)
     p, q = np.array([0, 0, 1]), np.array([1, 1, 0])
-    table = pairwise.PairwiseTable(jnp.asarray(x.scores), p, q)
+    table = pw.PairwiseTable(jnp.asarray(x.scores), p, q)
     edges = crf_oracle.table_edges(x.scores, p, q)
     got, count = ll_pairwise(table, x.labels)
     np.testing.assert_allclose(got, crf_oracle.pairwise_log_likelihood(edges, x.labels)[0], rtol=1e-5)
@@ -108,9 +109,9 @@ def test_void_and_weights_match_the_oracle(void):
     got = ll_unary(x.unary, labels, void=void, node_weights=weights)
     expected = crf_oracle.unary_log_likelihood(x.unary.reshape(12, 3), flat, w, void)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
-    potential, edges = relation_potential(x, SURROUNDING, evidence=True)
+    potential, edges = relation_potential(x, SURROUNDING, residual=True)
     expected = crf_oracle.pairwise_log_likelihood(edges, flat, w, void)
-    for pot, shape in ((potential, (3, 4)), (pairwise.to_table(potential), (12,))):
+    for pot, shape in ((potential, (3, 4)), (pw.to_table(potential), (12,))):
         got = ll_pairwise(pot, labels.reshape(shape), void=void, node_weights=weights.reshape(shape))
         np.testing.assert_allclose(got, expected, rtol=1e-5)
 
@@ -124,12 +125,12 @@ def test_all_void_is_zero_of_nothing_with_a_zero_gradient():
     @jax.grad
     def gradient(parts):
         unary, a = parts
-        potential = pairwise.factored_pairwise(a, x.b, x.w2, x.b2, box)
+        potential = pw.factored_pairwise(a, x.hidden_q, x.kernel, x.bias, box)
         return ll_unary(unary, labels)[0] + ll_pairwise(potential, labels)[0]
 
-    potential = pairwise.factored_pairwise(x.a, x.b, x.w2, x.b2, box)
+    potential = pw.factored_pairwise(*x.parts, box)
     assert ll_unary(x.unary, labels) == ll_pairwise(potential, labels) == (0, 0)
-    assert not any(g.any() for g in gradient((x.unary, x.a)))
+    assert not any(g.any() for g in gradient((x.unary, x.hidden_p)))
 
 
 def test_batch_sums_over_images():
@@ -137,12 +138,12 @@ def test_batch_sums_over_images():
     labels = x.labels.copy()
     labels[1, 0, :2] = 255
     box = offsets(SURROUNDING, 2, 3)
-    make = lambda a, b, e: pairwise.factored_pairwise(a, b, x.w2, x.b2, box, e)
+    make = lambda a, b, e: pw.factored_pairwise(a, b, x.kernel, x.bias, box, e)
     for got, single in (
         (ll_unary(x.unary, labels), [ll_unary(x.unary[i], labels[i]) for i in range(3)]),
         (
-            ll_pairwise(make(x.a, x.b, x.evidence), labels),
-            [ll_pairwise(make(x.a[i], x.b[i], x.evidence[i]), labels[i]) for i in range(3)],
+            ll_pairwise(make(x.hidden_p, x.hidden_q, x.unary_log_probs), labels),
+            [ll_pairwise(make(x.hidden_p[i], x.hidden_q[i], x.unary_log_probs[i]), labels[i]) for i in range(3)],
         ),
     ):
         np.testing.assert_allclose(got, np.sum(single, axis=0), rtol=1e-5)
@@ -162,7 +163,7 @@ def test_large_scores_do_not_overflow():
     labels = np.array([0, 1])
     total, _ = ll_unary(np.array([[1e4, -1e4], [1e4, -1e4]], np.float32), labels)
     assert total == -2e4
-    table = pairwise.PairwiseTable(np.array([[[1e4, 0], [0, -1e4]]], np.float32), np.array([0]), np.array([1]))
+    table = pw.PairwiseTable(np.array([[[1e4, 0], [0, -1e4]]], np.float32), np.array([0]), np.array([1]))
     assert ll_pairwise(table, labels)[0] == -1e4
 
 
@@ -184,7 +185,7 @@ def test_refused_labels(labels, match):
         piecewise.pairwise_log_likelihood(potential, labels)
     if labels.dtype == np.float32:
         with pytest.raises(ValueError, match=match):
-            piecewise.pairwise_log_likelihood(pairwise.to_table(potential), labels.ravel())
+            piecewise.pairwise_log_likelihood(pw.to_table(potential), labels.ravel())
 
 
 # --- balancing -------------------------------------------------------------------------------------

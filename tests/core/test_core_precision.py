@@ -37,7 +37,7 @@ def test_products_of_float32_are_float32(name, platform):
         assert {precision for precision, _ in found} == {("HIGHEST", "HIGHEST")}
 
 
-@pytest.mark.parametrize("name", ["pairs", "messages", "run-folded", "run-table"])
+@pytest.mark.parametrize("name", ["pairs", "messages", "run-factored", "run-table"])
 def test_products_of_bfloat16_run_at_full_speed(name):
     found = products(BATCHED[name], batch(122, jnp.bfloat16), platform="tpu")
     half = {precision for precision, dtypes in found if "bf16" in dtypes}

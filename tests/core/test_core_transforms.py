@@ -8,20 +8,22 @@ import numpy as np
 import pytest
 from rows import full_row
 
-import pwcrf_jax
+import pwcrf_jax as pw
 from pwcrf_jax import (
     costs,
     dense_crf,
     gaussian,
+    likelihood,
     mean_field,
+    messages,
     metrics,
     objectives,
-    pairwise,
     permutohedral,
     piecewise,
-    planning,
+    potentials,
     relations,
 )
+from pwcrf_jax.model import plan
 from reference import random_problems
 
 H, W, K, M = 3, 4, 3, 4
@@ -51,12 +53,14 @@ def inputs(seed):
     )
 
 
-def grid(v, evidence=True):
-    return pairwise.factored_pairwise(v["a"], v["b"], v["w2"], v["b2"], BOX, v["evidence"] if evidence else None)
+def grid(v, residual=True):
+    return pw.factored_pairwise(
+        v["hidden_p"], v["hidden_q"], v["kernel"], v["bias"], BOX, v["unary_log_probs"] if residual else None
+    )
 
 
-def table(v, evidence=True):
-    return pairwise.to_table(grid(v, evidence))
+def table(v, residual=True):
+    return pw.to_table(grid(v, residual))
 
 
 def nodes(v, name):
@@ -64,30 +68,35 @@ def nodes(v, name):
 
 
 def sample(v):
-    return pairwise.sample_offsets(v["key"], len(BOX), 3)
+    return pw.sample_offsets(v["key"], len(BOX), 3)
 
 
 def stored(v):
-    return pairwise.prepare_messages(grid(v), 3, "table")
+    return pw.prepare_messages(grid(v), 3, algorithm="table")
 
 
 def lattice(v):
-    return permutohedral.build(nodes(v, "a"), nodes(v, "mask"), capacity=H * W * (M + 1))
+    return permutohedral.build(nodes(v, "hidden_p"), nodes(v, "mask"), capacity=H * W * (M + 1))
 
 
 def corner(v):
     """Two rows of the grid: few enough labellings to enumerate."""
-    return pairwise.factored_pairwise(v["a"][:2], v["b"][:2], v["w2"], v["b2"], ((0, 1), (1, 0)))
+    return pw.factored_pairwise(v["hidden_p"][:2], v["hidden_q"][:2], v["kernel"], v["bias"], ((0, 1), (1, 0)))
 
 
 def refine(v, method):
-    params = dense_crf.Params(v["w2"][0], v["sigmas"], v["sigmas"][0], 2 * v["sigmas"], 30 * v["sigmas"][1])
+    params = dense_crf.Params(v["kernel"][0], v["sigmas"], v["sigmas"][0], 2 * v["sigmas"], 30 * v["sigmas"][1])
     unary = jax.nn.log_softmax(v["unary"])
     return dense_crf.refine(unary, v["colours"], params, 2, mask=v["mask"], method=method, capacity=6 * H * W)
 
 
-def mean_field_settings(v, masks):
-    return dict(weights=v["relation_weights"], damping=v["damping"], normalize=True, node_mask=masks)
+def compute_messages(v, potential, **settings):
+    return pw.compute_messages(potential, jax.nn.softmax(v["unary"]), node_mask=v["mask"], **settings)
+
+
+def of(v, **changes):
+    given = dict(weights=v["relation_weights"], damping=v["damping"], average_messages=True)
+    return mean_field.Settings(**given | changes)
 
 
 CASES = {
@@ -98,53 +107,67 @@ CASES = {
         grid(v), v["labels"], node_weights=v["weights"]
     ),
     "pairwise_log_likelihood-table": lambda v: piecewise.pairwise_log_likelihood(table(v), nodes(v, "labels")),
-    "edge_log_likelihood": lambda v: pairwise.edge_log_likelihood(grid(v, False), v["labels"], v["mask"], void=255),
-    "edge_log_likelihood-chunks": lambda v: pairwise.edge_log_likelihood(
-        grid(v), v["labels"], v["mask"], chunk_edges=5, void=255
+    "edge_log_likelihood": lambda v: likelihood.edge_log_likelihood(
+        grid(v, False), v["labels"], node_mask=v["mask"], void=255
     ),
-    "edge_log_likelihood-sample": lambda v: pairwise.edge_log_likelihood(
-        grid(v), v["labels"], v["mask"], v["weights"], sample=sample(v), void=255
+    "edge_log_likelihood-chunks": lambda v: likelihood.edge_log_likelihood(
+        grid(v), v["labels"], node_mask=v["mask"], chunk_edges=5, void=255
+    ),
+    "edge_log_likelihood-sample": lambda v: likelihood.edge_log_likelihood(
+        grid(v), v["labels"], node_mask=v["mask"], node_weights=v["weights"], sample=sample(v), void=255
     ),
     "pairwise_log_likelihood-sample": lambda v: piecewise.pairwise_log_likelihood(
         grid(v), v["labels"], chunk_edges=7, sample=sample(v)
     ),
     "sample_offsets": sample,
-    "prepare_messages-folded": lambda v: pairwise.prepare_messages(grid(v), 3, "folded"),
+    "prepare_messages-factored": lambda v: pw.prepare_messages(grid(v), 3, algorithm="factored"),
     "prepare_messages-table": stored,
-    "prepare_messages-masked": lambda v: pairwise.prepare_messages(grid(v), 3, "table", v["mask"]),
-    "prepared_messages": lambda v: pairwise.prepared_messages(
-        pairwise.prepare_messages(grid(v), 1, "folded", v["mask"]), jax.nn.softmax(v["unary"]), v["mask"]
+    "prepare_messages-masked": lambda v: pw.prepare_messages(grid(v), 3, algorithm="table", node_mask=v["mask"]),
+    "compute_prepared_messages": lambda v: messages.compute_prepared_messages(
+        pw.prepare_messages(grid(v), 1, algorithm="factored", node_mask=v["mask"]),
+        jax.nn.softmax(v["unary"]),
+        v["mask"],
     ),
-    "messages-chunks": lambda v: pairwise.messages(grid(v), jax.nn.softmax(v["unary"]), v["mask"], chunk_edges=5),
-    "messages-stored": lambda v: pairwise.messages(stored(v), jax.nn.softmax(v["unary"]), v["mask"]),
-    "messages-factored": lambda v: pairwise.messages(grid(v), jax.nn.softmax(v["unary"]), v["mask"]),
-    "messages-table": lambda v: pairwise.messages(table(v), jax.nn.softmax(nodes(v, "unary")), nodes(v, "mask")),
+    "compute_messages-chunks": lambda v: compute_messages(v, grid(v), chunk_edges=5),
+    "compute_messages-stored": lambda v: compute_messages(v, stored(v)),
+    "compute_messages-factored": lambda v: compute_messages(v, grid(v)),
+    "compute_messages-table": lambda v: pw.compute_messages(
+        table(v), jax.nn.softmax(nodes(v, "unary")), node_mask=nodes(v, "mask")
+    ),
     "factored_pairwise": grid,
     "to_table": table,
+    "last_layer": lambda v: potentials.last_layer(v["hidden_p"], v["kernel"], v["bias"]),
+    "guarded_last_layer": lambda v: potentials.guarded_last_layer(v["hidden_p"], v["kernel"], v["bias"]),
+    "sum_over_neighbours": lambda v: potentials.sum_over_neighbours(v["weights"], grid(v).offsets),
     "init": lambda v: mean_field.init(v["unary"]),
     "step": lambda v: mean_field.step(
-        mean_field.init(v["evidence"]),
+        mean_field.init(v["unary_log_probs"]),
         v["unary"],
         [grid(v), grid(v, False)],
-        **mean_field_settings(v, v["mask"]),
+        of(v, algorithm="factored"),
+        node_mask=v["mask"],
     ),
     **{
-        f"run-{route}": lambda v, route=route: mean_field.run(
-            v["unary"], [grid(v), grid(v, False)], route=route, **mean_field_settings(v, v["mask"])
+        f"run-{algorithm}": lambda v, algorithm=algorithm: mean_field.run(
+            v["unary"], [grid(v), grid(v, False)], of(v, algorithm=algorithm), node_mask=v["mask"]
         )
-        for route in pairwise.ROUTES
+        for algorithm in messages.ALGORITHMS
     },
     "run-PairwiseTable": lambda v: mean_field.run(
-        nodes(v, "unary"), [table(v), table(v)], **mean_field_settings(v, nodes(v, "mask"))
+        nodes(v, "unary"), [table(v), table(v)], of(v), node_mask=nodes(v, "mask")
     ),
     "pseudo_log_likelihood": lambda v: objectives.pseudo_log_likelihood(
-        v["unary"], [grid(v), grid(v, False)], v["labels"], v["relation_weights"], True, node_weights=v["weights"]
+        v["unary"], [grid(v), grid(v, False)], v["labels"], of(v), node_weights=v["weights"]
     ),
     "unrolled_log_likelihood": lambda v: objectives.unrolled_log_likelihood(
-        v["unary"], [grid(v)], v["labels"], 2, v["relation_weights"][:1], v["damping"], True, node_mask=v["mask"]
+        v["unary"],
+        [grid(v)],
+        v["labels"],
+        of(v, num_iterations=2, weights=v["relation_weights"][:1]),
+        node_mask=v["mask"],
     ),
     "exact_log_likelihood": lambda v: objectives.exact_log_likelihood(
-        v["unary"][:2], [corner(v)], v["labels"][:2], v["relation_weights"][:1]
+        v["unary"][:2], [corner(v)], v["labels"][:2], mean_field.Settings(weights=v["relation_weights"][:1])
     ),
     "balance_weights": lambda v: piecewise.balance_weights(v["labels"], K, power=v["damping"]),
     "grid_labels": lambda v: piecewise.grid_labels(v["image"], H, W),
@@ -153,10 +176,10 @@ CASES = {
     "build": lattice,
     "apply-lattice": lambda v: permutohedral.apply(lattice(v), nodes(v, "unary")),
     "apply-points": lambda v: gaussian.apply(
-        gaussian.prepare(nodes(v, "a"), nodes(v, "mask"), "exact"), nodes(v, "unary")
+        gaussian.prepare(nodes(v, "hidden_p"), nodes(v, "mask"), "exact"), nodes(v, "unary")
     ),
-    "prepare": lambda v: gaussian.prepare(nodes(v, "a"), nodes(v, "mask")),
-    "exact": lambda v: gaussian.exact(nodes(v, "a"), nodes(v, "mask"), nodes(v, "unary"), (5, 4)),
+    "prepare": lambda v: gaussian.prepare(nodes(v, "hidden_p"), nodes(v, "mask")),
+    "exact": lambda v: gaussian.exact(nodes(v, "hidden_p"), nodes(v, "mask"), nodes(v, "unary"), (5, 4)),
     "spatial-matrix": lambda v: gaussian.spatial(v["unary"], v["sigmas"], v["mask"]),
     "spatial-taps": lambda v: gaussian.spatial(v["unary"], v["sigmas"], v["mask"], radius=2),
     "pair": lambda v: gaussian.pair(v["sigmas"]),
@@ -175,18 +198,18 @@ def public_functions(*modules):
 
 
 # Static geometry, costs and figures on the host: nothing to trace.
-HOST = {"offsets", "edge_list", "validity_mask", "scores", "radius_of", *public_functions(costs, planning)}
+HOST = {"offsets", "edge_list", "validity_mask", "scores", "radius_of", *public_functions(costs, plan)}
 
 
 def test_every_public_function_is_in_the_battery():
     covered = {name.split("-")[0] for name in CASES} | HOST
     modules = (
-        relations, costs, pairwise, piecewise, objectives, mean_field, metrics, planning, permutohedral, gaussian,
-        dense_crf,
+        relations, costs, potentials, likelihood, messages, piecewise, objectives, mean_field, metrics, plan,
+        permutohedral, gaussian, dense_crf,
     )  # fmt: skip
     assert set(public_functions(*modules)) == covered
-    exported = {n for n in pwcrf_jax.__all__ if callable(v := getattr(pwcrf_jax, n)) and not isinstance(v, type)}
-    assert {n for n in exported if getattr(pwcrf_jax, n).__module__.startswith("pwcrf_jax.")} - covered == set()
+    exported = {n for n in pw.__all__ if callable(v := getattr(pw, n)) and not isinstance(v, type)}
+    assert {n for n in exported if getattr(pw, n).__module__.startswith("pwcrf_jax.")} - covered == set()
 
 
 def equal(got, expected):
@@ -200,8 +223,9 @@ def equal(got, expected):
 # A row of each function here, the others by `make test-full`: they trace the same code with other settings.
 MORE = {
     "pairwise_log_likelihood-table", "pairwise_log_likelihood-sample", "edge_log_likelihood",
-    "edge_log_likelihood-sample", "prepare_messages-folded", "prepare_messages-table", "messages-chunks",
-    "messages-stored", "run-folded", "run-table", "run-PairwiseTable", "refine-exact", "spatial-matrix", "apply-points",
+    "edge_log_likelihood-sample", "prepare_messages-factored", "prepare_messages-table", "compute_messages-chunks",
+    "compute_messages-stored", "run-factored", "run-table", "run-PairwiseTable", "refine-exact", "spatial-matrix",
+    "apply-points",
 }  # fmt: skip
 assert set(CASES) > MORE
 
@@ -243,10 +267,10 @@ def test_potentials_pass_through_jit_as_arguments(encode):
     for seed in (63, 64):
         v = inputs(seed)
         unary = v["unary"] if encode is grid else nodes(v, "unary")
-        run(Model(unary, [encode(v), encode(v, evidence=False)]))
+        run(Model(unary, [encode(v), encode(v, residual=False)]))
     assert len(traces) == 1
     if encode is grid:
-        fewer = pairwise.factored_pairwise(v["a"], v["b"], v["w2"], v["b2"], BOX[1:])
+        fewer = pw.factored_pairwise(v["hidden_p"], v["hidden_q"], v["kernel"], v["bias"], BOX[1:])
         run(Model(v["unary"], [fewer, fewer]))
         assert len(traces) == 2
 
@@ -254,6 +278,6 @@ def test_potentials_pass_through_jit_as_arguments(encode):
 def test_factored_pairwise_is_a_pytree_of_its_arrays():
     potential = grid(inputs(65))
     leaves, tree = jax.tree.flatten(potential)
-    assert len(leaves) == 5 and len(jax.tree.leaves(grid(inputs(65), evidence=False))) == 4
+    assert len(leaves) == 5 and len(jax.tree.leaves(grid(inputs(65), residual=False))) == 4
     assert hash(tree) == hash(jax.tree.structure(grid(inputs(66))))
     assert jax.tree.unflatten(tree, leaves).offsets == tuple(map(tuple, BOX.tolist()))

@@ -8,8 +8,8 @@ from layouts import ade20k as layout
 from PIL import Image
 
 from pwcrf_jax.data import load_dataset
-from pwcrf_jax.data.ade20k import Ade20k
-from pwcrf_jax.data.common import DataError
+from pwcrf_jax.data.readers.image_io import DataError
+from pwcrf_jax.data.sets.ade20k import Ade20k
 
 
 @pytest.fixture

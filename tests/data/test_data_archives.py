@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import scipy.io
 
-from pwcrf_jax.data.archives import locate, open_mat73, read_mat
-from pwcrf_jax.data.common import DataError, voc_palette
+from pwcrf_jax.data.readers.archives import locate, open_mat73, read_mat
+from pwcrf_jax.data.readers.image_io import DataError, voc_palette
 
 
 def _zip(path, files):

@@ -14,8 +14,9 @@ import pytest
 from layouts import image_folder as layout
 from PIL import Image
 
-from pwcrf_jax.data import DataError, check, load_dataset
-from pwcrf_jax.data.common import encode_png
+from pwcrf_jax.cli import check
+from pwcrf_jax.data import DataError, label_guard, load_dataset
+from pwcrf_jax.data.readers.image_io import encode_png
 
 REPO = Path(__file__).resolve().parents[2]
 CLASSES = ("sky", "road", "car", "tree")
@@ -25,7 +26,7 @@ class Examples:
     """Feeds a guard with made-up examples; every image differs unless it is given."""
 
     def __init__(self, *unlabelled):
-        self.guard = check.LabelGuard(CLASSES, unlabelled)
+        self.guard = label_guard.LabelGuard(CLASSES, unlabelled)
         self.rng = np.random.default_rng(0)
 
     def add(self, split, key, label=None, pixels=None):
@@ -59,7 +60,7 @@ def test_counts(examples):
     assert report["splits"]["val"]["pixels"] == [2, 1, 1, 0]
     assert json.loads(json.dumps(report)) == report
     assert examples.warnings == ["never in training masks: tree"]
-    text = check.format_report(report)
+    text = label_guard.format_report(report)
     assert "train: 2 images, 1-2 high, 3-4 wide, 30.0% void" in text and "warning: never" in text
     assert text.endswith('\nto train: --config.data.num_classes=4 --config.data.eval_size="(40,40)"')
     (road,) = (line for line in text.splitlines() if line.startswith("  1 road"))
@@ -69,14 +70,14 @@ def test_counts(examples):
 def test_sizes_to_train_with_are_of_the_largest_image_of_any_split(examples):
     examples.add("train", "a", np.zeros((40, 7), np.uint8))
     examples.add("val", "b", np.zeros((2, 81), np.uint8))
-    assert '"(40,120)"' in check.format_report(examples.guard.report())
+    assert '"(40,120)"' in label_guard.format_report(examples.guard.report())
 
 
 def test_nothing_to_warn_of(examples):
     for split, key in (("train", "a"), ("train", "b"), ("val", "c")):
         examples.add(split, key)
     examples.guard.close("train")
-    assert examples.warnings == [] and "no warnings" in check.format_report(examples.guard.report())
+    assert examples.warnings == [] and "no warnings" in label_guard.format_report(examples.guard.report())
 
 
 def test_unlabelled_splits_count_for_duplicates_only():
@@ -89,7 +90,7 @@ def test_unlabelled_splits_count_for_duplicates_only():
     report = examples.guard.report()
     assert report["splits"]["test"] == {"images": 1, "smallest": [5, 4], "largest": [5, 4], "labelled": False}
     assert report["warnings"] == ["1 image is in both 'train' and 'test': b = c"]
-    assert "test: 1 images, 5-5 high, 4-4 wide, no labels" in check.format_report(report)
+    assert "test: 1 images, 5-5 high, 4-4 wide, no labels" in label_guard.format_report(report)
 
 
 def test_void(examples):
@@ -153,7 +154,7 @@ def test_masks_of_0_and_255(examples):
 def test_impossible_labels_are_refused(label):
     pixels = np.zeros((2, 2, 3), np.uint8)
     with pytest.raises(DataError, match=r"'a' of split 'train'"):
-        check.LabelGuard(CLASSES).add("train", "a", encode_png(pixels), pixels, label)
+        label_guard.LabelGuard(CLASSES).add("train", "a", encode_png(pixels), pixels, label)
 
 
 def test_duplicates(examples):
@@ -201,7 +202,7 @@ def resized(label, scale, how):
 def test_interpolated_masks_are_found(seed):
     rng = np.random.default_rng(seed)
     examples = Examples()
-    examples.guard = check.LabelGuard([f"c{i}" for i in range(20)])
+    examples.guard = label_guard.LabelGuard([f"c{i}" for i in range(20)])
     spoiled = []
     for i in range(5):
         label = scene(rng) * 2
@@ -230,7 +231,7 @@ def test_interpolated_masks_are_found(seed):
     ],
 )
 def test_thin_lines_in_between(label, blurred, borders):
-    assert check._blur(np.array(label, np.uint8)) == (blurred, 0, borders)
+    assert label_guard._blur(np.array(label, np.uint8)) == (blurred, 0, borders)
 
 
 def test_noise_and_void_borders_are_no_interpolation(examples):
@@ -276,13 +277,13 @@ def kerbs(rng, width):
 )
 def test_thin_things_that_were_drawn_are_no_interpolation(width, draw):
     examples = Examples()
-    examples.guard = check.LabelGuard([f"c{i}" for i in range(20)])
+    examples.guard = label_guard.LabelGuard([f"c{i}" for i in range(20)])
     for seed in range(3):
         label = draw(np.random.default_rng(seed), width)
         examples.add("train", f"drawn{seed}", label)
     assert not any("interpolation" in w for w in examples.warnings)
     if width == 1:  # the rule of before would have said so
-        blurred, _, borders = check._blur(label)
+        blurred, _, borders = label_guard._blur(label)
         assert blurred > 0
 
 
@@ -293,12 +294,12 @@ def test_a_thin_value_that_is_no_class_is_no_interpolation(value):
     label = np.zeros((20, 30), np.uint8)
     label[:, 15:] = 255
     label[:, 15] = value
-    assert "complete it" in str(check.bad_value("m.png", label, known, "wrong", "complete it"))
+    assert "complete it" in str(label_guard.bad_value("m.png", label, known, "wrong", "complete it"))
 
 
 def test_advice_for_values_that_are_no_class():
     known = np.arange(256) < 5
-    error = lambda label: str(check.bad_value("m.png", np.asarray(label, np.uint8), known, "wrong", "mend it"))
+    error = lambda label: str(label_guard.bad_value("m.png", np.asarray(label, np.uint8), known, "wrong", "mend it"))
     assert error([[0, 0, 9], [4, 4, 4]]) == (
         "m.png: label value 9 is wrong, first at row 0, column 2, in all 1 pixels with 9; mend it"
     )
@@ -327,7 +328,7 @@ def test_report_is_kept_and_logged_once(folder, caplog):
         data = load(folder)
     logged = [r.message for r in caplog.records]
     assert logged == ["image_folder: split 'train': 1 pair is the same image under two names: inner city/c = d"]
-    report = json.loads(Path(data.folder, check.REPORT).read_text())
+    report = json.loads(Path(data.folder, label_guard.REPORT).read_text())
     assert logged == [f"image_folder: {w}" for w in report["warnings"]] and report == data.label_report()
     caplog.clear()
     with caplog.at_level(logging.INFO):
@@ -337,7 +338,7 @@ def test_report_is_kept_and_logged_once(folder, caplog):
 
 def test_a_lost_report_is_made_anew_from_the_records(folder):
     data = load(folder)
-    path = Path(data.folder, check.REPORT)
+    path = Path(data.folder, label_guard.REPORT)
     report = data.label_report()
     for spoil in (path.unlink, lambda: path.write_text("{")):
         spoil()
@@ -351,7 +352,7 @@ def test_refused_data_leave_nothing(folder):
         layout.write_mask(path, np.full((24, 36), 255, np.uint8))
     with pytest.raises(DataError, match=r"split 'train': all 6 masks are void all over"):
         load(folder)
-    assert not list(folder[1].rglob(check.REPORT)) and not list(folder[1].rglob("*.array_record*"))
+    assert not list(folder[1].rglob(label_guard.REPORT)) and not list(folder[1].rglob("*.array_record*"))
 
 
 def test_command(folder, capsys):
@@ -440,7 +441,7 @@ def test_refusals_end_with_2_and_one_line(capsys, arguments):
 
 def test_command_as_a_module(folder):
     layout.write_mask(folder[0] / "masks/b.png", np.full((24, 36), 3, np.uint8))
-    command = ["-m", "pwcrf_jax.data.check", "image_folder", "--source_dir", folder[0], "--data_dir", folder[1]]
+    command = ["-m", "pwcrf_jax", "check", "image_folder", "--source_dir", folder[0], "--data_dir", folder[1]]
     run = commands.run(command)
     assert run.returncode == 2 and not run.stderr
     assert run.stdout.startswith("refused: ") and "b.png: label value 3 is neither a class (0..2)" in run.stdout

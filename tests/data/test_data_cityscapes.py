@@ -6,8 +6,8 @@ from layouts import cityscapes as layout
 from PIL import Image
 
 from pwcrf_jax.data import load_dataset
-from pwcrf_jax.data.cityscapes import TRAIN_TO_LABEL_ID, Cityscapes
-from pwcrf_jax.data.common import DataError
+from pwcrf_jax.data.readers.image_io import DataError
+from pwcrf_jax.data.sets.cityscapes import TRAIN_TO_LABEL_ID, Cityscapes
 
 # The official table of scored labels, by name.
 LABEL_IDS = {

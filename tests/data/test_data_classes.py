@@ -8,10 +8,10 @@ from layouts import coco as coco_layout
 from PIL import Image
 
 from pwcrf_jax.data import DataError, load_dataset
-from pwcrf_jax.data.classes import read_classes
-from pwcrf_jax.data.coco import Coco, CocoStuff
-from pwcrf_jax.data.tfds_set import _class_names, _Options
-from pwcrf_jax.data.voc import Voc
+from pwcrf_jax.data.readers.classes import read_classes
+from pwcrf_jax.data.sets.coco import Coco, CocoStuff
+from pwcrf_jax.data.sets.tfds_set import _class_names, _Options
+from pwcrf_jax.data.sets.voc import Voc
 
 ZERO, ONE = {0: 0, 1: 1, 2: 2, 255: 255}, {1: 0, 2: 1, 3: 2, 255: 255}
 FROM_1 = {0: 255, 1: 0, 2: 1, 3: 2}

@@ -11,7 +11,8 @@ from layouts import coco as layout
 from layouts import coco_stuff as stuff_layout
 from PIL import Image
 
-from pwcrf_jax.data import DataError, coco, load_dataset
+from pwcrf_jax.data import DataError, load_dataset
+from pwcrf_jax.data.sets import coco
 
 
 @pytest.fixture

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from layouts import image_folder as layout
 
-from pwcrf_jax import files
-from pwcrf_jax.data import DataError, disk, load_dataset
-from pwcrf_jax.data.disk import locked, refusal
-from pwcrf_jax.data.synthetic import Synthetic
+from pwcrf_jax.data import DataError, load_dataset
+from pwcrf_jax.data.readers import disk
+from pwcrf_jax.data.readers.disk import locked, refusal
+from pwcrf_jax.data.sets.synthetic import Synthetic
+from pwcrf_jax.runtime import files
 
 ROOT = Path(__file__).parents[2]
 FULL = os.strerror(errno.ENOSPC)
@@ -122,7 +123,7 @@ def test_small_disks(packed, options, tmp_path):
     else:
         layout.make(source, np.random.default_rng(0))
         name = "image_folder"
-    command = [sys.executable, "-m", "pwcrf_jax.data.check", name, f"--source_dir={source}", f"--data_dir={small}"]
+    command = [sys.executable, "-m", "pwcrf_jax", "check", name, f"--source_dir={source}", f"--data_dir={small}"]
     script = f'mount -t tmpfs -o {options} none {small} && "$@"; code=$?; find {small} -type f >&2; exit $code'
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", *command]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -13,11 +13,11 @@ from layouts import image_folder as layout
 from PIL import Image, PngImagePlugin
 
 from pwcrf_jax.data import DataError, load_dataset
-from pwcrf_jax.data.camvid import CamVid
-from pwcrf_jax.data.common import decode_colour_label, decode_image, decode_label, orientation, storable_image
-from pwcrf_jax.data.files import image_kind, open_file, present, read_file, read_lines
-from pwcrf_jax.data.image_folder import ImageFolder
-from pwcrf_jax.data.voc import Voc
+from pwcrf_jax.data.readers.files import image_kind, open_file, present, read_file, read_lines
+from pwcrf_jax.data.readers.image_io import decode_colour_label, decode_image, decode_label, orientation, storable_image
+from pwcrf_jax.data.sets.camvid import CamVid
+from pwcrf_jax.data.sets.image_folder import ImageFolder
+from pwcrf_jax.data.sets.voc import Voc
 
 RNG = np.random.default_rng(5)
 PIXELS = RNG.integers(0, 256, (24, 36, 3), dtype=np.uint8)
@@ -343,14 +343,15 @@ def test_a_limit_that_is_none(load, value):
 
 
 def test_the_key_of_a_config_is_the_limit():
-    import configs.default as default
-    from pwcrf_jax.training import config as configs
-    from pwcrf_jax.training import schema
+    import pwcrf_jax.configs.default as default
+    from pwcrf_jax import config as configs
+    from pwcrf_jax.config import keys
 
     config = default.get_config()
     config.data.max_pixels = 123
     assert configs.dataset_options(config)["max_pixels"] == 123
-    assert not schema.kind("data.max_pixels").accepts(0) and schema.kind("data.max_pixels").accepts(2_000_000_000)
+    kind = keys.of("data.max_pixels").kind
+    assert not kind.accepts(0) and kind.accepts(2_000_000_000)
 
 
 def text_chunk(kind, key, size):
@@ -440,6 +441,6 @@ def test_tiff_of_many_real_pages_is_refused_before_it_is_decoded(tmp_path, monke
 def test_a_pipe_among_the_images_ends_the_check_command(own, tmp_path):
     (own / "images/a.jpg").unlink()
     os.mkfifo(own / "images/a.jpg")
-    command = ["-m", "pwcrf_jax.data.check", "image_folder", "--source_dir", own, "--data_dir", tmp_path / "p"]
+    command = ["-m", "pwcrf_jax", "check", "image_folder", "--source_dir", own, "--data_dir", tmp_path / "p"]
     done = commands.run(command, timeout=300)
     assert done.returncode == 2 and "a.jpg: is a pipe (FIFO)" in done.stdout

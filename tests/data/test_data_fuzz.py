@@ -23,19 +23,19 @@ from layouts import image_folder as layout
 from PIL import Image
 
 from pwcrf_jax.data import DataError
-from pwcrf_jax.data.archives import open_mat73, read_mat
-from pwcrf_jax.data.camvid import CamVid
-from pwcrf_jax.data.classes import read_classes
-from pwcrf_jax.data.common import (
+from pwcrf_jax.data.prepare import _listing
+from pwcrf_jax.data.readers.archives import open_mat73, read_mat
+from pwcrf_jax.data.readers.classes import read_classes
+from pwcrf_jax.data.readers.image_io import (
     decode_colour_label,
     decode_image,
     decode_label,
     orientation,
     storable_image,
 )
-from pwcrf_jax.data.datasets import _listing
-from pwcrf_jax.data.image_folder import ImageFolder
-from pwcrf_jax.data.voc import Voc
+from pwcrf_jax.data.sets.camvid import CamVid
+from pwcrf_jax.data.sets.image_folder import ImageFolder
+from pwcrf_jax.data.sets.voc import Voc
 
 SHORT = 60  # examples of each target
 RNG = np.random.default_rng(5)

@@ -10,8 +10,8 @@ from layouts import image_folder as layout
 from PIL import Image
 
 from pwcrf_jax.data import DataError, load_dataset
-from pwcrf_jax.data.classes import read_classes
-from pwcrf_jax.data.image_folder import ImageFolder
+from pwcrf_jax.data.readers.classes import read_classes
+from pwcrf_jax.data.sets.image_folder import ImageFolder
 
 
 @pytest.fixture
@@ -286,8 +286,8 @@ def test_other_layouts_take_images_as_stored_and_say_so(tmp_path, tree, camvid):
 
 def test_scripts_take_the_data_set(make, root, tmp_path):
     """The options of configs/default.py are those of the data set."""
-    import configs.default as default
-    from pwcrf_jax.training import config as configs
+    import pwcrf_jax.configs.default as default
+    from pwcrf_jax import config as configs
 
     make()
     config = default.get_config()

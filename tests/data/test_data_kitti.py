@@ -7,9 +7,9 @@ from layouts import kitti_cityscapes as official
 from PIL import Image
 
 from pwcrf_jax.data import load_dataset
-from pwcrf_jax.data.cityscapes import TRAIN_TO_LABEL_ID
-from pwcrf_jax.data.common import DataError
-from pwcrf_jax.data.kitti import Kitti, KittiCityscapes
+from pwcrf_jax.data.readers.image_io import DataError
+from pwcrf_jax.data.sets.cityscapes import TRAIN_TO_LABEL_ID
+from pwcrf_jax.data.sets.kitti import Kitti, KittiCityscapes
 
 LAYOUTS = {"kitti": ros, "kitti_cityscapes": official}
 

@@ -10,8 +10,8 @@ from layouts import pascal_context as layout
 from PIL import Image
 
 from pwcrf_jax.data import DataError, load_dataset
-from pwcrf_jax.data.common import voc_palette
-from pwcrf_jax.data.pascal_context import NAMES_IN_FULL_LIST
+from pwcrf_jax.data.readers.image_io import voc_palette
+from pwcrf_jax.data.sets.pascal_context import NAMES_IN_FULL_LIST
 
 # What the detail API, by which others convert this data set, keeps of the 459 labels; in ascending order.
 KEPT = (

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from pwcrf_jax.data import VOID, DataError, eval_batches, load_dataset, train_batches
-from pwcrf_jax.data.common import MEAN_COLOUR
 from pwcrf_jax.data.pipeline import _Augment
+from pwcrf_jax.data.readers.image_io import MEAN_COLOUR
 
 
 class Memory:
@@ -200,10 +200,10 @@ def test_eval_in_order_with_filler(threads):
     assert [b["image"].shape for b in batches] == [(4, 64, 56, 3)] * 3
     assert sum((b["id"] for b in batches), []) == [f"r{i}" for i in range(11)] + [""]
     for batch in batches:
-        assert batch["valid_size"].dtype == np.int32 and batch["valid_size"].shape == (4, 2)
+        assert batch["valid_box"].dtype == np.int32 and batch["valid_box"].shape == (4, 4)
         assert batch["image"].dtype == batch["label"].dtype == np.uint8
-        keys = ("image", "label", "valid_size", "id")
-        for image, label, (h, w), name in zip(*(batch[k] for k in keys), strict=True):
+        keys = ("image", "label", "valid_box", "id")
+        for image, label, (top, left, h, w), name in zip(*(batch[k] for k in keys), strict=True):
             outside = np.ones(label.shape, bool)
             outside[:h, :w] = False
             assert (label[outside] == VOID).all() and (image[outside] == MEAN_COLOUR).all()
@@ -213,6 +213,7 @@ def test_eval_in_order_with_filler(threads):
                 np.testing.assert_array_equal(image[:h, :w], record["image"])
             else:
                 assert (h, w) == (0, 0)
+            assert top == left == 0
 
 
 @pytest.mark.parametrize("size", [(64, 64), None])
@@ -223,7 +224,7 @@ def test_eval_hosts_yield_equal_counts_and_shapes(size, hosts, batch_size):
     parts = [list(eval_batches(DATA, "val", **options, host=h, hosts=hosts)) for h in range(hosts)]
     assert {len(p) for p in parts} == {len(whole)}
     for batch, step in zip(whole, zip(*parts, strict=True), strict=True):
-        for key in ("image", "label", "valid_size"):
+        for key in ("image", "label", "valid_box"):
             np.testing.assert_array_equal(batch[key], np.concatenate([s[key] for s in step]))
         assert batch["id"] == sum((s["id"] for s in step), [])
 

@@ -5,8 +5,9 @@ import re
 import numpy as np
 import pytest
 
-from pwcrf_jax.data import VOID, DataError, load_dataset, synthetic
-from pwcrf_jax.data.synthetic import BOAT, CAR, CELL, HILLS, ROAD, SKY, WATER, generate_scene
+from pwcrf_jax.data import VOID, DataError, load_dataset
+from pwcrf_jax.data.sets import synthetic
+from pwcrf_jax.data.sets.synthetic import BOAT, CAR, CELL, HILLS, ROAD, SKY, WATER, generate_scene
 
 
 def cells_of(label):

@@ -6,9 +6,9 @@ import scipy.io
 from layouts import siftflow
 from PIL import Image
 
-from configs import siftflow_vgg16
+from pwcrf_jax.configs import siftflow_vgg16
 from pwcrf_jax.data import DataError, load_dataset
-from pwcrf_jax.data.siftflow import SiftFlow, relabel
+from pwcrf_jax.data.sets.siftflow import SiftFlow, relabel
 
 FOLDER = siftflow.SCENES
 

@@ -97,7 +97,7 @@ def test_pet(prepared_pet, load, caplog):
     downloads, root = prepared_pet
     with caplog.at_level(logging.INFO):
         data = load(root)
-    assert {record.name for record in caplog.records} == {"pwcrf_jax.data.datasets"}
+    assert {record.name for record in caplog.records} == {"pwcrf_jax.data.prepare"}
     assert data.splits == {"train": 3, "test": 2} and data.class_names == ("class_0", "class_1", "class_2")
     assert "tensorflow" not in sys.modules
     for split, names in (("train", layout.NAMES["trainval"]), ("test", layout.NAMES["test"])):

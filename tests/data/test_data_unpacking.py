@@ -17,9 +17,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from pwcrf_jax.data import disk, unpacking
-from pwcrf_jax.data.common import DataError
-from pwcrf_jax.data.unpacking import unpack
+from pwcrf_jax.data.readers import disk, unpacking
+from pwcrf_jax.data.readers.image_io import DataError
+from pwcrf_jax.data.readers.unpacking import unpack
 
 DIGEST = "0123456789abcdef"
 
@@ -367,10 +367,10 @@ def test_disks_that_take_no_more(code, name, home, tmp_path, monkeypatch):
     _ = zipped(path, ("a/1", b"x"), ("a/2", b"y")) if name == "x.zip" else tar(path, member("a/1"), member("a/2"))
     write = unpacking._write
 
-    def refuse(member, target):
+    def refuse(stream, size, target):
         if target.name == "2":
             raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)), str(target))
-        write(member, target)
+        write(stream, size, target)
 
     monkeypatch.setattr(unpacking, "_write", refuse)
     with pytest.raises(DataError) as told:

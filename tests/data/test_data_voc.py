@@ -11,7 +11,7 @@ from layouts import voc as layout
 from PIL import Image
 
 from pwcrf_jax.data import DataError, load_dataset
-from pwcrf_jax.data.common import voc_palette
+from pwcrf_jax.data.readers.image_io import voc_palette
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ import pytest
 import small
 from rows import full_row
 
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate
+from pwcrf_jax import config as configs
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.prediction import restore
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DEVICES = 4  # over all processes
@@ -80,7 +81,7 @@ def losses(workdir):
 
 
 def params_of(workdir):
-    return evaluate.restore_params(configs.load(workdir / "config.json"), str(workdir), "latest")[1]
+    return restore.restore_params(configs.load(workdir / "config.json"), str(workdir), "latest")[1]
 
 
 def assert_same_run(one, other):
@@ -192,8 +193,9 @@ from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 from pwcrf_jax.nets import WeightsError
-from pwcrf_jax.training import cli, distributed
-from pwcrf_jax.training.loop import NonFiniteError
+from pwcrf_jax.cli import command as cli
+from pwcrf_jax.runtime import distributed
+from pwcrf_jax.training.guard import NonFiniteError
 config_flags.DEFINE_config_file("config", "configs/demo.py")
 flags.DEFINE_string("workdir", "", "")
 distributed.define_flags()

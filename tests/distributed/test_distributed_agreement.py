@@ -12,9 +12,11 @@ from absl import flags
 from ml_collections import config_flags
 from PIL import Image
 
+from pwcrf_jax import config as configs
+from pwcrf_jax.config import agreement, keys
 from pwcrf_jax.data import load_dataset
-from pwcrf_jax.training import agreement, loop, schema, wire
-from pwcrf_jax.training import config as configs
+from pwcrf_jax.runtime import wire
+from pwcrf_jax.training import loop
 
 
 def _differs(facts, others):
@@ -65,7 +67,7 @@ def test_a_key_of_the_config(command, key):
 
 
 def test_every_key_of_the_config_is_compared_but_where_data_lie(command):
-    missing = {key for key in schema.SCHEMA if f"config.{key}" not in command()}
+    missing = {key for key in keys.KEYS if f"config.{key}" not in command()}
     assert missing == {"data.source_dir", "data.data_dir"}
 
 
@@ -230,6 +232,6 @@ def test_what_a_run_goes_on_from(tmp_path, change, said):
         params, opt_state = {"w": np.full(3, weight, np.float32)}, (np.full(3, momentum, np.float32),)
         state = loop.steps.TrainState(step=np.int32(4), params=params, opt_state=opt_state)
         meta = {"step": step, "samples_seen": samples_seen, "score": score}
-        return loop._facts(config, dataset, state, meta, best and {"step": best, loop.evaluate.BEST: 0.25})
+        return loop._facts(config, dataset, state, meta, best and {"step": best, loop.restore.BEST: 0.25})
 
     assert _differs(facts(), facts(**change)) == said

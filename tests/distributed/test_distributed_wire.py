@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from pwcrf_jax.training import wire
-from pwcrf_jax.training.config import ConfigError
+from pwcrf_jax.runtime import wire
+from pwcrf_jax.runtime.errors import ConfigError
 
 
 def _lose(end):

@@ -4,7 +4,6 @@ What stands in a bash block is either run or stands in `NOT_RUN` with its reason
 document gives but for steps and sizes; PATH and the names of weight files stand for files made here.
 """
 
-import importlib
 import json
 import os
 import re
@@ -18,17 +17,19 @@ import h5py
 import jax
 import numpy as np
 import pytest
+import yaml
 from layouts import camvid, pascal_context, voc
 from nets.test_nets_pretrained import vgg_layers, write_keras
 from PIL import Image
-from test_docs_readme import DOCS, ROOT, blocks, flag
+from test_docs_readme import DOCS, ROOT, blocks, config_of, flag
 
 from pwcrf_jax.nets import MobileNetV2
 
 NOT_RUN = {
-    "pip install -e .": "installs into the environment; `make` does the same in .venv, and CI starts with that",
+    "pip install -e .[train]": "installs into the environment; `make` does the same in .venv, and CI starts with that",
     "make test": "is this suite",
-    "python train.py --config configs/voc_vgg16.py --workdir SHARED/runs/voc": "needs several hosts; tests/distributed "
+    "pre-commit install": "changes the checkout; the hooks are held to `make lint` below",
+    "pwcrf train --config voc_vgg16 --workdir SHARED/runs/voc": "needs several hosts; tests/distributed "
     "runs train.py with the same flags as several processes, and test_docs_readme parses this",
 }
 """Beginnings of commands, and why they are not run here."""
@@ -81,7 +82,7 @@ def not_run(words):
 
 
 def runnable(words):
-    return words[0] == "python" or words == ["make", "demo"]
+    return words[0] in ("python", "pwcrf") or words == ["make", "demo"]
 
 
 def recipe(words):
@@ -90,7 +91,7 @@ def recipe(words):
         return [words]
     told = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     lines = [shlex.split(line) for line in told.splitlines() if re.search(r"/python (train|eval)\.py ", line)]
-    return [["python", *line[1:]] for line in lines]
+    return [["pwcrf", line[1].removesuffix(".py"), *line[2:]] for line in lines]
 
 
 # --- small versions of commands ------------------------------------------------------------------------
@@ -98,18 +99,16 @@ def recipe(words):
 
 def small(words):
     """The command as it is run here."""
-    if words[1] == "train.py":
-        file, _, variant = flag(words, "config").partition(":")
-        get_config = importlib.import_module(file.removesuffix(".py").replace("/", ".")).get_config
-        config = get_config(variant) if variant else get_config()
+    if words[1] == "train":
+        config = config_of(flag(words, "config"))
         values = SMALL | SMALL_MODELS[config.model.backbone] | SMALL_SETS.get(config.data.name, {})
         # Of two flags of one key both count where it is a tuple: they are joined.
         kept = [word for word in source(words, config.data.name) if key_of(word) not in SHRUNK]
         given = set(map(key_of, kept))
         return [*kept, *(f"--config.{key}={value}" for key, value in values.items() if key not in given)]
-    if words[1:3] == ["-m", "pwcrf_jax.data.check"]:
-        return [*source(words, words[3]), "--partial"]
-    if "--tune-refinement" in words:
+    if words[1] == "check":
+        return [*source(words, words[2]), "--partial"]
+    if words[1] == "tune" and "--trials" not in words:  # a flag is given once
         return [*words, "--trials=2"]
     if words[1] == "benchmarks/message_weights.py":
         return [*words, "--weights=1,2"]
@@ -200,8 +199,10 @@ def run(checkout, files):
 
     def run(words):
         start = time.monotonic()
-        assert words[0] == "python"
-        done = subprocess.run([sys.executable, *words[1:]], cwd=checkout, env=env, capture_output=True, text=True)
+        command = {"python": [], "pwcrf": ["-m", "pwcrf_jax"]}[words[0]]
+        done = subprocess.run(
+            [sys.executable, *command, *words[1:]], cwd=checkout, env=env, capture_output=True, text=True
+        )
         print(f"{time.monotonic() - start:5.1f} s  {shlex.join(words)}")
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
         return done.stdout
@@ -212,26 +213,29 @@ def run(checkout, files):
 def check_outputs(words, text, folder):
     """What the command is for is there."""
     workdir = folder / (flag(words, "workdir") or "")
-    if words[1] == "train.py" and "--dry-run" in words:
+    if words[1] == "train" and "--dry-run" in words:
         assert [path.name for path in workdir.iterdir()] == ["dry_run.png"]
-    elif words[1] == "train.py":
+    elif words[1] == "train":
         assert (workdir / "checkpoints/2").is_dir() and (workdir / "best/2").is_dir()
-    elif words[1] in ("eval.py", "benchmarks/message_weights.py"):
+    elif words[1] in ("eval", "predict", "tune", "export", "benchmarks/message_weights.py"):
         assert json.loads(text.splitlines()[-1])
-    elif words[1] == "-m":
+    elif words[1] == "check":
         assert "to train: --config.data.num_classes=" in text
+    elif words[1].startswith("scripts/"):
+        assert Image.open(folder / words[3]).format == "PNG"
     if "--images" in words:
         labels = {str(path.relative_to(folder)) for path in (folder / flag(words, "output") / "labels").rglob("*.png")}
         assert labels == {f"{flag(words, 'output')}/labels/{name}".replace(".jpg", ".png") for name in PHOTOS}
     elif flag(words, "output"):
         assert (folder / flag(words, "output")).exists()
     if "--report" in words:
-        page = folder / (flag(words, "report_file") or workdir / "report_val.html")
+        file = flag(words, "report")
+        page = workdir / "report_val.html" if file == "auto" else folder / file
         assert page.read_text().startswith("<!")
-    if "--tune-refinement" in words:
+    if words[1] == "tune":
         assert (workdir / "tuned.json").is_file()
-    if "--export" in words:
-        assert (folder / flag(words, "export")).stat().st_size and (folder / f"{flag(words, 'export')}.json").is_file()
+    if words[1] == "export":
+        assert (folder / f"{flag(words, 'output')}.json").is_file()
 
 
 # --- the commands ----------------------------------------------------------------------------------------
@@ -244,8 +248,16 @@ def test_every_command_is_run_or_has_a_reason():
     assert not set(NOT_RUN) - {not_run(words) for words in found}, "no document has these"
 
 
+def test_hooks_run_what_make_lint_runs():
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    hooks = " ".join(hook["entry"] for hook in local["hooks"])
+    told = subprocess.run(["make", "-n", "lint"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    linters = re.findall(r"\.venv/bin/(?:python -m )?((?:ruff )?(?:check|format|mypy))\b", told)
+    assert linters and not [x for x in linters if f".venv/bin/{x}" not in hooks]
+
+
 def test_make_demo_is_two_commands():
-    assert [words[1] for words in recipe(["make", "demo"])] == ["train.py", "eval.py"]
+    assert [words[1] for words in recipe(["make", "demo"])] == ["train", "eval"]
 
 
 @pytest.mark.slow
@@ -260,23 +272,22 @@ def test_commands_run(path, checkout, run):
 @pytest.mark.slow
 def test_your_own_folder_from_images_to_a_report(tmp_path, checkout, run):
     own_folder(tmp_path / "pictures", np.random.default_rng(1))
-    told = run(["python", "-m", "pwcrf_jax.data.check", "image_folder", "--source_dir", "pictures"])
+    told = run(["pwcrf", "check", "image_folder", "--source_dir", "pictures"])
     flags = shlex.split(re.search(r"^to train: (.*)$", told, re.MULTILINE)[1])
     assert flags == ["--config.data.num_classes=5", "--config.data.eval_size=(80,80)"]
     values = SMALL | SMALL_MODELS["tiny"] | {"model.backbone": "tiny", "model.scales": (1.0,), "model.block6": ()}
     tiny = [f"--config.{key}={value}" for key, value in values.items() if key != "data.eval_size"]
-    train = ["python", "train.py", "--config", "configs/image_folder_mobilenet_v2.py", "--workdir", "runs/own"]
+    train = ["pwcrf", "train", "--config", "image_folder_mobilenet_v2", "--workdir", "runs/own"]
     run([*train, "--config.data.source_dir=pictures", *flags, *tiny])
-    evaluate = ["python", "eval.py", "--workdir", "runs/own"]
-    result = json.loads(run(evaluate).splitlines()[-1])
+    result = json.loads(run(["pwcrf", "eval", "--workdir", "runs/own"]).splitlines()[-1])
     assert result["num_images"] == 1 and 0 <= result["miou_all"] <= 100
-    run([*evaluate, "--images", "pictures/images", "--output", "predictions"])
+    run(["pwcrf", "predict", "--workdir", "runs/own", "--images", "pictures/images", "--output", "predictions"])
     labels = {path.stem: np.asarray(Image.open(path)) for path in (tmp_path / "predictions/labels").glob("*.png")}
     assert set(labels) == {str(i) for i in range(10)}
     assert all(image.shape == (48, 80) and image.max() < 5 for image in labels.values())
     assert len(list((tmp_path / "predictions/overlays").glob("*.jpg"))) == 10
     assert len(json.loads((tmp_path / "predictions/classes.json").read_text())) > 0
-    run([*evaluate, "--report"])
+    run(["pwcrf", "eval", "--workdir", "runs/own", "--report", "auto"])
     assert "street lamp" in (tmp_path / "runs/own/report_val.html").read_text()
 
 
@@ -294,11 +305,11 @@ def test_benchmarks_named_are_there():
 
 
 def test_planted_faults_are_found():
-    text = "```bash\nmake demo\ngit clone x \\\n    y\n# a comment\n\npip install -e . 'jax[tpu]'\n```\n"
+    text = "```bash\nmake demo\ngit clone x \\\n    y\n# a comment\n\npip install -e '.[train]' 'jax[tpu]'\n```\n"
     demo, clone, install = commands(text)
     assert runnable(demo) and clone == ["git", "clone", "x", "y"]
-    assert not runnable(clone) and not not_run(clone) and not_run(install) == "pip install -e ."
-    words = shlex.split("python train.py --config configs/voc_vgg16.py --config.data.source_dir=PATH "
+    assert not runnable(clone) and not not_run(clone) and not_run(install) == "pip install -e .[train]"
+    words = shlex.split("pwcrf train --config voc_vgg16 --config.data.source_dir=PATH "
                         "--config.train.steps=9 --config.model.hidden=7")  # fmt: skip
     made = small(words)
     assert "--config.data.source_dir=PATH/voc" in made and "--config.train.steps=2" in made

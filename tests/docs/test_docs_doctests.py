@@ -12,14 +12,15 @@ import pwcrf_jax as pw
 
 # Functions that must show an example, by module; others may.
 SHOWN = {
-    "costs": ["route"],
+    "costs": ["algorithm"],
     "dense_crf": ["refine"],
     "mean_field": ["run"],
     "metrics": ["confusion_matrix", "scores"],
     "objectives": ["exact_log_likelihood"],
-    "pairwise": ["factored_pairwise", "messages"],
+    "messages": ["compute_messages"],
     "piecewise": ["balance_weights", "grid_labels", "pairwise_log_likelihood", "unary_log_likelihood"],
-    "planning": ["plan"],
+    "potentials": ["factored_pairwise"],
+    "model.plan": ["plan"],
     "relations": ["edge_list", "offsets"],
 }
 NAMES = {"jax": jax, "jnp": jnp, "np": np, "pw": pw}  # as docs/api/index.md says

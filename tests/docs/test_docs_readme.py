@@ -1,6 +1,5 @@
 """The documents against the code: examples run, paths and names exist, commands are accepted."""
 
-import functools
 import importlib
 import io
 import re
@@ -15,14 +14,17 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from pwcrf_jax.data import DATASETS, check
-from pwcrf_jax.training import config as configs
+from pwcrf_jax import config as configs
+from pwcrf_jax.cli import check, command
+from pwcrf_jax.data import DATASETS
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "examples/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")
+DOCS = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").rglob("*.md"))]
 IDS = [str(path.relative_to(ROOT)) for path in DOCS]
+URL = re.search(r"^url = (\S+)$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)[1]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-FOLDERS = "pwcrf_jax|configs|tests|docs|benchmarks|examples"
+FOLDERS = "pwcrf_jax|configs|tests|docs|benchmarks|examples|scripts"
 
 each_document = pytest.mark.parametrize("path", DOCS, ids=IDS)
 
@@ -70,10 +72,10 @@ def resolve(name):
 
 
 def commands(text):
-    """Lines of the bash blocks that run our scripts, continuations joined, split into words."""
+    """Lines of the bash blocks that run our commands and scripts, continuations joined, split into words."""
     lines = "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
     split = [shlex.split(line, comments=True) for line in lines]
-    return [words for words in split if words[:1] == ["python"]]
+    return [words for words in split if words[:1] in (["python"], ["pwcrf"])]
 
 
 def keys(text):
@@ -82,38 +84,27 @@ def keys(text):
     return {m[1].replace("NAME", "surrounding") for m in found if m} - {"json"}
 
 
-def script(path, values, monkeypatch):
-    """The names of train.py or eval.py; its flags go into `values` instead of those of this process."""
-    with monkeypatch.context() as patch:
-        for name in ("DEFINE_string", "DEFINE_bool", "DEFINE_integer", "DEFINE_float", "DEFINE_enum"):
-            patch.setattr(flags, name, functools.partial(getattr(flags, name), flag_values=values))
-        patch.setattr(flags, "adopt_module_key_flags", lambda module: None)
-        patch.setattr(config_flags, "DEFINE_config_file", lambda *args, **kwargs: None)  # `parse` has its own
-        return runpy.run_path(str(path))
+def config_of(argument):
+    """The config that an argument of --config names: by name or path, perhaps with a variant."""
+    name, _, variant = argument.partition(":")
+    get_config = importlib.import_module(f"pwcrf_jax.configs.{Path(name).stem}").get_config
+    return get_config(variant) if variant else get_config()
 
 
 def parse(words, monkeypatch, trained_with=None):
-    """The config that a command of train.py or eval.py ends with, checked as the scripts do.
+    """The config that a command ends with, checked as the command does.
 
-    trained_with: the config argument of the training run that an evaluation belongs to.
+    trained_with: the config argument of the training run that the command belongs to.
     """
     monkeypatch.chdir(ROOT)
-    words = list(words)
-    values = flags.FlagValues()
-    names = script(ROOT / words[1], values, monkeypatch)
-    if words[1] == "eval.py":
-        names["_name_report"](words)
-    monkeypatch.setattr(sys, "argv", words[1:])  # where ml_collections looks for the overrides
+    module, values = importlib.import_module(f"pwcrf_jax.cli.{words[1]}"), flags.FlagValues()
+    module.define_flags(values)
+    argv = [f"pwcrf {words[1]}", *words[2:]]
+    monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for the overrides
     if trained_with:
-        file, _, variant = trained_with.partition(":")
-        get_config = importlib.import_module(file.removesuffix(".py").replace("/", ".")).get_config
-        config = get_config(variant) if variant else get_config()
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, lock_config=True)
-    else:
-        config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True)
-    assert len(values(sys.argv)) == 1, f"words that are no flags: {values(sys.argv)[1:]}"
-    if words[1] == "eval.py":
-        names["_check_flags"](values)  # flags that do not go together
+        config_flags.DEFINE_config_dict("config", config_of(trained_with), flag_values=values, lock_config=True)
+    command.parse(argv, values)
+    getattr(module, "check_flags", lambda values: None)(values)  # flags that do not go together
     configs.validate(values["config"].value, num_devices=1)
     return values["config"].value
 
@@ -130,19 +121,26 @@ def flag(words, name):
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_readme_examples_run():
-    code = blocks((ROOT / "README.md").read_text(), "python")
-    assert code
+    (code,) = blocks((ROOT / "README.md").read_text(), "python")
     scope = {}
     with jax.default_device(jax.devices("cpu")[0]):
-        exec(compile("\n".join(code), "README.md", "exec"), scope)
+        exec(compile(code, "README.md", "exec"), scope)
     assert scope["log_marginals"].shape == scope["unary"].shape
+    assert jax.numpy.isfinite(scope["loss"]) and scope["info"].change.shape == (3, 2)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_dense_crf_example_runs():
+    (code,) = blocks((ROOT / "docs/dense-crf.md").read_text(), "python")
+    scope = {}
+    with jax.default_device(jax.devices("cpu")[0]):
+        exec(compile(code, "dense-crf.md", "exec"), scope)
     assert scope["labels"].shape == (2, 40, 60) and jax.numpy.isfinite(scope["to_crf"]) and scope["to_crf"] != 0
-    assert jax.numpy.isfinite(scope["value"]) and scope["info"].change.shape == (3, 2)
 
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_examples_of_other_pages_run():
-    pages = [path for path in DOCS if path.name not in ("README.md", "tutorial.md")]
+    pages = [path for path in DOCS if path.name not in ("README.md", "tutorial.md", "dense-crf.md")]
     run = 0
     for path in pages:
         for code in blocks(path.read_text(), "python"):
@@ -168,13 +166,37 @@ def test_paths_and_links_exist(path):
     text = path.read_text()
     missing = {word for word in paths(text) if not (ROOT / word).exists()}
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if re.match(r"\w+:", target):
-            continue
         file, _, anchor = target.partition("#")
-        linked = path.parent / file if file else path
+        linked = in_repository(file) or (path.parent / file if file else path)
+        if not in_repository(file) and re.match(r"\w+:", target):
+            continue
         if not linked.exists() or (anchor and anchor not in anchors(linked.read_text())):
             missing.add(target)
     assert not missing
+
+
+def in_repository(link):
+    """The file of this repository that an absolute link leads to, or None."""
+    for prefix in (f"{URL}/blob/main/", f"{URL}/main/".replace("github.com", "raw.githubusercontent.com")):
+        if link.startswith(prefix):
+            return ROOT / link.removeprefix(prefix)
+
+
+def test_readme_can_be_read_elsewhere():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 170
+    assert not [x for x in re.findall(r"\]\(([^)\s]+)\)", text) if not x.startswith("https://")], "PyPI has no files"
+    (picture,) = re.findall(r"!\[[^]]+\]\((\S+)\)", text)
+    assert in_repository(picture).stat().st_size < 150_000
+
+
+def test_commands_of_tables_have_flags_that_exist():
+    for path in DOCS:
+        for span in spans(path.read_text()):
+            if found := re.match(r"python ((?:benchmarks|scripts)/\w+\.py)", span):
+                # Some benchmarks share the arguments of others.
+                source = "".join(x.read_text() for x in (ROOT / found[1]).parent.glob("*.py"))
+                assert not {x for x in re.findall(r"--\w+", span) if f'"{x}"' not in source}, span
 
 
 @each_document
@@ -187,15 +209,16 @@ def test_math_names_the_functional_core():
     assert len(names((ROOT / "docs" / "math.md").read_text())) > 20
 
 
-def test_design_names_every_module():
+def test_design_names_every_room():
     text = (ROOT / "docs" / "design.md").read_text()
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "pwcrf_jax").rglob("*.py")}
-    assert not modules - paths(text), "add these to the layout table of docs/design.md"
+    rooms = {f"`{path.parent.relative_to(ROOT)}/`" for path in (ROOT / "pwcrf_jax").rglob("*.py")}
+    rooms -= {"`pwcrf_jax/configs/`"}
+    assert not {room for room in rooms if room not in text}, "add these to the table of rooms of docs/design.md"
 
 
 @each_document
 def test_config_keys_exist(path):
-    config = importlib.import_module("configs.default").get_config()
+    config = importlib.import_module("pwcrf_jax.configs.default").get_config()
     assert not {key for key in keys(path.read_text()) if not _has(config, key)}
 
 
@@ -209,31 +232,31 @@ def _has(config, key):
 
 @each_document
 def test_commands_are_accepted(path, monkeypatch):
-    trained = {}
+    trained = {"runs/demo-seed0": "configs/demo.py"} if "make demo\n" in path.read_text() else {}
     for words in commands(path.read_text()):
-        if words[1] == "-m":
-            assert words[2] == "pwcrf_jax.data.check"
-            known = check.parser().parse_args(words[3:])
-            assert known.dataset in DATASETS
+        if words[:2] == ["pwcrf", "check"]:
+            assert check.parser().parse_args(words[2:]).dataset in DATASETS
             continue
-        if words[1].startswith("examples/"):
-            assert (ROOT / words[1]).is_file()  # test_docs_examples runs them
+        if words[1].startswith(("examples/", "scripts/")):
+            assert (ROOT / words[1]).is_file()  # run by test_docs_examples and test_docs_commands
+            if words[1].startswith("scripts/"):
+                runpy.run_path(str(ROOT / words[1]))  # what it imports is there
             continue
         workdir = flag(words, "workdir")
-        if words[1] == "train.py":
+        if words[:2] == ["pwcrf", "train"]:
             parse(words, monkeypatch)
             trained[workdir] = flag(words, "config")
         else:
             assert workdir in trained, f"{words} evaluates a workdir that no command before it trains"
-        if words[1] == "eval.py":
-            parse(words, monkeypatch, trained[workdir])
+            if words[0] == "pwcrf":
+                parse(words, monkeypatch, trained[workdir])
 
 
 @each_document
 def test_settings_in_running_text_are_accepted(path, monkeypatch):
     for span in spans(path.read_text()):
         if span.startswith("--config.") and "=" in span:
-            parse(shlex.split(f"python train.py --config=configs/default.py {span}"), monkeypatch)
+            parse(shlex.split(f"pwcrf train --config=default {span}"), monkeypatch)
 
 
 # --- no names of one machine ---------------------------------------------------------------------------
@@ -273,20 +296,18 @@ def test_planted_faults_are_found(monkeypatch):
         resolve("pwcrf_jax.metrics.nothing")
     with pytest.raises(AttributeError):
         resolve("pwcrf_jax.nothing.metrics")
-    assert keys("`--config.nothing.here=3` `config.json` `pwcrf_jax.training.config`") == {"nothing.here"}
-    block = "```bash\npython train.py --config configs/demo.py \\\n    --config.nothing=3  # a comment\n```\n"
+    assert keys("`--config.nothing.here=3` `config.json` `pwcrf_jax.config.settings`") == {"nothing.here"}
+    block = "```bash\npwcrf train --config demo \\\n    --config.nothing=3  # a comment\n```\n"
     (words,) = commands(block)
     assert words[-1] == "--config.nothing=3"
-    with pytest.raises((AttributeError, KeyError)):
+    with pytest.raises(configs.ConfigError, match="config.nothing is not a key"):
         parse(words, monkeypatch)
-    evaluation = ["python", "eval.py", "--workdir", "runs/demo"]
-    for right in (["--refine", "full"], ["--report", "page.html"], ["--images", "a.jpg", "--output", "out"]):
-        parse([*evaluation, *right], monkeypatch, "configs/demo.py")
-    for wrong in (["--refine", "fulll"], ["--trials=0"], ["--report_images=many"], ["--nothing"], ["--tuned=perhaps"]):
-        with pytest.raises(flags.Error):
-            parse([*evaluation, *wrong], monkeypatch, "configs/demo.py")
-    with pytest.raises(configs.ConfigError, match="--output is of predictions"):
-        parse([*evaluation, "--output", "out"], monkeypatch, "configs/demo.py")
-    with pytest.raises(flags.Error):
-        parse(["python", "train.py", "--config=configs/demo.py", "--num_processes=two"], monkeypatch)
+    for right in ("eval --refine full", "eval --report page.html", "predict --images a.jpg --output out"):
+        parse(["pwcrf", *right.split(), "--workdir", "runs/demo"], monkeypatch, "demo")
+    for wrong in ("eval --refine fulll", "tune --trials=0", "eval --report auto --report_images=many", "eval --nothing",
+                  "eval --tuned=perhaps", "eval --images=a", "predict --output out"):  # fmt: skip
+        with pytest.raises(configs.ConfigError):
+            parse(["pwcrf", *wrong.split(), "--workdir", "runs/demo"], monkeypatch, "configs/demo.py")
+    with pytest.raises(configs.ConfigError, match="num_processes"):
+        parse(["pwcrf", "train", "--config=demo", "--num_processes=two"], monkeypatch)
     assert MACHINE.search("in /tmp/run") and not MACHINE.search("~/tmp/run, a/work/b, https://x.org/work")

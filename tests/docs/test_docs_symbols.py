@@ -1,7 +1,7 @@
 """Every public symbol is documented, with shapes, dtypes or units and refusals, and stands on the site's API pages.
 
 Public is: a name in `__all__` of `pwcrf_jax` and `pwcrf_jax.nets`; in the modules of the functional API and in
-`pwcrf_jax.segmenter` each function, class and constant at the top without a leading underscore; and methods and
+`pwcrf_jax.model.segmenter` each function, class and constant at the top without a leading underscore; and methods and
 properties of those classes without one. Read from the source, so that constants can have docstrings too: the string
 after them, as tools read it.
 """
@@ -23,16 +23,16 @@ from pwcrf_jax import nets
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = (
-    *("costs", "dense_crf", "gaussian", "mean_field", "metrics", "objectives", "pairwise", "permutohedral"),
-    *("piecewise", "planning", "relations", "segmenter"),
+    *("costs", "dense_crf", "gaussian", "mean_field", "metrics", "objectives", "permutohedral", "piecewise"),
+    *("potentials", "messages", "likelihood", "relations", "model.plan", "model.segmenter", "model.decode"),
 )
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 # What neither takes nor returns an array: numbers, names, sizes and trees of them.
 NO_ARRAYS = {
     *("costs.Cost", "costs.default_chunk_edges", "costs.sender_runs", "costs.chunk_rows", "costs.pairwise_loss"),
-    *("costs.folded_messages", "costs.table_messages", "costs.route", "gaussian.pair", "gaussian.radius_of"),
-    *("planning.Row", "planning.Plan", "planning.plan", "planning.multiply_adds", "relations.Relation"),
+    *("costs.factored_messages", "costs.table_messages", "costs.algorithm", "gaussian.pair", "gaussian.radius_of"),
+    *("plan.Row", "plan.Plan", "plan.plan", "plan.multiply_adds", "relations.Relation"),
     *("nets.LoadReport", "nets.WeightsError", "nets.grid_size", "nets.load_pretrained"),
 }
 
@@ -42,7 +42,7 @@ UNIT = re.compile(r"\b(bytes|multiply-adds|cells|edges|pixels|rows|names?|layers
 
 
 class Symbol(NamedTuple):
-    name: str  # without the package: "relations.offsets", "planning.Plan.summary"
+    name: str  # without the package: "relations.offsets", "plan.Plan.summary"
     node: ast.AST
     doc: str
     helpers: dict  # functions of its module by name
@@ -73,7 +73,8 @@ def top_level(source, module):
 
 
 def public():
-    symbols = [s for m in MODULES for s in top_level((ROOT / f"pwcrf_jax/{m}.py").read_text(), m)]
+    files = {m.rpartition(".")[2]: ROOT / "pwcrf_jax" / f"{m.replace('.', '/')}.py" for m in MODULES}
+    symbols = [s for name, path in files.items() for s in top_level(path.read_text(), name)]
     for path in sorted((ROOT / "pwcrf_jax/nets").glob("*.py")):
         for symbol in top_level(path.read_text(), "nets"):
             if symbol.name.split(".")[1] in nets.__all__:
@@ -139,8 +140,9 @@ def test_api_pages_hold_every_module_and_the_navigation_every_page():
     pages = {path.name: path.read_text() for path in (ROOT / "docs/api").glob("*.md")}
     configuration = (ROOT / "mkdocs.yml").read_text()
     for module in (*MODULES, "nets"):
-        assert f"::: pwcrf_jax.{module}\n" in pages[f"{module}.md"]
-        assert f"api/{module}.md" in configuration
+        page = f"{module.rpartition('.')[2]}.md"
+        assert f"::: pwcrf_jax.{module}\n" in pages[page]
+        assert f"api/{page}" in configuration
     overview = pages["index.md"]
     missing = {name for name in pwcrf_jax.__all__ if f"`pwcrf_jax.{name}`" not in overview}
     assert not missing, "add these to the table of docs/api/index.md"
@@ -153,7 +155,7 @@ def test_site_is_built_holds_every_symbol_and_asks_no_network(tmp_path):
     assert done.returncode == 0, done.stderr
     inventory = zlib.decompress((tmp_path / "objects.inv").read_bytes().split(b"\n", 4)[4]).decode()
     documented = {line.split()[0] for line in inventory.splitlines()}
-    assert not {symbol.name for symbol in public() if f"pwcrf_jax.{symbol.name}" not in documented}
+    assert not {s.name for s in public() if not {f"pwcrf_jax.{s.name}", f"pwcrf_jax.model.{s.name}"} & documented}
     requests = r'<(?:script|img|iframe|source|link)\b[^>]*\b(?:src|href)="(?:https?:)?//[^"]*"'
     asked = {m for page in tmp_path.rglob("*.html") for m in re.findall(requests, page.read_text())}
     assert not {m for m in asked if 'rel="canonical"' not in m}

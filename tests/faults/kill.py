@@ -34,8 +34,8 @@ import commands  # noqa: E402
 import small  # noqa: E402
 from faults import states  # noqa: E402
 
-from pwcrf_jax.training import checkpoint  # noqa: E402
-from pwcrf_jax.training import config as configs  # noqa: E402
+from pwcrf_jax import config as configs  # noqa: E402
+from pwcrf_jax.runtime import checkpoint  # noqa: E402
 
 KEYS = {
     "data.synthetic.num_val": 8,

@@ -5,9 +5,11 @@ import json
 import jax
 import jax.numpy as jnp
 
-from pwcrf_jax.training import checkpoint, evaluate, loop
-from pwcrf_jax.training import config as configs
+from pwcrf_jax import config as configs
+from pwcrf_jax.prediction import restore
+from pwcrf_jax.runtime import checkpoint
 from pwcrf_jax.training.optimizer import make_optimizer
+from pwcrf_jax.training.steps import TrainState
 
 MODEL = {"model.hidden": 4, "model.backbone": "tiny", "model.relations": ["surrounding", "above_below"]}
 CLASSES = ("sky", "water", "boat")
@@ -33,8 +35,8 @@ def abstract_of(config):
     """{"checkpoints": ..., "best": ...}: what the checkpoints of a run hold."""
     model = configs.build_model(config)
     tx = make_optimizer(config.optimizer, config.model, config.train.steps, configs.unary_steps(config))
-    state = jax.eval_shape(lambda: loop._fresh(model, tx, evaluate.init_params(model, 0)))
-    return {"checkpoints": loop._trees(state), "best": {"params": state.params}}
+    state = jax.eval_shape(lambda: TrainState.create(restore.init_params(model, 0), tx))
+    return {"checkpoints": state.trees(), "best": {"params": state.params}}
 
 
 def read(workdir, kind="checkpoints"):

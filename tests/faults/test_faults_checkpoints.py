@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from faults.states import CLASSES, MODEL, abstract, store, trees
 
-from pwcrf_jax.training import checkpoint
-from pwcrf_jax.training.checkpoint import CheckpointError
-from pwcrf_jax.training.logs import log
+from pwcrf_jax.runtime import checkpoint
+from pwcrf_jax.runtime.checkpoint import CheckpointError
+from pwcrf_jax.runtime.logs import log
 
 
 @pytest.fixture(autouse=True)
@@ -251,7 +251,7 @@ def test_a_full_disk(folder):
 import resource, signal, sys
 sys.path[:0] = {sys.path!r}
 from faults.states import store, trees
-from pwcrf_jax.training import checkpoint, logs
+from pwcrf_jax.runtime import checkpoint, logs
 logs.setup()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))

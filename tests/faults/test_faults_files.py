@@ -16,11 +16,12 @@ from faults.kill import ROOT
 from PIL import Image
 from rows import full_but
 
-from pwcrf_jax import files
-from pwcrf_jax.data import check
-from pwcrf_jax.files import FileError
-from pwcrf_jax.training import checkpoint, evaluate, lock, logs, report
-from pwcrf_jax.training import config as configs
+from pwcrf_jax import config as configs
+from pwcrf_jax.data import label_guard
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.report import collect
+from pwcrf_jax.runtime import checkpoint, files, lock, logs
+from pwcrf_jax.runtime.files import FileError
 
 IDENTITY = {"model.hidden": 4}
 
@@ -43,7 +44,7 @@ def _taken_back(workdir):
 
 
 def _page(workdir):
-    page = report.Report(str(workdir / "report_val.html"))
+    page = collect.Report(str(workdir / "report_val.html"))
     page.data = lambda result: {}
     page.write({})
 
@@ -62,7 +63,7 @@ WRITERS = {
     "metrics.jsonl": _metrics,
     "train.lock": _lock,
     "checkpoints/3/note.json": _note,
-    "label_report.json": lambda workdir: check.write_report({"splits": {}}, str(workdir)),
+    "label_report.json": lambda workdir: label_guard.write_report({"splits": {}}, str(workdir)),
 }
 """{file in a workdir: what writes it}"""
 

@@ -10,9 +10,11 @@ import pytest
 from faults import states
 from rows import full_but
 
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, loop, parallel, steps
-from pwcrf_jax.training.logs import log
+from pwcrf_jax import config as configs
+from pwcrf_jax.prediction import restore
+from pwcrf_jax.runtime import parallel
+from pwcrf_jax.runtime.logs import log
+from pwcrf_jax.training import guard, loop, steps
 
 MARK = 251  # of the first pixel of an image that the model below fails on
 
@@ -51,8 +53,8 @@ def _same(a, b):
 def test_all_devices_skip_what_one_of_them_cannot(config, what):
     config.model.relations = ("surrounding",)
     model, tx = configs.build_model(config), optax.adam(1e-2)
-    step = parallel.pmap_train(steps.make_train_step(Failing(model, what), tx, config.loss.to_dict()))
-    params = evaluate.init_params(model, 0)
+    step = parallel.pmap_train(steps.from_config(config, Failing(model, what), tx))
+    params = restore.init_params(model, 0)
     state = steps.TrainState(jnp.int32(0), params, tx.init(params))
     rng = np.random.default_rng(0)
     state, metrics = step(state, parallel.split(_batch(rng)))
@@ -90,7 +92,8 @@ def poison(monkeypatch):
                 stream.close()
 
         monkeypatch.setattr(loop, "train_batches", batches)
-        monkeypatch.setattr(steps, "make_train_step", lambda model, *args: make_step(Failing(model, what), *args))
+        failing = lambda model, *args, **options: make_step(Failing(model, what), *args, **options)
+        monkeypatch.setattr(steps, "make_train_step", failing)
         return ids
 
     return apply
@@ -114,7 +117,7 @@ def test_a_run_goes_on_after_one(config, tmp_path, poison, caplog):
     config.train.steps = 9
     ids = poison([8])
     match = r"step 8: loss nan \(images of that step: .*one more than config.train.max_skipped_steps = 1"
-    with pytest.raises(loop.NonFiniteError, match=match) as error:
+    with pytest.raises(guard.NonFiniteError, match=match) as error:
         loop.train_and_evaluate(config, str(tmp_path))
     assert all(name in str(error.value) for name in ids[8])
     assert states.read(tmp_path)[1]["step"] == 6, "the last good checkpoint is left as it was"
@@ -137,7 +140,7 @@ def test_none_is_allowed(config, tmp_path, poison, monkeypatch):
     config.train.max_skipped_steps = 0
     with monkeypatch.context():
         poison([5], "gradient")
-        with pytest.raises(loop.NonFiniteError, match="step 5: grad_norm nan .*max_skipped_steps = 0"):
+        with pytest.raises(guard.NonFiniteError, match="step 5: grad_norm nan .*max_skipped_steps = 0"):
             loop.train_and_evaluate(config, str(tmp_path))
     assert states.read(tmp_path)[1]["step"] == 3
 
@@ -146,6 +149,6 @@ def test_parameters_that_an_update_makes_infinite_are_not_saved(config, tmp_path
     make = loop.make_optimizer
     monkeypatch.setattr(loop, "make_optimizer", lambda *args: optax.chain(make(*args), optax.scale(math.inf)))
     config.train.checkpoint_every = config.train.eval_every = 1
-    with pytest.raises(loop.NonFiniteError, match="step 1 led to parameters that are not finite .*learning_rate"):
+    with pytest.raises(guard.NonFiniteError, match="step 1 led to parameters that are not finite .*learning_rate"):
         loop.train_and_evaluate(config, str(tmp_path))
     assert not list((tmp_path / "checkpoints").iterdir()) and not list((tmp_path / "best").iterdir())

@@ -9,11 +9,12 @@ import pytest
 import small
 from faults import states
 
-from pwcrf_jax import files
-from pwcrf_jax.data import DataError, check, datasets, load_dataset
-from pwcrf_jax.files import FileError
-from pwcrf_jax.training import checkpoint, evaluate, logs, loop
-from pwcrf_jax.training import config as configs
+from pwcrf_jax import config as configs
+from pwcrf_jax.data import DataError, label_guard, load_dataset, prepare
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.runtime import checkpoint, files, logs
+from pwcrf_jax.runtime.files import FileError
+from pwcrf_jax.training import initial
 
 SHAPES = {
     "empty": "",
@@ -49,9 +50,7 @@ def _one_line(error, path):
 
 def test_tuned_values(spoiled, tmp_path):
     (tmp_path / "tuned.json").write_bytes(spoiled)
-    with pytest.raises(
-        configs.ConfigError, match="delete it, tune again, or start eval.py with --tuned=false"
-    ) as error:
+    with pytest.raises(configs.ConfigError, match="delete it, tune again, or add --tuned=false") as error:
         configs.apply_tuned(small.config(""), str(tmp_path))
     _one_line(error, tmp_path / "tuned.json")
 
@@ -107,7 +106,7 @@ def test_a_run_to_start_from_without_a_config_of_ours(tmp_path):
     (tmp_path / "config.json").write_text('{"model": {"input_scaling": "tf"}}')
     config = small.config("", init_from=str(tmp_path))
     with pytest.raises(configs.ConfigError, match=f"{tmp_path}/config.json cannot be used: config.* is missing"):
-        loop.resolve(config, str(tmp_path / "new"))
+        initial.resolve_init(config, str(tmp_path / "new"))
 
 
 def test_classes(spoiled, tmp_path):
@@ -143,7 +142,7 @@ def prepared(tmp_path_factory):
 
 
 def test_a_label_report_is_made_anew(spoiled, prepared):
-    path = pathlib.Path(prepared.folder, check.REPORT)
+    path = pathlib.Path(prepared.folder, label_guard.REPORT)
     report = prepared.label_report()
     path.write_bytes(spoiled)
     assert prepared.label_report() == report == json.loads(path.read_text())
@@ -152,7 +151,7 @@ def test_a_label_report_is_made_anew(spoiled, prepared):
 @pytest.mark.parametrize("change", [{"splits": {}}, {"splits": {"train": {}}}, {"classes": []}, {"warnings": 3}])
 def test_a_label_report_without_its_parts(change, prepared):
     report = prepared.label_report()
-    check.write_report(report | change, prepared.folder)
+    label_guard.write_report(report | change, prepared.folder)
     assert prepared.label_report() == report
 
 
@@ -173,7 +172,7 @@ def test_a_prepared_set_whose_description_is_damaged(name, make, prepared, tmp_p
         (copy / name).symlink_to(make) if make.startswith("/dev") else (copy / name).write_text(make)
     with pytest.raises(DataError, match="of the prepared data set cannot be read .*; delete this folder") as error:
         found = load_dataset("synthetic", data_dir=str(tmp_path), image_size=(128, 192), num_train=3, num_val=2)
-        datasets._reopened(found.folder, "train")  # as workers do, which read all of it
+        prepare._reopened(found.folder, "train")  # as workers do, which read all of it
     assert str(copy.parent) in str(error.value) and "\n" not in str(error.value)
 
 

@@ -13,13 +13,13 @@ import pytest
 from faults import kill
 from rows import full_but
 
-from pwcrf_jax.files import FileError
-from pwcrf_jax.training import lock
-from pwcrf_jax.training.config import ConfigError
+from pwcrf_jax.runtime import lock
+from pwcrf_jax.runtime.errors import ConfigError
+from pwcrf_jax.runtime.files import FileError
 
 HOLDER = """
 import sys, time
-from pwcrf_jax.training import lock
+from pwcrf_jax.runtime import lock
 with lock.held(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
@@ -33,7 +33,7 @@ def test_a_second_run_is_refused_by_name_until_the_first_ends_however_it_does(tm
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(
-            ConfigError, match=rf"another train.py \(process {holder.pid} on .*is training in --workdir"
+            ConfigError, match=rf"another training run \(process {holder.pid} on .*is training in --workdir"
         ):
             with lock.held(str(tmp_path)):
                 pass
@@ -69,7 +69,7 @@ def test_of_several_processes_the_first_holds_it_for_all(tmp_path, monkeypatch):
 
 SECOND = """
 import os, sys
-from pwcrf_jax.training import lock
+from pwcrf_jax.runtime import lock
 import jax
 jax.process_index()
 path, umask = sys.argv[1], int(sys.argv[2], 8)
@@ -104,7 +104,7 @@ def test_another_user_of_a_group_is_kept_out_too_and_comes_in_later(umask, tmp_p
         os.chmod(shared, 0o777)
         done = commands.run(["-c", SECOND, shared, umask])
         refused, later = done.stdout.splitlines()
-        assert "another train.py (process " in refused and "let it end" in refused, done.stderr
+        assert "another training run (process " in refused and "let it end" in refused, done.stderr
         assert later == "held"
     finally:
         shutil.rmtree(shared)

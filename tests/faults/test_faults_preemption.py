@@ -9,7 +9,7 @@ import time
 
 from faults.kill import ROOT
 
-from pwcrf_jax.training import preemption
+from pwcrf_jax.runtime import preemption
 
 LIMIT = 300  # seconds; against hangs
 
@@ -33,7 +33,7 @@ def test_the_code_is_that_of_a_terminated_process():
 def test_before_there_is_anything_to_save():
     """Even where the main thread does not come back to Python, as in a compilation."""
     process = _start(
-        "from pwcrf_jax.training import preemption; import hashlib; preemption.install(); print('ready', flush=True)\n"
+        "from pwcrf_jax.runtime import preemption; import hashlib; preemption.install(); print('ready', flush=True)\n"
         "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
     )
     _until(process, "ready")
@@ -46,7 +46,7 @@ def test_before_there_is_anything_to_save():
 def test_a_second_signal_changes_nothing_and_a_child_has_its_own():
     process = _start(
         "import os, signal, time\n"
-        "from pwcrf_jax.training import preemption as p\n"
+        "from pwcrf_jax.runtime import preemption as p\n"
         "p.install(); p.begin(); assert not p.requested()\n"
         "child = os.fork()\n"
         "if not child: os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
@@ -71,7 +71,7 @@ def test_two_processes_stop_at_the_same_step():
 import json, sys, time
 import jax
 jax.config.update("jax_platforms", "cpu")
-from pwcrf_jax.training import preemption
+from pwcrf_jax.runtime import preemption
 preemption.install()
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
 from jax.experimental import multihost_utils

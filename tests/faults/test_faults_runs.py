@@ -15,10 +15,13 @@ from faults import states
 from faults.kill import KEYS, ROOT
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from pwcrf_jax.files import FileError
-from pwcrf_jax.training import checkpoint, evaluate, logs, loop, preemption
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training.logs import log
+from pwcrf_jax import config as configs
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.prediction import restore
+from pwcrf_jax.runtime import checkpoint, logs, preemption
+from pwcrf_jax.runtime.files import FileError
+from pwcrf_jax.runtime.logs import log
+from pwcrf_jax.training import checks, loop
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +173,7 @@ def test_tensorboard_hides_what_is_done_again(tmp_path):
     assert [(e.step, e.session_log.status) for e in (events[1] for events in found)] == [(1, SessionLog.START), (2, 1)]
 
 
-@pytest.mark.parametrize("module", [loop, evaluate])
+@pytest.mark.parametrize("module", [checks, restore])
 def test_other_classes_of_the_same_number(config, work, monkeypatch, module):
     load = module.load_dataset
 
@@ -181,7 +184,7 @@ def test_other_classes_of_the_same_number(config, work, monkeypatch, module):
 
     monkeypatch.setattr(module, "load_dataset", renamed)
     with pytest.raises(checkpoint.CheckpointError, match="class 0 is 'sky' in the checkpoint and 'car'"):
-        if module is loop:
+        if module is checks:
             loop.train_and_evaluate(config, str(work))
         else:
             evaluate.evaluate(configs.load(work / "config.json"), str(work))

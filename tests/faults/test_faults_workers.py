@@ -12,8 +12,8 @@ import pytest
 import small
 from faults import kill
 
+from pwcrf_jax import config as configs
 from pwcrf_jax.data import DataError, load_dataset, train_batches
-from pwcrf_jax.training import config as configs
 
 OPTIONS = dict(batch_size=4, crop_size=(64, 96), scale_range=(0.7, 1.2), seed=3)
 LIMIT = 300  # seconds; against hangs
@@ -76,7 +76,7 @@ def test_the_batches_of_threads(dataset, workers, start):
     assert not any(map(alive, started))
     for batch, expected in zip(got, take(dataset, start + 6)[start:], strict=True):
         assert batch["id"] == expected["id"]
-        for key in ("image", "label", "inside"):
+        for key in ("image", "label", "valid_box"):
             assert batch[key].dtype == expected[key].dtype
             np.testing.assert_array_equal(batch[key], expected[key])
 

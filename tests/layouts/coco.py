@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 from PIL import Image
 
-from pwcrf_jax.data.coco import IDS, Coco
+from pwcrf_jax.data.sets.coco import IDS, Coco
 
 SIZES = {
     "train": {9: (64, 96), 25: (96, 64), 30: (64, 96)},

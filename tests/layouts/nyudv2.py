@@ -4,7 +4,7 @@ import h5py
 import numpy as np
 import scipy.io
 
-from pwcrf_jax.data.nyudv2 import NyuDv2
+from pwcrf_jax.data.sets.nyudv2 import NyuDv2
 
 MAPPING = (np.arange(894) * 7 % 40 + 1).astype(np.float64)  # class, 1..40, of labels 1..894
 

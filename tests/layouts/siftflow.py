@@ -6,7 +6,7 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-from pwcrf_jax.data.siftflow import SiftFlow
+from pwcrf_jax.data.sets.siftflow import SiftFlow
 
 SCENES = "spatial_envelope_256x256_static_8outdoorcategories"
 TRAIN = ("coast_n1", "forest_bost2", "highway_bost181")  # the last was never annotated

@@ -9,7 +9,7 @@ import scipy.io
 import scipy.sparse
 from PIL import Image
 
-from pwcrf_jax.data.common import voc_palette
+from pwcrf_jax.data.readers.image_io import voc_palette
 
 TRAIN, VAL, TEST = ("2007_000032", "2008_000008", "2011_003271"), ("2007_000033", "2009_000074"), ("2008_000006",)
 SBD_TRAIN = ("2008_000008", "2008_000002", "2009_000074")  # one of VOC's train, a new one, one of VOC's val

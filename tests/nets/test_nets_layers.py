@@ -157,10 +157,10 @@ def test_pairwise_parts_equal_a_dense_layer_over_both_nodes():
     w1 = np.concatenate([params["first_p"]["kernel"], params["first_q"]["kernel"]])
     both = np.concatenate([x[:, 0, 1], x[:, 2, 3]], axis=-1)
     expected = both @ w1 + params["first_p"]["bias"]
-    np.testing.assert_allclose(parts.a[:, 0, 1] + parts.b[:, 2, 3], expected, atol=1e-5)
+    np.testing.assert_allclose(parts.hidden_p[:, 0, 1] + parts.hidden_q[:, 2, 3], expected, atol=1e-5)
     assert set(params) == {"first_p", "first_q", "last_kernel", "last_bias"}
     assert "bias" not in params["first_q"]
-    assert parts.w2.shape == (6, 7, 7) and parts.b2.shape == (7, 7)
+    assert parts.kernel.shape == (6, 7, 7) and parts.bias.shape == (7, 7)
 
 
 def test_pairwise_first_layer_starts_like_one_over_both_nodes():
@@ -173,10 +173,13 @@ def test_pairwise_first_layer_starts_like_one_over_both_nodes():
 def test_pairwise_zero_last_gives_zero_scores():
     x = normal(0, 1, 2, 2, 5)
     parts, _ = nets.PairwiseNet(3, hidden=4, zero_last=True).init_with_output(jax.random.key(0), x)
-    scores = jnp.einsum("m,mkl->kl", jax.nn.relu(parts.a[0, 0, 0] + parts.b[0, 1, 1]), parts.w2) + parts.b2
+    scores = (
+        jnp.einsum("m,mkl->kl", jax.nn.relu(parts.hidden_p[0, 0, 0] + parts.hidden_q[0, 1, 1]), parts.kernel)
+        + parts.bias
+    )
     np.testing.assert_array_equal(scores, 0)
     parts, _ = nets.PairwiseNet(3, hidden=4).init_with_output(jax.random.key(0), x)
-    assert np.abs(parts.w2).max() > 0
+    assert np.abs(parts.kernel).max() > 0
 
 
 @pytest.mark.parametrize("net", [nets.UnaryNet(3, 8), nets.PairwiseNet(3, 8)])

@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import pytest
 from rows import full_but
 
-from pwcrf_jax import planning
+from pwcrf_jax.mean_field import Settings
+from pwcrf_jax.model import plan as planning
+from pwcrf_jax.model.jaxprs import multiply_adds
+from pwcrf_jax.model.plan import plan
+from pwcrf_jax.model.segmenter import Segmenter
 from pwcrf_jax.nets import FeatMapNet
-from pwcrf_jax.planning import multiply_adds, plan
 from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING, offsets
-from pwcrf_jax.segmenter import Segmenter
 
 PLAIN = {"scales": (1.0,), "block6": (), "pyramid_windows": ()}
 CASES = {
@@ -77,17 +79,16 @@ def test_nets_are_as_xla_has_them(name):
 
 def test_training_step_and_inference_are_as_xla_has_them():
     optax = pytest.importorskip("optax")
-    from pwcrf_jax import segmenter as assembly
-    from pwcrf_jax.training import parallel, steps
+    from pwcrf_jax import mean_field
+    from pwcrf_jax.model import losses
+    from pwcrf_jax.runtime import parallel
+    from pwcrf_jax.training import steps
 
     model, size, batch, optimizer = segmenter(), (192, 256), 4, optax.adam(1e-3)
     params, images = shapes(model, size, batch)
     planned = plan(model, size, batch, optimizer=optimizer)
     state = steps.TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
-    loss = {"reduction": "mean", "pairwise_weight": 1.0, "balance_power": 0.0, "sampled_offsets": 0, "chunk_edges": 0}
-    loss["pairwise_balance_power"] = -1.0
-    loss["objective"] = "piecewise"
-    step = parallel.pmap_train(steps.make_train_step(model, optimizer, loss), jax.devices()[:1])
+    step = parallel.pmap_train(steps.make_train_step(model, optimizer, losses.Piecewise()), jax.devices()[:1])
     data = {"image": (1, *images.shape), "label": (1, *images.shape[:-1])}
     data = {key: jax.ShapeDtypeStruct(value, jnp.uint8) for key, value in data.items()}
     memory = step.lower(state, data).compile().memory_analysis()
@@ -97,7 +98,7 @@ def test_training_step_and_inference_are_as_xla_has_them():
 
     def infer(params, images):
         potentials = model.apply({"params": params}, images)
-        return assembly.infer(potentials, tuple(potentials.pairwise), (1.0, 1.0))[0]
+        return mean_field.run(potentials.unary, list(potentials.pairwise.values()))[0]
 
     memory = compiled(infer, params, images).memory_analysis()
     assert near(planned["inference"].bytes, memory.argument_size_in_bytes + memory.temp_size_in_bytes)
@@ -183,7 +184,7 @@ def test_heads_by_hand():
     assert planned.grid == (6, 8)
     assert planned["unary head"].multiply_adds == 48 * (64 * 64 + 64 * 11)
     assert planned["first layers surrounding"].multiply_adds == 48 * 2 * 64 * 64
-    # Unary and evidence; a and b of both relations.
+    # Unary and its log-probabilities; hidden_p and hidden_q of both relations.
     assert planned["potentials"].bytes == 4 * 48 * (2 * 11 + 4 * 64)
 
 
@@ -209,21 +210,23 @@ def test_what_is_not_trained_needs_no_backward_pass():
 
 
 def test_settings_of_the_pairwise_parts_reach_their_costs():
-    settings = {"num_iterations": 5, "num_sampled_offsets": 2, "chunk_edges": 512, "message_chunk_edges": 256}
-    planned = plan(segmenter(), (192, 256), 2, route="folded", **settings)
+    inference = Settings(num_iterations=5, algorithm="factored", chunk_edges=256)
+    planned = plan(segmenter(), (192, 256), 2, inference=inference, num_sampled_offsets=2, chunk_edges=512)
     shapes = (offsets(SURROUNDING, 12, 16), 12, 16, 11, 64, 2)
-    loss = planning.costs.pairwise_loss(*shapes, 4, 512, 2)
+    loss = planning.costs.pairwise_loss(*shapes, chunk_edges=512, num_sampled_offsets=2)
     assert planned["pairwise loss surrounding"][1:] == tuple(loss)
-    once = planning.costs.folded_messages(*shapes, 4, 256)
+    once = planning.costs.factored_messages(*shapes, itemsize=4, chunk_edges=256)
     assert planned["messages surrounding, one iteration"].multiply_adds == once.multiply_adds
-    every = planned["messages surrounding, 5 iterations, folded"]
+    every = planned["messages surrounding, 5 iterations, factored"]
     assert every[1:] == (5 * once.multiply_adds, once.temp_bytes)
-    table = plan(segmenter(), (192, 256), 2, route="table")["messages surrounding, 3 iterations, table"]
-    assert table[1:] == tuple(planning.costs.table_messages(*shapes, 3))
+    planned = plan(segmenter(), (192, 256), 2, inference=Settings(algorithm="table"))
+    table = planned["messages surrounding, 3 iterations, table"]
+    assert table[1:] == tuple(planning.costs.table_messages(*shapes))
 
 
 def test_only_relations_of_inference_send_messages():
-    every, one = (plan(segmenter(), (96, 128), message_relations=names) for names in (None, ("surrounding",)))
+    weights = None, {"surrounding": 1.0}
+    every, one = (plan(segmenter(), (96, 128), inference=Settings(weights=of)) for of in weights)
     assert "above_below" in " ".join(row.name for row in every.rows if row.name.startswith("messages"))
     assert "above_below" not in " ".join(row.name for row in one.rows if row.name.startswith("messages"))
     assert one["training step"] == every["training step"]
@@ -248,9 +251,7 @@ def test_short_numbers():
     assert planning._short(512, "B") == "512 B"
 
 
-@pytest.mark.parametrize(
-    "changes", [{"image_size": (0, 8)}, {"batch_size": 0}, {"num_iterations": -1}, {"route": "short"}], ids=str
-)
+@pytest.mark.parametrize("changes", [{"image_size": (0, 8)}, {"batch_size": 0}, {"num_sampled_offsets": -1}], ids=str)
 def test_plan_refuses(changes):
     with pytest.raises(ValueError, match="got"):
         plan(**{"model": segmenter(), "image_size": (32, 32), **changes})
@@ -259,11 +260,9 @@ def test_plan_refuses(changes):
 @pytest.mark.parametrize(
     "settings, match",
     [
-        (dict(message_relations=("suround",)), "'suround'.*not among the model's.*'surrounding'"),
+        (dict(inference=Settings(weights={"suround": 1.0})), "'suround'.*not among the model's.*'surrounding'"),
         (dict(chunk_edges=0), "chunk_edges must be at least 1.*got 0"),
-        (dict(message_chunk_edges=-3), "message_chunk_edges must be at least 1.*got -3"),
         (dict(image_size=64), r"expected image_size \(height, width\), got 64"),
-        (dict(route="tabel"), "route must be one of.*'tabel'"),
     ],
 )
 def test_plans_of_what_cannot_be_are_refused(settings, match):

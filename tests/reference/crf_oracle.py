@@ -63,16 +63,16 @@ def box_edges(rows, cols, unit, height, width, grid=None):
     }
 
 
-def grid_edges(a, b, w2, b2, offsets):
-    """All edges of a factored potential on a grid: z_pq = b2 + sum_m max(a_p + b_q, 0)_m w2_m."""
-    a, b, w2, b2 = (np.asarray(x, np.float64) for x in (a, b, w2, b2))
+def grid_edges(a, b, kernel, bias, offsets):
+    """All edges of a factored potential on a grid: z_pq = bias + sum_m max(a_p + b_q, 0)_m w2_m."""
+    a, b, kernel, bias = (np.asarray(x, np.float64) for x in (a, b, kernel, bias))
     height, width = a.shape[:2]
     edges = []
     for dr, dc in offsets:
         for r, c in itertools.product(range(height), range(width)):
             if 0 <= r + dr < height and 0 <= c + dc < width:
                 hidden = np.maximum(a[r, c] + b[r + dr, c + dc], 0)
-                scores = b2 + np.tensordot(hidden, w2, axes=1)
+                scores = bias + np.tensordot(hidden, kernel, axes=1)
                 edges.append(Edge(r * width + c, (r + dr) * width + c + dc, scores))
     return edges
 
@@ -81,9 +81,9 @@ def table_edges(scores, p, q):
     return [Edge(int(i), int(j), np.asarray(s, np.float64)) for s, i, j in zip(scores, p, q, strict=True)]
 
 
-def with_evidence(edges, evidence):
-    """Adds evidence_p[k] + evidence_q[l] to the scores of each edge; evidence [N, K]."""
-    e = np.asarray(evidence, np.float64)
+def with_unary(edges, unary_log_probs):
+    """Adds evidence_p[k] + evidence_q[l] to the scores of each edge; unary_log_probs [N, K]."""
+    e = np.asarray(unary_log_probs, np.float64)
     return [Edge(p, q, s + e[p][:, None] + e[q][None, :]) for p, q, s in edges]
 
 

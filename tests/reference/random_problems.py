@@ -6,15 +6,21 @@ import numpy as np
 
 
 class GridProblem(NamedTuple):
-    """unary, evidence [..., H, W, K]; a, b [..., H, W, M]; w2 [M, K, K]; b2 [K, K]; labels [..., H, W]."""
+    """unary, unary_log_probs [..., H, W, K]; hidden_p, hidden_q [..., H, W, M]; kernel [M, K, K]; bias [K, K];
+    labels [..., H, W]."""
 
     unary: np.ndarray
-    a: np.ndarray
-    b: np.ndarray
-    w2: np.ndarray
-    b2: np.ndarray
-    evidence: np.ndarray
+    hidden_p: np.ndarray
+    hidden_q: np.ndarray
+    kernel: np.ndarray
+    bias: np.ndarray
+    unary_log_probs: np.ndarray
     labels: np.ndarray
+
+    @property
+    def parts(self):
+        """The first four arguments of `factored_pairwise`."""
+        return self.hidden_p, self.hidden_q, self.kernel, self.bias
 
 
 def grid_problem(seed, height, width, classes=3, hidden=4, batch=(), scale=1.0):
@@ -22,26 +28,26 @@ def grid_problem(seed, height, width, classes=3, hidden=4, batch=(), scale=1.0):
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
     nodes = (*batch, height, width)
     unary = draw(*nodes, classes)
-    evidence = draw(*nodes, classes)
+    unary_log_probs = draw(*nodes, classes)
     return GridProblem(
         unary=unary,
-        a=draw(*nodes, hidden),
-        b=draw(*nodes, hidden),
-        w2=np.float32(scale / np.sqrt(hidden)) * draw(hidden, classes, classes),
-        b2=np.float32(scale) * draw(classes, classes),
-        evidence=evidence - np.log(np.exp(evidence).sum(-1, keepdims=True)),
+        hidden_p=draw(*nodes, hidden),
+        hidden_q=draw(*nodes, hidden),
+        kernel=np.float32(scale / np.sqrt(hidden)) * draw(hidden, classes, classes),
+        bias=np.float32(scale) * draw(classes, classes),
+        unary_log_probs=unary_log_probs - np.log(np.exp(unary_log_probs).sum(-1, keepdims=True)),
         labels=rng.integers(0, classes, nodes).astype(np.int32),
     )
 
 
 class GraphProblem(NamedTuple):
-    """unary, evidence [..., N, K]; scores [..., E, K, K]; p, q [E]; labels [..., N]."""
+    """unary, unary_log_probs [..., N, K]; scores [..., E, K, K]; p, q [E]; labels [..., N]."""
 
     unary: np.ndarray
     scores: np.ndarray
     p: np.ndarray
     q: np.ndarray
-    evidence: np.ndarray
+    unary_log_probs: np.ndarray
     labels: np.ndarray
 
 
@@ -56,6 +62,6 @@ def graph_problem(seed, nodes, edges, classes=3, batch=(), scale=1.0):
         scores=np.float32(scale) * draw(*batch, edges, classes, classes),
         p=p.astype(np.int32),
         q=q.astype(np.int32),
-        evidence=draw(*batch, nodes, classes),
+        unary_log_probs=draw(*batch, nodes, classes),
         labels=rng.integers(0, classes, (*batch, nodes)).astype(np.int32),
     )

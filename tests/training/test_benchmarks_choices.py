@@ -8,9 +8,11 @@ import pathlib
 import numpy as np
 import pytest
 
-from pwcrf_jax import metrics, segmenter
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate
+from pwcrf_jax import config as configs
+from pwcrf_jax import metrics
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.model import decode
+from pwcrf_jax.prediction import restore
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -123,7 +125,7 @@ def test_decodings_are_those_of_inference(choices, trained):
     config = configs.load(trained / "config.json")
     asked = (
         choices.Decoding(50.0, 2, 0.25), choices.Decoding(num_iterations=0, temperature=3.0),
-        choices.Decoding(20.0, normalize=False), choices.Decoding(50.0, 1, temperature=4.0),
+        choices.Decoding(20.0, average_messages=False), choices.Decoding(50.0, 1, temperature=4.0),
     )  # fmt: skip
     assert [str(d) for d in asked] == [
         "weight 50, num_iterations 2, damping 0.25", "num_iterations 0, temperature 3", "weight 20, sums",
@@ -135,11 +137,16 @@ def test_decodings_are_those_of_inference(choices, trained):
     assert score("unary") == pytest.approx(100 * unary, abs=1e-3) == score("num_iterations 0, temperature 3")
     for decoding in (asked[0], asked[2]):
         config.crf.weights, config.crf.num_iterations = (decoding.weight,), decoding.num_iterations
-        config.crf.damping, config.crf.normalize = decoding.damping, decoding.normalize
+        config.crf.damping, config.crf.average_messages = decoding.damping, decoding.average_messages
         wanted = evaluate.evaluate(config, str(trained), "latest", "val")["rows"]["all"]["miou"]
         assert score(str(decoding)) == pytest.approx(100 * wanted, abs=1e-3) and wanted != unary
     # Softer beliefs send other messages.
-    config.crf.weights, config.crf.num_iterations, config.crf.damping, config.crf.normalize = (50.0,), 1, 0.0, True
+    config.crf.weights, config.crf.num_iterations, config.crf.damping, config.crf.average_messages = (
+        (50.0,),
+        1,
+        0.0,
+        True,
+    )
     as_they_are = evaluate.evaluate(config, str(trained), "latest", "val")["rows"]["all"]["miou"]
     assert score(str(asked[3])) != pytest.approx(100 * as_they_are, abs=1e-5)
 
@@ -153,7 +160,7 @@ def test_potts_scores_are_means_of_the_neighbours(choices, trained):
     """Mean field written out in NumPy: what a node hears is the mean of its neighbours' marginals."""
     config = configs.load(trained / "config.json")
     counts, _ = choices.counts_of_images(config, trained, "val", [choices.Decoding(3.0, 2, potts=True)])
-    model, params, _, dataset = evaluate.load(config, str(trained), "latest", "val")
+    model, params, _, dataset = restore.load(config, str(trained), "latest", "val")
     boxes = dict(model.relations)
     batches = choices.eval_batches(dataset, "val", batch_size=1, size=config.data.eval_size)
     changed = 0
@@ -175,7 +182,7 @@ def test_potts_scores_are_means_of_the_neighbours(choices, trained):
                             number[i + row, j + col] += 1
                 heard += 3.0 * total / np.maximum(number, 1)
             q = softmax(heard)
-        labels = segmenter.upsample(np.log(q)[None].astype(np.float32), *batch["label"].shape[1:3]).argmax(-1)
+        labels = decode.upsample(np.log(q)[None].astype(np.float32), batch["label"].shape[1:3]).argmax(-1)
         expected = np.asarray(metrics.confusion_matrix(labels, batch["label"], k))
         assert np.abs(ours[0] - choices.ladder.of_classes(expected)).max() <= 4  # pixels that are undecided
         changed += np.abs(ours - unaries).sum()

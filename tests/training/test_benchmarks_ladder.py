@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import small
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import metrics
-from pwcrf_jax.training import config as configs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CLASSES, IMAGES, K = [0, 2, 3], 30, 4

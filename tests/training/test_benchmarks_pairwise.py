@@ -22,7 +22,7 @@ FIGURES = (
     "mf_temp_gb_k150",
     "gemm_share_k60",
 )
-MEAN_FIELD = {"tables", "ours", "ours folded", "ours table"}
+MEAN_FIELD = {"tables", "ours", "ours factored", "ours table"}
 
 
 def positive(x):

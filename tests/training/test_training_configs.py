@@ -11,8 +11,10 @@ import pytest
 import small
 from rows import full_but
 
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, parallel, steps
+from pwcrf_jax import config as configs
+from pwcrf_jax.prediction import restore
+from pwcrf_jax.runtime import parallel
+from pwcrf_jax.training import steps
 from pwcrf_jax.training.optimizer import make_optimizer, schedule
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -25,13 +27,13 @@ def test_config_builds_and_its_step_is_traced(name):
     configs.validate(config, num_devices=1)
     model = configs.build_model(config)
     tx = make_optimizer(config.optimizer, config.model, config.train.steps)
-    params = evaluate.abstract_params(model)
+    params = restore.abstract_params(model)
     state = jax.eval_shape(lambda p: steps.TrainState(jnp.int32(0), p, tx.init(p)), params)
     batch = {
         "image": jax.ShapeDtypeStruct((1, 1, *config.data.crop_size, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((1, 1, *config.data.crop_size), jnp.uint8),
     }
-    step = steps.make_train_step(model, tx, config.loss.to_dict())
+    step = steps.from_config(config, model, tx)
     new, metrics = jax.eval_shape(parallel.pmap_train(step, devices=jax.devices()[:1]), state, batch)
     assert jax.tree.structure(new) == jax.tree.structure(state)
     assert {"loss", "nll_unary", *(f"nll_{n}" for n in config.model.relations)} <= set(metrics)
@@ -46,14 +48,13 @@ def test_camvid_variants():
         module.get_config("other")
 
 
-@pytest.mark.parametrize("name", ["poly", "cosine", "constant"])
-def test_schedules(name, config):
-    config.optimizer.schedule, config.optimizer.warmup_steps = name, 10
+def test_schedule(config):
+    config.optimizer.warmup_steps = 10
     rate = schedule(config.optimizer, 100)
     peak = config.optimizer.learning_rate
     assert 0 < rate(0) < rate(5) < peak
     assert float(rate(10)) == pytest.approx(peak)
-    assert float(rate(99)) <= peak * (1.0 if name == "constant" else 0.05) * (1 + 1e-6)
+    assert float(rate(99)) <= peak * 0.05
 
 
 def test_scripts_end_to_end(config, tmp_path):

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from rows import full_but
 
+from pwcrf_jax import config as configs
 from pwcrf_jax.data import DATASETS, load_dataset
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, loop
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.training import loop
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAYOUTS = sorted(path.stem for path in (ROOT / "tests" / "layouts").glob("*.py"))

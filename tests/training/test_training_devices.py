@@ -12,9 +12,13 @@ import pytest
 import small
 from rows import full_but
 
+from pwcrf_jax import config as configs
 from pwcrf_jax.data import load_dataset
-from pwcrf_jax.training import checkpoint, evaluate, loop, parallel, preemption, steps
-from pwcrf_jax.training import config as configs
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.model import losses
+from pwcrf_jax.prediction import restore
+from pwcrf_jax.runtime import checkpoint, parallel, preemption
+from pwcrf_jax.training import loop, steps
 
 STEPS = 50
 # Of the samples of a batch: which share of their rows is void. One device has no label at all if there are eight.
@@ -66,7 +70,7 @@ def _on(monkeypatch, n):
 
 def _train(config, workdir, n, steps_to_go):
     """Trains on n devices; {step: loss} of all the run, [parameters that were saved], [parameters it went on from]."""
-    read, save, restore = loop.train_batches, checkpoint.Store.save, loop._restore
+    read, save, from_trees = loop.train_batches, checkpoint.Store.save, steps.TrainState.from_trees
     requests = iter([False] * (steps_to_go - 1) + [True])
     copied, saved, restored = lambda params: jax.tree.map(np.array, params), [], []
 
@@ -74,16 +78,15 @@ def _train(config, workdir, n, steps_to_go):
         saved.append(copied(trees["params"]))
         save(store, step, trees, meta)
 
-    def restoring(*args):
-        state, meta = restore(*args)
-        restored.append(copied(state.params))
-        return state, meta
+    def restoring(trees):
+        restored.append(copied(trees["params"]))
+        return from_trees(trees)
 
     with pytest.MonkeyPatch.context() as m:
         _on(m, n)
         m.setattr(loop, "train_batches", lambda *args, **kw: _Batches(read(*args, **kw)))
         m.setattr(checkpoint.Store, "save", saving)
-        m.setattr(loop, "_restore", restoring)
+        m.setattr(steps.TrainState, "from_trees", restoring)
         m.setattr(preemption, "requested", lambda: next(requests))
         with pytest.raises(preemption.Preempted):
             loop.train_and_evaluate(config, str(workdir))
@@ -129,7 +132,7 @@ def _model_and_params(config):
     """With parameters that leave nothing at zero."""
     model = configs.build_model(config)
     noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
-    return model, jax.tree.map(noise, evaluate.init_params(model, 0))
+    return model, jax.tree.map(noise, restore.init_params(model, 0))
 
 
 @pytest.mark.full
@@ -141,14 +144,14 @@ def test_raw_gradients_against_a_single_device_without_pmap(config):
 
     def loss(params):
         potentials = model.apply({"params": params}, batch["image"])
-        terms = steps.piecewise_terms(potentials, jnp.asarray(batch["label"]))
+        terms = losses.piecewise_terms(potentials, jnp.asarray(batch["label"]))
         return -sum(total / count for total, count in terms.values())
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(params)
     # The update rule keeps the gradient it is given in its state, and changes nothing.
     zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
     keep = optax.GradientTransformation(zeros, lambda grads, state, params: (zeros(grads), grads))
-    step = parallel.pmap_train(steps.make_train_step(model, keep, config.loss.to_dict()))
+    step = parallel.pmap_train(steps.from_config(config, model, keep))
     state, metrics = step(steps.TrainState(jnp.int32(0), params, zeros(params)), parallel.split(batch))
     np.testing.assert_allclose(float(metrics["loss"]), float(value), rtol=1e-5)
     for got, wanted in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(gradient), strict=True):
@@ -169,7 +172,7 @@ def test_a_padded_last_batch_over_devices_counts_as_images_one_by_one(config, mo
 
             def counting(params, batch, eval_fn=eval_fn, confusion=confusion):
                 out = eval_fn(params, batch)
-                for row, counts in out[0]["confusion"].items():
+                for row, counts in out[0].confusion.items():
                     assert counts.dtype == jnp.int32
                     confusion[row] = confusion.get(row, 0) + np.asarray(counts, np.int64)
                 return out

@@ -1,4 +1,4 @@
-"""The exported predictor: the labels of eval.py, without the package, on all platforms."""
+"""The exported predictor: the labels of pwcrf predict, without the package, on all platforms."""
 
 import json
 import os
@@ -15,11 +15,12 @@ from jax import export as jax_export
 from PIL import Image
 from rows import full_row
 
-from configs import demo
-from pwcrf_jax import files
+from pwcrf_jax import config as configs
+from pwcrf_jax.configs import demo
 from pwcrf_jax.data import DataError
-from pwcrf_jax.training import checkpoint, evaluate, export, inference, predict
-from pwcrf_jax.training import config as configs
+from pwcrf_jax.prediction import export, predict, restore
+from pwcrf_jax.prediction import predictor as inference
+from pwcrf_jax.runtime import checkpoint, files
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = (96, 128)
@@ -36,7 +37,7 @@ def small(**keys):
 
 def random_params(config, seed=0):
     """Of which every layer has a say: pair scores would start at zero."""
-    params = evaluate.init_params(configs.build_model(config), seed)
+    params = restore.init_params(configs.build_model(config), seed)
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
     return jax.tree.unflatten(tree, [x + 0.5 * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
@@ -89,7 +90,8 @@ def test_the_file_gives_the_labels_of_eval_without_the_package(workdir, tmp_path
         frame[: image.shape[0], : image.shape[1]] = image
     np.savez(tmp_path / "batch.npz", images=frames, valid_size=np.array([x.shape[:2] for x in images], np.int32))
 
-    done = commands.run(["eval.py", "--workdir", workdir, "--export", tmp_path / "p.stablehlo"])
+    words = ["-m", "pwcrf_jax", "export", "--workdir", workdir, "--output", tmp_path / "p.stablehlo"]
+    done = commands.run(words)
     assert done.returncode == 0, done.stderr
     told, about = json.loads(done.stdout.splitlines()[-1]), json.loads((tmp_path / "p.stablehlo.json").read_text())
     assert told["bytes"] == about["bytes"] == (tmp_path / "p.stablehlo").stat().st_size
@@ -114,7 +116,7 @@ def test_the_file_gives_the_labels_of_eval_without_the_package(workdir, tmp_path
     assert len(np.unique(loaded["batch"])) > 3
     # The CRF has a say in them.
     config.crf.num_iterations = 0
-    predictor = inference.Predictor(config, *evaluate.restore_params(config, str(workdir))[:2])
+    predictor = inference.Predictor(config, *restore.restore_params(config, str(workdir))[:2])
     assert (next(predictor([(None, images[0])]))[2].labels() != loaded["batch"][0]).mean() > 0.05
 
 
@@ -137,13 +139,15 @@ BACKBONE = {"model.scales": (1.0, 0.5), "model.block6": ((3, 4),), "model.pyrami
 @pytest.mark.parametrize(
     "keys",
     [
-        full_row({"model.backbone": "vgg16", "model.parameterisation": "free", "crf.route": "folded", **BACKBONE}),
+        full_row(
+            {"model.backbone": "vgg16", "model.parameterisation": "free", "crf.algorithm": "factored", **BACKBONE}
+        ),
         full_row(
             {
                 "model.backbone": "mobilenet_v2",
                 "model.mobilenet_v2.depthwise": "grouped",
                 "model.refinement_convs.layers": ("block_3_expand", "block_6_expand"),
-                "crf.route": "table",
+                "crf.algorithm": "table",
                 **BACKBONE,
             }
         ),
@@ -154,7 +158,7 @@ BACKBONE = {"model.scales": (1.0, 0.5), "model.block6": ((3, 4),), "model.pyrami
 def test_every_model_lowers_for_every_platform(keys):
     config = small(**keys)
     model = configs.build_model(config)
-    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), evaluate.abstract_params(model))
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), restore.abstract_params(model))
     exported = export.lower(export.make_predictor(config, model, params, SIZE), SIZE)
     assert exported.platforms == ("cpu", "cuda", "tpu")
     assert not exported.disabled_safety_checks
@@ -167,7 +171,7 @@ def test_what_cannot_be_exported_is_refused(workdir, tmp_path, monkeypatch):
     config = configs.load(workdir / "config.json")
     write = lambda file="p", **options: export.export_predictor(config, str(workdir), str(tmp_path / file), **options)
     for size in ("640", "0x64", "64x99999", "axb", "64x64x3"):
-        with pytest.raises(configs.ConfigError, match=f"--export_size={size} must be HEIGHTxWIDTH"):
+        with pytest.raises(configs.ConfigError, match=f"--size={size} must be HEIGHTxWIDTH"):
             write(size=size)
     with pytest.raises(DataError, match="there is no folder .*gone; make it"):
         write("gone/p")
@@ -197,10 +201,10 @@ def test_what_cannot_be_exported_is_refused(workdir, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "match"),
     [
-        (["--export=p", "--overwrite", "--refine=full"], "the dense CRF is not part"),
-        full_row((["--export_size=64x64"], "--export_size is of --export")),
+        (["--output=p", "--overwrite", "--refine=full"], "--refine is of pwcrf eval, predict, tune: see"),
+        full_row((["--size=64x64"], "--output must be given")),
     ],
 )
 def test_flags_that_do_not_go_together(workdir, args, match):
-    done = commands.run(["eval.py", "--workdir", workdir, *args])
+    done = commands.run(["-m", "pwcrf_jax", "export", "--workdir", workdir, *args])
     assert done.returncode == 2 and match in done.stderr and "Traceback" not in done.stderr

@@ -5,9 +5,11 @@ import json
 import pytest
 from absl import flags
 
-from pwcrf_jax.files import FileError
-from pwcrf_jax.training import checkpoint, cli, loop
-from pwcrf_jax.training import config as configs
+from pwcrf_jax import config as configs
+from pwcrf_jax.cli import command
+from pwcrf_jax.runtime import checkpoint
+from pwcrf_jax.runtime.files import FileError
+from pwcrf_jax.training import loop
 
 CONFIGS = {
     "of a language model": {"model_type": "bert", "hidden_size": 768},
@@ -54,5 +56,7 @@ def test_flags_given_twice_are_refused(given):
         flags.DEFINE_string(name, "", "", flag_values=values)
     flags.DEFINE_bool("tuned", True, "", flag_values=values)
     name = given[0].lstrip("-").partition("=")[0]
-    with pytest.raises(cli.ConfigError, match=f"--{name} is given {3 if '=' in given[-1][-1] else 2} times; .* once"):
-        cli.parse(["eval.py", *given], values)
+    with pytest.raises(
+        command.ConfigError, match=f"--{name} is given {3 if '=' in given[-1][-1] else 2} times; .* once"
+    ):
+        command.parse(["eval.py", *given], values)

@@ -11,10 +11,11 @@ import pytest
 import small
 from rows import full_but
 
+from pwcrf_jax import config as configs
 from pwcrf_jax.nets import WeightsError
 from pwcrf_jax.nets.pretrained import KNOWN_FILES
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, freezing, loop, optimizer
+from pwcrf_jax.prediction import restore
+from pwcrf_jax.training import checks, freezing, initial, loop, optimizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 MOBILENET = {"model.backbone": "mobilenet_v2", "model.mobilenet_v2.output": "block_6_project"}
@@ -47,7 +48,7 @@ FREEZING = {  # the key that is named, a layer that is, and what else is set
 @pytest.mark.parametrize("case", FREEZING)
 def test_a_random_start_that_stays(case, tmp_path, monkeypatch):
     key, layer, changes = FREEZING[case]
-    monkeypatch.setattr(loop, "load_dataset", lambda **_: pytest.fail("data were prepared"))
+    monkeypatch.setattr(checks, "load_dataset", lambda **_: pytest.fail("data were prepared"))
     config = small.config(tmp_path, **changes)
     with pytest.raises(configs.ConfigError) as told:
         loop.train_and_evaluate(config, str(tmp_path / "work"))
@@ -80,7 +81,7 @@ def test_it_is_true_that_it_stays(case, tmp_path):
     """Against the optimizer itself: exactly what is named gets no update from gradients, in any stage."""
     config = small.config(tmp_path, **FREEZING[case][2] | {"train.steps": 2, "optimizer.weight_decay": 0})
     steps, unary_steps = config.train.steps, configs.unary_steps(config)
-    params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), evaluate.abstract_params(configs.build_model(config)))
+    params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), restore.abstract_params(configs.build_model(config)))
     keys = optimizer.standing_still(config, params, unary_steps)
     moved = jax.tree.map(lambda _: False, params)
     no_relations = config.loss.pairwise_weight == 0  # then they have no gradient
@@ -109,7 +110,7 @@ def test_a_run_makes_it_fit_where_it_has_all_that_is_frozen(given, frozen, tmp_p
     (tmp_path / "run").mkdir()
     frozen.model.input_scaling = "tf"
     configs.save(frozen, tmp_path / "run/config.json")
-    abstract = evaluate.abstract_params(configs.build_model(frozen))
+    abstract = restore.abstract_params(configs.build_model(frozen))
     trained = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
     match given:
         case "the backbone":
@@ -118,13 +119,13 @@ def test_a_run_makes_it_fit_where_it_has_all_that_is_frozen(given, frozen, tmp_p
             del trained["featmap"]["backbone"]["block_1_project"]
         case "nothing frozen":
             del trained["featmap"]
-    monkeypatch.setattr(evaluate, "restore_params", lambda *_: (None, trained, 7))
+    monkeypatch.setattr(restore, "restore_params", lambda *_: (None, trained, 7))
     frozen.init_from = str(tmp_path / "run")
     if given in ("all of it", "the backbone"):
-        loop.resolve(frozen, str(tmp_path / "work"))
+        initial.resolve_init(frozen, str(tmp_path / "work"))
         return
     with pytest.raises(configs.ConfigError) as told:
-        loop.resolve(frozen, str(tmp_path / "work"))
+        initial.resolve_init(frozen, str(tmp_path / "work"))
     assert "freeze_until = 'block_3'" in str(told.value) and "does not give them" in str(told.value)
 
 
@@ -132,17 +133,17 @@ def test_a_run_goes_on_without_what_it_started_from(frozen, tmp_path, monkeypatc
     def prepare(**_):
         raise InterruptedError
 
-    monkeypatch.setattr(loop, "load_dataset", prepare)
+    monkeypatch.setattr(checks, "load_dataset", prepare)
     (tmp_path / "work/checkpoints/3").mkdir(parents=True)
     with pytest.raises(InterruptedError):
-        loop.checked_dataset(frozen, str(tmp_path / "work"))
+        checks.load_and_validate(frozen, str(tmp_path / "work"))
     with pytest.raises(configs.ConfigError):
-        loop.checked_dataset(frozen, str(tmp_path / "other"))
+        checks.load_and_validate(frozen, str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01])
 def test_a_file_of_weights_holds_no_unary(share, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "load_dataset", lambda **_: pytest.fail("data were prepared"))
+    monkeypatch.setattr(checks, "load_dataset", lambda **_: pytest.fail("data were prepared"))
     config = small.config(tmp_path, **MOBILENET | STAGED | {"loss.unary_share": share})
     config.init_from = str(tmp_path / "mobilenet.h5")
     (tmp_path / "mobilenet.h5").touch()
@@ -163,14 +164,14 @@ def test_a_start_that_is_no_file(kind, tmp_path, monkeypatch):
             path.symlink_to(tmp_path / "none")
         case "link round":
             path.symlink_to(path)
-    monkeypatch.setattr(loop, "load_dataset", lambda **_: pytest.fail("data were prepared"))
+    monkeypatch.setattr(checks, "load_dataset", lambda **_: pytest.fail("data were prepared"))
     with pytest.raises(WeightsError, match=f"init_from = '{path}' (does not exist|is neither a file nor a folder)"):
         loop.train_and_evaluate(small.config(tmp_path, init_from=str(path)), str(tmp_path / "work"))
 
 
 @pytest.mark.parametrize("backbone", KNOWN_FILES)
-def test_the_readme_names_the_files(backbone):
-    section = (ROOT / "README.md").read_text().partition("\n## ImageNet weights\n")[2].partition("\n## ")[0]
+def test_the_documents_name_the_files(backbone):
+    section = (ROOT / "docs/training.md").read_text().partition("\n## ImageNet weights\n")[2].partition("\n## ")[0]
     for file in KNOWN_FILES[backbone]:
         url, check = re.fullmatch(r"(https://\S+) \((.*)\)", file).groups()
         size = re.fullmatch(r"(\d+) bytes", check)

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from pwcrf_jax.data import DataError
-from pwcrf_jax.files import FileError
-from pwcrf_jax.training import image_files
+from pwcrf_jax.prediction import image_files
+from pwcrf_jax.runtime.files import FileError
 
 
 def picture(form="PNG"):

@@ -9,9 +9,15 @@ import pytest
 import small
 
 import pwcrf_jax as pw
-from pwcrf_jax import segmenter
-from pwcrf_jax.training import checkpoint, evaluate, loop, report, steps, tuning
-from pwcrf_jax.training import config as configs
+from pwcrf_jax import config as configs
+from pwcrf_jax.evaluation import evaluate, tuning
+from pwcrf_jax.evaluation import steps as eval_steps
+from pwcrf_jax.model import losses, segmenter
+from pwcrf_jax.model.counts import confusions
+from pwcrf_jax.prediction import restore
+from pwcrf_jax.report import collect
+from pwcrf_jax.runtime import checkpoint
+from pwcrf_jax.training import checks, initial, loop
 
 NAMES = ("sky", "water", "boat")
 VOID = 255
@@ -43,22 +49,22 @@ class Split:
 
 
 @jax.jit
-def confusions(label, predicted):
-    return steps.confusions(jnp.full_like(label, predicted), label, jnp.ones(label.shape, bool), len(NAMES))
+def confusion_of(label, predicted):
+    return confusions(jnp.full_like(label, predicted), label, jnp.ones(label.shape, bool), len(NAMES))
 
 
 def evaluated(monkeypatch, label, classes=(), predicted=1, factors=(), split="val"):
     """`evaluate_params` of one image whose pixels are all predicted alike, with these (sum, count) of factors."""
     config = small.config("unused", **{"eval.classes": classes, "data.num_classes": len(NAMES)})
-    size = np.array([label.shape], np.int32)
-    batch = dict(image=np.zeros((1, *label.shape, 3), np.uint8), label=label[None], valid_size=size)
-    monkeypatch.setattr(evaluate, "eval_batches", lambda *_, **__: [batch])
-    monkeypatch.setattr(evaluate.parallel, "split", lambda x: x)
-    counts = confusions(label, predicted)
+    box = np.array([[0, 0, *label.shape]], np.int32)
+    batch = dict(image=np.zeros((1, *label.shape, 3), np.uint8), label=label[None], valid_box=box)
+    monkeypatch.setattr(evaluate, "batches_of", lambda *_: [batch])
+    monkeypatch.setattr(evaluate, "inputs_of", lambda batch: batch)
+    counts = confusion_of(label, predicted)
     rows = dict.fromkeys([*configs.table_rows(config), configs.final_row(config)], counts)
     terms = {"unary": (0.0, 0), "surrounding": (0.0, 0), **dict(factors)}
-    out = {"confusion": rows, "terms": terms, "change": {}}
-    return evaluate.evaluate_params(lambda *_: (out, {}), None, Split(label), split, config)
+    sums = eval_steps.Sums(rows, terms, {})
+    return evaluate.evaluate_params(lambda *_: (sums, None), None, Split(label), split, config)
 
 
 def strict_json(value):
@@ -143,17 +149,17 @@ def test_known_splits_without_a_scored_pixel_are_refused(split, classes):
 def test_nothing_is_chosen_by_no_mean_iou(name):
     label, classes, predicted = NOTHING[name]
     config = small.config("unused", **{"eval.classes": classes})
-    counts = confusions(label, predicted)[0]
+    counts = confusion_of(label, predicted)[0]
     with pytest.raises(configs.ConfigError, match="split 'val' has no pixel"):
         tuning._mean_iou(counts, config, Split(label), "val")
 
 
 def test_training_with_such_a_validation_split_is_refused_before_compute(config, tmp_path, monkeypatch):
-    dataset = loop.load_dataset(**configs.dataset_options(config))
+    dataset = checks.load_dataset(**configs.dataset_options(config))
     about = dataset.label_report()
     about["splits"]["val"]["pixels"] = [0] * len(dataset.class_names)
     monkeypatch.setattr(type(dataset), "label_report", lambda self: about)
-    monkeypatch.setattr(loop, "resolve", None)
+    monkeypatch.setattr(initial, "resolve_init", None)
     with pytest.raises(configs.ConfigError, match="split 'val' has no pixel that is not void"):
         loop.train_and_evaluate(config, str(tmp_path / "run"))
     assert not list((tmp_path / "run").glob("**/best/*"))
@@ -181,9 +187,9 @@ def test_the_best_is_never_one_without_a_figure(figures, config, tmp_path, monke
         loop.train_and_evaluate(config, str(tmp_path))
     assert not left and loop.train_and_evaluate(config, str(tmp_path)) == {}  # all four evaluations are done
     known = [x for x in figures if x is not None]
-    best = checkpoint.Store(str(tmp_path / "best"), configs.identity(config), score=evaluate.BEST)
+    best = checkpoint.Store(str(tmp_path / "best"), configs.identity(config), score=restore.BEST)
     if known:
-        assert best.meta()[evaluate.BEST] == max(known) and best.latest == 1 + figures.index(max(known))
+        assert best.meta()[restore.BEST] == max(known) and best.latest == 1 + figures.index(max(known))
         assert f"mean IoU {100 * max(known):.1f}" in caplog.text
     else:
         assert best.latest is None and "no best checkpoint" in caplog.text
@@ -195,7 +201,7 @@ def test_the_best_is_never_one_without_a_figure(figures, config, tmp_path, monke
 @pytest.mark.parametrize("counts", [[0, 0], [0, 4], [3, 0], [1, 1]], ids=str)
 def test_calibration_is_of_pixels_that_there_are(counts):
     number = np.array(counts, np.float64)
-    got = strict_json(report._calibration((number, 0.75 * number, 0.5 * number)))
+    got = strict_json(collect._calibration((number, 0.75 * number, 0.5 * number)))
     assert got["accuracy"] == [0.5 if n else None for n in counts]
     expected = (0.25, 0.75) if any(counts) else (None, None)
     assert (got["ece"], got["mean_confidence"]) == expected
@@ -207,7 +213,7 @@ def test_one_labelled_pixel_is_no_edge(place, monkeypatch):
     label[place] = 2
     unary, a, b = np.random.default_rng(0).normal(size=(3, 1, 2, 2, 3)).astype(np.float32)
     edges = pw.factored_pairwise(a, b, np.ones((3, 3, 3), np.float32), np.zeros((3, 3)), [(0, 1), (1, 0), (1, 1)])
-    terms = steps.piecewise_terms(segmenter.Potentials(unary, {"surrounding": edges}, None), label[None])
+    terms = losses.piecewise_terms(segmenter.Potentials(unary, {"surrounding": edges}, None), label[None])
     result = evaluated(monkeypatch, label, factors=jax.device_get(terms))
     expected = -jax.nn.log_softmax(unary)[0, place[0] // 4, place[1] // 4, 2]
     assert result["nll"]["surrounding"] is None and result["nll"]["unary"] == pytest.approx(float(expected), rel=1e-5)

@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 from rows import full_but
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import objectives, piecewise
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, loop, parallel, steps
+from pwcrf_jax.mean_field import Settings
+from pwcrf_jax.model import losses
+from pwcrf_jax.prediction import restore
+from pwcrf_jax.runtime import parallel
+from pwcrf_jax.training import checks, loop, steps
 from pwcrf_jax.training.optimizer import make_optimizer
 
-OTHERS = [name for name in steps.OBJECTIVES if not name.startswith("piecewise")]
+OTHERS = [name for name, objective in losses.OBJECTIVES.items() if objective.contains_inference]
 
 
 def batch_of(rng, count, size=(32, 48), classes=6):
@@ -27,10 +31,9 @@ def started(config, seed=0, kinds=None):
     model = configs.build_model(config)
     unary_steps = configs.unary_steps(config)
     tx = make_optimizer(config.optimizer, config.model, config.train.steps, unary_steps)
-    params = evaluate.init_params(model, seed)
-    crf = configs.crf_settings(config)
-    kinds = kinds or (steps.KINDS if unary_steps is None else ("unary",))
-    step = steps.make_train_step(model, tx, config.loss.to_dict(), 0, crf, kinds)
+    params = restore.init_params(model, seed)
+    kinds = kinds or configs.objective(config).stages[0]
+    step = steps.from_config(config, model, tx, kinds)
     return step, steps.TrainState(jnp.int32(0), params, tx.init(params))
 
 
@@ -54,6 +57,24 @@ def small(config):
     config.train.steps = 12
     config.optimizer.warmup_steps = 2
     return config
+
+
+@pytest.mark.parametrize("name", losses.OBJECTIVES)
+def test_an_objective_names_its_terms_and_weighs_no_other(small, name):
+    """With each relation that inference uses, or with those that it names; refinement convolutions where they train."""
+    objective, batch = losses.OBJECTIVES[name], batch_of(np.random.default_rng(0), 1)
+    if objective.trains_refinement_convs:
+        small.model.refinement_convs.layers = ("conv3",)
+    model = configs.build_model(small)
+    scores = lambda p: model.apply({"params": p}, batch["image"])
+    params = restore.abstract_params(model)
+    names = objective.term_names(jax.eval_shape(scores, params))
+    for weights in (None, 0.5, {"surrounding": 1.0}):
+        of = lambda p, w=weights: objective.terms(scores(p), jnp.asarray(batch["label"]), inference=Settings(weights=w))
+        terms = jax.eval_shape(of, params)
+        assert set(terms) == set(names) >= set(objective.weights(terms))
+    assert ("refinement_convs" in names) == objective.trains_refinement_convs
+    assert [kind for stage in objective.stages for kind in stage] == list(losses.TRAINED_FACTORS)
 
 
 @pytest.mark.full
@@ -106,30 +127,14 @@ def test_the_terms_are_those_of_the_core(small):
         potentials = configs.build_model(small).apply({"params": state.params}, batch["image"])
         grid = piecewise.grid_labels(batch["label"], *potentials.unary.shape[1:3])
         chosen = list(potentials.pairwise.values())
+        settings = Settings(weights=(0.5, 0.25), damping=0.1, average_messages=True)
         if name == "pseudo_likelihood":
-            total, count = objectives.pseudo_log_likelihood(potentials.unary, chosen, grid, (0.5, 0.25), True)
+            total, count = objectives.pseudo_log_likelihood(potentials.unary, chosen, grid, settings)
         else:
-            total, count = objectives.unrolled_log_likelihood(potentials.unary, chosen, grid, 3, (0.5, 0.25), 0.1, True)
+            total, count = objectives.unrolled_log_likelihood(potentials.unary, chosen, grid, settings)
         got = run(step, state, [batch])[0][1]
         assert got["loss"] == pytest.approx(float(-total / count), rel=1e-4) == got[f"nll_{name}"]
         assert got["nll_unary"] != pytest.approx(got["loss"], rel=1e-4)
-
-
-def test_exact_on_a_tiny_grid(small):
-    small.data.crop_size, small.data.num_classes, small.loss.objective = (32, 48), 3, "exact"
-    small.crf.normalize = False
-    configs.validate(small, num_devices=1)
-    batch = batch_of(np.random.default_rng(4), 2, classes=3)
-    step, state = started(small)
-    potentials = configs.build_model(small).apply({"params": state.params}, batch["image"])
-    grid = piecewise.grid_labels(batch["label"], 2, 3)
-    total = count = 0
-    for i in range(2):
-        chosen = [type(p)(p.a[i], p.b[i], p.w2, p.b2, p.evidence[i], p.offsets) for p in potentials.pairwise.values()]
-        one, nodes = objectives.exact_log_likelihood(potentials.unary[i], chosen, grid[i], (1.0, 1.0))
-        total, count = total + one, count + nodes
-    losses = [metrics["loss"] for _, metrics in run(step, state, [batch] * 6)]
-    assert losses[0] == pytest.approx(float(-total / count), rel=1e-4) and losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +151,7 @@ def test_stages(small, name, features):
     small.model.pairwise_trains_features = True  # staged training does not let them
     small.optimizer.weight_decay = 0.1
     assert configs.unary_steps(small) == 4
-    (first, state), (second, _) = (started(small, kinds=(kind,)) for kind in steps.KINDS)
+    (first, state), (second, _) = (started(small, kinds=(kind,)) for kind in losses.TRAINED_FACTORS)
     batches = [batch_of(np.random.default_rng(i), 2) for i in range(12)]
     out = run(first, state, batches[:4])
     out += run(second, out[-1][0], batches[4:])
@@ -167,7 +172,7 @@ def test_stages(small, name, features):
 def test_the_second_stage_starts_as_a_run_does(small, rule):
     """Moments and schedule of the relations begin with their stage, as in a run of their own."""
     small.loss.objective, small.loss.unary_share, small.optimizer.name = "piecewise_staged", 1 / 3, rule
-    params = evaluate.init_params(configs.build_model(small), 0)
+    params = restore.init_params(configs.build_model(small), 0)
     ones = jax.tree.map(jnp.ones_like, params)
     relations = lambda tree: {k: v for k, v in tree.items() if k.startswith("pairwise_")}
     staged = make_optimizer(small.optimizer, small.model, 12, 4)
@@ -199,14 +204,11 @@ def test_padding_of_a_crop_takes_no_part(small):
         potentials.unary,
         list(potentials.pairwise.values()),
         grid,
-        3,
-        (1.0, 1.0),
-        0.0,
-        True,
+        Settings(average_messages=True),
         node_mask=jnp.asarray(mask),
     )
-    inside = np.array([[0, 0, 32, 64]] * 2, np.int32)
-    got = run(step, state, [batch | {"inside": inside}])[0][1]["loss"]
+    valid_box = np.array([[0, 0, 32, 64]] * 2, np.int32)
+    got = run(step, state, [batch | {"valid_box": valid_box}])[0][1]["loss"]
     assert got == pytest.approx(float(-total / count), rel=1e-4)
     assert got != pytest.approx(run(step, state, [batch])[0][1]["loss"], rel=1e-4)
 
@@ -240,13 +242,7 @@ def test_a_run_from_start_to_table(config, tmp_path, name):
 
 def test_refused(small):
     small.loss.objective = "exact"
-    with pytest.raises(
-        configs.ConfigError, match=r"crf\.normalize = True does nothing with .*'exact'; set it to False"
-    ):
-        configs.validate(small, num_devices=1)
-    small.crf.normalize = False
-    small.data.crop_size = small.data.eval_size = (96, 128)
-    with pytest.raises(configs.ConfigError, match=r"enumerates 6\^48 labellings.*crop_size = \(96, 128\)"):
+    with pytest.raises(configs.ConfigError, match=r"loss\.objective = 'exact' is not one of 'piecewise'"):
         configs.validate(small, num_devices=1)
     small.loss.objective, small.loss.sampled_offsets = "pseudo_likelihood", 3
     with pytest.raises(configs.ConfigError, match=r"loss\.sampled_offsets = 3 does nothing"):
@@ -280,7 +276,7 @@ def test_relations_out_of_reach_are_refused_in_training_alone(small, tmp_path, n
     assert not list(tmp_path.iterdir())
     configs.validate(small, num_devices=1)  # as evaluation does: decoding so is no mistake
     small.loss.objective, small.data.eval_size = "piecewise", (192, 256)
-    loop.checked_dataset(small)  # trains them each by itself
+    checks.load_and_validate(small)  # trains them each by itself
 
 
 @pytest.mark.full
@@ -290,14 +286,14 @@ def test_relations_on_the_unary_of_another_run(config, trained, tmp_path, featur
 
     Features of their own start as that run's, near which two small steps leave them.
     """
-    source = evaluate.restore_params(configs.load(trained / "config.json"), str(trained))[1]
+    source = restore.restore_params(configs.load(trained / "config.json"), str(trained))[1]
     config.init_from, config.loss.objective, config.loss.unary_share = str(trained), "piecewise_staged", 0.0
     config.model.pairwise_features = features
     config.relations.around = config.relations.surrounding
     config.model.relations = ("above_below", "around")
     config.train.steps, config.train.eval_every, config.optimizer.weight_decay = 2, 0, 0.1
     loop.train_and_evaluate(config, str(tmp_path / "work"))
-    params = evaluate.restore_params(configs.load(tmp_path / "work" / "config.json"), str(tmp_path / "work"))[1]
+    params = restore.restore_params(configs.load(tmp_path / "work" / "config.json"), str(tmp_path / "work"))[1]
     same = lambda name: all(
         np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (source[name], params[name])), strict=True)
     )

@@ -1,7 +1,7 @@
 """A relation's offsets are those of the training crop on every path, at any size."""
 
+import functools
 import importlib
-import inspect
 import json
 import pathlib
 import shutil
@@ -14,24 +14,19 @@ import pytest
 import small
 from rows import full_but
 
-from configs import default
-from pwcrf_jax import pairwise, segmenter
+import pwcrf_jax as pw
+from pwcrf_jax import config as configs
+from pwcrf_jax.evaluation import evaluate, tuning
+from pwcrf_jax.model import segmenter
 from pwcrf_jax.nets import grid_size
+from pwcrf_jax.prediction import export, restore
+from pwcrf_jax.prediction import predictor as inference
 from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING
-from pwcrf_jax.training import (
-    checkpoint,
-    evaluate,
-    export,
-    inference,
-    loop,
-    parallel,
-    report,
-    report_parts,
-    steps,
-    tuning,
-)
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training.logs import log
+from pwcrf_jax.report import collect
+from pwcrf_jax.report import parts as report_parts
+from pwcrf_jax.runtime import checkpoint, parallel
+from pwcrf_jax.runtime.logs import log
+from pwcrf_jax.training import initial, loop, steps
 from pwcrf_jax.training.optimizer import make_optimizer
 from reference import crf_oracle
 
@@ -71,14 +66,15 @@ def of_crop(config):
 @pytest.fixture
 def seen(monkeypatch):
     """Offsets of every potential that is made, in order, as a list of sets of pairs."""
-    made, build = [], pairwise.factored_pairwise
+    made, build = [], pw.factored_pairwise
 
     def record(*args, **options):
         potential = build(*args, **options)
         made.append(frozenset(potential.offsets))
         return potential
 
-    monkeypatch.setattr(pairwise, "factored_pairwise", record)
+    for module in (segmenter, inference, report_parts):
+        monkeypatch.setattr(module, "factored_pairwise", record)
     return made
 
 
@@ -86,29 +82,29 @@ def trains(config, model, params):
     tx = make_optimizer(config.optimizer, config.model, config.train.steps)
     state = jax.eval_shape(lambda p: steps.TrainState(jnp.int32(0), p, tx.init(p)), params)
     size = config.data.crop_size
-    batch = {"image": spec(UINT8, 1, 1, *size, 3), "label": spec(UINT8, 1, 1, *size), "inside": spec(INT32, 1, 1, 4)}
-    step = steps.make_train_step(model, tx, config.loss.to_dict(), 0, configs.crf_settings(config))
+    batch = {"image": spec(UINT8, 1, 1, *size, 3), "label": spec(UINT8, 1, 1, *size), "valid_box": spec(INT32, 1, 1, 4)}
+    step = steps.from_config(config, model, tx)
     jax.eval_shape(parallel.pmap_train(step, devices=jax.devices()[:1]), state, batch)
-    loop.planned(config, model, tx)
+    loop.estimate_cost(config, model, tx)
 
 
 def evaluation_batch(config):
     size = config.data.eval_size
-    return {"image": spec(UINT8, 1, 1, *size, 3), "label": spec(UINT8, 1, 1, *size), "valid_size": spec(INT32, 1, 1, 2)}
+    return {"image": spec(UINT8, 1, 1, *size, 3), "label": spec(UINT8, 1, 1, *size), "valid_box": spec(INT32, 1, 1, 4)}
 
 
 def evaluates(config, model, params):
-    fn = parallel.pmap_eval(evaluate.eval_step(config, model), devices=jax.devices()[:1])
+    fn = evaluate.make_eval_fn(config, model, devices=jax.devices()[:1])
     jax.eval_shape(fn, params, evaluation_batch(config))
 
 
 def reports(config, model, params):
-    fn = parallel.pmap_eval(report_parts.make_step(config, model), devices=jax.devices()[:1], per_image=True)
-    _, figures = jax.eval_shape(fn, params, evaluation_batch(config))
-    unary, parts, mask = jax.tree.map(lambda x: spec(x.dtype, *x.shape[2:]), figures["nodes"])
-    page = report.Report.__new__(report.Report)
+    page = collect.Report.__new__(collect.Report)
     page._wanted = 1
-    page.start(config, model, params, types.SimpleNamespace(num_classes=config.data.num_classes))
+    options = page.start(config, model, params, types.SimpleNamespace(num_classes=config.data.num_classes))
+    fn = evaluate.make_eval_fn(config, model, devices=jax.devices()[:1], **options)
+    _, per_image = jax.eval_shape(fn, params, evaluation_batch(config))
+    unary, parts, mask = jax.tree.map(lambda x: spec(x.dtype, *x.shape[2:]), per_image.figures["nodes"])
     layers = {
         name: (params[f"pairwise_{name}"]["last_kernel"], params[f"pairwise_{name}"]["last_bias"]) for name in parts
     }
@@ -125,8 +121,9 @@ def predicts(config, model, params):
             layout = predictor._layout(tuple(max(1, round(n * scale)) for n in size))
             maps = lambda n, grid=layout.grid: spec(np.float32, *grid, n)
             parts = {name: (maps(hidden), maps(hidden)) for name in names}
-            mask = spec(bool, *layout.grid)
-            jax.eval_shape(predictor._infer, maps(config.data.num_classes), parts, None, predictor._last_layers, mask)
+            decode = functools.partial(predictor._decode, canvas=layout.canvas)
+            unary, box = maps(config.data.num_classes), spec(INT32, 1, 4)
+            jax.eval_shape(decode, unary, parts, None, predictor._last_layers, box)
     jax.eval_shape(lambda p, x: model.apply({"params": p}, x), params, spec(UINT8, 1, *frame, 3))
 
 
@@ -145,13 +142,12 @@ def tunes(config, model, params):
         return lambda params, batch: np.ones(jax.eval_shape(fn, params, batch).shape, np.int64)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "_batches", lambda *_: [evaluation_batch(config)])
-        patch.setattr(
-            tuning, "parallel", types.SimpleNamespace(pmap_eval=mapped, split=lambda x: x, AXIS=parallel.AXIS)
-        )
+        patch.setattr(evaluate, "batches_of", lambda *_: [evaluation_batch(config)])
+        patch.setattr(evaluate, "inputs_of", lambda x: x)
+        patch.setattr(tuning, "parallel", types.SimpleNamespace(pmap_eval=mapped, AXIS=parallel.AXIS))
         patch.setattr(configs, "scored_classes", lambda *_: None)
         data = types.SimpleNamespace(class_names=())
-        tuning._score_messages(config, model, params, data, "val", names, [(1.0,) * len(names) + (2,)], "")
+        tuning._score_messages(config, model, params, data, "val", [(1.0,) * len(names) + (2,)], "")
 
 
 PATHS = (trains, evaluates, reports, predicts, exports, tunes)
@@ -169,7 +165,7 @@ def test_every_path_of_a_shipped_config_has_the_offsets_of_the_crop(name, varian
     configs.save(config, tmp_path / "config.json")
     config = configs.load(tmp_path / "config.json")
     model = configs.build_model(config)
-    params = evaluate.abstract_params(model)
+    params = restore.abstract_params(model)
     for path in PATHS:
         seen.clear()
         path(config, model, params)
@@ -189,7 +185,7 @@ def test_every_objective_has_the_offsets_of_the_run(objective, seen):
     configs.keep_offsets(config)
     config.loss.objective, config.data.crop_size = objective, (160, 240)
     model = configs.build_model(config)
-    trains(config, model, evaluate.abstract_params(model))
+    trains(config, model, restore.abstract_params(model))
     assert set(seen) == wanted
 
 
@@ -230,7 +226,7 @@ BOXES = {
 def test_what_is_kept_of_a_box_is_what_the_crop_has(box, crop, tmp_path):
     """Offsets that leave the crop from every node are never trained: no larger map may use them."""
     config = small.config(tmp_path, **{"data.crop_size": crop, "model.relations": ("own",)})
-    config.relations.own = default.relation(**box)
+    config.relations.own = configs.relation(**box)
     wanted = of_crop(config)["own"]
     assert wanted
     configs.keep_offsets(config)
@@ -285,8 +281,8 @@ def test_nothing_else_makes_offsets_of_the_map_that_comes_in():
         for path in (ROOT / "pwcrf_jax").rglob("*.py")
         if "relations import" in (text := path.read_text()) and "offsets(" in text.replace("_offsets(", "")
     ]
-    assert users == ["pwcrf_jax/training/config.py"]
-    assert inspect.getsource(configs).count("offsets(box, *grid)") == 1
+    assert users == ["pwcrf_jax/config/offsets.py"]
+    assert (ROOT / users[0]).read_text().count("offsets(box, *grid)") == 1
 
 
 @pytest.mark.parametrize("crop", [(64, 96), (96, 64), (160, 160), (48, 240)])
@@ -361,7 +357,7 @@ def test_a_start_from_relations_of_other_distances_is_told(changes, new, config,
     """Of nets that are taken: those of another width begin anew. Fewer distances than there are none that is new."""
     config.init_from = str(trained)
     config.update_from_flattened_dict(changes)
-    loop.resolve(config, str(tmp_path / "new"))
+    initial.resolve_init(config, str(tmp_path / "new"))
     lines = [x for x in told.messages if "trained at other distances" in x]
     assert len(lines) == len(new)
     for line, (name, number) in zip(lines, new.items(), strict=True):

@@ -1,6 +1,7 @@
 """Paths of users: homes, URLs; and platforms that are not there: one line and exit code 2, before anything is made."""
 
 import errno
+import importlib
 import io
 import os
 import pathlib
@@ -16,12 +17,15 @@ import small
 from absl import flags
 from rows import full_but, full_row
 
-from pwcrf_jax import files
-from pwcrf_jax.data import check, load_dataset
-from pwcrf_jax.files import FileError, expand_path
-from pwcrf_jax.streams import naming_stdout, say
-from pwcrf_jax.training import cli, loop
-from pwcrf_jax.training import config as configs
+from pwcrf_jax import config as configs
+from pwcrf_jax.cli import check, command
+from pwcrf_jax.cli.main import COMMANDS
+from pwcrf_jax.config import keys, kinds
+from pwcrf_jax.data import load_dataset
+from pwcrf_jax.runtime import files
+from pwcrf_jax.runtime.files import FileError, expand_path
+from pwcrf_jax.runtime.streams import naming_stdout, say
+from pwcrf_jax.training import checks, loop
 
 ROOT = pathlib.Path(__file__).parents[2]
 URLS = ["gs://bucket/run", "s3://b/k", "hdfs://host:9000/a", "https://x.org/a.h5", "file:///x", "GS://b", "gs:/b/x",
@@ -82,31 +86,30 @@ def test_a_user_whom_nobody_knows(monkeypatch):
         expand_path("~/run", "--workdir")
 
 
-@pytest.mark.parametrize("flag", cli.PATHS)
+@pytest.mark.parametrize("flag", command.PATHS)
 @pytest.mark.parametrize("dashes", ["-", "--"])
 def test_every_flag_that_names_a_path(flag, dashes, monkeypatch):
     monkeypatch.setenv("HOME", "/users/me")
-    argv = ["eval.py", f"{dashes}{flag}=~/a", f"{dashes}{flag}", "~/b", f"{dashes}{flag}=c", f"{dashes}{flag}"]
-    cli._expand_paths(argv)
-    assert argv == ["eval.py", f"{dashes}{flag}=/users/me/a", f"{dashes}{flag}", "/users/me/b", f"{dashes}{flag}=c",
+    argv = ["eval.py", f"{dashes}{flag}=~/a", f"{dashes}{flag}", "~/b", f"{dashes}{flag}=c.d", f"{dashes}{flag}"]
+    command._expand_paths(argv)
+    assert argv == ["eval.py", f"{dashes}{flag}=/users/me/a", f"{dashes}{flag}", "/users/me/b", f"{dashes}{flag}=c.d",
                     f"{dashes}{flag}"]  # fmt: skip
     for words in ([f"{dashes}{flag}=s3://a/b"], [f"{dashes}{flag}", "s3://a/b"]):
         with pytest.raises(FileError, match=f"{dashes}{flag}=s3://a/b: only local"):
-            cli.parse(["eval.py", *words])
+            command.parse(["eval.py", *words])
 
 
 def test_no_flag_that_names_a_path_is_forgotten():
     """Path flags say in their help that they name a file or folder, path keys have a kind of their own."""
-    code = "import sys, {0}; from absl import flags; print(*(f.name for f in flags.FLAGS.get_key_flags_for_module({0}) "
-    code += "if f.flag_type() == 'string' and any(w in f.help for w in ('older', 'ile', 'images:'))))"
     found = set()
-    for script in ("train", "eval"):
-        done = commands.run(["-c", code.format(script)])
-        assert not done.returncode, done.stderr
-        found |= set(done.stdout.split())
-    assert {"workdir", "output", "images"} <= found <= {*cli.PATHS, "export_size"}
-    keys = {f"config.{key}" for key, kind in configs.schema.SCHEMA.items() if isinstance(kind, configs.schema.Path)}
-    assert keys == {name for name in cli.PATHS if "." in name}
+    for name in set(COMMANDS) - {"check"}:
+        values = flags.FlagValues()
+        importlib.import_module(f"pwcrf_jax.cli.{name}").define_flags(values)
+        of_files = lambda flag: any(word in flag.help for word in ("older", "ile", "images:"))
+        found |= {f.name for f in map(values.__getitem__, values) if f.flag_type() == "string" and of_files(f)}
+    assert found == {name for name in command.PATHS if "." not in name} - {"config"}
+    named = {f"config.{key}" for key, entry in keys.KEYS.items() if isinstance(entry.kind, kinds.Path)}
+    assert named == {name for name in command.PATHS if "." in name}
 
 
 @pytest.mark.parametrize("key", ["init_from", "data.source_dir", "data.data_dir"])
@@ -125,7 +128,7 @@ def test_a_tilde_in_keys_of_a_config_file(tmp_path, monkeypatch):
     config.data.synthetic.update(num_train=8, num_val=8)
     assert load_dataset(**configs.dataset_options(config)).folder.startswith(str(tmp_path / "sets"))
     with pytest.raises(Exception, match=f"config.init_from = .*{tmp_path}/weights.h5.* does not exist"):
-        loop.checked_dataset(config)
+        checks.load_and_validate(config)
     assert os.listdir(tmp_path) == ["sets"]
 
 
@@ -154,9 +157,9 @@ def test_paths_in_a_file_of_flags(given, form, tmp_path, monkeypatch):
         argv = ["eval.py", *form]
         if refusal and "flagfile" not in text:
             with pytest.raises(FileError, match=refusal):
-                cli.parse(argv, _flag_values())
+                command.parse(argv, _flag_values())
         else:
-            cli.parse(argv, values if not refusal else _flag_values(), seen.append)
+            command.parse(argv, values if not refusal else _flag_values(), seen.append)
             assert {"--workdir=/users/me/a", "-workdir=/users/me/a"} & set(seen[0]) or "/users/me/a" in seen[0]
     assert values.workdir == "/users/me/a"
 
@@ -171,7 +174,7 @@ def _flag_values():
 
 def test_a_file_of_flags_that_is_not_there():
     with pytest.raises(configs.ConfigError, match="flagfile.*gs://x") as error:
-        cli.parse(["eval.py", "--flagfile=gs://x"], _flag_values())
+        command.parse(["eval.py", "--flagfile=gs://x"], _flag_values())
     assert "\n" not in str(error.value)
 
 
@@ -200,9 +203,9 @@ def test_options_of_the_check_command_that_are_arguments(option, capsys):
 )
 def test_output_that_cannot_be_written(words):
     """In one line, and not once more when Python ends. Only what is written there is told by its name."""
-    code = "import os; from absl import flags; from pwcrf_jax.training import cli; "
+    code = "import os; from absl import flags; from pwcrf_jax.cli import command; "
     code += "flags.DEFINE_string('workdir', '', ''); "
-    code += f"flags.DEFINE_string('config', '', ''); cli.run(lambda _: {words})"
+    code += f"flags.DEFINE_string('config', '', ''); command.run(lambda _: {words})"
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
     where = {"open": r"/a/b cannot be used \(No such", "os.k": r"the system refused .* \(No such process"}.get(
@@ -243,7 +246,7 @@ def test_what_others_raise_is_not_of_standard_output(error, monkeypatch):
         print("text")
         raise error
     if getattr(error, "errno", None):
-        said = str(cli._of_system(raised.value))
+        said = str(command._of_system(raised.value))
         assert "test_training_paths.py, line" in said and error.strerror in said and "standard" not in said
 
 
@@ -284,15 +287,16 @@ def test_a_platform_that_is_not_there(error, says, tmp_path, monkeypatch):
     ("gpu0", ["train.py", "--workdir=work"]),
     full_row(("cuda", ["train.py", "--workdir=work", "--dry-run"])),
     ("cpu,metal", ["eval.py", "--workdir=trained", "--report=page.html"]),
-    full_row(("CPU", ["eval.py", "--workdir=trained", "--tune-refinement"])),
+    full_row(("CPU", ["-m", "pwcrf_jax", "tune", "--workdir=trained"])),
 ])  # fmt: skip
 def test_commands_without_their_platform(platform, words, tmp_path):
     script, *flags = words
+    script = ROOT / script if script.endswith(".py") else script
     files.make_folder(tmp_path / "trained")
     configs.save(small.config("sets"), tmp_path / "trained" / "config.json")
-    flags += small.flags("sets") if script == "train.py" else []
+    flags += small.flags("sets") if words[0] == "train.py" else []
     flags = [flag.replace("configs/", f"{ROOT}/configs/") for flag in flags]
-    done = commands.run([ROOT / script, *flags], cwd=tmp_path, env=os.environ | {"JAX_PLATFORMS": platform})
+    done = commands.run([script, *flags], cwd=tmp_path, env=os.environ | {"JAX_PLATFORMS": platform})
     assert done.returncode == 2 and done.stderr.startswith(f"error: JAX_PLATFORMS={platform}: "), done.stderr
     assert done.stderr.count("\n") == 1 and os.listdir(tmp_path) == ["trained"]
     assert os.listdir(tmp_path / "trained") == ["config.json"]

@@ -14,12 +14,15 @@ from layouts import voc
 from PIL import Image
 from rows import full_row
 
-from configs import voc_vgg16
-from pwcrf_jax import segmenter
+from pwcrf_jax import config as configs
+from pwcrf_jax.configs import voc_vgg16
 from pwcrf_jax.data import DataError, load_dataset
-from pwcrf_jax.data.synthetic import generate_scene
-from pwcrf_jax.training import checkpoint, evaluate, image_files, inference, predict, refinement, tiling
-from pwcrf_jax.training import config as configs
+from pwcrf_jax.data.sets.synthetic import generate_scene
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.model import decode
+from pwcrf_jax.prediction import image_files, predict, refinement, restore, tiling
+from pwcrf_jax.prediction import predictor as inference
+from pwcrf_jax.runtime import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -27,7 +30,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 @pytest.fixture(scope="session")
 def wide(tmp_path_factory):
     """Workdir of a short run of a network whose cells see far beyond themselves, on crops of 96 x 128."""
-    from configs import demo
+    from pwcrf_jax.configs import demo
 
     config = demo.get_config()
     config.data.data_dir = str(tmp_path_factory.mktemp("wide") / "prepared")
@@ -50,7 +53,7 @@ def predictor_of(workdir, **changes):
 def _predictor(workdir, changes):
     config = configs.load(workdir / "config.json")
     config.update_from_flattened_dict(dict(changes))
-    model, params, _ = evaluate.restore_params(config, str(workdir))
+    model, params, _ = restore.restore_params(config, str(workdir))
     return inference.Predictor(config, model, params)
 
 
@@ -106,11 +109,11 @@ def test_reading_at_pixels_is_the_upsampling(mirrored):
     rng = np.random.default_rng(0)
     layout = tiling.layout((75, 91), (96, 128), (96, 128), 0.5, (1.0,))
     cells = rng.normal(size=(*layout.grid, 5)).astype(np.float32)
-    mask = np.asarray(segmenter.grid_mask(np.array([layout.size]), layout.grid, layout.canvas)[0])
+    mask = np.asarray(decode.grid_mask(np.array([(0, 0, *layout.size)]), layout.grid, layout.canvas)[0])
     assert not mask.all()
-    whole = segmenter.upsample(jnp.asarray(cells)[None], *layout.canvas, mask[None])[0][:75, :91]
+    whole = decode.upsample(jnp.asarray(cells)[None], layout.canvas, mask[None])[0][:75, :91]
     rows, cols = tiling.taps(np.arange(75), 75, layout, 0), tiling.taps(np.arange(91), 91, layout, 1, mirrored)
-    got = segmenter.read(cells, mask, rows, cols)
+    got = decode.read(cells, mask, rows, cols)
     np.testing.assert_allclose(got, whole[:, ::-1] if mirrored else whole, atol=1e-5)
 
 
@@ -245,13 +248,13 @@ def test_one_image_is_refined_as_in_evaluation(wide):
     config = configs.load(wide / "config.json")
     image = scene(100, 130)
     log_probs = log_probs_of(wide, image)
-    refined, change = refinement.refine_image(log_probs, image, config.refine, "full")
+    refined, change = refinement.refine_image(log_probs, image, configs.refine_settings(config, "full"))
     assert refined.shape == log_probs.shape and change.shape == (10,) and change[0] > 0
     np.testing.assert_allclose(np.exp(refined).sum(-1), 1, atol=1e-4)
     cells = np.asarray(log_probs[None])  # a grid of one cell a pixel
     truth = np.random.default_rng(0).integers(0, 6, (1, 100, 130)).astype(np.uint8)
-    batch = dict(image=image[None], label=truth, valid_size=np.array([[100, 130]], np.int32))
-    counts, _ = refinement.refine_batch(cells, batch, config.refine, "full")
+    batch = dict(image=image[None], label=truth, valid_box=np.array([[0, 0, 100, 130]], np.int32))
+    counts, _ = refinement.refine_batch(cells, batch, configs.refine_settings(config, "full"))
     got = np.bincount(truth.ravel() * 6 + refined.argmax(-1).ravel(), minlength=36).reshape(6, 6)
     assert np.abs(counts[0] - got).sum() <= 4
 
@@ -439,7 +442,7 @@ def test_probabilities(wide, tmp_path):
     config.refine.num_iterations = 2
     refined = tmp_path / "refined"
     predict.predict(config, str(wide), str(refined), images=str(tmp_path / "in.png"), refine="full", probabilities=True)
-    wanted, _ = refinement.refine_image(log_probs_of(wide, image), image, config.refine, "full")
+    wanted, _ = refinement.refine_image(log_probs_of(wide, image), image, configs.refine_settings(config, "full"))
     np.testing.assert_allclose(
         np.load(refined / "probabilities" / "in.npz")["probabilities"], np.exp(wanted), atol=2e-3
     )
@@ -476,7 +479,7 @@ def test_submission_of_a_split_without_labels(tmp_path):
     config.model.backbone, config.model.hidden, config.model.scales, config.model.block6 = "tiny", 4, (1.0,), ()
     config.model.input_scaling = "tf"
     work = tmp_path / "work"
-    params = evaluate.init_params(configs.build_model(config), 0)
+    params = restore.init_params(configs.build_model(config), 0)
     with checkpoint.Store(str(work / "best"), configs.identity(config), 1) as store:
         store.save(1, {"params": params}, {})
         store.wait()
@@ -495,8 +498,8 @@ def test_submission_of_a_split_without_labels(tmp_path):
 # --- the command -------------------------------------------------------------------------------------
 
 
-def _eval(*args):
-    return commands.run(["eval.py", *args])
+def _predict(*args):
+    return commands.run(["-m", "pwcrf_jax", "predict", *args])
 
 
 def test_unreadable_images_are_named_and_the_others_predicted(trained, tmp_path):
@@ -505,7 +508,7 @@ def test_unreadable_images_are_named_and_the_others_predicted(trained, tmp_path)
     (tmp_path / "in" / "b.png").write_bytes(b"not a picture")
     out = tmp_path / "out"
     args = ["--workdir", trained, "--images", tmp_path / "in", "--output", out, "--config.tta.flip=true"]
-    done = _eval(*args, "--config.data.source_dir=gone", "--refine", "spatial", "--config.refine.num_iterations=1")
+    done = _predict(*args, "--config.data.source_dir=gone", "--refine", "spatial", "--config.refine.num_iterations=1")
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert f"error: {tmp_path / 'in' / 'b.png'}: cannot be decoded" in done.stderr
     assert done.stderr.splitlines()[-1] == f"1 images were not predicted: {tmp_path / 'in' / 'b.png'}"
@@ -518,7 +521,7 @@ def test_unreadable_images_are_named_and_the_others_predicted(trained, tmp_path)
 def test_what_is_no_image_is_named_and_fails_nothing(trained, tmp_path):
     save(tmp_path / "in" / "a.png", scene(40, 50))
     (tmp_path / "in" / "two\nlines.txt").write_text("no image")
-    done = _eval("--workdir", trained, "--images", tmp_path / "in", "--output", tmp_path / "out")
+    done = _predict("--workdir", trained, "--images", tmp_path / "in", "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert f"left out: {tmp_path}/in/two\\nlines.txt: no image" in done.stderr.splitlines()
     result = json.loads(done.stdout.splitlines()[-1])
@@ -533,11 +536,11 @@ def test_what_is_no_image_is_named_and_fails_nothing(trained, tmp_path):
         full_row((["--images=a", "--output="], "--output must be given")),
         full_row((["--images=a", "--dataset=val", "--output=out"], "give one")),
         (["--images=a"], "--output must be given"),
-        full_row((["--output=out"], "--output is of predictions")),
-        full_row((["--images=a", "--output=out", "--split=val"], "--split is of evaluation")),
+        full_row((["--output=out"], "--images and --dataset are the sources; one must be given")),
+        full_row((["--images=a", "--output=out", "--split=val"], "--split is of pwcrf eval, tune: see")),
         full_row((["--dataset=val", "--output=out", "--format=coco"], "format")),
     ],
 )
 def test_flags_that_do_not_go_together(trained, args, match):
-    done = _eval("--workdir", trained, *args)
+    done = _predict("--workdir", trained, *args)
     assert done.returncode == 2 and match in done.stderr and "Traceback" not in done.stderr

@@ -9,10 +9,12 @@ import pytest
 import small
 from PIL import Image
 
+from pwcrf_jax import config as configs
 from pwcrf_jax.data import DataError
-from pwcrf_jax.files import FileError
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, inference, predict
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.prediction import predict
+from pwcrf_jax.prediction import predictor as inference
+from pwcrf_jax.runtime.files import FileError
 
 
 class Zeros:

@@ -1,4 +1,4 @@
-"""eval.py --refine and --tune-refinement: frames, devices, the row of the table, and a search that can be stopped."""
+"""--refine and pwcrf tune: frames, devices, the row of the table, and a search that can be stopped."""
 
 import itertools
 import json
@@ -9,23 +9,22 @@ import commands
 import jax
 import numpy as np
 import pytest
-from rows import full_but
+from rows import full_row
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import dense_crf
-from pwcrf_jax.training import checkpoint, evaluate, refinement, steps, tuning
-from pwcrf_jax.training import config as configs
+from pwcrf_jax.evaluation import evaluate, tuning
+from pwcrf_jax.prediction import refinement, restore
+from pwcrf_jax.runtime import checkpoint
+from pwcrf_jax.training import steps
 
 ROOT = pathlib.Path(__file__).parents[2]
 K = 4
-SETTINGS = dict(
-    num_iterations=3,
-    method="lattice",
-    smoothness_compat=1.0,
-    smoothness_sxy=1.5,
-    appearance_compat=2.0,
-    appearance_sxy=10.0,
-    appearance_srgb=60.0,
+PARAMS = dense_crf.Params(
+    smoothness_compat=1.0, smoothness_sxy=1.5, appearance_compat=2.0, appearance_sxy=10.0, appearance_srgb=60.0
 )
+SETTINGS = configs.RefineSettings(PARAMS, num_iterations=3, method="lattice")
+SPATIAL = SETTINGS._replace(params=PARAMS._replace(appearance_compat=None))
 
 
 def sample(sizes, frame, grid=(8, 12), seed=0):
@@ -41,21 +40,21 @@ def sample(sizes, frame, grid=(8, 12), seed=0):
         label[i, :height, :width] = (
             rng.integers(0, K, (height // 8 + 1, width // 8 + 1)).repeat(8, 0).repeat(8, 1)[:height, :width]
         )
-    return marginals, dict(image=image, label=label, valid_size=np.array(sizes, np.int32))
+    return marginals, dict(image=image, label=label, valid_box=np.array([(0, 0, *size) for size in sizes], np.int32))
 
 
 def by_hand(marginals, batch, params, num_iterations):
     """One image after the other at its own size, without frames."""
-    from pwcrf_jax import segmenter
+    from pwcrf_jax.model import decode
 
     total = 0
-    for log_marginals, image, label, size in zip(marginals, *batch.values(), strict=True):
-        height, width = size
+    for log_marginals, image, label, box in zip(marginals, *batch.values(), strict=True):
+        _, _, height, width = box
         if not height:
             continue
         frame = label.shape
-        mask = segmenter.grid_mask(size[None], log_marginals.shape[:2], frame)
-        log_probs = jax.nn.log_softmax(segmenter.upsample(log_marginals[None], *frame, mask)[0, :height, :width])
+        mask = decode.grid_mask(box[None], log_marginals.shape[:2], frame)
+        log_probs = jax.nn.log_softmax(decode.upsample(log_marginals[None], frame, mask)[0, :height, :width])
         out, _ = dense_crf.refine(log_probs, image[:height, :width], params, num_iterations, method="lattice")
         counts = np.zeros((K, K), int)
         for p, t in zip(np.asarray(out).argmax(-1).ravel(), label[:height, :width].ravel(), strict=True):
@@ -65,18 +64,15 @@ def by_hand(marginals, batch, params, num_iterations):
     return total
 
 
-@pytest.mark.parametrize("mode", full_but(["spatial", "full"], "full"))
-def test_images_of_all_sizes_in_one_batch(mode):
+@pytest.mark.parametrize("settings", [full_row(SPATIAL), SETTINGS], ids=["spatial", "full"])
+def test_images_of_all_sizes_in_one_batch(settings):
     """Empty entries count for nothing, and neither the frame nor what is in it outside the image is seen."""
     sizes = [(60, 90), (96, 70), (0, 0), (17, 33)]
     marginals, batch = sample(sizes, (96, 96))
-    confusion, change = refinement.refine_batch(marginals, batch, SETTINGS, mode)
-    params = dense_crf.Params(*(SETTINGS[n] for n in dense_crf.Params._fields))
-    if mode == "spatial":
-        params = params._replace(appearance_compat=None)
-    np.testing.assert_array_equal(confusion[0], by_hand(marginals, batch, params, 3))
+    confusion, change = refinement.refine_batch(marginals, batch, settings)
+    np.testing.assert_array_equal(confusion[0], by_hand(marginals, batch, settings.params, 3))
     assert change.shape == (3,) and change[0] > 0
-    again, _ = refinement.refine_batch(*sample(sizes, (96, 96), seed=1), SETTINGS, mode)
+    again, _ = refinement.refine_batch(*sample(sizes, (96, 96), seed=1), settings)
     np.testing.assert_array_equal(again, confusion)
     assert np.all(confusion[1:].sum((1, 2)) < confusion[0].sum())
     assert np.all(np.diff(confusion[1:].sum((1, 2))) >= 0), "the wider band holds the narrower"
@@ -91,21 +87,21 @@ def test_few_sizes_of_frames():
         assert all(n <= f <= min(500, n + refinement.BUCKET - 1) for n, f in zip(size, frame, strict=True))
     before = refinement._compiled.cache_info().misses
     for size in ((130, 130), (140, 190), (192, 192)):
-        refinement.refine_batch(*sample([size], (200, 200)), SETTINGS, "spatial")
+        refinement.refine_batch(*sample([size], (200, 200)), SPATIAL)
     assert refinement._compiled.cache_info().misses == before + 1
 
 
 def test_a_lattice_that_is_too_small_is_built_again():
     marginals, batch = sample([(90, 96)], (96, 96))
     batch["image"] = np.random.default_rng(3).integers(0, 256, batch["image"].shape).astype(np.uint8)
-    tight = SETTINGS | dict(appearance_sxy=2.0, appearance_srgb=3.0)  # each pixel has vertices of its own
-    params = dense_crf.Params(*(tight[n] for n in dense_crf.Params._fields))
+    params = PARAMS._replace(appearance_sxy=2.0, appearance_srgb=3.0)  # each pixel has vertices of its own
+    tight = SETTINGS._replace(params=params)
     one = dense_crf.refine(
         np.full((90, 96, K), -np.log(K), np.float32), batch["image"][0, :90], params, 1, method="lattice"
     )[1]
     assert one.exceeded
-    got, _ = refinement.refine_batch(marginals, batch, tight, "full")
-    exact, _ = refinement.refine_batch(marginals, batch, tight | dict(method="exact"), "full")
+    got, _ = refinement.refine_batch(marginals, batch, tight)
+    exact, _ = refinement.refine_batch(marginals, batch, tight._replace(method="exact"))
     # Kernels this narrow see little but the pixel itself, in either filter.
     assert np.abs(got[0] - exact[0]).sum() < 0.02 * got[0].sum()
 
@@ -199,16 +195,16 @@ def test_kernels_tried_again_are_no_trials(config, tmp_path, monkeypatch, max_tr
     target |= dict(smoothness_sxy=3.0)
     calls = []
 
-    def score(config, dataset, split, marginals, settings, mode, what):
-        calls.append(tuple(settings[name] for name in tuning.KERNELS))
+    def score(config, dataset, split, marginals, settings, what):
+        calls.append(tuple(getattr(settings.params, name) for name in tuning.KERNELS))
         assert what == f"trial {len(calls)}"
-        return 0.9 - 0.05 * sum(abs(np.log(settings[name] / target[name])) for name in tuning.KERNELS)
+        return 0.9 - 0.05 * sum(abs(np.log(getattr(settings.params, name) / target[name])) for name in tuning.KERNELS)
 
     monkeypatch.setattr(tuning, "_score_kernels", score)
     found, miou = tuning._tune_kernels(config, None, "val", str(tmp_path), [], "full", max_trials)
     assert len(calls) == len(set(calls)) <= max_trials and (max_trials == 100 or len(calls) == max_trials)
     if max_trials == 100:
-        assert {name: found[name] for name in target} == target and miou == pytest.approx(0.9)
+        assert found.params == dense_crf.Params(**target) and miou == pytest.approx(0.9)
         assert len(calls) < 40
     again = len(calls)
     assert tuning._tune_kernels(config, None, "val", str(tmp_path), [], "full", max_trials) == (found, miou)
@@ -218,10 +214,9 @@ def test_kernels_tried_again_are_no_trials(config, tmp_path, monkeypatch, max_tr
 @pytest.mark.full
 def test_each_candidate_is_scored_with_its_own_weights_and_iterations(searched):
     config, workdir = searched
-    model, params, _, dataset = evaluate.load(config, str(workdir), "best", "val[:8]")
-    names = configs.crf_relations(config)
+    model, params, _, dataset = restore.load(config, str(workdir), "best", "val[:8]")
     candidates = [(0.0, 3.0, 2), (50.0, 50.0, 1), (50.0, 50.0, 5), (0.0, 0.0, 2), (7.0, 90.0, 2)]
-    found = tuning._score_messages(config, model, params, dataset, "val[:8]", names, candidates, "")
+    found = tuning._score_messages(config, model, params, dataset, "val[:8]", candidates, "")
     for candidate, miou in zip(candidates, found, strict=True):
         config.crf.weights, config.crf.num_iterations = candidate[:-1], candidate[-1]
         rows = evaluate.evaluate(config, str(workdir), split="val[:8]")["rows"]
@@ -268,7 +263,7 @@ def test_other_settings_start_another_search(searched):
     config.crf.num_iterations = 1
     tuning.tune(config, str(workdir), "best", "val[8:]", "spatial", 1)
     assert len(list((workdir / "tuning").iterdir())) == 3
-    _, params, step, dataset = evaluate.load(config, str(workdir), "best", "val")
+    _, params, step, dataset = restore.load(config, str(workdir), "best", "val")
     folder = lambda p: tuning._folder(config, str(workdir), p, dataset, "val", step)
     assert folder(params) == folder(jax.tree.map(np.copy, params))
     assert folder(params) != folder(jax.tree.map(lambda x: x + 1, params)), "trained again, with as many steps"
@@ -286,28 +281,29 @@ def test_nothing_is_chosen_on_a_test_split(searched, split):
 def test_the_kept_marginals_are_those_of_the_chosen_weights(searched):
     config, workdir = searched
     weights = (0.0, 3.0)
-    model, params, _, dataset = evaluate.load(config, str(workdir), "best", "val[:8]")
+    model, params, _, dataset = restore.load(config, str(workdir), "best", "val[:8]")
     (workdir / "kept").mkdir()
-    files = tuning._marginals(config, model, params, dataset, "val[:8]", str(workdir / "kept"), weights, 2, "all")
+    options = dict(folder=str(workdir / "kept"), messages=(*weights, 2), row="all")
+    files = tuning._marginals(config, model, params, dataset, "val[:8]", **options)
     config.crf.weights, config.crf.num_iterations = weights, 2
     config.refine.num_iterations = 0
     plain = evaluate.evaluate(config, str(workdir), split="val[:8]")
-    score = tuning._score_kernels(config, dataset, "val[:8]", files, config.refine, "full", "")
+    score = tuning._score_kernels(config, dataset, "val[:8]", files, configs.refine_settings(config, "full"), "")
     assert score == pytest.approx(plain["rows"]["all"]["miou"])
 
 
-def _eval(*args):
-    done = commands.run(["eval.py", *args])
+def _run(command, *args):
+    done = commands.run(["-m", "pwcrf_jax", command, *args])
     return done, json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
 def test_eval_takes_what_tuning_wrote_and_flags_come_before_it(searched):
     _, workdir = searched
     small = ["--config.refine.num_iterations=1", "--split", "val[:8]"]
-    done, tuned = _eval("--workdir", str(workdir), "--tune-refinement", "--trials", "2", *small)
+    done, tuned = _run("tune", "--workdir", str(workdir), "--trials", "2", *small)
     assert done.returncode == 0, done.stderr
     assert "wrote" in done.stderr and tuned["split"] == "val[:8]"
-    done, out = _eval("--workdir", str(workdir), "--refine", "full", *small)
+    done, out = _run("eval", "--workdir", str(workdir), "--refine", "full", *small)
     assert "chosen on split val[:8]" in done.stderr
     assert out["miou_all"] == pytest.approx(100 * tuned["miou_messages"], abs=1e-3)
     assert out["miou_refined"] == pytest.approx(100 * tuned["miou_after"], abs=1e-3)
@@ -315,11 +311,11 @@ def test_eval_takes_what_tuning_wrote_and_flags_come_before_it(searched):
     assert stored["tuned_on"] == "val[:8]"
     assert stored["config"]["refine"]["appearance_compat"] == tuned["config"]["refine.appearance_compat"]
 
-    _, out = _eval("--workdir", str(workdir), "--config.crf.weights=(0.,)", *small)
+    _, out = _run("eval", "--workdir", str(workdir), "--config.crf.weights=(0.,)", *small)
     assert out["miou_all"] == out["miou_unary"]
-    done, _ = _eval("--workdir", str(workdir), "--notuned", *small)
+    done, _ = _run("eval", "--workdir", str(workdir), "--notuned", *small)
     assert "tuned.json" not in done.stderr and done.returncode == 0
-    done, _ = _eval("--workdir", str(workdir), "--tune-refinement", "--split", "test")
+    done, _ = _run("tune", "--workdir", str(workdir), "--split", "test")
     assert done.returncode == 2 and "test split" in done.stderr
 
 
@@ -341,7 +337,7 @@ def test_a_search_needs_a_trained_workdir(config, tmp_path):
 
 
 def test_wrong_settings_are_refused_by_name(config):
-    for key, value in (("smoothness_sxy", 0.0), ("method", "latice"), ("num_iterations", -1), ("appearance_srgb", "x")):
+    for key, value in (("smoothness_sxy", 0.0), ("num_iterations", -1), ("appearance_srgb", "x")):
         broken = config.copy_and_resolve_references()
         with broken.ignore_type():
             broken.refine[key] = value

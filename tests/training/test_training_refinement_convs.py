@@ -7,9 +7,13 @@ import optax
 import pytest
 from rows import full_row
 
-from pwcrf_jax import nets, piecewise, segmenter
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, inference, loop, parallel, steps, tuning
+from pwcrf_jax import config as configs
+from pwcrf_jax import mean_field, nets, piecewise
+from pwcrf_jax.evaluation import evaluate, tuning
+from pwcrf_jax.model import decode, losses
+from pwcrf_jax.prediction import predictor, restore
+from pwcrf_jax.runtime import parallel
+from pwcrf_jax.training import loop, steps
 
 LAYERS = ("conv1", "conv3")
 
@@ -109,9 +113,9 @@ def test_refused_with_objectives_that_do_not_train_them(fine):
 
 
 def test_their_loss_moves_nothing_else(fine):
-    """The term is the log-likelihood of sharpened unary marginals at fine cells; its gradient stays in the convs."""
+    """The term is the log-likelihood of refined unary marginals at fine cells; its gradient stays in the convs."""
     model = configs.build_model(fine)
-    params = evaluate.init_params(model, 0)
+    params = restore.init_params(model, 0)
     rng = np.random.default_rng(0)
     params["refinement_convs"] = jax.tree.map(
         lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), params["refinement_convs"]
@@ -121,14 +125,15 @@ def test_their_loss_moves_nothing_else(fine):
 
     def term(params):
         potentials = model.apply({"params": params}, image)
-        total, count = steps.piecewise_terms(potentials, labels)["refinement_convs"]
+        total, count = losses.piecewise_terms(potentials, labels)["refinement_convs"]
         return total, (count, potentials)
 
     (total, (count, potentials)), grads = jax.jit(jax.value_and_grad(term, has_aux=True, allow_int=True))(params)
     moved = {name for name, tree in grads.items() if any(np.any(x) for x in jax.tree.leaves(tree))}
     assert moved == {"refinement_convs"}
-    assert potentials.correction.shape == (2, 32, 48, 6)
-    scores = jax.image.resize(jax.nn.log_softmax(potentials.unary), (2, 32, 48, 6), "bilinear") + potentials.correction
+    assert potentials.refinement_logits.shape == (2, 32, 48, 6)
+    upsampled = jax.image.resize(jax.nn.log_softmax(potentials.unary), (2, 32, 48, 6), "bilinear")
+    scores = upsampled + potentials.refinement_logits
     log_p = np.asarray(jax.nn.log_softmax(scores))
     truth = np.asarray(piecewise.grid_labels(jnp.asarray(labels), 32, 48))
     np.testing.assert_allclose(total, np.take_along_axis(log_p, truth[..., None], -1).sum(), rtol=1e-5)
@@ -141,21 +146,21 @@ def test_relations_have_a_class_balance_of_their_own(fine):
     rng = np.random.default_rng(5)
     labels = rng.choice(6, (2, 64, 96), p=[0.5, 0.3, 0.1, 0.05, 0.03, 0.02]).astype(np.uint8)
     batch = {"image": rng.integers(0, 256, (2, 64, 96, 3), np.uint8), "label": labels}
-    batch["valid_size"] = np.array([[64, 96]] * 2, np.int32)
+    batch["valid_box"] = np.array([[0, 0, 64, 96]] * 2, np.int32)
     fine.crf.num_iterations = 1
     model = configs.build_model(fine)
-    params = evaluate.init_params(model, 0)
+    params = restore.init_params(model, 0)
     params = jax.tree.map(lambda x: x + rng.normal(0, 0.3, x.shape).astype(x.dtype), params)
     tx = optax.sgd(0.0)
 
     def terms(balance, of_pairs):
         fine.loss.balance_power, fine.loss.pairwise_balance_power = balance, of_pairs
         configs.validate(fine, num_devices=1)
-        step = parallel.pmap_train(steps.make_train_step(model, tx, fine.loss.to_dict()), devices=jax.devices()[:1])
+        step = parallel.pmap_train(steps.from_config(fine, model, tx), devices=jax.devices()[:1])
         copy = jax.tree.map(jnp.copy, params)
         _, seen = step(steps.TrainState(jnp.int32(0), copy, tx.init(copy)), parallel.split(batch, 1))
-        fn = parallel.pmap_eval(evaluate.eval_step(fine, model), devices=jax.devices()[:1])
-        sums = fn(params, parallel.split(batch, 1))["terms"]
+        fn = evaluate.make_eval_fn(fine, model, devices=jax.devices()[:1])
+        sums = fn(params, parallel.split(batch, 1))[0].terms
         found = {k: -float(total) / float(count) for k, (total, count) in sums.items()}
         assert {k: float(seen[f"nll_{k}"]) for k in found} == pytest.approx(found, rel=1e-4)
         return found
@@ -178,12 +183,12 @@ def test_relations_have_a_class_balance_of_their_own(fine):
 @pytest.mark.full
 def test_staged_they_train_with_the_relations(fine, trained, tmp_path):
     """On a run without them: its unary stands still; a model without relations may train them alone."""
-    source = evaluate.restore_params(configs.load(trained / "config.json"), str(trained))[1]
+    source = restore.restore_params(configs.load(trained / "config.json"), str(trained))[1]
     fine.init_from, fine.loss.objective, fine.loss.unary_share = str(trained), "piecewise_staged", 0.0
     fine.model.relations = ()
     fine.train.steps, fine.train.eval_every, fine.optimizer.weight_decay = 2, 0, 0.1
     loop.train_and_evaluate(fine, str(tmp_path / "work"))
-    params = evaluate.restore_params(configs.load(tmp_path / "work" / "config.json"), str(tmp_path / "work"))[1]
+    params = restore.restore_params(configs.load(tmp_path / "work" / "config.json"), str(tmp_path / "work"))[1]
     for name in ("featmap", "unary"):
         jax.tree.map(np.testing.assert_array_equal, source[name], params[name])
     assert np.any(params["refinement_convs"]["last"]["kernel"])
@@ -202,19 +207,16 @@ def test_evaluation_has_a_row_and_the_best_is_by_it(ran):
 def test_predictions_are_those_of_evaluation(ran):
     """One tile: log-probabilities of the pixels against the model applied by hand."""
     workdir, config = ran
-    model, params, _ = evaluate.restore_params(config, str(workdir), "latest")
+    model, params, _ = restore.restore_params(config, str(workdir), "latest")
     height, width = config.data.eval_size
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     potentials = model.apply({"params": params}, image[None])
-    crf = configs.crf_settings(config)
-    weights = crf["relation_weights"]
-    mask = jnp.ones(potentials.unary.shape[:3], bool)
-    log_marginals, _ = segmenter.infer(potentials, list(weights), list(weights.values()), 3, 0.0, True, mask)
-    sharp = segmenter.sharpen(log_marginals, potentials.correction, mask)
-    want = jax.nn.log_softmax(segmenter.upsample(sharp, height, width))[0]
-    ((_, _, marginals),) = inference.Predictor(config, model, params)([("x", image)])
+    log_marginals, _ = mean_field.run(potentials.unary, potentials.pairwise, configs.crf_settings(config))
+    sharp = decode.apply_refinement(log_marginals, potentials.refinement_logits)
+    want = jax.nn.log_softmax(decode.upsample(sharp, (height, width)))[0]
+    ((_, _, marginals),) = predictor.Predictor(config, model, params)([("x", image)])
     np.testing.assert_allclose(marginals.log_probs(), want, atol=2e-4)
-    assert np.abs(np.asarray(sharp - segmenter.upsample(log_marginals, *sharp.shape[1:3]))).max() > 1e-3
+    assert np.abs(np.asarray(sharp - decode.upsample(log_marginals, sharp.shape[1:3]))).max() > 1e-3
 
 
 def test_tiles_say_what_one_tile_says(ran):
@@ -223,7 +225,7 @@ def test_tiles_say_what_one_tile_says(ran):
     config = config.copy_and_resolve_references()
     config.model.scales = (1.0,)
     model = configs.build_model(config)
-    params = evaluate.init_params(model, 1)
+    params = restore.init_params(model, 1)
     rng = np.random.default_rng(1)
     params["refinement_convs"]["last"]["kernel"] = rng.normal(0, 1, (4, 6)).astype(np.float32)
     params = jax.tree.map(jnp.asarray, params)
@@ -232,7 +234,7 @@ def test_tiles_say_what_one_tile_says(ran):
     read = {}
     for size in ((256, 384), (128, 192)):
         config.tiles.size = size
-        ((_, _, marginals),) = inference.Predictor(config, model, params)([("x", image)])
+        ((_, _, marginals),) = predictor.Predictor(config, model, params)([("x", image)])
         read[size] = marginals.log_probs()
     near = np.abs(read[256, 384] - read[128, 192]).max(-1)
     assert np.median(near) < 1e-4

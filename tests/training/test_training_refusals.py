@@ -10,11 +10,13 @@ import pytest
 from PIL import Image
 from rows import full_row
 
-from configs import camvid_mobilenet_v2
+from pwcrf_jax import config as configs
+from pwcrf_jax.configs import camvid_mobilenet_v2
 from pwcrf_jax.data import DataError
+from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.nets import WeightsError
-from pwcrf_jax.training import checkpoint, evaluate, loop, steps
-from pwcrf_jax.training import config as configs
+from pwcrf_jax.runtime import checkpoint
+from pwcrf_jax.training import guard, loop, steps
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -44,7 +46,7 @@ def camvid(tmp_path):
 
 def _refused(config, tmp_path, error, match, monkeypatch):
     # Before training: no step may be built, let alone run.
-    monkeypatch.setattr(steps, "make_train_step", lambda *_: pytest.fail("training was started"))
+    monkeypatch.setattr(steps, "make_train_step", lambda *_, **__: pytest.fail("training was started"))
     with pytest.raises(error, match=match):
         loop.train_and_evaluate(config, str(tmp_path / "work"))
 
@@ -177,8 +179,7 @@ def test_unknown_split(config, tmp_path, monkeypatch):
         ("crf.relations", ("left",), "crf.relations"),
         ("crf.weights", (1.0, 1.0, 1.0), "crf.weights"),
         ("crf.damping", 1.0, "damping"),
-        ("crf.route", "tabel", "crf.route = 'tabel'.*did you mean 'table'"),
-        ("crf.chunk_edges", -1, "crf.chunk_edges.*integer from 0"),
+        ("crf.algorithm", "tabel", "crf.algorithm = 'tabel'.*did you mean 'table'"),
         ("loss.sampled_offsets", -1, "loss.sampled_offsets.*integer from 0"),
         ("optimizer.learning_rate", float("nan"), "learning_rate.*finite"),
         ("optimizer.learning_rate", 0.0, "learning_rate.*above 0"),
@@ -197,7 +198,7 @@ def test_unknown_split(config, tmp_path, monkeypatch):
         ("data.synthetic.image_size", (1, 2, 3), "image_size.*2 values"),
         ("model.block6", ((3, 64.5),), "block6.*integer"),
         ("model.tiny.features", (1.5, 4, 4, 4), "features.*integer"),
-        ("optimizer.momentum", 1.0, "momentum.*below 1"),
+        ("loss.unary_share", 1.0, "unary_share.*below 1"),
         ("seed", 10**23, "seed.*to 4294967295"),
         ("relations.surrounding.parameterisation", "fre", "free"),
     ],
@@ -277,6 +278,10 @@ def _run(script, *args):
             "setup.cfg",
         ),
         full_row((["--workdir=somewhere"], "--config")),
+        (["--config=dmeo", "--workdir=somewhere"], "no config of that name; did you mean demo?"),
+        full_row((["--config=demo:x", "--workdir=somewhere"], "demo.py has no variants; leave out :x")),
+        full_row((["--workdir", "--dry-run"], "--workdir takes a value, and --dry-run follows it")),
+        full_row((["--config=demo", "--images=a"], "--images is of pwcrf predict: see pwcrf predict --help")),
     ],
 )
 def test_command_line(args, match, tmp_path):
@@ -312,13 +317,14 @@ def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(config, tmp_path):
     config.optimizer.clip_norm = 0.0
     config.optimizer.name = "sgd"
     config.train.log_every = config.train.checkpoint_every = 1
-    with pytest.raises(loop.NonFiniteError, match="learning_rate"):
+    with pytest.raises(guard.NonFiniteError, match="learning_rate"):
         loop.train_and_evaluate(config, str(tmp_path))
 
 
 ENDS = """
 from absl import flags
-from pwcrf_jax.training import cli, loop
+from pwcrf_jax.cli import command as cli
+from pwcrf_jax.training import guard
 for name in ("config", "workdir"):
     flags.DEFINE_string(name, None, "")
 def main(_):
@@ -331,7 +337,7 @@ cli.run(main, interrupted="stopped")
     ("error", "code", "said"),
     [
         ("KeyboardInterrupt", 130, "stopped"),
-        ("loop.NonFiniteError('step 3: loss nan')", 1, "error: step 3: loss nan"),
+        ("guard.NonFiniteError('step 3: loss nan')", 1, "error: step 3: loss nan"),
         full_row(("cli.ConfigError('config.seed')", 2, "error: config.seed")),
         full_row(
             (

@@ -16,11 +16,15 @@ import pytest
 from rows import full_row
 
 import pwcrf_jax as pw
-from pwcrf_jax import segmenter
+from pwcrf_jax import config as configs
 from pwcrf_jax.data import eval_batches
-from pwcrf_jax.files import FileError
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, report
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.mean_field import Settings
+from pwcrf_jax.model import decode
+from pwcrf_jax.prediction import restore
+from pwcrf_jax.report import collect
+from pwcrf_jax.report.parts import pixels_of
+from pwcrf_jax.runtime.files import FileError
 
 ROOT = pathlib.Path(__file__).parents[2]
 ABOUT = dict(step=1, checkpoint="best", refine="off")
@@ -37,9 +41,8 @@ def unpacked(packed, *shape):
 
 
 def collected(config, model, params, dataset, file, refine="off", **options):
-    page = report.Report(str(file), **options)
-    fn = page.start(config, model, params, dataset)
-    result = evaluate.evaluate_params(fn, params, dataset, "val", config, refine, report=page) | ABOUT
+    page = collect.Report(str(file), **options)
+    result = evaluate.evaluate_model(config, model, params, dataset, "val", refine=refine, report=page) | ABOUT
     page.write(result | dict(refine=refine))
     return result, embedded(file.read_text()), page
 
@@ -49,7 +52,7 @@ def run(trained):
     """(config, model, params, data set) of a run whose pair networks say something."""
     config = configs.load(trained / "config.json")
     config.crf.weights = (0.5, 2.0)
-    model, params, _, dataset = evaluate.load(config, str(trained), "best", "val")
+    model, params, _, dataset = restore.load(config, str(trained), "best", "val")
     rng = np.random.default_rng(0)
     for name in config.model.relations:
         layer = params[f"pairwise_{name}"]
@@ -60,7 +63,7 @@ def run(trained):
 
 @pytest.fixture(scope="module")
 def page(run, tmp_path_factory):
-    """(result, embedded data, `report.Report`) of the run."""
+    """(result, embedded data, `collect.Report`) of the run."""
     file = tmp_path_factory.mktemp("page") / "new" / "report.html"
     return collected(*run, file, images=6, inspected=3)
 
@@ -73,14 +76,17 @@ def by_api(run):
     config, model, params, dataset = run
     (batch,) = eval_batches(dataset, "val", batch_size=10, size=config.data.eval_size)
     potentials = jax.jit(model.apply)({"params": params}, batch["image"])
-    mask = segmenter.grid_mask(batch["valid_size"], potentials.unary.shape[1:3], batch["label"].shape[1:])
+    mask = decode.grid_mask(batch["valid_box"], potentials.unary.shape[1:3], batch["label"].shape[1:])
     chosen = [potentials.pairwise[name] for name in config.model.relations]
     rows = {}
     for row, some in (("unary", 0), ("all", 2)):
         log_marginals, _ = pw.mean_field.run(
-            potentials.unary, chosen[:some], 3, config.crf.weights[:some], normalize=True, node_mask=mask
+            potentials.unary,
+            chosen[:some],
+            Settings(weights=config.crf.weights[:some], average_messages=True),
+            node_mask=mask,
         )
-        rows[row] = np.asarray(jax.nn.log_softmax(segmenter.upsample(log_marginals, *batch["label"].shape[1:], mask)))
+        rows[row] = np.asarray(jax.nn.log_softmax(decode.upsample(log_marginals, batch["label"].shape[1:], mask)))
     return batch["label"], rows, log_marginals, potentials, mask
 
 
@@ -138,16 +144,17 @@ def test_compatibilities_are_mean_scores(run, page, by_api):
 
 def test_padding_has_no_edges(by_api):
     """Hidden units are summed where both ends are in the mask, whatever the other cells hold."""
-    from pwcrf_jax.training import report_parts
+    from pwcrf_jax.report import parts
 
     *_, potentials, mask = by_api
     potential = potentials.pairwise["above_below"]
     cut = np.asarray(mask).copy()
     cut[:, 7:] = cut[:, :, 5:] = False
-    poisoned = jnp.where(cut[..., None], potential.a, jnp.nan)
-    total, count = report_parts._sum_of_hidden(dataclasses.replace(potential, a=poisoned), jnp.asarray(cut))
-    small = dataclasses.replace(potential, a=potential.a[:, :7, :5], b=potential.b[:, :7, :5])
-    whole, fewer = report_parts._sum_of_hidden(small, jnp.ones((10, 7, 5), bool))
+    poisoned = jnp.where(cut[..., None], potential.hidden_p, jnp.nan)
+    total, count = parts._sum_of_hidden(dataclasses.replace(potential, hidden_p=poisoned), jnp.asarray(cut))
+    hidden_p, hidden_q = potential.hidden_p[:, :7, :5], potential.hidden_q[:, :7, :5]
+    small = dataclasses.replace(potential, hidden_p=hidden_p, hidden_q=hidden_q)
+    whole, fewer = parts._sum_of_hidden(small, jnp.ones((10, 7, 5), bool))
     np.testing.assert_allclose(total, whole, rtol=1e-5)
     np.testing.assert_array_equal(count, fewer)
 
@@ -157,13 +164,14 @@ def test_the_inspector_shows_what_the_api_computes(run, page, by_api):
     _, data, _ = page
     truth, _, after, potentials, mask = by_api
     chosen = [potentials.pairwise[name] for name in config.model.relations]
-    before, _ = pw.mean_field.run(potentials.unary, chosen, 2, config.crf.weights, normalize=True, node_mask=mask)
+    settings = Settings(num_iterations=2, weights=config.crf.weights, average_messages=True)
+    before, _ = pw.mean_field.run(potentials.unary, chosen, settings, node_mask=mask)
     assert len(data["inspector"]["images"]) == 3
     cells = np.asarray(pw.grid_labels(truth, *mask.shape[1:]))
     for image in data["inspector"]["images"]:
         at, (rows, cols), k = image["index"], image["grid"], len(data["classes"])
         for name, weight in zip(config.model.relations, config.crf.weights, strict=True):
-            message, count = pw.messages(potentials.pairwise[name], jnp.exp(before), mask)
+            message, count = pw.compute_messages(potentials.pairwise[name], jnp.exp(before), node_mask=mask)
             shown = unpacked(image["messages"][name], rows, cols, k)
             added = np.asarray(weight * message / count[..., None])[at]
             np.testing.assert_allclose(shown, added, atol=0.00501)  # two decimals
@@ -229,8 +237,7 @@ def test_with_refinement(run, tmp_path):
     config, model, params, dataset = run
     config = config.copy_and_resolve_references()
     config.refine.num_iterations = 2
-    plain_fn = evaluate.make_eval_fn(config, model, "spatial")
-    plain = evaluate.evaluate_params(plain_fn, params, dataset, "val", config, "spatial")
+    plain = evaluate.evaluate_model(config, model, params, dataset, "val", refine="spatial")
     result, data, page = collected(
         config, model, params, dataset, tmp_path / "a.html", "spatial", images=1, inspected=0
     )
@@ -257,12 +264,8 @@ def test_one_relation_and_augmentation(run, tmp_path):
     config, model, params, dataset = run
     config = config.copy_and_resolve_references()
     config.crf.relations, config.crf.weights, config.tta.flip = ("above_below",), (1.0,), True
-    from pwcrf_jax.training import inference
-
-    page = report.Report(str(tmp_path / "a.html"))
-    fn = page.start(config, model, params, dataset)
-    predictor = inference.Predictor(config, model, params)
-    result = evaluate.evaluate_params(fn, params, dataset, "val", config, predictor=predictor, report=page)
+    page = collect.Report(str(tmp_path / "a.html"))
+    result = evaluate.evaluate_model(config, model, params, dataset, "val", report=page)
     data = page.data(result | ABOUT)
     assert data["stages"] == ["unary", "all", "tta"] and [r["name"] for r in data["relations"]] == ["above_below"]
     assert len(data["gallery"]) == 10 and len(data["inspector"]["images"]) == 10
@@ -284,18 +287,18 @@ def test_without_relations(run, tmp_path):
 
 
 def test_without_iterations(run, by_api):
-    from pwcrf_jax.training import report_parts
+    from pwcrf_jax.report import parts
 
-    crf = configs.crf_settings(run[0]) | dict(num_iterations=0)
+    crf = dataclasses.replace(configs.crf_settings(run[0]), num_iterations=0)
     *_, potentials, mask = by_api
-    before, after, added, counts = report_parts.last_update(potentials.unary[0], {}, mask[0], {}, {}, crf)
+    before, after, added, counts = parts.last_update(potentials.unary[0], {}, mask[0], {}, {}, crf)
     np.testing.assert_allclose(before, jax.nn.log_softmax(potentials.unary[0]), rtol=1e-6)
     assert np.all(before == after) and not added and not counts
 
 
 def test_many_classes_leave_fewer_images_to_inspect(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "INSPECTOR_BYTES", 30_000)
-    page = report.Report(str(tmp_path / "a.html"), images=4, inspected=4)
+    monkeypatch.setattr(collect, "INSPECTOR_BYTES", 30_000)
+    page = collect.Report(str(tmp_path / "a.html"), images=4, inspected=4)
     page.start(*run)
     # 12 x 16 cells, 6 classes, unary, after and two relations, two bytes each, in base64.
     assert page._room == 30_000 // (12 * 16 * 6 * 4 * 2 * 4 // 3) == 2
@@ -314,12 +317,12 @@ def test_a_page_of_noisy_images_stays_small(run, tmp_path):
     names, colours = [f"class {i}" for i in range(k)], rng.integers(0, 256, (k, 3))
     palette = colours.tolist()
     dataset = types.SimpleNamespace(name="made up", num_classes=k, class_names=names, palette=palette)
-    page = report.Report(str(tmp_path / "a.html"))
+    page = collect.Report(str(tmp_path / "a.html"))
     page.start(config, model, params, dataset)
     page._order, grid = stages[:3], page._grid
 
     def cells():
-        packed = lambda low, high, scale, *more: report._packed(rng.integers(low, high, (*grid, *more)) / scale, scale)
+        packed = lambda low, high, scale, *more: collect._packed(rng.integers(low, high, (*grid, *more)) / scale, scale)
         return dict(
             grid=list(grid),
             **{key: packed(0, 1001, 1000, k) for key in ("unary", "after")},
@@ -336,14 +339,14 @@ def test_a_page_of_noisy_images_stays_small(run, tmp_path):
         image = np.clip(colours[clean.argmax(-1)] + normal(20, *size, 3), 0, 255).astype(np.uint8)
         for row in stages:  # those of the network are enlarged from its cells
             scores = clean + normal(0.3, *size, k) if row in stages[3:] else zoom(coarse + normal(1, 9, 12, k))
-            views[row] = page.read(np.asarray(jax.nn.log_softmax(scores)))
+            views[row] = pixels_of(np.asarray(jax.nn.log_softmax(scores)))
         page._add_image(image, clean.argmax(-1).astype(np.uint8), name, views, cells)
     four = page._gallery.entries()
     for i in range(4, 100):  # the same pictures again: to compress 100 images takes too long here
         page._gallery.offer(0.0, i, lambda i=i: four[i % 4] | {"index": i})
         page._inspected.offer(0.0, i, lambda i=i: cells() | {"index": i})
     page._hidden |= {name: np.ones(len(params[f"pairwise_{name}"]["last_kernel"]) + 1) for name in page._boxes}
-    page.confusion = {row: np.full((k, k), 10**6) for row in stages}
+    page._confusion = {row: np.full((k, k), 10**6) for row in stages}
     figures = dict.fromkeys(("miou", "pixel_accuracy", "mean_accuracy", "fw_iou"), 0.5)
     rows = dict.fromkeys(stages, figures | dict(boundary_iou={}, iou=dict.fromkeys(names, 0.5)))
     written = page.write(ABOUT | dict(split="val", num_images=100, classes=[], change={}, rows=rows))
@@ -357,7 +360,7 @@ def test_a_page_of_noisy_images_stays_small(run, tmp_path):
 def test_extremes(limit):
     rng, made = np.random.default_rng(limit), []
     for number in (0, 1, 4, 30):
-        kept, gains = report.Extremes(limit), rng.integers(0, 9, number).astype(float)
+        kept, gains = collect.Extremes(limit), rng.integers(0, 9, number).astype(float)
         for i, gain in enumerate(gains):
             kept.offer(gain, i, lambda i=i: made.append(i) or i)
         order = sorted(range(number), key=lambda i: (gains[i], i))
@@ -369,23 +372,23 @@ def test_extremes(limit):
 
 def test_numbers_are_rounded_not_clipped():
     for x, kind in (([0, 2.554], "uint8"), ([-1.256, 300.0], "int16"), ([-400.0, 1], "int32")):
-        packed = report._packed(x, 100)
+        packed = collect._packed(x, 100)
         assert packed["type"] == kind
         np.testing.assert_allclose(unpacked(packed, 2), x, atol=0.00501)
 
 
 def test_what_cannot_work_is_refused_first(tmp_path):
     with pytest.raises(FileError, match="cannot be written"):
-        report.Report(str(tmp_path))
+        collect.Report(str(tmp_path))
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match="cannot be written"):
-        report.Report(str(tmp_path / "file" / "report.html"))
+        collect.Report(str(tmp_path / "file" / "report.html"))
     with pytest.raises(configs.ConfigError, match="report_inspect=3"):
-        report.Report(str(tmp_path / "a.html"), images=2, inspected=3)
-    page = lambda **options: report.Report(str(tmp_path / "a.html"), **options)
+        collect.Report(str(tmp_path / "a.html"), images=2, inspected=3)
+    page = lambda **options: collect.Report(str(tmp_path / "a.html"), **options)
     assert [page(images=n)._wanted for n in (0, 3, 12, 100)] == [0, 3, 12, 12], "the default fits the gallery"
     assert page(inspected=20)._wanted == 20
-    assert report.default_file("work", "val[:20]") == "work/report_val__20_.html"
+    assert collect.default_file("work", "val[:20]") == "work/report_val__20_.html"
 
 
 def script(*words):
@@ -420,11 +423,12 @@ def test_a_small_gallery_needs_no_other_flag(trained, tmp_path):
     "words, says",
     [
         (("--report_images=3",), "--report_images is of --report"),
-        full_row((("--report", "--images=x", "--output=y"), "does not go with --images")),
+        full_row((("--report=auto", "--images=x"), "--images is of pwcrf predict: see")),
         full_row(
-            (("--report", "--report_images=2", "--report_inspect=3"), "_inspect=3 is more than --report_images=2")
+            (("--report=auto", "--report_images=2", "--report_inspect=3"), "_inspect=3 is more than --report_images=2")
         ),
-        full_row((("--report=a.html", "--tune-refinement"), "does not go with --tune-refinement")),
+        full_row((("--report=a.html", "--tune-refinement"), "--tune-refinement is of pwcrf tune: see")),
+        full_row((("--report_images=2", "--report"), "Missing value for flag --report")),
     ],
 )
 def test_flags_that_do_not_go_together(trained, words, says):

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 import pwcrf_jax as pw
-from pwcrf_jax import segmenter
+from pwcrf_jax import config as configs
 from pwcrf_jax.data import eval_batches
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import evaluate, report
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.model import decode
+from pwcrf_jax.prediction import restore
+from pwcrf_jax.report import collect
 
 pytestmark = pytest.mark.slow
 LONG_NAME = "a_class_whose_name_has_no_space_and_sixty_characters_in_total"
@@ -42,7 +44,7 @@ def chromium():
 @pytest.fixture(scope="module")
 def run(trained):
     config = configs.load(trained / "config.json")
-    model, params, _, dataset = evaluate.load(config, str(trained), "best", "val")
+    model, params, _, dataset = restore.load(config, str(trained), "best", "val")
     rng = np.random.default_rng(0)
     for name in config.model.relations:
         layer = params[f"pairwise_{name}"]
@@ -58,9 +60,8 @@ def written(run, tmp_path_factory):
     dataset.class_names = (*dataset.class_names[:2], LONG_NAME, *dataset.class_names[3:])
     config = config.copy_and_resolve_references()
     config.refine.num_iterations = 2
-    page = report.Report(str(tmp_path_factory.mktemp("page") / "a report.html"), images=10, inspected=4)
-    fn = page.start(config, model, params, dataset)
-    result = evaluate.evaluate_params(fn, params, dataset, "val", config, "spatial", report=page)
+    page = collect.Report(str(tmp_path_factory.mktemp("page") / "a collect.html"), images=10, inspected=4)
+    result = evaluate.evaluate_model(config, model, params, dataset, "val", refine="spatial", report=page)
     result |= dict(step=1, checkpoint="best", refine="spatial")
     inspected = {image["index"] for image in page._inspected.entries()}
     for image in page._gallery.entries():
@@ -179,14 +180,21 @@ def test_the_inspector_shows_the_numbers_of_the_api(page, run, written):
     _, _, data = written
     (batch,) = eval_batches(dataset, "val", batch_size=10, size=config.data.eval_size)
     potentials = jax.jit(model.apply)({"params": params}, batch["image"])
-    mask = segmenter.grid_mask(batch["valid_size"], potentials.unary.shape[1:3], batch["label"].shape[1:])
+    mask = decode.grid_mask(batch["valid_box"], potentials.unary.shape[1:3], batch["label"].shape[1:])
     chosen = [potentials.pairwise[name] for name in config.model.relations]
-    before, _ = pw.mean_field.run(potentials.unary, chosen, 2, normalize=True, node_mask=mask)
-    after, _ = pw.mean_field.run(potentials.unary, chosen, 3, normalize=True, node_mask=mask)
+    before, after = (
+        pw.mean_field.run(
+            potentials.unary,
+            chosen,
+            pw.mean_field.Settings(num_iterations=n, average_messages=True),
+            node_mask=mask,
+        )[0]
+        for n in (2, 3)
+    )
     columns = {"unary": 100 * np.exp(jax.nn.log_softmax(potentials.unary)), "after": 100 * np.exp(after)}
     counts = {}
     for name, potential in zip(config.model.relations, chosen, strict=True):
-        message, counts[name] = pw.messages(potential, jnp.exp(before), mask)
+        message, counts[name] = pw.compute_messages(potential, jnp.exp(before), node_mask=mask)
         columns[name] = np.asarray(message / counts[name][..., None])
     height, width = potentials.unary.shape[1:3]
     canvas = page.locator("#inspect-canvas")
@@ -258,9 +266,8 @@ def test_a_page_of_a_unary_alone(chromium, run, tmp_path):
     config = config.copy_and_resolve_references()
     config.model.relations, config.crf.weights = (), (1.0,)
     params = {name: tree for name, tree in params.items() if not name.startswith("pairwise")}
-    page = report.Report(str(tmp_path / "unary.html"), images=2, inspected=1)
-    fn = page.start(config, configs.build_model(config), params, dataset)
-    result = evaluate.evaluate_params(fn, params, dataset, "val", config, report=page)
+    page = collect.Report(str(tmp_path / "unary.html"), images=2, inspected=1)
+    result = evaluate.evaluate_model(config, configs.build_model(config), params, dataset, "val", report=page)
     page.write(result | dict(step=1, checkpoint="best", refine="off"))
     tab, complaints = chromium.new_page(viewport=dict(width=360, height=740)), []
     tab.on("console", lambda m: complaints.append(m.text))
@@ -285,9 +292,8 @@ def test_a_page_without_iterations(chromium, run, tmp_path):
     config, model, params, dataset = run
     config = config.copy_and_resolve_references()
     config.crf.num_iterations = 0
-    page = report.Report(str(tmp_path / "none.html"), images=2)
-    fn = page.start(config, model, params, dataset)
-    result = evaluate.evaluate_params(fn, params, dataset, "val", config, report=page)
+    page = collect.Report(str(tmp_path / "none.html"), images=2)
+    result = evaluate.evaluate_model(config, model, params, dataset, "val", report=page)
     page.write(result | dict(step=1, checkpoint="best", refine="off"))
     tab = chromium.new_page()
     tab.goto(page.file.as_uri())

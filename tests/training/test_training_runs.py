@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 from rows import full_but
 
-from pwcrf_jax.training import checkpoint, evaluate, loop
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training.logs import log
+from pwcrf_jax import config as configs
+from pwcrf_jax.evaluation import evaluate
+from pwcrf_jax.prediction import restore
+from pwcrf_jax.runtime import checkpoint
+from pwcrf_jax.runtime.logs import log
+from pwcrf_jax.training import initial, loop
 
 
 def _params(workdir, config, folder="checkpoints"):
     model = configs.build_model(config)
     config = configs.load(workdir / "config.json")  # with the input scaling settled
     with checkpoint.Store(str(workdir / folder), configs.identity(config)) as store:
-        trees, meta = store.restore({"params": evaluate.abstract_params(model)})
+        trees, meta = store.restore({"params": restore.abstract_params(model)})
     return trees["params"], meta
 
 
@@ -105,9 +108,7 @@ def test_table_of_one_relation_and_of_none(config, tmp_path):
 
 
 def test_a_user_defined_relation_by_config(config, tmp_path):
-    from configs.default import relation
-
-    config.relations.left_right = relation(rows=(-1, 1), cols=(-3, -1), unit="cells")
+    config.relations.left_right = configs.relation(rows=(-1, 1), cols=(-3, -1), unit="cells")
     config.model.relations = ("left_right",)
     config.train.steps = 2
     result = loop.train_and_evaluate(config, str(tmp_path))
@@ -120,8 +121,8 @@ def test_pretrained_scaling_is_kept_for_evaluation(config, tmp_path, mobilenet_f
     config.init_from = mobilenet_file
     config.model.pairwise_features = "own"
     config.train.steps = 1
-    _, start = loop.resolve(config, str(tmp_path))
-    first, second = (start()[name]["backbone"]["Conv1"]["kernel"] for name in ("featmap", "featmap_pairwise"))
+    _, params = initial.resolve_init(config, str(tmp_path))
+    first, second = (params[name]["backbone"]["Conv1"]["kernel"] for name in ("featmap", "featmap_pairwise"))
     assert np.array_equal(first, second) and np.any(first)
     loop.train_and_evaluate(config, str(tmp_path))
     assert configs.load(tmp_path / "config.json").model.input_scaling == "tf"

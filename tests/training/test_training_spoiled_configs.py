@@ -14,12 +14,12 @@ from absl import flags
 from ml_collections import config_flags
 from rows import full_row
 
-from configs import default
-from pwcrf_jax.training import cli
-from pwcrf_jax.training import config as configs
+from pwcrf_jax import config as configs
+from pwcrf_jax.cli import command as cli
+from pwcrf_jax.configs import default
 
 ROOT = pathlib.Path(__file__).parents[2]
-DEFAULTS = dict(configs._flat(default.get_config()))
+DEFAULTS = dict(configs.flat(default.get_config()))
 
 FREE_TEXT = {"init_from", "data.source_dir", "data.data_dir", "data.train_split", "data.eval_split"}
 FREE_TEXT |= {"data.tfds.dataset", "data.tfds.image_key", "data.tfds.label_key"}
@@ -203,7 +203,7 @@ def test_section_that_is_a_value(section, tmp_path):
     assert "must be a section" in refusal(lambda: configs.validate(config, num_devices=1), section)
 
 
-HEAD = "from configs import default\ndef get_config():\n    c = default.get_config()\n"
+HEAD = "from pwcrf_jax.configs import default\ndef get_config():\n    c = default.get_config()\n"
 
 
 @pytest.mark.parametrize(

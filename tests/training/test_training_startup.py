@@ -17,8 +17,10 @@ from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import config_flags
 
-from pwcrf_jax.training import cli, compilation, evaluate
-from pwcrf_jax.training import config as configs
+from pwcrf_jax import config as configs
+from pwcrf_jax.cli import command as cli
+from pwcrf_jax.prediction import restore
+from pwcrf_jax.runtime import compilation
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -30,7 +32,7 @@ ROOT = pathlib.Path(__file__).parents[2]
             "pwcrf_jax",
             "tensorflow tensorflow_datasets orbax grain matplotlib flax optax tensorboardX h5py PIL absl.flags",
         ),
-        ("pwcrf_jax.training.cli", "tensorflow tensorflow_datasets grain matplotlib"),  # all that a refusal needs
+        ("pwcrf_jax.cli.command", "tensorflow tensorflow_datasets grain matplotlib"),  # all that a refusal needs
     ],
 )
 def test_imports(module, not_loaded):
@@ -118,7 +120,7 @@ def index(workdir):
 
 def figures(workdir):
     """Parameters and logged losses, to the last bit."""
-    params = evaluate.restore_params(configs.load(workdir / "config.json"), str(workdir), "latest")[1]
+    params = restore.restore_params(configs.load(workdir / "config.json"), str(workdir), "latest")[1]
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     lines = [{k: v for k, v in line.items() if "per_second" not in k} for line in lines]
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(params)], lines

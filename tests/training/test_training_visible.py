@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import importlib
 import io
 import logging
 import os
@@ -17,14 +18,23 @@ import commands
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 from tqdm import tqdm
 
+from pwcrf_jax import config as configs
+from pwcrf_jax.cli import command as cli
+from pwcrf_jax.cli import usage
+from pwcrf_jax.cli.main import COMMANDS, main
 from pwcrf_jax.data import load_dataset
-from pwcrf_jax.files import FileError
-from pwcrf_jax.training import config as configs
-from pwcrf_jax.training import dry_run, evaluate, inference, logs, loop, pictures
+from pwcrf_jax.evaluation import evaluators
+from pwcrf_jax.evaluation import steps as eval_steps
+from pwcrf_jax.prediction import predictor, restore
+from pwcrf_jax.report import pictures
+from pwcrf_jax.runtime import logs
+from pwcrf_jax.runtime.files import FileError
+from pwcrf_jax.training import dry_run, loop
 
 ROOT = Path(__file__).resolve().parents[2]
 TAG = "val/image_truth_unary_all"
@@ -71,11 +81,11 @@ def test_the_panel_shows_images_truth_and_predictions(trained, config, tmp_path)
     chosen = pictures.chosen(len(source), config.eval.batch_size, 4)
     assert chosen == [0, 1, 8, 9]
     stored = configs.load(trained / "config.json")
-    model, params, step = evaluate.restore_params(stored, str(trained), "latest")
+    model, params, step = restore.restore_params(stored, str(trained), "latest")
     assert step == 1
     alone = stored.copy_and_resolve_references()
     alone.crf.num_iterations = 0
-    ways = [inference.Predictor(c, model, params) for c in (alone, stored)]
+    ways = [predictor.Predictor(c, model, params) for c in (alone, stored)]
     for i, row, later in zip(chosen, cells(shown[1], 192, 256), cells(shown[2], 192, 256), strict=True):
         record = source[i]
         assert len(row) == 4
@@ -102,11 +112,11 @@ def test_a_panel_has_what_its_process_has():
     palette = [(10, 0, 0), (0, 20, 0)]
     rng = np.random.default_rng(0)
     image, label = rng.integers(0, 256, (2, 8, 6, 3)).astype(np.uint8), rng.integers(0, 2, (2, 8, 6)).astype(np.uint8)
-    batch = {"image": image, "label": label, "valid_size": np.array([[8, 6], [5, 4]]), "id": ["a", "b"]}
-    labels = {"unary": 1 - label.reshape(2, 1, 8, 6)}  # of two devices
+    batch = {"image": image, "label": label, "valid_box": np.array([[0, 0, 8, 6], [0, 0, 5, 4]]), "id": ["a", "b"]}
+    kept = eval_steps.PerImage({"unary": eval_steps.Row(1 - label.reshape(2, 1, 8, 6), None)}, ())  # of two devices
     panel = pictures.Panel([4, 5, 6], 4, ("unary",), palette)  # the second of two batches; 6 is another process's
-    panel.add(0, batch, labels)
-    panel.add(1, batch, labels)
+    for number in (0, 1):
+        panel.add(evaluators.Seen(number, batch, kept, {}, {}, {}))
     picture = panel.picture()
     assert picture.shape == (2 * 8 + 4, 3 * 6 + 2 * 4, 3)
     first, second = cells(picture, 8, 6)
@@ -131,7 +141,7 @@ def test_the_bar_tells_loss_speed_and_time_left_on_any_terminal(monkeypatch, col
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
     with open(theirs, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
-        progress = logs.Progress(0, 900, 16)
+        progress = logs.Progress(0, 900, 16, ("surrounding", "above_below"))
         numbers = dict(loss=9.452, nll_unary=1.895, nll_above_below=3.7, nll_surrounding=3.8)
         assert progress.report(20, numbers) > 0
         progress.close()
@@ -149,7 +159,7 @@ def test_the_bar_tells_loss_speed_and_time_left_on_any_terminal(monkeypatch, col
 @pytest.mark.parametrize("name", ["unrolled_mean_field", "refinement_convs"])
 def test_what_is_of_nodes_is_not_held_against_twice_the_unary(caplog, name):
     with caplog.at_level("INFO", logger="pwcrf_jax"):
-        logs.Progress(0, 9, 1).report(1, {"loss": 1.0, "nll_unary": 1.5, f"nll_{name}": 1.25})
+        logs.Progress(0, 9, 1, ("surrounding",)).report(1, {"loss": 1.0, "nll_unary": 1.5, f"nll_{name}": 1.25})
     assert f"{name} 1.250" in caplog.text and "2 x unary" not in caplog.text
 
 
@@ -194,7 +204,7 @@ def test_standard_error_may_be_anything(monkeypatch, make):
 )
 def test_a_batch_without_a_valid_pixel_has_no_unary_figure(caplog, metrics):
     with caplog.at_level("INFO", logger="pwcrf_jax"):
-        logs.Progress(0, 9, 1).report(1, metrics)
+        logs.Progress(0, 9, 1, ("surrounding", "above_below")).report(1, metrics)
     assert "nll unary -" in caplog.text and "nan" not in caplog.text and "2 x unary" not in caplog.text
 
 
@@ -219,7 +229,7 @@ def files(folder):
 def flat(config):
     keys = ("data.data_dir", "data.synthetic.num_train", "data.synthetic.num_val", "data.crop_size", "model.hidden")
     keys += ("model.tiny.features", "train.batch_size", "eval.batch_size")
-    values = dict(configs._flat(config))
+    values = dict(configs.flat(config))
     return [f"--config.{key}={values[key]}" for key in keys]
 
 
@@ -229,7 +239,7 @@ def test_dry_run_leaves_its_picture_alone(config, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [p.name for p in (tmp_path / "work").iterdir()] == ["dry_run.png"]
     model = configs.build_model(config)
-    leaves = jax.tree.leaves(evaluate.abstract_params(model))
+    leaves = jax.tree.leaves(restore.abstract_params(model))
     assert re.search(rf"^all +{sum(x.size for x in leaves):,}$", done.stdout, re.MULTILINE)
     hidden = rf"{config.train.batch_size // jax.device_count()} x 6 x 8 x {config.model.hidden} float32"
     assert re.search(rf"^unary/first +{hidden} +bias 8, kernel 8 x 8 +72$", done.stdout, re.MULTILINE)
@@ -271,26 +281,90 @@ def test_dry_run_beside_a_run(trained, config, tmp_path, capsys, caplog, monkeyp
 # --- --help ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("script", "argument"), [("train.py", "--helpfull"), ("eval.py", "--help")])
-def test_help_shows_every_flag_with_default_and_example(script, argument):
-    done = commands.run([script, "--workdir=gone", argument])
-    assert done.returncode == 0 and not done.stderr
-    usage, _, text = done.stdout.partition("\nFlags:\n\n")
-    assert f"    python {script} " in usage
-    ours = text.partition("\n\n")[0]
-    sources = (ROOT / script).read_text() + (ROOT / "pwcrf_jax/training/distributed.py").read_text()
-    names = re.findall(r'flags\.DEFINE_\w+\(\s*"([\w-]+)"', sources)
-    names = [name for name in names if script == "train.py" or name != "config"]
-    assert names
+def in_process(command, *words):
+    """(text of --help, names of the flags that the command defines, in order)."""
+    module, values = importlib.import_module(f"pwcrf_jax.cli.{command}"), flags.FlagValues()
+    cli.define(module.define_flags, values)
+    return usage.asked(["pwcrf", *words], module.__doc__, values), list(values)
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "check"])
+def test_help_shows_every_flag_with_default_and_example(command):
+    text, names = in_process(command, "--workdir=gone", "--help")
+    text, _, ours = text.partition("\nFlags:\n\n")
+    assert f"    pwcrf {command} " in text and in_process(command, "--workdir=gone")[0] is None
     blocks = dict(re.findall(r"^  --(?:\[no\])?([\w-]+)(.*?)(?=^  --|\Z)", ours, re.MULTILINE | re.DOTALL))
-    assert list(blocks) == names  # in the order of the source
+    assert list(blocks) == names and names
     for name, block in blocks.items():
         assert re.match(r"(=[\w|]+)?  \(default: .+\)\n      \w", block), block
         (example,) = re.findall(r"\n      Example: (.*)", block)
         assert re.search(rf"--(no)?{name}\b", example), block
         assert {re.sub("^no", "", x) for x in re.findall(r"--([\w-]+)", example)} <= {*names, "config", "tuned"}
-    if argument == "--helpfull":
-        for key, value in configs._flat(__import__("configs.default").default.get_config()):
-            if not key.startswith("relations."):
-                assert f"--config.{key}=" in text, (key, value)
-        assert "Flags of libraries" in text and "--verbosity" in text
+
+
+def test_full_help_shows_the_keys_of_the_config_too():
+    text = in_process("train", "--helpfull")[0]
+    for key, value in configs.flat(configs.defaults()):
+        if not key.startswith("relations."):
+            assert f"--config.{key}=" in text, (key, value)
+    assert "Flags of libraries" in text
+
+
+@pytest.mark.parametrize("argument", ["--help", "-h", "help", None])
+def test_the_list_of_commands(argument, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pwcrf", *filter(None, [argument])])
+    with pytest.raises(SystemExit) as end:
+        main()
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and all(re.search(rf"^    pwcrf {name} +\w", out, re.MULTILINE) for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["predcit"], "'predcit' is no command; did you mean pwcrf predict?"),
+        (["nothing"], "'nothing' is no command; name one of train, eval, "),
+        (["--workdir=x", "eval"], "'--workdir=x' is no command"),
+    ],
+)
+def test_a_command_that_is_not_there(words, says, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pwcrf", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    told = capsys.readouterr()
+    assert end.value.code == 2 and not told.out and says in told.err and told.err.count("\n") == 1
+
+
+def test_a_command_without_its_packages(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pwcrf", "eval", "--help"])
+    monkeypatch.delitem(sys.modules, "pwcrf_jax.cli.eval", raising=False)
+    monkeypatch.setitem(sys.modules, "ml_collections", None)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2 and 'pip install "pwcrf_jax[train]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["train.py"], ["eval.py"], ["-m", "pwcrf_jax", "check"]])
+def test_help_of_a_process(words):
+    done = commands.run([*words, "--help"])
+    name = words[-1].removesuffix(".py")
+    assert done.returncode == 0 and not done.stderr and f"    pwcrf {name} " in done.stdout
+    sources = [(ROOT / f"{x}.py").read_text() for x in ("train", "eval")]
+    assert all(len(source.splitlines()) <= 30 for source in sources)
+
+
+@pytest.mark.parametrize(
+    ("flag", "of"),
+    [
+        ("trials", "tune"),
+        ("export_size", "export"),
+        ("tune-refinement", "tune"),
+        ("noprobabilities", "predict"),
+        ("dry-run", "train"),
+        ("split", "eval, tune"),
+        ("nothing", None),
+    ],
+)
+def test_a_flag_of_another_command_is_refused_with_its_name(flag, of):
+    said = cli._elsewhere(flag)
+    assert said == (of and f"--{flag} is of pwcrf {of}: see pwcrf {of.partition(',')[0]} --help")

@@ -1,0 +1,73 @@
+"""The model of a config, and what makes it that model."""
+
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from pwcrf_jax.config import keys
+from pwcrf_jax.config.offsets import axes, relations
+from pwcrf_jax.config.settings import objective
+from pwcrf_jax.model.segmenter import Segmenter
+from pwcrf_jax.nets import BACKBONES, FeatMapNet
+from pwcrf_jax.runtime.errors import ConfigError
+
+
+def build_model(config: ConfigDict) -> Segmenter:
+    """The model of a config. input_scaling "auto" stands for "tf" until weights say otherwise."""
+    m = config.model
+    options, boxes = m[m.backbone].to_dict() if m.backbone in m else {}, relations(config)
+    featmap = dict(
+        backbone=m.backbone,
+        backbone_options=tuple(sorted(options.items())),
+        scales=m.scales,
+        block6=m.block6,
+        pyramid_windows=m.pyramid_windows,
+        middle=m.refinement_convs.layers,
+    )
+    try:
+        FeatMapNet(**featmap)
+        return Segmenter(
+            num_classes=config.data.num_classes,
+            featmap=featmap,
+            relations=boxes,
+            parameterisation=tuple(config.relations[n].parameterisation or m.parameterisation for n in m.relations),
+            hidden=m.hidden,
+            input_scaling="tf" if m.input_scaling == "auto" else m.input_scaling,
+            pairwise_features=m.pairwise_features,
+            pairwise_trains_features=m.pairwise_trains_features and not objective(config).staged,
+            refinement_width=m.refinement_convs.width,
+            dtype=m.dtype,
+        )
+    except (ValueError, TypeError) as error:
+        own = f"{m.backbone}: "  # what the backbone says of its options begins so
+        text, rest = str(error), str(error).removeprefix(own)
+        place = f"model.{m.backbone}." if text != rest else "model: "
+        if text.startswith(f"{own}no layer"):  # of its middle ones
+            place = "model.refinement_convs.layers: "
+        raise ConfigError(f"config.{place}{rest}") from None
+
+
+def identity(config: ConfigDict) -> dict[str, Any]:
+    """Values that make a model the model it is, flat and as JSON: a checkpoint means nothing under others.
+
+    Left out is what may change between runs: dtype, how depthwise convolutions are computed, what is trained.
+    """
+    free = {"model.dtype", "model.mobilenet_v2.depthwise", "model.mobilenet_v2.freeze_until", "model.parameterisation"}
+    free |= {"model.pairwise_trains_features"}
+    if not config.model.refinement_convs.layers:
+        free |= {"model.refinement_convs.layers", "model.refinement_convs.width"}
+    if config.model.pairwise_features == "shared" or not config.model.relations:
+        free |= {"model.pairwise_features"}
+    other_backbones = tuple(f"model.{name}." for name in BACKBONES if name != config.model.backbone)
+    used = tuple(f"relations.{name}." for name in config.model.relations)
+    flat = {}
+    for key, value in keys.flat(config):
+        model = key.startswith("model.") and key not in free and not key.startswith(other_backbones)
+        if model or key.startswith(used) or key in ("data.name", "data.num_classes"):
+            flat[key] = value
+    for name, box in relations(config).items():  # what "" and () stand for
+        kind = config.relations[name].parameterisation
+        flat[f"relations.{name}.parameterisation"] = kind or config.model.parameterisation
+        flat |= {f"relations.{name}.{key}": axis for key, axis in axes(box).items()}
+    return json.loads(json.dumps(flat))

@@ -1,0 +1,102 @@
+"""Values of a config as what stands above reads them."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from pwcrf_jax import dense_crf
+from pwcrf_jax.mean_field import Settings
+from pwcrf_jax.model import losses
+
+
+def crf_relations(config: ConfigDict) -> tuple[str, ...]:
+    """The relations that inference uses."""
+    return tuple(config.crf.relations or config.model.relations)
+
+
+def crf_settings(config: ConfigDict) -> Settings:
+    """Settings of inference, from config.crf; weights by name of all relations that it uses."""
+    names, crf = crf_relations(config), config.crf
+    weights = crf.weights if len(crf.weights) == len(names) else crf.weights * len(names)
+    return Settings(
+        weights=dict(zip(names, weights, strict=True)),
+        num_iterations=crf.num_iterations,
+        damping=crf.damping,
+        average_messages=crf.average_messages,
+        algorithm=crf.algorithm,
+    )
+
+
+def objective(config: ConfigDict) -> losses.Objective:
+    """The objective of training that config.loss names."""
+    return losses.OBJECTIVES[config.loss.objective]
+
+
+def loss_settings(config: ConfigDict) -> losses.Settings:
+    """Settings of the loss, from config.loss."""
+    names = [field.name for field in dataclasses.fields(losses.Settings)]
+    return losses.Settings(**{n: config.loss[n] for n in names} | {"chunk_edges": config.loss.chunk_edges or None})
+
+
+def unary_steps(config: ConfigDict) -> int | None:
+    """Steps that train the unary alone, None where there are no stages."""
+    return round(config.loss.unary_share * config.train.steps) if objective(config).staged else None
+
+
+class RefineSettings(NamedTuple):
+    """Settings of the dense CRF on top of the model's marginals; see `pwcrf_jax.dense_crf.refine`."""
+
+    params: dense_crf.Params
+    num_iterations: int
+    method: str = "auto"
+
+
+def refine_settings(config: ConfigDict, mode: str) -> RefineSettings | None:
+    """Settings of the dense CRF, from config.refine; None where there is none.
+
+    mode: "full" has both kernels, "spatial" the smoothness kernel alone, "off" none.
+    """
+    if mode == "off":
+        return None
+    params = dense_crf.Params(*(config.refine[name] for name in dense_crf.Params._fields))
+    if mode == "spatial":
+        params = params._replace(appearance_compat=None)
+    return RefineSettings(params, config.refine.num_iterations)
+
+
+def augments(config: ConfigDict) -> bool:
+    """Whether test-time augmentation shows more than the image itself."""
+    return config.tta.flip or tuple(config.tta.scales) != (1.0,)
+
+
+def table_rows(config: ConfigDict) -> dict[str, tuple[str, ...]]:
+    """Rows of the evaluation table that differ in relations: the unary alone, each of them added to it, all of them."""
+    names = crf_relations(config)
+    return {"unary": ()} | {name: (name,) for name in names} | {"all": names}
+
+
+def final_row(config: ConfigDict) -> str:
+    """The row of the evaluation table that is the model's answer: all relations, then refinement convolutions."""
+    return "convs" if config.model.refinement_convs.layers else "all"
+
+
+def shown_rows(config: ConfigDict) -> tuple[str, ...]:
+    """Rows of the evaluation table whose labels pictures show: the unary's, and the model's answer where it differs."""
+    final = final_row(config)
+    return ("unary",) if final == "all" and not crf_relations(config) else ("unary", final)
+
+
+def dataset_options(config: ConfigDict) -> dict[str, Any]:
+    """Keyword arguments of `pwcrf_jax.data.load_dataset`."""
+    d = config.data
+    options = d[d.name].to_dict() if d.name in d else {}
+    return dict(
+        name=d.name, source_dir=d.source_dir, data_dir=d.data_dir, partial=d.partial, max_pixels=d.max_pixels, **options
+    )
+
+
+def scored_classes(config: ConfigDict, class_names: Sequence[str]) -> list[int] | None:
+    """Indices of the classes that means are taken over; None: all."""
+    return [list(class_names).index(name) for name in config.eval.classes] or None

@@ -1,0 +1,316 @@
+"""Search of message weights and refinement parameters on validation images: `pwcrf tune`.
+
+Two stages, by mean IoU. First the weights of the mean-field messages, relation by relation, and the number of
+iterations, all candidates of a pass over the split decoded from the same potentials. Then, on the log marginals kept
+from the first stage, the two kernels of the dense CRF: a coarse grid, then number by number. Every trial is written
+down at once under WORKDIR/tuning, so that a search that was stopped goes on where it was.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pwcrf_jax import config as configs
+from pwcrf_jax import metrics
+from pwcrf_jax.evaluation import evaluate, evaluators
+from pwcrf_jax.evaluation import steps as eval_steps
+from pwcrf_jax.model import decode
+from pwcrf_jax.prediction import refinement, restore
+from pwcrf_jax.runtime import files, parallel
+from pwcrf_jax.runtime.logs import OTHER_SHAPE, bar, log
+
+WEIGHT_FACTORS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
+ITERATIONS = (1, 2, 3, 5, 10, 20)
+WORTH = 2e-4  # of mean IoU, that a step of the second stage must gain: below it is noise
+# Factors of the compatibilities, of the colours' width.
+COARSE = ((0.25, 1.0), (0.25, 0.25), (1.0, 0.25), (1 / 16, 1.0), (0.25, 0.5), (1 / 16, 0.25), (1.0, 0.5), (1 / 16, 0.5))
+KERNELS = ("smoothness_compat", "appearance_compat", "appearance_srgb", "appearance_sxy", "smoothness_sxy")
+
+
+def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: int, row: str = "") -> dict:
+    """Searches, and writes the best values to WORKDIR/tuned.json, which `pwcrf eval` reads.
+
+    split: of the data set, "" for config.data.eval_split; a test split is refused.
+    mode: "full", or "spatial" to search the smoothness kernel alone.
+    max_trials: of the second stage, kernels tried more than once counted once; the first makes one pass over the split,
+      one more for each relation, one for the number of iterations and, where another one is better, a last one for the
+      weights.
+    row: of the table, whose marginals the second stage refines, "all" or "convs"; "" for the model's last one, which is
+      what `pwcrf eval` refines: for another one nothing is written.
+
+    Returns:
+      What was written: {"config": {dotted key: value}, "conditions": {dotted key: value} under which they were chosen,
+      "split", "classes" (scored), "step", "mode", "miou_before", "miou_messages", "miou_after"}, the last three as the
+      config has it, with the best weights and number of iterations, and refined with the best parameters.
+    """
+    split = split or config.data.eval_split
+    for part in split.split("+"):
+        words = re.split(r"[^a-z]+", part.split("[")[0].lower())
+        if any(word.startswith("test") for word in words):
+            raise configs.ConfigError(
+                f"--split={split}: parameters are never chosen on a test split; name a validation split, or a part of "
+                "the training images that was held out"
+            )
+    if jax.process_count() > 1:
+        raise configs.ConfigError("tuning runs in one process; start it on one host alone")
+    model, params, step, dataset = restore.load(config, workdir, which, split)
+    evaluate.check_scored(config, dataset, split)
+    folder = _folder(config, workdir, params, dataset, split, step)
+    files.make_folder(folder, inside=workdir)
+    log.info("tuning on %s (%d images), checkpoint of step %d, notes in %s", split, len(dataset.source(split)), step,
+             folder)  # fmt: skip
+    best, before, messages = _tune_messages(config, model, params, dataset, split, folder)
+    *weights, iterations = best
+    row = row or configs.final_row(config)
+    marginals = _marginals(config, model, params, dataset, split, folder=folder, messages=best, row=row)
+    notes = os.path.dirname(marginals[0])  # trials of these marginals, not of others
+    settings, after = _tune_kernels(config, dataset, split, notes, marginals, mode, max_trials)
+    chosen = {"crf.weights": weights, "crf.num_iterations": iterations} if weights and iterations else {}
+    chosen |= {f"refine.{name}": getattr(settings.params, name) for name in _searched(mode)}
+    result = dict(
+        config=chosen,
+        conditions=configs.tuning_conditions(config) | {"crf.num_iterations": iterations},
+        split=split,
+        classes=list(config.eval.classes),
+        step=step,
+        mode=mode,
+        miou_before=before,
+        miou_messages=messages,
+        miou_after=after,
+    )
+    log.info("mean IoU on %s: %.2f as configured, %.2f with the best messages, %.2f refined", split, 100 * before,
+             100 * messages, 100 * after)  # fmt: skip
+    if row == configs.final_row(config):
+        configs.write_tuned(result, workdir)
+        log.info("wrote %s", os.path.join(workdir, configs.TUNED))
+    return result
+
+
+def _searched(mode):
+    return [name for name in KERNELS if mode == "full" or name.startswith("smoothness")]
+
+
+def _folder(config, workdir, params, dataset, split, step):
+    """One folder for each question: other data, parameters or inference settings start another search."""
+    weights = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        weights.update(np.asarray(leaf).tobytes())
+    about = dict(
+        identity=configs.identity(config),
+        parameters=weights.hexdigest(),
+        dtype=config.model.dtype,
+        crf=config.crf.to_dict(),
+        refine=config.refine.to_dict(),
+        eval_size=config.data.eval_size,
+        classes=config.eval.classes,
+        data=os.path.basename(dataset.folder.rstrip("/")) + os.path.basename(os.path.dirname(dataset.folder)),
+        split=split,
+        step=step,
+    )
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+    return os.path.join(workdir, "tuning", digest)
+
+
+class _Trials:
+    """{values tried: mean IoU}, kept in a file of one JSON object a line."""
+
+    def __init__(self, path, names):
+        self.path, self.names, self.scores = path, names, {}
+        kept, lines = [], files.read_lines(path)
+        for line in lines:
+            with contextlib.suppress(*OTHER_SHAPE):  # it is tried again
+                trial = json.loads(line)
+                values = tuple(float(trial[name]) for name in names)
+                self.scores[values] = float(trial["miou"])
+                kept += [line] if line.endswith("\n") else []
+        if kept != lines:
+            files.write(path, "".join(kept))
+
+    def add(self, values, miou):
+        self.scores[tuple(values)] = miou
+        line = json.dumps(dict(zip(self.names, values, strict=True)) | {"miou": miou})
+        with files.naming(self.path, "cannot be written"), files.append(self.path) as file:
+            file.write(f"{line}\n".encode())
+
+
+def _tune_messages(config, model, params, dataset, split, folder):
+    """(best weights and number of iterations, mean IoU as configured, mean IoU of the best)."""
+    crf = configs.crf_settings(config)
+    relations = tuple(crf.weights)
+    names = (*relations, "num_iterations")
+    configured = best = (*crf.weights.values(), crf.num_iterations)
+    trials = _Trials(os.path.join(folder, "messages.jsonl"), names)
+
+    def score(candidates, what):
+        missing = [c for c in dict.fromkeys(candidates) if c not in trials.scores]
+        if missing:
+            scores = _score_messages(config, model, params, dataset, split, missing, what)
+            for values, miou in zip(missing, scores, strict=True):
+                trials.add(values, miou)
+        return max(candidates, key=lambda c: trials.scores[c])  # the first of equals, so that ties change nothing
+
+    def together(factors):
+        return score([best, *((*(f * w for w in best[:-1]), best[-1]) for f in factors)], "all weights")
+
+    searched = relations if configured[-1] else ()  # without iterations no message is sent
+    best = together(WEIGHT_FACTORS if searched else ())
+    for i, name in enumerate(searched if len(searched) > 1 else ()):
+        scale = best[i] or configured[i]
+        best = score([best, *(best[:i] + (f * scale,) + best[i + 1 :] for f in WEIGHT_FACTORS)], f"weight of {name}")
+    if searched:
+        before, best = best, score([best, *(best[:-1] + (n,) for n in ITERATIONS)], "number of iterations")
+        best = best if best == before else together((0.5, 2.0))  # many iterations take their time
+    if searched:
+        log.info("messages with weights and number of iterations %s: mean IoU %.2f (as configured, %s: %.2f)",
+                 _named(names, best), 100 * trials.scores[best], _named(names, configured),
+                 100 * trials.scores[configured])  # fmt: skip
+    return best, trials.scores[configured], trials.scores[best]
+
+
+def _named(names, values):
+    return ", ".join(f"{name} {value:g}" for name, value in zip(names, values, strict=True))
+
+
+def _score_messages(config, model, params, dataset, split, candidates, what):
+    """Mean IoU of each candidate, weights and number of iterations, in one pass over the split."""
+    groups = {n: [c[:-1] for c in candidates if c[-1] == n] for *_, n in candidates}
+    fn, total = parallel.pmap_eval(_count_messages(config, model, groups)), 0
+    for batch in bar(evaluate.batches_of(config, dataset, split), what):
+        total = total + np.asarray(fn(params, evaluate.inputs_of(batch)), np.int64)
+    order = [(*weights, n) for n, group in groups.items() for weights in group]
+    found = dict(zip(order, (_mean_iou(x, config, dataset, split) for x in total), strict=True))
+    return [found[c] for c in candidates]
+
+
+def _count_messages(config, model, groups):
+    """Builds step(params, batch) -> int32 [candidates, K, K]; groups: {number of iterations: [weights, ...]}."""
+    names = configs.crf_relations(config)
+
+    def step(params, batch):
+        potentials = model.apply({"params": params}, batch["image"])._replace(refinement_logits=None)
+        size = batch["label"].shape[1:3]
+
+        def count(weights, num_iterations):
+            settings = _with_messages(config, (*weights, num_iterations))
+            decoded = decode.decode(potentials, batch["valid_box"], size, settings)
+            return metrics.confusion_matrix(decode.frame_labels(decoded, size), batch["label"], model.num_classes)
+
+        counts = []
+        for num_iterations, group in groups.items():
+            weights = jnp.asarray(group, jnp.float32).reshape(len(group), len(names))
+            counts.append(jax.lax.map(functools.partial(count, num_iterations=num_iterations), weights))
+        return jax.lax.psum(jnp.concatenate(counts), parallel.AXIS)
+
+    return step
+
+
+def _with_messages(config, values):
+    """Settings of inference with other message weights, one a relation, and the number of iterations after them."""
+    *weights, num_iterations = values
+    names = configs.crf_relations(config)
+    weights = dict(zip(names, weights, strict=True))
+    return dataclasses.replace(configs.crf_settings(config), weights=weights, num_iterations=num_iterations)
+
+
+def _marginals(config, model, params, dataset, split, *, folder, messages, row):
+    """File names of the log marginals of a row with these messages, of every image, in the folder or computed into it.
+
+    messages: of `_with_messages`.
+    """
+    digest = hashlib.sha256(json.dumps([*messages, row]).encode()).hexdigest()[:8]
+    home = os.path.join(folder, f"marginals-{digest}")
+    files.make_folder(home, inside=folder)
+    paths = [os.path.join(home, f"{i:06d}.npy") for i in range(len(dataset.source(split)))]
+    if all(map(os.path.exists, paths)):
+        return paths
+    rows = {"all": configs.crf_relations(config)}
+    step = eval_steps.make_eval_step(model, rows, _with_messages(config, messages), keep=(row,))
+    fn = parallel.pmap_eval(step, per_image=True)
+    for number, batch in enumerate(bar(evaluate.batches_of(config, dataset, split), "marginals")):
+        mine = paths[number * config.eval.batch_size :][: config.eval.batch_size]
+        if all(map(os.path.exists, mine)):
+            continue
+        _, per_image = fn(params, evaluate.inputs_of(batch))
+        kept = evaluators.without_devices(per_image.rows[row].log_marginals)
+        for path, one in zip(mine, kept, strict=False):  # the last batch is filled up
+            with files.replacing(path) as file:
+                np.save(file, one)
+    return paths
+
+
+def _tune_kernels(config, dataset, split, folder, marginals, mode, max_trials):
+    """(best settings of the dense CRF, their mean IoU)."""
+    names = _searched(mode)
+    trials = _Trials(os.path.join(folder, f"refine-{mode}.jsonl"), names)
+    base = configs.refine_settings(config, mode)
+    of = lambda values: base._replace(params=base.params._replace(**dict(zip(names, values, strict=True))))
+    tried = set()  # in this search: those of an earlier one count as well, so that a stopped search ends where it would
+
+    def score(values):
+        if values not in tried and len(tried) == max_trials:
+            return -1.0
+        tried.add(values)
+        if values not in trials.scores:
+            trials.add(values, _score_kernels(config, dataset, split, marginals, of(values), f"trial {len(tried)}"))
+        return trials.scores[values]
+
+    best = tuple(float(getattr(base.params, n)) for n in names)
+    best_score = score(best)
+    log.info("refined with %s: mean IoU %.2f", _named(names, best), 100 * best_score)
+
+    def better(candidate):
+        nonlocal best, best_score
+        got = score(candidate)
+        if got < best_score + WORTH:
+            return False
+        best, best_score = candidate, got
+        log.info("trial %d of at most %d: %s, mean IoU %.2f", len(tried), max_trials, _named(names, best),
+                 100 * best_score)  # fmt: skip
+        return True
+
+    # How strong the kernels are and how near colours have to be decide most, and together: a kernel that smooths over
+    # weak edges helps only when it is weak. So these come first, in large steps; then each number by itself.
+    first = best
+    for strength, colours in COARSE if mode == "full" else [(strength, 1.0) for strength, c in COARSE if c == 1.0]:
+        factors = {"smoothness_compat": strength, "appearance_compat": strength, "appearance_srgb": colours}
+        better(tuple(round(v * factors.get(name, 1.0), 6) for name, v in zip(names, first, strict=True)))
+    for factor in (2.0, 2.0, 2**0.5):
+        for i in range(len(names)):
+            for direction in (1 / factor, factor):
+                going = True
+                while going and best[i]:  # a compatibility of zero stays zero
+                    going = better((*best[:i], round(best[i] * direction, 6), *best[i + 1 :]))
+    return of(best), best_score
+
+
+def _score_kernels(config, dataset, split, marginals, settings, what):
+    total, index = 0, 0
+    for batch in bar(evaluate.batches_of(config, dataset, split), what):
+        mine = marginals[index : index + config.eval.batch_size]
+        index += len(mine)
+        batch = {k: batch[k][: len(mine)] for k in ("image", "label", "valid_box")}
+        try:
+            kept = np.stack([np.load(path) for path in mine])
+        except (ValueError, EOFError) as error:
+            raise files.FileError(
+                f"{os.path.dirname(mine[0])} cannot be used ({error}); delete it, tune again"
+            ) from None
+        counts, _ = refinement.refine_batch(kept, batch, settings)
+        total = total + counts[0].astype(np.int64)
+    return _mean_iou(total, config, dataset, split)
+
+
+def _mean_iou(confusion, config, dataset, split):
+    """ConfigError where there is none: of nothing no best can be chosen."""
+    found = evaluators.mean_iou(confusion, configs.scored_classes(config, dataset.class_names))
+    if found is None:
+        raise configs.ConfigError(evaluate.nothing_scored(split, config))
+    return found

@@ -1,0 +1,264 @@
+"""Objectives of training: potentials and labels in, (sum, count) of log-likelihoods out.
+
+An objective is data, one of `OBJECTIVES`: its terms, their weights, its stages, and what a config may ask of it.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from pwcrf_jax import mean_field, objectives, piecewise
+from pwcrf_jax.likelihood import Sums, sample_offsets
+from pwcrf_jax.model import decode
+from pwcrf_jax.model.segmenter import Potentials
+
+Terms = dict[str, Sums]
+"""{kind of factor: (sum, count) of log-likelihoods, float32 scalars}."""
+
+TRAINED_FACTORS = ("unary", "pairwise")
+"""Kinds of factors that a step may train: both, or one, in a stage. Refinement convolutions go with the second."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of the loss, the same for all objectives; `Objective.unused` names those that do nothing for one.
+
+    Attributes:
+      reduction: "mean", each kind of factor by its own count, or "sum", all factors by the number of images (the
+        paper's).
+      pairwise_weight: of the terms of relations, at least 0.
+      balance_power: of `pwcrf_jax.piecewise.balance_weights`; 0: none.
+      pairwise_balance_power: that of the relations; -1: the same.
+      sampled_offsets: of each relation, drawn anew in every step; 0, or as many as there are: all.
+      chunk_edges: edges whose scores are held at a time; None: chosen from the shapes.
+    """
+
+    reduction: str = "mean"
+    pairwise_weight: float = 1.0
+    balance_power: float = 0.0
+    pairwise_balance_power: float = -1.0
+    sampled_offsets: int = 0
+    chunk_edges: int | None = None
+
+
+DEFAULT_SETTINGS, DEFAULT_INFERENCE = Settings(), mean_field.DEFAULT_SETTINGS
+
+
+def piecewise_terms(
+    potentials: Potentials,
+    labels: jax.Array,
+    settings: Settings = DEFAULT_SETTINGS,
+    *,
+    key: jax.Array | None = None,
+) -> Terms:
+    """(sum, count) of the log-likelihood of every kind of factor: {"unary": ..., relation name: ...}.
+
+    And of "refinement_convs", of models that have them: of the unary's own marginals, refined, at the cells of the
+    finer grid. No inference runs for them either.
+
+    Args:
+      potentials: of a `Segmenter`.
+      labels: int [B, H, W] of the image; read at the centres of the grid's cells.
+      settings: reduction and pairwise_weight have no meaning here.
+      key: that offsets are sampled with; None: all offsets count.
+    """
+    grid = piecewise.grid_labels(labels, *potentials.unary.shape[1:3])
+    num_classes = potentials.unary.shape[-1]
+    weights = _balance(grid, num_classes, settings.balance_power)
+    terms = {"unary": piecewise.unary_log_likelihood(potentials.unary, grid, node_weights=weights)}
+    if settings.pairwise_balance_power >= 0:
+        weights = _balance(grid, num_classes, settings.pairwise_balance_power)
+    for i, (name, potential) in enumerate(potentials.pairwise.items()):
+        sample, num_offsets = None, len(potential.offsets)
+        if key is not None and 0 < settings.sampled_offsets < num_offsets:
+            sample = sample_offsets(jax.random.fold_in(key, i), num_offsets, settings.sampled_offsets)
+        terms[name] = piecewise.pairwise_log_likelihood(
+            potential, grid, node_weights=weights, chunk_edges=settings.chunk_edges, sample=sample
+        )
+    if potentials.refinement_logits is not None:
+        log_marginals = jax.lax.stop_gradient(jax.nn.log_softmax(potentials.unary, axis=-1))
+        scores = decode.apply_refinement(log_marginals, potentials.refinement_logits)
+        fine = piecewise.grid_labels(labels, *scores.shape[1:3])
+        weights = _balance(fine, num_classes, settings.balance_power)
+        terms["refinement_convs"] = piecewise.unary_log_likelihood(scores, fine, node_weights=weights)
+    return terms
+
+
+def _balance(grid: jax.Array, num_classes: int, power: float) -> jax.Array | None:
+    return piecewise.balance_weights(grid, num_classes, power=power) if power else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """An objective of training; `OBJECTIVES` has them by name.
+
+    Attributes:
+      staged: the unary trains first and alone, then what stands on its features, frozen.
+      contains_inference: it trains what inference uses, with the settings of inference, and nothing else.
+      iterates: of one that contains inference: mean field runs in it, and trains no relation in 0 iterations.
+      trains_refinement_convs: it has a term of refinement convolutions.
+      unused: names of `Settings` that do nothing for it.
+    """
+
+    staged: bool = False
+    contains_inference: ClassVar[bool] = False
+    iterates: ClassVar[bool] = False
+    trains_refinement_convs: ClassVar[bool] = False
+    unused: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def needs_relations(self) -> bool:
+        """There must be relations, or of `trains_refinement_convs` these."""
+        return self.staged or self.contains_inference
+
+    @property
+    def stages(self) -> tuple[tuple[str, ...], ...]:
+        """Kinds of factors that each stage trains, of `TRAINED_FACTORS`, in order."""
+        return tuple((kind,) for kind in TRAINED_FACTORS) if self.staged else (TRAINED_FACTORS,)
+
+    def term_names(self, potentials: Potentials) -> tuple[str, ...]:
+        """Names of all terms of a model with these potentials, whichever the stage."""
+        raise NotImplementedError
+
+    def terms(
+        self,
+        potentials: Potentials,
+        labels: jax.Array,
+        settings: Settings = DEFAULT_SETTINGS,
+        inference: mean_field.Settings = DEFAULT_INFERENCE,
+        *,
+        valid_box: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> Terms:
+        """(sum, count) of each kind of factor.
+
+        Args:
+          potentials, labels, settings, key: of `piecewise_terms`.
+          inference: settings of mean field; where its weights are a mapping, they name the relations that take part.
+          valid_box: int [B, 4], where the image lies in its crop (`pwcrf_jax.model.decode`); None: all is image.
+        """
+        raise NotImplementedError
+
+    def weights(self, terms: Terms, settings: Settings = DEFAULT_SETTINGS) -> dict[str, float]:
+        """The weight of each term in the loss; those that it leaves out are there to be watched."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Piecewise(Objective):
+    """Every factor by itself (Lin et al., CVPR 2016, section 4): no inference in training."""
+
+    trains_refinement_convs = True
+
+    def term_names(self, potentials: Potentials) -> tuple[str, ...]:
+        return ("unary", *potentials.pairwise, *["refinement_convs"] * (potentials.refinement_logits is not None))
+
+    def terms(
+        self, potentials, labels, settings=DEFAULT_SETTINGS, inference=DEFAULT_INFERENCE, *, valid_box=None, key=None
+    ):
+        return piecewise_terms(potentials, labels, settings, key=key)
+
+    def weights(self, terms: Terms, settings: Settings = DEFAULT_SETTINGS) -> dict[str, float]:
+        return {k: 1.0 if k in ("unary", "refinement_convs") else settings.pairwise_weight for k in terms}
+
+
+@dataclasses.dataclass(frozen=True)
+class Joint(Objective):
+    """One likelihood of all factors together, beside which the unary's own is watched.
+
+    Attributes:
+      term: its name among the terms.
+    """
+
+    term: ClassVar[str]
+    contains_inference = True
+    unused = ("sampled_offsets", "pairwise_weight", "pairwise_balance_power")
+
+    def term_names(self, potentials: Potentials) -> tuple[str, ...]:
+        return "unary", self.term
+
+    def terms(
+        self, potentials, labels, settings=DEFAULT_SETTINGS, inference=DEFAULT_INFERENCE, *, valid_box=None, key=None
+    ):
+        alone = piecewise_terms(potentials._replace(pairwise={}), labels, settings)
+        grid = piecewise.grid_labels(labels, *potentials.unary.shape[1:3])
+        mask = None if valid_box is None else decode.grid_mask(valid_box, grid.shape[1:], labels.shape[1:3])
+        weights = _balance(grid, potentials.unary.shape[-1], settings.balance_power)
+        if isinstance(inference.weights, Mapping):
+            potentials = potentials._replace(pairwise={name: potentials.pairwise[name] for name in inference.weights})
+        own = self.log_likelihood(potentials, grid, inference, node_mask=mask, node_weights=weights)
+        return alone | {self.term: own}
+
+    def weights(self, terms: Terms, settings: Settings = DEFAULT_SETTINGS) -> dict[str, float]:
+        return {self.term: 1.0}
+
+    def log_likelihood(
+        self,
+        potentials: Potentials,
+        grid: jax.Array,
+        inference: mean_field.Settings,
+        *,
+        node_mask: jax.Array | None = None,
+        node_weights: jax.Array | None = None,
+    ) -> Sums:
+        """(sum, count) of its own term; grid: int [B, h, w], the labels of the cells."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class PseudoLikelihood(Joint):
+    """Each label given its neighbours' (`pwcrf_jax.objectives.pseudo_log_likelihood`)."""
+
+    term = "pseudo_likelihood"
+
+    def log_likelihood(self, potentials, grid, inference, *, node_mask=None, node_weights=None):
+        # Padding is void, which sends nothing.
+        return objectives.pseudo_log_likelihood(
+            potentials.unary, potentials.pairwise, grid, inference, node_weights=node_weights
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class UnrolledMeanField(Joint):
+    """Marginals after mean field (`pwcrf_jax.objectives.unrolled_log_likelihood`)."""
+
+    term = "unrolled_mean_field"
+    iterates = True
+
+    def log_likelihood(self, potentials, grid, inference, *, node_mask=None, node_weights=None):
+        return objectives.unrolled_log_likelihood(
+            potentials.unary, potentials.pairwise, grid, inference, node_mask=node_mask, node_weights=node_weights
+        )
+
+
+OBJECTIVES = {
+    "piecewise": Piecewise(),
+    "piecewise_staged": Piecewise(staged=True),
+    "pseudo_likelihood": PseudoLikelihood(),
+    "unrolled_mean_field": UnrolledMeanField(),
+    "unrolled_mean_field_staged": UnrolledMeanField(staged=True),
+}
+"""By the name that config.loss.objective has for it."""
+
+
+def negative_log_likelihood(
+    terms: Terms, num_images: int, weights: dict[str, float], reduction: str = "mean"
+) -> jax.Array:
+    """The loss of one device's terms, counts already summed over the devices.
+
+    The sum over devices of this is the loss, and so the sum of its gradients is the gradient.
+
+    Args:
+      terms: of `Objective.terms`.
+      num_images: on all devices.
+      weights: of `Objective.weights`.
+      reduction: of `Settings`.
+    """
+    loss = jnp.float32(0)
+    for name, weight in weights.items():
+        total, count = terms[name]
+        loss -= weight * total / (jnp.maximum(count, 1.0) if reduction == "mean" else num_images)
+    return loss

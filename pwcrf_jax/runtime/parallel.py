@@ -1,0 +1,75 @@
+"""How steps are mapped over devices. Nothing else in the package knows.
+
+A step is written once, per device, with the named axis `AXIS`: `fn(state, batch)` sees its device's share of the batch
+and reduces with `lax.psum`. State is replicated and has no leading device axis.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from pwcrf_jax.runtime.errors import ConfigError
+
+AXIS = "data"
+
+
+def pmap_train(fn: Callable, devices: Sequence[jax.Device] | None = None) -> Callable:
+    """fn(state, batch) -> (state, metrics), both equal on all devices.
+
+    state has no device axis and is donated; the batch has a leading axis of local devices. devices: all by default.
+    """
+    return jax.pmap(fn, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=devices)
+
+
+def replicated(state: Any) -> Any:
+    """A state for `pmap_train`, of arrays that each process made for itself."""
+    if jax.process_count() == 1:
+        return state
+    # Of several processes, only arrays that lie on all local devices already can be donated.
+    copy = jax.pmap(lambda state, _: state, axis_name=AXIS, in_axes=(None, 0), out_axes=None)
+    return copy(state, np.zeros(jax.local_device_count()))
+
+
+def pmap_eval(fn: Callable, devices: Sequence[jax.Device] | None = None, per_image: bool = False) -> Callable:
+    """fn(params, batch) -> results, equal on all devices; params are not donated.
+
+    per_image: fn returns (results, one more tree) whose leaves have a leading axis of the device's images.
+    """
+    out_axes = (None, 0) if per_image else None
+    return jax.pmap(fn, axis_name=AXIS, in_axes=(None, 0), out_axes=out_axes, devices=devices)
+
+
+def sum_over_hosts(tree: Any) -> Any:
+    """Sums of each host's own arrays, NumPy int32 or float32; every host must call it."""
+    if jax.process_count() == 1:
+        return tree
+    rest = jax.local_device_count() - 1  # the first device brings the figures, the others zeros
+    rows = jax.tree.map(lambda x: np.concatenate([x[None], np.zeros((rest, *x.shape), x.dtype)]), tree)
+    return jax.tree.map(np.asarray, _sum_over_devices()(rows))
+
+
+@functools.cache
+def _sum_over_devices() -> Callable:
+    return jax.pmap(lambda x: jax.lax.psum(x, AXIS), axis_name=AXIS, out_axes=None)
+
+
+def split(batch: Mapping[str, np.ndarray], num_devices: int | None = None) -> dict[str, np.ndarray]:
+    """[local batch, ...] arrays -> [local devices, batch a device, ...]."""
+    n = num_devices or jax.local_device_count()
+    return {k: v.reshape(n, v.shape[0] // n, *v.shape[1:]) for k, v in batch.items()}
+
+
+def device_count() -> int:
+    """The number of devices of all processes; ConfigError where JAX has none of the platform it is told to use."""
+    try:
+        return jax.device_count()
+    except (RuntimeError, AssertionError) as error:  # JAX 0.10 asserts where CUDA finds no device
+        said = " ".join(str(error).partition("(set JAX_PLATFORMS")[0].split()) or "it finds no device of that kind"
+        platforms = jax.config.jax_platforms  # type: ignore[attr-defined]  # made at run time by jax.config
+        given = f"JAX_PLATFORMS={platforms}" if platforms else "devices"
+        raise ConfigError(
+            f"{given}: JAX cannot start ({said}); set JAX_PLATFORMS to what is there, such as cpu"
+        ) from None
