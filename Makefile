@@ -35,7 +35,7 @@ test-slow: $(VENV)/installed
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check pwcrf_jax configs tests benchmarks examples train.py eval.py
+	$(BIN)/ruff format --check pwcrf_jax configs tests benchmarks examples scripts train.py eval.py
 	$(BIN)/mypy
 
 # dist/: sdist and wheel, the wheel tried in a clean environment outside of the checkout.

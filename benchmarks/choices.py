@@ -22,27 +22,21 @@ and what is sharpened with what is not. Ends with one line of JSON.
 import argparse
 import dataclasses
 import json
-import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from tqdm import tqdm
-
-from pwcrf_jax.prediction import restore
-
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
-
 import ladder
 import ladder_table
+import numpy as np
+from tqdm import tqdm
 
 from pwcrf_jax import config as configs
 from pwcrf_jax import metrics
 from pwcrf_jax.data import eval_batches
 from pwcrf_jax.model import decode
+from pwcrf_jax.prediction import restore
 from pwcrf_jax.runtime import logs, parallel
 from pwcrf_jax.training import loop
 

@@ -28,22 +28,20 @@ import json
 import os
 import statistics
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import timing
 from PIL import Image
-
-from pwcrf_jax.prediction import restore
-
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 from pwcrf_jax import config as configs
 from pwcrf_jax import dense_crf, gaussian
 from pwcrf_jax.data import eval_batches, load_dataset
 from pwcrf_jax.model import decode
+from pwcrf_jax.prediction import restore
 
 try:
     import pydensecrf.densecrf as rival
@@ -272,21 +270,14 @@ def speed(args, kept):
         log_probs = colour_classes(image, num_classes) if log_probs is None else log_probs
         batch = np.stack([log_probs] * args.batch), np.stack([image] * args.batch)
         unary = energies(log_probs)
-        calls = {
-            "pydensecrf": lambda u=unary: run_rival(u, image, PARAMS),
-            "ours": lambda p=log_probs: jax.block_until_ready(dense_crf.refine(p, image, PARAMS, ITERATIONS)),
+        turns = {
+            "pydensecrf": partial(timing.timed, run_rival, unary, image, PARAMS),
+            "ours": partial(timing.timed, dense_crf.refine, log_probs, image, PARAMS, ITERATIONS),
         }
         if num_classes == 21 and args.batch > 1:
-            refine = lambda b=batch: jax.block_until_ready(dense_crf.refine(*b, PARAMS, ITERATIONS))
-            calls[f"ours, batch of {args.batch}"] = refine
-        seconds = {name: [] for name in calls}
-        for turn in range(args.repeats + 1):
-            for name, call in calls.items():
-                started = time.perf_counter()
-                call()
-                if turn:  # the first call compiles
-                    seconds[name].append(time.perf_counter() - started)
-        median = {name: statistics.median(s) / (args.batch if "batch" in name else 1) for name, s in seconds.items()}
+            turns[f"ours, batch of {args.batch}"] = partial(timing.timed, dense_crf.refine, *batch, PARAMS, ITERATIONS)
+        median = timing.medians(turns, args.repeats)
+        median = {name: s / (args.batch if "batch" in name else 1) for name, s in median.items()}
         for name, value in median.items():
             print(
                 f"  K = {num_classes:3d}  {name:18s} {value:.3f} s an image, {median['pydensecrf'] / value:.2f} x",
@@ -311,10 +302,10 @@ def crossover(sizes=(256, 512, 1024, 2048)):
             prepared = gaussian.prepare(features, method=method)
             return jax.lax.scan(lambda v, _: (gaussian.apply(prepared, v) / len(v), None), values, None, length=10)[0]
 
-        lattice, exact = (
-            _median(jax.jit(lambda f, v, m=m: ten(f, v, m)), features, values) for m in ("lattice", "exact")
-        )
-        print(f"  {len(features):6d} points   lattice {1e3 * lattice:7.1f}   exact {1e3 * exact:7.1f}", flush=True)
+        ten = jax.jit(ten, static_argnums=2)
+        ms = timing.medians({m: partial(timing.timed, ten, features, values, m) for m in ("lattice", "exact")}, 5)
+        said = "".join(f"   {method} {1e3 * seconds:7.1f}" for method, seconds in ms.items())
+        print(f"  {len(features):6d} points{said}", flush=True)
 
 
 def devices(args):
@@ -347,14 +338,8 @@ def _product_rate():
     return 2 * 8192**3 / _median(jax.jit(lambda a: jnp.matmul(a, a, precision="highest")), a)
 
 
-def _median(fn, *arguments, repeats=5):
-    jax.block_until_ready(fn(*arguments))
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(fn(*arguments))
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+def _median(fn, *arguments):
+    return timing.medians({"": partial(timing.timed, fn, *arguments)}, 5)[""]
 
 
 def main():

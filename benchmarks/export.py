@@ -12,22 +12,18 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
-import time
+from functools import partial
 
 import jax
 import numpy as np
+import timing
 from jax import export as jax_export
-
-from pwcrf_jax.prediction import restore
-
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 from pwcrf_jax import config as configs
 from pwcrf_jax.data import load_dataset
 from pwcrf_jax.data.readers.image_io import MEAN_COLOUR
-from pwcrf_jax.prediction import export
+from pwcrf_jax.prediction import export, restore
 from pwcrf_jax.prediction import predictor as inference
 
 
@@ -67,20 +63,14 @@ def main():
         "jitted": framed(lambda *arrays: jitted(params, *arrays)),
         "eval.py": lambda image: next(predictor([(None, image)]))[2].labels(),
     }
-    seconds = {name: [] for name in ways}
-    different = {name: 0 for name in ways}
-    for repeat in range(args.repeats + 1):  # the first compiles
-        for image in images:
-            labels = {}
-            for name, way in ways.items():
-                start = time.perf_counter()
-                labels[name] = way(image)
-                if repeat:
-                    seconds[name].append(time.perf_counter() - start)
-            if not repeat:
-                for name in ways:
-                    different[name] += int((labels[name] != labels["exported"]).sum())
-    median = {name: statistics.median(x) for name, x in seconds.items()}
+    different = dict.fromkeys(ways, 0)
+    for image in images:
+        labels = {name: way(image) for name, way in ways.items()}
+        for name in ways:
+            different[name] += int((labels[name] != labels["exported"]).sum())
+    turns = {(name, i): partial(timing.timed, way, x) for i, x in enumerate(images) for name, way in ways.items()}
+    seconds = timing.interleaved(turns, args.repeats, warm=0)
+    median = {name: statistics.median(s for i in range(len(images)) for s in seconds[name, i]) for name in ways}
     print(f"{args.workdir}: {len(images)} images in frames of {size[0]} x {size[1]}, {jax.devices()[0].device_kind}")
     for name, x in median.items():
         print(f"  {name:10s} {1000 * x:8.1f} ms an image; exported takes {median['exported'] / x:.2f} of it, "

@@ -20,16 +20,15 @@ import hashlib
 import itertools
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import timing
 from PIL import Image
-
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 from pwcrf_jax.data import load_dataset, train_batches
 
@@ -177,11 +176,22 @@ def ours(dataset, split, num_threads=None):
     return train_batches(dataset, split, batch_size=BATCH, crop_size=CROP, scale_range=SCALES, num_threads=threads)
 
 
-def images_per_second(batches, count):
+def seconds_of(batches, count):
     started = time.perf_counter()
     for batch in itertools.islice(batches, count):
         assert np.shape(batch["image"] if isinstance(batch, dict) else batch[0]) == (BATCH, *CROP, 3)
-    return count * BATCH / (time.perf_counter() - started)
+    return time.perf_counter() - started
+
+
+def turn(start, count):
+    """Seconds of some batches of a reader that is begun here and warm when they are read."""
+    batches = start()
+    # Past the start of threads and processes and what they read ahead.
+    seconds_of(batches, 2 + count // 4)
+    seconds = seconds_of(batches, count)
+    if hasattr(batches, "close"):
+        batches.close()
+    return seconds
 
 
 def measure(dataset, split, pairs, args):
@@ -193,17 +203,8 @@ def measure(dataset, split, pairs, args):
         readers["DataLoader, Pillow"] = lambda: torch_loader(with_pillow, pairs)
     if torch is not None and cv2 is not None:
         readers["DataLoader, OpenCV"] = lambda: torch_loader(with_opencv, pairs)
-    rates = {name: [] for name in readers}
-    for _ in range(args.repeats):
-        for name, start in readers.items():
-            batches = start()
-            # Past the start of threads and processes and what they read ahead.
-            images_per_second(batches, 2 + args.batches // 4)
-            rates[name].append(images_per_second(batches, args.batches))
-            if hasattr(batches, "close"):
-                batches.close()
-            del batches
-    return {name: statistics.median(values) for name, values in rates.items()}
+    turns = {name: partial(turn, start, args.batches) for name, start in readers.items()}
+    return {name: args.batches * BATCH / s for name, s in timing.medians(turns, args.repeats, warm=0).items()}
 
 
 def digest(batches, count=6):

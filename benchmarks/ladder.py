@@ -40,25 +40,19 @@ import datetime
 import json
 import os
 import platform
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
-
-from pwcrf_jax.prediction import restore
-
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
-
 from ladder_table import BESIDE, EVAL_SPLIT, RESULTS, RUN_OF, RUNGS, SIZES, pack, scores, sizes_in, summary
+from tqdm import tqdm
 
 from pwcrf_jax import config as configs
 from pwcrf_jax.configs import camvid_mobilenet_v2, voc_mobilenet_v2
 from pwcrf_jax.data import eval_batches
 from pwcrf_jax.evaluation import evaluate, tuning
-from pwcrf_jax.prediction import refinement
+from pwcrf_jax.prediction import refinement, restore
 from pwcrf_jax.runtime import files, logs
 from pwcrf_jax.training import loop
 

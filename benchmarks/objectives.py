@@ -26,23 +26,19 @@ it that were measured; `step_ratio_of_staged` is in stages over in stages (`_sam
 import argparse
 import json
 import os
-import statistics
-import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from pwcrf_jax.model import losses
-from pwcrf_jax.prediction import restore
-
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+import timing
 
 from pwcrf_jax import config as configs
 from pwcrf_jax.configs import camvid_mobilenet_v2, demo
 from pwcrf_jax.evaluation import evaluate, tuning
+from pwcrf_jax.model import losses
+from pwcrf_jax.prediction import restore
 from pwcrf_jax.runtime import files, logs, parallel
 from pwcrf_jax.training import loop, steps
 from pwcrf_jax.training.optimizer import make_optimizer
@@ -67,16 +63,16 @@ def batch_of(config):
 
 
 def compiled_step(config, name, batch, kinds=losses.TRAINED_FACTORS):
-    """(function of no arguments that runs a step on fresh state, bytes of temporaries)."""
+    """(turn of `timing.interleaved` that runs a step on fresh state, bytes of temporaries)."""
     _choose(config, name)
     model = configs.build_model(config)
     tx = make_optimizer(config.optimizer, config.model, config.train.steps, configs.unary_steps(config))
     state = jax.jit(lambda: _fresh(config, model, tx))()
     step = steps.from_config(config, model, tx, kinds)
     one = jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name=parallel.AXIS)  # a single device, without donation
-    compiled = jax.jit(one).lower(state, parallel.split(batch, 1)).compile()
     inputs = parallel.split(batch, 1)
-    return lambda: jax.block_until_ready(compiled(state, inputs)), compiled.memory_analysis().temp_size_in_bytes
+    compiled = jax.jit(one).lower(state, inputs).compile()
+    return partial(timing.timed, compiled, state, inputs), compiled.memory_analysis().temp_size_in_bytes
 
 
 def _choose(config, name):
@@ -103,18 +99,7 @@ def compiled_crf(config, name, batch):
         return losses.negative_log_likelihood(terms, len(labels), objective.weights(terms, settings))
 
     compiled = jax.jit(jax.value_and_grad(loss, allow_int=True)).lower(potentials).compile()
-    return lambda: jax.block_until_ready(compiled(potentials)), compiled.memory_analysis().temp_size_in_bytes
-
-
-def interleaved(calls, repeats):
-    seconds = {name: [] for name in calls}
-    for turn in range(repeats + 1):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            if turn:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return partial(timing.timed, compiled, potentials), compiled.memory_analysis().temp_size_in_bytes
 
 
 def measure(which, args):
@@ -134,7 +119,7 @@ def measure(which, args):
             built["unary"] = build(config, staged[0], batch_of(config), ("unary",))  # the same in all
             for name in staged:
                 built[f"pairwise {name}"] = build(config, name, batch_of(config), ("pairwise",))
-        seconds = interleaved({name: call for name, (call, _) in built.items()}, args.repeats)
+        seconds = timing.medians({name: turn for name, (turn, _) in built.items()}, args.repeats)
         out[part] = {name: (seconds[name], built[name][1]) for name in names if name in built}
         if part == "step":
             share, unary = config.loss.unary_share, seconds["unary"]

@@ -33,21 +33,19 @@ import math
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from pwcrf_jax.prediction import restore
-
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+import timing
 
 from pwcrf_jax import config as configs
 from pwcrf_jax import mean_field, piecewise, relations
 from pwcrf_jax.configs import voc_vgg16
 from pwcrf_jax.potentials import factored_pairwise
+from pwcrf_jax.prediction import restore
 from pwcrf_jax.runtime import files, parallel
 from pwcrf_jax.training import steps
 from pwcrf_jax.training.optimizer import make_optimizer
@@ -57,7 +55,6 @@ GRIDS = {"full": None, "grid5": 5}
 TASKS = ("mean field", "loss", "sweep")
 ITERATIONS = 3
 FITS = 0.8  # share of the memory available that a program may need
-MIN_CALLS = 3
 SWEEP_BOX = (7, 8)  # rows and columns either way
 
 
@@ -431,23 +428,6 @@ def check_agreement(task, ready, problem):
     return notes
 
 
-def interleaved(calls, repeats, patience):
-    """Seconds of every call, in rounds; whoever has had `patience` seconds in MIN_CALLS or more sits out the rest."""
-    seconds = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            if len(seconds[name]) >= MIN_CALLS and sum(seconds[name]) > patience:
-                continue
-            seconds[name].append(call())
-    return seconds
-
-
-def timed(run, *args):
-    start = time.perf_counter()
-    jax.block_until_ready(run(*args))
-    return time.perf_counter() - start
-
-
 def plain_product(size, num_classes):
     """A function that returns the seconds of one product."""
     x = jnp.ones((size.product_rows, size.hidden), size.dtype)
@@ -457,18 +437,16 @@ def plain_product(size, num_classes):
     product = lambda x, y, out: jnp.matmul(x, y, preferred_element_type=out.dtype)
     run = jax.jit(product, donate_argnums=2, keep_unused=True)
 
-    def call(count):
+    def products(count):
         nonlocal out
-        start = time.perf_counter()
         for _ in range(count):
             out = run(x, y, out)
-        jax.block_until_ready(out)
-        return (time.perf_counter() - start) / count
+        return out
 
-    call(1)
+    timing.timed(products, 1)
     # Short ones in a row, so that starting them does not count.
-    count = max(1, min(100, int(0.02 / call(1))))
-    return lambda: call(count)
+    count = max(1, min(100, int(0.02 / timing.timed(products, 1))))
+    return lambda: timing.timed(products, count) / count
 
 
 def measure(task, size, boxes, num_classes, repeats, patience):
@@ -481,11 +459,11 @@ def measure(task, size, boxes, num_classes, repeats, patience):
     if not ready:
         print("\n".join(notes), flush=True)
         return []
-    product, calls = plain_product(size, num_classes), {}
+    product, turns = plain_product(size, num_classes), {}
     for one in ready:
-        calls["product before", one.rival.name] = product
-        calls[one.rival.name] = lambda one=one: timed(one.compiled, *one.args)
-    seconds = interleaved(calls, repeats, patience)
+        turns["product before", one.rival.name] = product
+        turns[one.rival.name] = partial(timing.timed, one.compiled, *one.args)
+    seconds = timing.interleaved(turns, repeats, warm=0, patience=patience)
     products = [s for key, values in seconds.items() if key[0] == "product before" for s in values]
     product_rate = 2 * size.product_rows * size.hidden * num_classes**2 / statistics.median(products) / 1e9
     rows = []
@@ -536,16 +514,15 @@ def sweep(size, counts, repeats, patience):
     parts = normal(1, *grid, m).astype(size.dtype), normal(1, *grid, m).astype(size.dtype)
     parts = (*parts, normal(m**-0.5, m, k, k), normal(0.1, k, k))
     labels = jnp.asarray(rng.integers(0, k, grid), jnp.int32)
-    calls, temp = {}, {}
+    turns, temp = {}, {}
     for n in counts:
         objective = lambda parts, labels, n=n: piecewise.pairwise_log_likelihood(
             factored_pairwise(*parts, box[:n]), labels
         )[0]
         compiled = jax.jit(jax.value_and_grad(objective)).lower(parts, labels).compile()
         temp[n] = compiled.memory_analysis().temp_size_in_bytes
-        timed(compiled, parts, labels)
-        calls[n] = lambda compiled=compiled: timed(compiled, parts, labels)
-    seconds = {n: statistics.median(s) for n, s in interleaved(calls, repeats, patience).items()}
+        turns[n] = partial(timing.timed, compiled, parts, labels)
+    seconds = timing.medians(turns, repeats, patience=patience)
     out = {
         "rows": [dict(offsets=n, seconds=seconds[n], temp_bytes=temp[n]) for n in counts],
         "seconds": line_fit(counts, [seconds[n] for n in counts]),
@@ -640,18 +617,18 @@ def train_step_rows(config, image_size=(375, 500), dtypes=("float32", "bfloat16"
                 if needs > limit:
                     print(f"{dtype:14s}{batch:8d}  does not fit: needs {needs / 1e9:.1f} of {limit / 1e9:.1f} GB")
                     break
-                seconds = []
-                for _ in range(repeats + 1):
-                    start = time.perf_counter()
+
+                def take(compiled=compiled, arrays=arrays):
+                    nonlocal state  # the one before is donated
                     state, metrics = compiled(state, arrays)
-                    jax.block_until_ready((state, metrics))
-                    seconds.append(time.perf_counter() - start)
+                    return state, metrics
+
+                median = timing.medians({"step": partial(timing.timed, take)}, repeats)["step"]
             except jax.errors.JaxRuntimeError as error:
                 if not out_of_memory(error):
                     raise
                 print(f"{dtype:14s}{batch:8d}  does not fit: {str(error).splitlines()[0]}")
                 break
-            median = statistics.median(seconds[1:])
             row = dict(dtype=dtype, batch=batch, seconds=median, images_per_second=batch / median, bytes=needs)
             rows.append(row)
             print(f"{dtype:14s}{batch:8d}{median:12.4f}{batch / median:12.2f}{needs / 1e9:12.2f}", flush=True)
@@ -719,7 +696,10 @@ def arguments():
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of features, A and B")
     parser.add_argument("--repeats", type=int, default=None)
     parser.add_argument(
-        "--patience", type=float, default=60.0, help=f"seconds of calls after which {MIN_CALLS} repeats are enough"
+        "--patience",
+        type=float,
+        default=60.0,
+        help=f"seconds of calls after which {timing.MIN_TURNS} repeats are enough",
     )
     parser.add_argument(
         "--train-step",

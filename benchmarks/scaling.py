@@ -15,11 +15,7 @@ import importlib
 import json
 import math
 import os
-import statistics
-import sys
-import time
-
-from pwcrf_jax.prediction import restore
+from functools import partial
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
@@ -27,11 +23,11 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+import timing
 
 from pwcrf_jax import config as configs
 from pwcrf_jax.model.plan import plan
+from pwcrf_jax.prediction import restore
 from pwcrf_jax.runtime import parallel
 from pwcrf_jax.training import steps
 from pwcrf_jax.training.optimizer import make_optimizer
@@ -68,7 +64,7 @@ BATCHES = (1, 4, 16)  # a device
 
 
 def load(name):
-    config = importlib.import_module(f"configs.{name}").get_config()
+    config = importlib.import_module(f"pwcrf_jax.configs.{name}").get_config()
     model = configs.build_model(config)
     return config, model, make_optimizer(config.optimizer, config.model, config.train.steps)
 
@@ -189,14 +185,7 @@ def measure(repeats):
         }
         runs["step", n] = stepping(train_step(config, model, tx, n), initial_state(model, tx), data)
         runs["sum", n] = summing(n)
-    seconds = {key: [] for key in runs}
-    for repeat in range(repeats + 1):
-        for key, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            if repeat:  # the first compiles
-                seconds[key].append(time.perf_counter() - start)
-    median = {key: statistics.median(values) for key, values in seconds.items()}
+    median = timing.medians({key: partial(timing.timed, run) for key, run in runs.items()}, repeats)
     rows = []
     print(
         f"\nSimulated devices on {os.cpu_count()} cores: demo model, {batch} images of {size[0]} x {size[1]} on each\n"

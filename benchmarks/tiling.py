@@ -10,18 +10,13 @@ frame. Ends with one line of JSON: the worst image with default tiles, in percen
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from pwcrf_jax.prediction import restore
-
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
-
 from pwcrf_jax import config as configs
-from pwcrf_jax.prediction import predictor
+from pwcrf_jax.prediction import predictor, restore
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 

@@ -27,7 +27,7 @@ TABLE_BYTES = 2**29
 """The most that the algorithm "auto" stores as scores of one relation."""
 
 # Constants of the cost model of `algorithm`, in multiply-adds of a large matrix product (some 7 ps); fitted to
-# measurements on two CPU cores, benchmarks/message_routes.py.
+# measurements on two CPU cores, benchmarks/algorithms.py.
 _HIDDEN = 20.0  # one hidden unit, relu(A_p + B_q)
 _SMALL_PRODUCT = 2.5  # one multiply-add of the product of [O, M] and [M, K]
 _EDGE = 4500.0  # reading and adding up at both ends of an edge

@@ -3,7 +3,6 @@
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -170,10 +169,8 @@ def evaluate_model(config, model, params, dataset, split: str, *, refine: str = 
     """
     predictor = inference.Predictor(config, model, params) if configs.augments(config) else None
     final, settings = configs.final_row(config), configs.refine_settings(config, refine)
-    options: dict[str, Any] = {}
     more: list[evaluators.Evaluator] = []
-    if report:
-        options = report.start(config, model, params, dataset)
+    options = report.start(config, model, params, dataset) if report else {}
     if predictor or (report and settings):
         watch = report.watch if report else None
         more.append(evaluators.ImageByImage(predictor, final, settings, watch))

@@ -110,7 +110,7 @@ def small(words):
         return [*source(words, words[2]), "--partial"]
     if words[1] == "tune" and "--trials" not in words:  # a flag is given once
         return [*words, "--trials=2"]
-    if words[1] == "benchmarks/message_weights.py":
+    if words[1] == "benchmarks/diagnose.py":
         return [*words, "--weights=1,2"]
     return words
 
@@ -217,7 +217,7 @@ def check_outputs(words, text, folder):
         assert [path.name for path in workdir.iterdir()] == ["dry_run.png"]
     elif words[1] == "train":
         assert (workdir / "checkpoints/2").is_dir() and (workdir / "best/2").is_dir()
-    elif words[1] in ("eval", "predict", "tune", "export", "benchmarks/message_weights.py"):
+    elif words[1] in ("eval", "predict", "tune", "export", "benchmarks/diagnose.py"):
         assert json.loads(text.splitlines()[-1])
     elif words[1] == "check":
         assert "to train: --config.data.num_classes=" in text

@@ -15,6 +15,7 @@ import small
 
 from pwcrf_jax import config as configs
 from pwcrf_jax import metrics
+from pwcrf_jax.evaluation import evaluate
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CLASSES, IMAGES, K = [0, 2, 3], 30, 4
@@ -391,13 +392,13 @@ def test_steps_of_every_objective_are_measured(scripts, tmp_path, monkeypatch, c
     monkeypatch.setitem(objectives.CONFIGS, "demo", lambda: small.config(tmp_path, **{"loss.unary_share": 0.25}))
     medians = []
 
-    def interleaved(calls, repeats):
-        for call in calls.values():
-            call()
-        medians.append({name: 1.0 + i for i, name in enumerate(calls)})
+    def take_turns(turns, repeats):
+        for turn in turns.values():
+            turn()
+        medians.append({name: 1.0 + i for i, name in enumerate(turns)})
         return medians[-1]
 
-    monkeypatch.setattr(objectives, "interleaved", interleaved)
+    monkeypatch.setattr(objectives.timing, "medians", take_turns)
     monkeypatch.setattr(sys, "argv", ["objectives.py", "--quick", "--full_box", "--results", str(tmp_path / "results")])
     objectives.main()
     out, (step, crf) = json.loads(capsys.readouterr().out.splitlines()[-1]), medians
@@ -415,7 +416,7 @@ def test_steps_of_every_objective_are_measured(scripts, tmp_path, monkeypatch, c
 
 
 def test_misplaced_pixels_have_their_class_near(scripts):
-    errors, rng = scripts("errors"), np.random.default_rng(4)
+    diagnose, rng = scripts("diagnose"), np.random.default_rng(4)
     labels = np.where(rng.random((2, 9, 11)) < 0.7, 0, rng.integers(0, 4, (2, 9, 11)))
     labels[rng.random(labels.shape) < 0.1] = 255
     found = rng.integers(0, 4, labels.shape)
@@ -424,5 +425,34 @@ def test_misplaced_pixels_have_their_class_near(scripts):
         for n, i, j in np.ndindex(labels.shape):
             near = labels[n, max(0, i - width) : i + width + 1, max(0, j - width) : j + width + 1]
             expected[n, i, j] = labels[n, i, j] not in (255, found[n, i, j]) and found[n, i, j] in near
-        np.testing.assert_array_equal(errors.misplaced(found, labels, width, 4), expected)
+        np.testing.assert_array_equal(diagnose.misplaced(found, labels, width, 4), expected)
         assert expected.any() == (width > 0)
+
+
+def test_diagnosis_agrees_with_evaluation(scripts, trained, tmp_path, monkeypatch, capsys):
+    diagnose, config, output = scripts("diagnose"), configs.load(trained / "config.json"), tmp_path / "figures.json"
+    flags = ["--workdir", str(trained), "--checkpoint", "latest", "--weights", "1,50", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["diagnose.py", *flags])
+    diagnose.main()
+    out, kept = json.loads(capsys.readouterr().out.splitlines()[-1]), json.loads(output.read_text())
+    miou = {row: values[2] for row, values in kept["miou"].items()}
+    assert out["miou"] == {row: round(value, 2) for row, value in miou.items()}
+    config.crf.weights = (1.0,)
+    rows = evaluate.evaluate(config, str(trained), "latest")["rows"]
+    assert miou["unary"] == pytest.approx(100 * rows["unary"]["miou"], abs=1e-3)
+    assert miou["all residual x 1"] == pytest.approx(100 * rows["all"]["miou"], abs=1e-3)
+    assert set(out["held_out"]) == {"all residual", "surrounding", "above_below"}
+    assert all(set(found["chosen"]) <= {1.0, 50.0} for found in out["held_out"].values())
+    # Either kind of error mended is better, both are right; finer cells reach more.
+    assert 0 < out["misplaced"] < 1 and miou["unary"] < min(miou["misnamed"], miou["misplaced"])
+    assert miou["cells of scale 1"] < miou["cells of scale 2"] < 100
+    assert set(out["nll"]) == {n + end for n in ("surrounding", "above_below") for end in ("", ", unaries alone")}
+
+
+def test_rivals_take_turns(scripts):
+    timing, order = scripts("timing"), []
+    turns = {name: lambda name=name, s=s: (order.append(name), s)[1] for name, s in {"slow": 2.0, "fast": 1.0}.items()}
+    found = timing.interleaved(turns, 5, patience=3.0)
+    assert order == ["slow", "fast"] * 4 + ["fast"]  # the first round is not kept; the slow one has had enough
+    assert found == {"slow": [2.0] * 3, "fast": [1.0] * 4}
+    assert timing.medians(turns, 2, warm=0) == {"slow": 2.0, "fast": 1.0}

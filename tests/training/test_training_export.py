@@ -191,7 +191,7 @@ def test_what_cannot_be_exported_is_refused(workdir, tmp_path, monkeypatch):
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
     with monkeypatch.context() as m:
         m.setitem(sys.modules, "flatbuffers", None)
-        with pytest.raises(configs.ConfigError, match="pip install flatbuffers"):
+        with pytest.raises(configs.ConfigError, match=r"pip install .pwcrf_jax\[export\]."):
             write("q")
     config.tta.flip = True
     with pytest.raises(configs.ConfigError, match="config.tta is not part of an exported predictor"):

@@ -1,6 +1,7 @@
 """The rooms of the package and its rules, read from the source with `ast` (docs/design.md)."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,12 @@ def oversized(source: str) -> set[str]:
     return found
 
 
+def by_string_key(source: str) -> set[str]:
+    """Settings that are read as SETTINGS["key"]."""
+    found = {ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Subscript)}
+    return {text for text in found if re.match(r"""(\w+\.)*(\w*config|\w*settings|crf)(\.\w+)*\[f?['"]""", text)}
+
+
 def test_every_folder_is_a_room():
     folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and list(p.glob("*.py"))} - {"__pycache__", "configs"}
     assert folders == set(ROOMS) - {"core"}
@@ -160,6 +167,11 @@ def test_public_jax_alone_and_no_global_settings():
 def test_files_and_functions_are_short():
     found = {str(p.relative_to(PACKAGE)) for p, source in sources() if len(source.splitlines()) > FILE}
     found |= {f"{p.relative_to(PACKAGE)}:{name}" for p, source in sources() for name in oversized(source)}
+    assert not found
+
+
+def test_settings_are_read_by_string_key_in_config_alone():
+    found = {p.name: names for p, source in sources() if room(p) != "config" if (names := by_string_key(source))}
     assert not found
 
 
@@ -221,6 +233,12 @@ def test_upward_imports_are_found(source, here):
 def test_foreign_imports_are_found(source, here):
     assert foreign(source, here)
     assert not foreign("import math\nimport jax.numpy as jnp\nimport flax", "nets")
+
+
+@pytest.mark.parametrize("source", ["loss_config['reduction']", "a.settings['x']", "config.crf['x']", "config[f'{x}']"])
+def test_settings_by_string_key_are_found(source):
+    assert by_string_key(source)
+    assert not by_string_key("config.crf.damping\nresult['config']\nsettings[0]\nconfig.relations[name]")
 
 
 def test_oversized_functions_are_found():
