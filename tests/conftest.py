@@ -1,11 +1,13 @@
-"""Eight simulated devices, set before JAX starts; tests that need fewer name them."""
+"""Eight simulated devices and fast compilation, set before JAX starts; tests that need fewer devices name them."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+import small
+
 _FLAG = "--xla_force_host_platform_device_count"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8 {small.FAST_COMPILATION}".strip()
 
 import atexit  # noqa: E402
 import gc  # noqa: E402
@@ -14,7 +16,6 @@ import sys  # noqa: E402
 import tempfile  # noqa: E402
 
 import pytest  # noqa: E402
-import small  # noqa: E402
 
 # What scripts compile goes where nothing of the user's is.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()

@@ -1,9 +1,13 @@
 """A run small enough for a test: 192 x 256 synthetic scenes, the tiny backbone, a handful of steps."""
 
 import contextlib
+import fcntl
+import os
 
 from pwcrf_jax.configs import demo
 
+FAST_COMPILATION = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+"""XLA's older emitters, and programs not split for threads: both compile in a third of the time. For XLA_FLAGS."""
 KEYS = {
     "data.synthetic.num_train": 24,
     "data.synthetic.num_val": 10,  # the last batch is padded
@@ -45,8 +49,28 @@ def programs(tmp_path_factory):
 
     Runs that are held against one another belong in here alike. Fixtures of a session come before those of a module.
     """
-    with compiled_once(tmp_path_factory.getbasetemp() / "compiled"), compiled_quickly():
+    with compiled_once(session_folder(tmp_path_factory) / "compiled"), compiled_quickly():
         yield
+
+
+def session_folder(tmp_path_factory):
+    """The folder of a test session, one for all of its processes."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def workdir(tmp_path_factory, name, config):
+    """Workdir of a run of a config, trained by the first process of the test session that asks; only to be read."""
+    from pwcrf_jax.training import loop
+
+    folder = session_folder(tmp_path_factory)
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / name).exists():
+            with programs(tmp_path_factory):
+                loop.train_and_evaluate(config, str(folder / f"{name}-unfinished"))
+            os.rename(folder / f"{name}-unfinished", folder / name)
+    return folder / name
 
 
 @contextlib.contextmanager

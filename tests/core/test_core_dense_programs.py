@@ -143,7 +143,7 @@ def test_arrays_may_lie_on_an_explicit_mesh(layout, name):
     np.testing.assert_allclose(call(*there), call(*arrays), rtol=1e-5, atol=1e-5)
 
 
-@some("refine-exact", "pixel_features", "spatial-taps", "lattice")
+@some("refine-lattice", "pixel_features")
 def test_gradients_on_an_explicit_mesh(call):
     p, x, mask = problem(6, image_dtype=np.float32)
     gradient = jax.grad(loss_of(call), (0, 1))
@@ -165,7 +165,7 @@ def test_marginals_lie_as_the_batch_does():
     assert info.change.sharding.spec == jax.P(None, "x") and info.num_vertices.shape == ()
 
 
-@some("refine-exact", "refine-lattice", "spatial-matrix")
+@some("refine-lattice", "spatial-matrix")
 def test_shard_map_with_its_check_of_what_varies(call):
     arrays = problem(8)
     mesh, there = laid_out("batch", AxisType.Auto, *arrays)

@@ -209,7 +209,7 @@ def of_labels(v, labels, algorithm):
     return pw.pairwise_log_likelihood(potentials[0], nodes(labels))
 
 
-@pytest.mark.parametrize("dtype", [jnp.dtype("float16"), jnp.dtype("bfloat16")], ids=str)
+@pytest.mark.parametrize("dtype", full_but(map(jnp.dtype, ("float16", "bfloat16")), jnp.dtype("float16")), ids=str)
 @algorithms
 def test_a_pair_ruled_out_in_half_precision_is_ruled_out(algorithm, dtype):
     """float16 has no room for `RULED_OUT`: it became -inf again."""
@@ -250,7 +250,7 @@ def test_a_pair_ruled_out_has_likelihood_0(algorithm, pair):
 
 
 @pytest.mark.parametrize("average", full_but([False, True], True))
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", full_but([False, True], True))
 @algorithms
 def test_a_node_without_any_label_left_is_as_a_masked_one(algorithm, masked, average):
     mask = MASK if masked else np.ones((H, W), bool)
@@ -275,7 +275,7 @@ def test_a_node_without_any_label_left_is_as_a_masked_one(algorithm, masked, ave
 def test_a_nan_that_no_mask_hides_is_not_swept_under():
     v = parts()
     v |= {"unary": v["unary"].at[2, 1, 0].set(jnp.nan)}
-    for algorithm in ALGORITHMS:
+    for algorithm in ("factored", "table"):
         assert np.isnan(infer(v, WEIGHTS, 0.0, algorithm, None)[0]).sum() > K
 
 

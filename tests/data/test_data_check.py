@@ -5,10 +5,10 @@ import io
 import json
 import logging
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 from layouts import image_folder as layout
@@ -441,18 +441,8 @@ def test_refusals_end_with_2_and_one_line(capsys, arguments):
 
 def test_command_as_a_module(folder):
     layout.write_mask(folder[0] / "masks/b.png", np.full((24, 36), 3, np.uint8))
-    command = [
-        sys.executable,
-        "-m",
-        "pwcrf_jax",
-        "check",
-        "image_folder",
-        "--source_dir",
-        folder[0],
-        "--data_dir",
-        folder[1],
-    ]
-    run = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    command = ["-m", "pwcrf_jax", "check", "image_folder", "--source_dir", folder[0], "--data_dir", folder[1]]
+    run = commands.run(command)
     assert run.returncode == 2 and not run.stderr
     assert run.stdout.startswith("refused: ") and "b.png: label value 3 is neither a class (0..2)" in run.stdout
     assert "off by one?" in run.stdout

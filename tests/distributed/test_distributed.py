@@ -8,9 +8,9 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 
+import commands
 import numpy as np
 import pytest
 import small
@@ -50,15 +50,11 @@ def start(tmp_path, workdir, processes, script="train.py", heartbeat=10, other=(
             flags += [f"--heartbeat={heartbeat}"]
         variables = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES // processes)}
         variables |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # most of the time would be XLA's
-        variables.pop("XLA_FLAGS", None)
+        variables |= {"XLA_FLAGS": small.FAST_COMPILATION}
         if i == processes - 1:
             flags, variables = [*flags, *other], variables | (environment or {})
         log = tmp_path / f"{workdir.name}-{time.time_ns()}-{i}.log"
-        with open(log, "w") as file:
-            process = subprocess.Popen(
-                [sys.executable, ROOT / script, *flags], stdout=file, stderr=file, cwd=ROOT, env=variables
-            )
-        out.append((process, log))
+        out.append((commands.start([script, *flags], log, log, env=variables), log))
     return out
 
 
@@ -230,10 +226,8 @@ def sums(tmp_path, at, fault, found=False, platform="cpu"):
         flags += ["--heartbeat=5"]
         of_slurm = cluster | {"SLURM_PROCID": str(i), "SLURM_LOCALID": "0"} if found else {}
         log = tmp_path / f"{i}.log"
-        with open(log, "w") as file:
-            variables = os.environ | {"JAX_PLATFORMS": platform if i == at else "cpu"} | environment | of_slurm
-            command = [sys.executable, script, *flags]
-            started.append((subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT, env=variables), log))
+        variables = os.environ | {"JAX_PLATFORMS": platform if i == at else "cpu"} | environment | of_slurm
+        started.append((commands.start([script, *flags], log, log, env=variables), log))
     return started
 
 
@@ -287,14 +281,9 @@ def test_one_that_falls_silent_ends_the_others(tmp_path):
 def test_a_port_that_is_in_use_is_one_line(tmp_path, index):
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
-        command = [
-            sys.executable,
-            ROOT / "train.py",
-            f"--config={ROOT / 'configs/demo.py'}",
-            f"--workdir={tmp_path / 'w'}",
-        ]
+        command = ["train.py", "--config=configs/demo.py", f"--workdir={tmp_path / 'w'}"]
         command += [f"--coordinator={address}", "--num_processes=2", f"--process_id={index}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS, cwd=ROOT)
+        done = commands.run(command, timeout=HANGS)
     said = f"--coordinator={address}: process 0 cannot listen on port" if index == 0 else "is not process 0 of this run"
     assert done.returncode == 2 and said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -319,18 +308,6 @@ def test_scripts_are_read_by_bash_and_start_train_py(script):
     ],
 )
 def test_flags_that_do_not_go_together(tmp_path, flags, said):
-    done = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "train.py",
-            f"--config={ROOT / 'configs/demo.py'}",
-            f"--workdir={tmp_path / 'w'}",
-            *flags,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=HANGS,
-        cwd=ROOT,
-    )
+    done = commands.run(["train.py", "--config=configs/demo.py", f"--workdir={tmp_path / 'w'}", *flags])
     assert done.returncode == 2 and said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -36,9 +36,4 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
     """Workdir of a run of `config` that nothing disturbs, with checkpoints 3 and 6; not to be written to."""
-    from pwcrf_jax.training import loop
-
-    workdir = tmp_path_factory.mktemp("whole") / "work"
-    with small.programs(tmp_path_factory):
-        loop.train_and_evaluate(_config(tmp_path_factory), str(workdir))
-    return workdir
+    return small.workdir(tmp_path_factory, "whole", _config(tmp_path_factory))

@@ -30,6 +30,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import commands  # noqa: E402
 import small  # noqa: E402
 from faults import states  # noqa: E402
 
@@ -52,14 +53,26 @@ HANGS = 300  # seconds after which a life is taken for hanging
 
 
 class Life:
-    """One process of train.py; its log is on disk, so that nothing of it is lost with it."""
+    """One process of train.py; its log is on disk, so that nothing of it is lost with it.
 
-    def __init__(self, workdir, devices, data_dir, workers=0):
+    forked: for tests; it need not import anything first, and compiles quickly and once for all.
+    """
+
+    def __init__(self, workdir, devices, data_dir, workers=0, forked=False):
         self.workdir, self.log_path = workdir, workdir.parent / "log.txt"
         keys = KEYS | {"data.num_workers": workers}
         command = [sys.executable, "train.py", f"--workdir={workdir}", *small.flags(data_dir, **keys)]
-        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        flags = f"--xla_force_host_platform_device_count={devices} {small.FAST_COMPILATION}"
+        environment = os.environ | {"XLA_FLAGS": flags}
         self.began = time.time()
+        if forked:
+            environment |= {
+                "JAX_COMPILATION_CACHE_DIR": str(data_dir.parent / "compiled"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            }
+            self.process = commands.start(command[1:], self.log_path, self.log_path, env=environment)
+            return
         with open(self.log_path, "w") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, cwd=ROOT, env=environment, start_new_session=True
@@ -165,21 +178,21 @@ def stop(life, kill, rng):
     return code, time.time() - began
 
 
-def undisturbed(base, devices):
-    """(base, devices, seconds to the first step, `states.final`) of a run that nobody kills."""
+def undisturbed(base, devices, forked=False):
+    """(base, devices, forked, seconds to the first step, `states.final`) of a run that nobody kills."""
     workdir = base / "whole" / "work"
     workdir.mkdir(parents=True)
-    life = Life(workdir, devices, base / "data")
+    life = Life(workdir, devices, base / "data", forked=forked)
     start_up = life.wait_for(life.trains)
     life.wait_for(lambda: False)
     if life.process.returncode:
         raise AssertionError(f"the undisturbed run failed:\n{life.log()}")
-    return base, devices, start_up, states.final(workdir)
+    return base, devices, forked, start_up, states.final(workdir)
 
 
 def campaign(whole, kills, kill=True, seed=0, kinds=("start", "step", "save"), workers=0, say=print):
     """Returns the summary; summary["violations"] lists what was not as it should be. whole: of `undisturbed`."""
-    base, devices, start_up, expected = whole
+    base, devices, forked, start_up, expected = whole
     rng, began, shared_before = random.Random(seed), time.time(), set(os.listdir(SHM))
     counts, violations, slowest = collections.Counter(), [], 0.0
     done, runs, finished = 0, 0, True
@@ -188,7 +201,7 @@ def campaign(whole, kills, kill=True, seed=0, kinds=("start", "step", "save"), w
             runs += 1
             workdir = pathlib.Path(tempfile.mkdtemp(prefix=f"run{runs}-", dir=base), "work")
             best, finished = None, False
-        life = Life(workdir, devices, base / "data", workers)
+        life = Life(workdir, devices, base / "data", workers, forked)
         if done < kills and moment(life, kind := rng.choice(kinds), rng, start_up):
             where = phase(life)
             code, seconds = stop(life, kill, rng)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 
+import commands
 import pytest
 from faults import kill
 from rows import full_but
@@ -101,9 +102,7 @@ def test_another_user_of_a_group_is_kept_out_too_and_comes_in_later(umask, tmp_p
     shared = tempfile.mkdtemp()  # tmp_path is below a folder that others cannot enter
     try:
         os.chmod(shared, 0o777)
-        done = subprocess.run(
-            [sys.executable, "-c", SECOND, shared, umask], capture_output=True, text=True, cwd=kill.ROOT
-        )
+        done = commands.run(["-c", SECOND, shared, umask])
         refused, later = done.stdout.splitlines()
         assert "another training run (process " in refused and "let it end" in refused, done.stderr
         assert later == "held"

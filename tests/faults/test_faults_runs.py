@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 
+import commands
 import pytest
 import small
 from faults import states
@@ -211,7 +212,9 @@ def _train(workdir, data_dir, mount="", after="", **keys):
     if mount:
         script = f'{mount} || exit 9; "$@"; code=$?; {after or ":"}; exit $code'
         command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", *command]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    environment = os.environ | {"XLA_FLAGS": small.FAST_COMPILATION}
+    if not mount:
+        return commands.run(command[1:], env=environment)
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
 
 
@@ -230,6 +233,7 @@ def test_a_read_only_workdir(work, config):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.full
 def test_a_disk_that_runs_full(tmp_path, config):
     """A disk with room for some checkpoints. The last good one stays, and where there is room the run goes on."""
     _needs_mounts()

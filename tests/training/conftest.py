@@ -18,7 +18,7 @@ def _shared_programs(request, tmp_path_factory):
     if request.path.stem == "test_training_startup":
         yield
         return
-    folder = tmp_path_factory.getbasetemp() / "compiled"
+    folder = small.session_folder(tmp_path_factory) / "compiled"
     with small.programs(tmp_path_factory), pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
@@ -38,19 +38,16 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """Workdir of a run of one step of `config`; not to be written to."""
-    from pwcrf_jax.training import loop
-
-    config, workdir = _config(tmp_path_factory), tmp_path_factory.mktemp("trained") / "work"
+    config = _config(tmp_path_factory)
     config.train.steps = 1
-    with small.programs(tmp_path_factory):
-        loop.train_and_evaluate(config, str(workdir))
-    return workdir
+    return small.workdir(tmp_path_factory, "trained", config)
 
 
 @pytest.fixture
 def mobilenet_file(tmp_path):
     """A Keras MobileNetV2 file of the right layout with random values."""
-    params = MobileNetV2(output="Conv_1").init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))["params"]
+    init = MobileNetV2(output="Conv_1").init
+    params = jax.eval_shape(init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))["params"]
     rng = np.random.default_rng(0)
     path = tmp_path / "mobilenet.h5"
     with h5py.File(path, "w") as file:

@@ -21,6 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 def choices():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
+        patch.setattr(importlib.import_module("ladder_table"), "BOOTSTRAP", 200)
         yield importlib.import_module("choices")
 
 
@@ -119,6 +120,7 @@ def test_a_decoding_that_came_later_is_added(choices, trained, tmp_path, monkeyp
     assert json.loads(path.read_text()) == result
 
 
+@pytest.mark.full
 def test_decodings_are_those_of_inference(choices, trained):
     config = configs.load(trained / "config.json")
     asked = (
@@ -194,6 +196,7 @@ def test_unseen_images_need_a_unary_of_before(choices, monkeypatch, capsys):
     assert "--unseen 20: joint train unary and relations on the same images" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_what_is_sharpened_is_a_row_of_its_own(choices, config, tmp_path):
     config.train.steps, config.model.refinement_convs.layers = 2, ("conv2", "conv3")
     choices.loop.train_and_evaluate(config, str(tmp_path / "work"))

@@ -38,7 +38,7 @@ def test_every_data_set_has_a_tiny_copy():
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("name", full_but(LAYOUTS, "voc", "image_folder", "sunrgbd"))
+@pytest.mark.parametrize("name", full_but(LAYOUTS, "sunrgbd"))
 def test_from_archive_to_score(name, tmp_path):
     counts = importlib.import_module(f"layouts.{name}").make(tmp_path / "source", np.random.default_rng(0))
     config = config_of(name, tmp_path / "source", tmp_path / "prepared")

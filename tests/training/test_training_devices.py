@@ -135,6 +135,7 @@ def _model_and_params(config):
     return model, jax.tree.map(noise, restore.init_params(model, 0))
 
 
+@pytest.mark.full
 def test_raw_gradients_against_a_single_device_without_pmap(config):
     model, params = _model_and_params(config)
     rng = np.random.default_rng(0)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -89,8 +90,8 @@ def test_the_file_gives_the_labels_of_eval_without_the_package(workdir, tmp_path
         frame[: image.shape[0], : image.shape[1]] = image
     np.savez(tmp_path / "batch.npz", images=frames, valid_size=np.array([x.shape[:2] for x in images], np.int32))
 
-    command = [sys.executable, "-m", "pwcrf_jax", "export", "--workdir", workdir, "--output", tmp_path / "p.stablehlo"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    words = ["-m", "pwcrf_jax", "export", "--workdir", workdir, "--output", tmp_path / "p.stablehlo"]
+    done = commands.run(words)
     assert done.returncode == 0, done.stderr
     told, about = json.loads(done.stdout.splitlines()[-1]), json.loads((tmp_path / "p.stablehlo.json").read_text())
     assert told["bytes"] == about["bytes"] == (tmp_path / "p.stablehlo").stat().st_size
@@ -119,6 +120,7 @@ def test_the_file_gives_the_labels_of_eval_without_the_package(workdir, tmp_path
     assert (next(predictor([(None, images[0])]))[2].labels() != loaded["batch"][0]).mean() > 0.05
 
 
+@pytest.mark.full
 def test_refinement_convolutions_and_sizes_beyond_the_frame_of_evaluation():
     """The distances of relations stay those of the frame, as `Predictor` has it, which sees this image in one tile."""
     convs = {"model.refinement_convs.layers": ("conv2", "conv3"), "model.refinement_convs.width": 4}
@@ -140,13 +142,15 @@ BACKBONE = {"model.scales": (1.0, 0.5), "model.block6": ((3, 4),), "model.pyrami
         full_row(
             {"model.backbone": "vgg16", "model.parameterisation": "free", "crf.algorithm": "factored", **BACKBONE}
         ),
-        {
-            "model.backbone": "mobilenet_v2",
-            "model.mobilenet_v2.depthwise": "grouped",
-            "model.refinement_convs.layers": ("block_3_expand", "block_6_expand"),
-            "crf.algorithm": "table",
-            **BACKBONE,
-        },
+        full_row(
+            {
+                "model.backbone": "mobilenet_v2",
+                "model.mobilenet_v2.depthwise": "grouped",
+                "model.refinement_convs.layers": ("block_3_expand", "block_6_expand"),
+                "crf.algorithm": "table",
+                **BACKBONE,
+            }
+        ),
         full_row({"model.backbone": "mobilenet_v2", "model.dtype": "bfloat16", **BACKBONE}),
         {"model.relations": ()},
     ],
@@ -202,6 +206,5 @@ def test_what_cannot_be_exported_is_refused(workdir, tmp_path, monkeypatch):
     ],
 )
 def test_flags_that_do_not_go_together(workdir, args, match):
-    command = [sys.executable, "-m", "pwcrf_jax", "export", "--workdir", workdir, *args]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = commands.run(["-m", "pwcrf_jax", "export", "--workdir", workdir, *args])
     assert done.returncode == 2 and match in done.stderr and "Traceback" not in done.stderr

@@ -153,7 +153,7 @@ def tunes(config, model, params):
 PATHS = (trains, evaluates, reports, predicts, exports, tunes)
 
 
-KEPT = [("demo", ()), ("voc_vgg16", ()), ("camvid_mobilenet_v2", ("both",))]
+KEPT = [("camvid_mobilenet_v2", ("both",))]
 
 
 @pytest.mark.parametrize(("name", "variant"), full_but(SHIPPED, *KEPT), ids=lambda x: str(x))
@@ -177,7 +177,7 @@ def test_every_path_of_a_shipped_config_has_the_offsets_of_the_crop(name, varian
 OBJECTIVES = ["piecewise_staged", "pseudo_likelihood", "unrolled_mean_field", "unrolled_mean_field_staged"]
 
 
-@pytest.mark.parametrize("objective", full_but(OBJECTIVES, "piecewise_staged", "unrolled_mean_field"))
+@pytest.mark.parametrize("objective", full_but(OBJECTIVES, "unrolled_mean_field"))
 def test_every_objective_has_the_offsets_of_the_run(objective, seen):
     """Where training goes on with smaller crops: those of the crops that it began with."""
     config = shipped("voc_mobilenet_v2")

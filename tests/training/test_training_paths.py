@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 
+import commands
 import jax
 import pytest
 import small
@@ -295,8 +296,7 @@ def test_commands_without_their_platform(platform, words, tmp_path):
     configs.save(small.config("sets"), tmp_path / "trained" / "config.json")
     flags += small.flags("sets") if words[0] == "train.py" else []
     flags = [flag.replace("configs/", f"{ROOT}/configs/") for flag in flags]
-    done = subprocess.run([sys.executable, script, *flags], cwd=tmp_path, capture_output=True, text=True,
-                          env=os.environ | {"JAX_PLATFORMS": platform})  # fmt: skip
+    done = commands.run([script, *flags], cwd=tmp_path, env=os.environ | {"JAX_PLATFORMS": platform})
     assert done.returncode == 2 and done.stderr.startswith(f"error: JAX_PLATFORMS={platform}: "), done.stderr
     assert done.stderr.count("\n") == 1 and os.listdir(tmp_path) == ["trained"]
     assert os.listdir(tmp_path / "trained") == ["config.json"]

@@ -4,9 +4,8 @@ import functools
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 
+import commands
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,7 +23,6 @@ from pwcrf_jax.model import decode
 from pwcrf_jax.prediction import image_files, predict, refinement, restore, tiling
 from pwcrf_jax.prediction import predictor as inference
 from pwcrf_jax.runtime import checkpoint
-from pwcrf_jax.training import loop
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -34,8 +32,8 @@ def wide(tmp_path_factory):
     """Workdir of a short run of a network whose cells see far beyond themselves, on crops of 96 x 128."""
     from pwcrf_jax.configs import demo
 
-    config, base = demo.get_config(), tmp_path_factory.mktemp("wide")
-    config.data.data_dir = str(base / "prepared")
+    config = demo.get_config()
+    config.data.data_dir = str(tmp_path_factory.mktemp("wide") / "prepared")
     config.data.synthetic = dict(num_train=24, num_val=8, image_size=(192, 256), seed=0)
     config.data.crop_size = (96, 128)
     config.model.tiny.features = (8, 8, 16, 16)
@@ -44,9 +42,7 @@ def wide(tmp_path_factory):
     config.optimizer.learning_rate = 1e-2
     config.train.batch_size = config.eval.batch_size = 8
     config.train.steps = config.train.eval_every = config.train.checkpoint_every = 60
-    with small.programs(tmp_path_factory):
-        loop.train_and_evaluate(config, str(base / "work"))
-    return base / "work"
+    return small.workdir(tmp_path_factory, "wide", config)
 
 
 def predictor_of(workdir, **changes):
@@ -503,9 +499,7 @@ def test_submission_of_a_split_without_labels(tmp_path):
 
 
 def _predict(*args):
-    return subprocess.run(
-        [sys.executable, "-m", "pwcrf_jax", "predict", *map(str, args)], cwd=ROOT, capture_output=True, text=True
-    )
+    return commands.run(["-m", "pwcrf_jax", "predict", *args])
 
 
 def test_unreadable_images_are_named_and_the_others_predicted(trained, tmp_path):

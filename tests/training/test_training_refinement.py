@@ -4,12 +4,12 @@ import itertools
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 
+import commands
 import jax
 import numpy as np
 import pytest
+from rows import full_row
 
 from pwcrf_jax import config as configs
 from pwcrf_jax import dense_crf
@@ -64,7 +64,7 @@ def by_hand(marginals, batch, params, num_iterations):
     return total
 
 
-@pytest.mark.parametrize("settings", [SPATIAL, SETTINGS], ids=["spatial", "full"])
+@pytest.mark.parametrize("settings", [full_row(SPATIAL), SETTINGS], ids=["spatial", "full"])
 def test_images_of_all_sizes_in_one_batch(settings):
     """Empty entries count for nothing, and neither the frame nor what is in it outside the image is seen."""
     sizes = [(60, 90), (96, 70), (0, 0), (17, 33)]
@@ -211,6 +211,7 @@ def test_kernels_tried_again_are_no_trials(config, tmp_path, monkeypatch, max_tr
     assert len(calls) == again
 
 
+@pytest.mark.full
 def test_each_candidate_is_scored_with_its_own_weights_and_iterations(searched):
     config, workdir = searched
     model, params, _, dataset = restore.load(config, str(workdir), "best", "val[:8]")
@@ -254,6 +255,7 @@ def test_without_iterations_there_is_nothing_to_search(searched):
     assert len((notes / "messages.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.full
 def test_other_settings_start_another_search(searched):
     config, workdir = searched
     tuning.tune(config, str(workdir), "best", "val[:8]", "spatial", 1)
@@ -275,6 +277,7 @@ def test_nothing_is_chosen_on_a_test_split(searched, split):
     assert not (workdir / "tuning").exists()
 
 
+@pytest.mark.full
 def test_the_kept_marginals_are_those_of_the_chosen_weights(searched):
     config, workdir = searched
     weights = (0.0, 3.0)
@@ -290,7 +293,7 @@ def test_the_kept_marginals_are_those_of_the_chosen_weights(searched):
 
 
 def _run(command, *args):
-    done = subprocess.run([sys.executable, "-m", "pwcrf_jax", command, *args], cwd=ROOT, capture_output=True, text=True)
+    done = commands.run(["-m", "pwcrf_jax", command, *args])
     return done, json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 

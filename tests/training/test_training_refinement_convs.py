@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rows import full_row
 
 from pwcrf_jax import config as configs
 from pwcrf_jax import mean_field, nets, piecewise
@@ -72,7 +73,7 @@ def test_against_numpy():
     [
         ("tiny", ("conv1", "conv2"), (2, 4)),
         ("mobilenet_v2", ("block_1_expand", "block_3_expand", "block_6_expand"), (2, 4, 8)),
-        ("vgg16", ("block1_conv2", "block3_conv3"), (1, 4)),
+        full_row(("vgg16", ("block1_conv2", "block3_conv3"), (1, 4))),
     ],
 )
 def test_middle_layers_of_the_largest_scale(backbone, names, strides):
@@ -139,6 +140,7 @@ def test_their_loss_moves_nothing_else(fine):
     assert count == truth.size
 
 
+@pytest.mark.full
 def test_relations_have_a_class_balance_of_their_own(fine):
     """In training and in what evaluation says of the likelihood; unary and convolutions keep theirs."""
     rng = np.random.default_rng(5)
@@ -178,6 +180,7 @@ def test_relations_have_a_class_balance_of_their_own(fine):
         configs.validate(fine, num_devices=1)
 
 
+@pytest.mark.full
 def test_staged_they_train_with_the_relations(fine, trained, tmp_path):
     """On a run without them: its unary stands still; a model without relations may train them alone."""
     source = restore.restore_params(configs.load(trained / "config.json"), str(trained))[1]
@@ -238,6 +241,7 @@ def test_tiles_say_what_one_tile_says(ran):
     assert near.max() > 0  # there were several tiles
 
 
+@pytest.mark.full
 def test_tuning_goes_through(ran, tmp_path):
     import shutil
 

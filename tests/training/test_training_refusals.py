@@ -2,9 +2,8 @@
 
 import pathlib
 import shutil
-import subprocess
-import sys
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -254,7 +253,7 @@ def test_unreadable_config(tmp_path, content):
 
 
 def _run(script, *args):
-    return subprocess.run([sys.executable, ROOT / script, *args], capture_output=True, text=True, cwd=ROOT)
+    return commands.run([script, *args])
 
 
 @pytest.mark.parametrize(
@@ -350,5 +349,5 @@ cli.run(main, interrupted="stopped")
     ],
 )
 def test_exit_codes(error, code, said):
-    done = subprocess.run([sys.executable, "-c", ENDS.format(error=error)], cwd=ROOT, capture_output=True, text=True)
+    done = commands.run(["-c", ENDS.format(error=error)])
     assert (done.returncode, done.stderr.strip()) == (code, said)

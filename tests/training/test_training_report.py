@@ -6,10 +6,9 @@ import dataclasses
 import json
 import pathlib
 import re
-import subprocess
-import sys
 import types
 
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -393,7 +392,7 @@ def test_what_cannot_work_is_refused_first(tmp_path):
 
 
 def script(*words):
-    return subprocess.run([sys.executable, "eval.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+    return commands.run(["eval.py", *words])
 
 
 def test_from_the_command_line(trained, tmp_path):

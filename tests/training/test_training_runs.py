@@ -95,6 +95,7 @@ def test_config_survives_the_workdir(config, tmp_path):
     assert configs.load(tmp_path / "config.json").to_dict() == config.to_dict()
 
 
+@pytest.mark.full
 def test_table_of_one_relation_and_of_none(config, tmp_path):
     config.train.steps = config.train.eval_every = 2
     config.model.relations = ("above_below",)
@@ -131,6 +132,7 @@ def test_pretrained_scaling_is_kept_for_evaluation(config, tmp_path, mobilenet_f
     evaluate.evaluate(stored, str(tmp_path))
 
 
+@pytest.mark.full
 def test_bfloat16_trains_float32_parameters(config, tmp_path):
     config.model.dtype = "bfloat16"
     config.train.steps = 2

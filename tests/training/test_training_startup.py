@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -57,8 +58,7 @@ def run(script, workdir, *arguments):
     """({event of JAX: how often}, standard error) of a script that went well. Caches lie beside the workdir."""
     caches = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XDG_CACHE_HOME": str(workdir.parent / "caches")}
     env = {**os.environ, **caches, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    command = [sys.executable, "-c", COUNTING, ROOT / script, f"--workdir={workdir}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = commands.run(["-c", COUNTING, ROOT / script, f"--workdir={workdir}", *arguments], env=env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 

@@ -39,7 +39,7 @@ def _assert_trees_close(a, b, rtol):
         np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * max(1e-3, float(np.abs(y).max())))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("reduction", full_but(["mean", "sum"], "mean"))
 def test_eight_devices_equal_one(config, reduction):
     # Plain SGD: Adam would hide a gradient that is wrong by a constant factor.
     config.loss.reduction = reduction
@@ -241,6 +241,7 @@ def test_sampled_offsets_follow_from_seed_and_step_alone(config):
     np.testing.assert_allclose(losses(0, 1), everything, rtol=1e-6)
 
 
+@pytest.mark.full
 def test_chunks_and_algorithms_change_no_figure(config):
     """Of training and of evaluation; each setting lowers to a program of its own, so none is ignored."""
     config.model.parameterisation = "free"

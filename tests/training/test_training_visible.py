@@ -10,11 +10,11 @@ import pty
 import re
 import shutil
 import struct
-import subprocess
 import sys
 import termios
 from pathlib import Path
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -234,8 +234,8 @@ def flat(config):
 
 
 def test_dry_run_leaves_its_picture_alone(config, tmp_path):
-    command = [sys.executable, "train.py", "--config=configs/demo.py", f"--workdir={tmp_path / 'work'}", "--dry-run"]
-    done = subprocess.run([*command, *flat(config)], cwd=ROOT, capture_output=True, text=True)
+    command = ["train.py", "--config=configs/demo.py", f"--workdir={tmp_path / 'work'}", "--dry-run"]
+    done = commands.run([*command, *flat(config)])
     assert done.returncode == 0, done.stderr
     assert [p.name for p in (tmp_path / "work").iterdir()] == ["dry_run.png"]
     model = configs.build_model(config)
@@ -346,7 +346,7 @@ def test_a_command_without_its_packages(monkeypatch, capsys):
 
 @pytest.mark.parametrize("words", [["train.py"], ["eval.py"], ["-m", "pwcrf_jax", "check"]])
 def test_help_of_a_process(words):
-    done = subprocess.run([sys.executable, *words, "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = commands.run([*words, "--help"])
     name = words[-1].removesuffix(".py")
     assert done.returncode == 0 and not done.stderr and f"    pwcrf {name} " in done.stdout
     sources = [(ROOT / f"{x}.py").read_text() for x in ("train", "eval")]
