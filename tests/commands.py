@@ -43,9 +43,10 @@ def start(words, out, err, cwd=ROOT, env=None) -> "Process":
     """out, err: paths of files, which may be one."""
     global _server
     if _server is None:
-        _server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-        )
+        # A cache that is some tests' own must not be that of all that follow.
+        env = {name: text for name, text in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        _server = subprocess.Popen([sys.executable, __file__], **pipes, text=True, cwd=ROOT, env=env)
         atexit.register(_server.stdin.close)
     for name in (out, err):
         open(name, "w").close()
