@@ -65,7 +65,7 @@ def _on(monkeypatch, n):
         whole = getattr(parallel, name)
         monkeypatch.setattr(parallel, name, lambda fn, *_, f=whole, **kw: f(fn, devices=jax.devices()[:n], **kw))
     split = parallel.split
-    monkeypatch.setattr(parallel, "split", lambda batch: split(batch, n))
+    monkeypatch.setattr(parallel, "split", lambda batch, *_: split(batch, n))
 
 
 def _train(config, workdir, n, steps_to_go):
