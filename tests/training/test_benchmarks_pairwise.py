@@ -33,7 +33,7 @@ def run(*args):
     return commands.run([SCRIPT, *args], env=env)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_quick(tmp_path):
     plots = importlib.util.find_spec("matplotlib") is not None
     done = run("--quick", "--no-train-step", *(["--output", tmp_path] if plots else []))

@@ -31,7 +31,7 @@ from pwcrf_jax.training.optimizer import make_optimizer
 from reference import crf_oracle
 
 ROOT = pathlib.Path(__file__).parents[2]
-NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("[!_]*.py"))
 SHIPPED = [(name, ()) for name in NAMES] + [("camvid_mobilenet_v2", ("both",)), ("camvid_mobilenet_v2", ("free",))]
 UINT8, INT32 = np.uint8, np.int32
 
