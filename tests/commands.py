@@ -27,10 +27,7 @@ _server = None
 
 
 def run(words, cwd=ROOT, env=None, timeout=600) -> subprocess.CompletedProcess:
-    """words: a script, -m and a module, or -c and code, with arguments. env: all variables; None: those of here.
-
-    Variables of JAX are its settings, and are not taken away.
-    """
+    """words: a script, -m and a module, or -c and code, with arguments. env: all variables; None: those of here."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = (pathlib.Path(folder, name) for name in ("out", "err"))
         process = start(words, out, err, cwd, env)
@@ -43,8 +40,9 @@ def start(words, out, err, cwd=ROOT, env=None) -> "Process":
     """out, err: paths of files, which may be one."""
     global _server
     if _server is None:
+        plain = {name: text for name, text in os.environ.items() if not name.startswith("JAX_")}
         _server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=plain
         )
         atexit.register(_server.stdin.close)
     for name in (out, err):
@@ -127,7 +125,7 @@ def _become(asked):
     import jax
 
     for name, text in asked["env"].items():
-        if name.startswith("JAX_") and text != os.environ.get(name):
+        if name.startswith("JAX_"):  # JAX has read its variables, of which the server has none
             jax.config.update(name.lower(), _value(text))
     os.environ.clear()
     os.environ.update(asked["env"])

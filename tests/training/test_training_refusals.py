@@ -274,6 +274,8 @@ def _run(script, *args):
                 "--workdir=setup.cfg",
                 "--config.data.data_dir={tmp}",
                 "--config.eval.batch_size=8",
+                "--config.data.synthetic.num_train=8",
+                "--config.data.synthetic.num_val=8",
             ],
             "setup.cfg",
         ),
