@@ -99,6 +99,7 @@ def step(
     settings: Settings = DEFAULT_SETTINGS,
     *,
     node_mask: ArrayLike | None = None,
+    **fields: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """One parallel update of all nodes.
 
@@ -112,6 +113,7 @@ def step(
       settings: `Settings`; num_iterations has no meaning here.
       node_mask: bool [..., num_nodes] or [..., H, W]; false nodes (void, padding) neither send nor receive, and may
         hold anything.
+      fields: of `Settings` by name, in place of those of settings, such as weights=0.5.
 
     Returns:
       (log_marginals, change): the new state, float32, and the largest |Q_new - Q_old| of each image, float32
@@ -120,7 +122,7 @@ def step(
     Raises:
       TypeError, ValueError: as `run`.
     """
-    scores, found, settings, shares = _checked(unary, potentials, settings)
+    scores, found, settings, shares = _checked(unary, potentials, replaced(settings, fields))
     return _step(as_array(log_marginals), scores, found, settings, shares, as_mask(node_mask))
 
 
@@ -130,6 +132,7 @@ def run(
     settings: Settings = DEFAULT_SETTINGS,
     *,
     node_mask: ArrayLike | None = None,
+    **fields: Any,
 ) -> tuple[jax.Array, MeanFieldInfo]:
     """Mean field from the unary: parallel updates, `settings.num_iterations` of them, in a `lax.scan`.
 
@@ -137,13 +140,13 @@ def run(
       unary: scores z (= -U), float [..., num_nodes, K] for tables or [..., H, W, K] for factored potentials.
       potentials: as in `step`. Tables of graphs and potentials on grids do not mix.
       settings: `Settings`.
-      node_mask: as in `step`.
+      node_mask, fields: as in `step`.
 
     Returns:
       (log_marginals, MeanFieldInfo): float32, the shape of unary; changes [num_iterations, ...batch].
 
     Raises:
-      TypeError: what is no potential.
+      TypeError: what is no potential; names that are no fields of `Settings`.
       ValueError: mixed encodings, a number of weights other than the number of potentials, damping outside [0, 1)
         where it can be seen, other classes or another grid in a potential than in the unary, names of weights other
         than those of the potentials.
@@ -155,13 +158,24 @@ def run(
       >>> log_marginals, info = pw.mean_field.run(unary, [table])
       >>> [round(p, 2) for p in jnp.exp(log_marginals)[1].tolist()]  # of node 1
       [0.3, 0.7]
-      >>> half = pw.mean_field.Settings(weights=0.5, num_iterations=5)
-      >>> log_marginals, info = pw.mean_field.run(unary, [table], half)
+      >>> log_marginals, info = pw.mean_field.run(unary, [table], weights=0.5, num_iterations=5)
       >>> info.change.shape
       (5,)
     """
-    scores, found, settings, shares = _checked(unary, potentials, settings)
+    scores, found, settings, shares = _checked(unary, potentials, replaced(settings, fields))
     return _run(scores, found, settings, shares, as_mask(node_mask))
+
+
+def replaced(settings: Settings, fields: dict[str, Any]) -> Settings:
+    """`settings` with other values of these fields, of the types of `Settings`: int, bool, str, float or arrays [R].
+
+    Raises:
+      TypeError: a name that is no field of `Settings`.
+    """
+    known = [field.name for field in dataclasses.fields(Settings)]
+    if unknown := [name for name in fields if name not in known]:
+        raise TypeError(f"{unknown[0]!r} is no field of mean_field.Settings; it has {', '.join(known)}")
+    return dataclasses.replace(settings, **fields)
 
 
 def _checked(

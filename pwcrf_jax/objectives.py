@@ -19,7 +19,7 @@ from pwcrf_jax import inputs, mean_field, piecewise
 from pwcrf_jax.arrays import as_array, as_mask, compiled
 from pwcrf_jax.labels import VOID, checked, split
 from pwcrf_jax.likelihood import Sums
-from pwcrf_jax.mean_field import DEFAULT_SETTINGS, Settings
+from pwcrf_jax.mean_field import DEFAULT_SETTINGS, Settings, replaced
 from pwcrf_jax.potentials import RULED_OUT, PairwiseTable, Potential, to_table
 
 MAX_LABELLINGS = 2**20
@@ -34,6 +34,7 @@ def pseudo_log_likelihood(
     *,
     void: int | None = VOID,
     node_weights: ArrayLike | None = None,
+    **fields: Any,
 ) -> Sums:
     """Sum and count of log P(y_i | labels of its neighbours, x) (Besag, 1975).
 
@@ -51,6 +52,7 @@ def pseudo_log_likelihood(
       settings: of inference, `mean_field.Settings`; num_iterations and damping have no meaning here.
       void: the void label, static and outside 0..K-1.
       node_weights: float of the nodes' shape or None (1), for the sum and the count.
+      fields: of `mean_field.Settings` by name, in place of those of settings.
 
     Returns:
       (sum, count): float32 scalars.
@@ -58,6 +60,7 @@ def pseudo_log_likelihood(
     Raises:
       TypeError, ValueError: labels as in `piecewise.unary_log_likelihood`, and what `mean_field.run` refuses.
     """
+    settings = replaced(settings, fields)
     unary, found, weights = inputs.model(unary, potentials, settings.weights)
     labels = checked(labels, unary.shape[-1], void, unary.shape[:-1])
     settings = dataclasses.replace(settings, weights=weights, damping=0.0)
@@ -90,6 +93,7 @@ def unrolled_log_likelihood(
     void: int | None = VOID,
     node_mask: ArrayLike | None = None,
     node_weights: ArrayLike | None = None,
+    **fields: Any,
 ) -> Sums:
     """Sum and count of log Q_i(y_i) after mean field, back-propagated through all of its iterations.
 
@@ -98,7 +102,7 @@ def unrolled_log_likelihood(
     than the model. Void nodes take part (their labels are unknown, not absent) and are not scored.
 
     Args:
-      unary, potentials, labels, void, node_weights: as in `pseudo_log_likelihood`.
+      unary, potentials, labels, void, node_weights, fields: as in `pseudo_log_likelihood`.
       settings: of inference, `mean_field.Settings`. Differentiable in weights and damping too.
       node_mask: bool of the nodes' shape; false nodes (padding) neither send nor receive, and are not scored.
 
@@ -108,6 +112,7 @@ def unrolled_log_likelihood(
     Raises:
       TypeError, ValueError: labels as in `piecewise.unary_log_likelihood`, and what `mean_field.run` refuses.
     """
+    settings = replaced(settings, fields)
     unary, found, weights = inputs.model(unary, potentials, settings.weights)
     mask = as_mask(node_mask)
     labels = checked(labels, unary.shape[-1], void, unary.shape[:-1], mask=mask)
@@ -133,6 +138,7 @@ def exact_log_likelihood(
     settings: Settings = DEFAULT_SETTINGS,
     *,
     void: int | None = VOID,
+    **fields: Any,
 ) -> Sums:
     """log P(y | x) of the CRF itself, with its partition function by enumeration: an oracle for tiny graphs.
 
@@ -147,6 +153,7 @@ def exact_log_likelihood(
       labels: int [num_nodes] or [H, W]; void and others as in `piecewise.unary_log_likelihood`.
       settings: `mean_field.Settings`, of which only weights have a meaning here.
       void: the void label, static and outside 0..K-1.
+      fields: as in `pseudo_log_likelihood`.
 
     Returns:
       (sum, count): log P(y | x) and the number of nodes that are not void, float32 scalars.
@@ -162,6 +169,7 @@ def exact_log_likelihood(
       >>> round(float(jnp.exp(total)), 3), float(count)  # 3 / (3 + 1 + 1 + 3)
       (0.375, 2.0)
     """
+    settings = replaced(settings, fields)
     if settings.average_messages:
         raise ValueError("the exact likelihood is that of sums of messages: expected average_messages=False, got True")
     found, weights = inputs.relations(potentials, settings.weights)

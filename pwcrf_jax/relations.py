@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 UNITS = ("short_side", "cells")
+"""Units of a box, names: of the short side of the map, or cells."""
 _EPS = 1e-9  # 0.2 * 15 is 3.0000000000000004 in floating point, 0.29 * 100 is 28.999999999999996
 
 

@@ -294,3 +294,22 @@ def test_refused_arguments():
 def test_static_settings_are_refused_where_they_are_made(setting, match):
     with pytest.raises(ValueError, match=match):
         Settings(**setting)
+
+
+def test_fields_by_name_are_those_of_settings():
+    unary, (table,) = (
+        jnp.array([[0.0, 2.0], [0.0, 0.0]]),
+        [pw.PairwiseTable(jnp.array([[[1.0, 0.0], [0.0, 1.0]]]), p=jnp.array([0]), q=jnp.array([1]))],
+    )
+    settings = pw.mean_field.Settings(weights=0.5, num_iterations=4, damping=0.25)
+    for call in (pw.mean_field.run, lambda *args, **more: pw.mean_field.step(pw.mean_field.init(unary), *args, **more)):
+        whole, by_name = call(unary, table, settings), call(unary, table, weights=0.5, num_iterations=4, damping=0.25)
+        mixed = call(unary, table, pw.mean_field.Settings(weights=2.0, num_iterations=4, damping=0.25), weights=0.5)
+        for other in (by_name, mixed):
+            np.testing.assert_array_equal(whole[0], other[0])
+    labels, weak = jnp.array([1, 0]), pw.mean_field.Settings(weights=0.5)
+    for objective in (pw.pseudo_log_likelihood, pw.unrolled_log_likelihood, pw.exact_log_likelihood):
+        assert objective(unary, table, labels, weights=0.5) == objective(unary, table, labels, weak)
+        assert objective(unary, table, labels, weights=0.5) != objective(unary, table, labels)
+    with pytest.raises(TypeError, match="'iterations' is no field of mean_field.Settings; it has num_iterations"):
+        pw.mean_field.run(unary, table, iterations=3)

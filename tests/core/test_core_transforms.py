@@ -198,7 +198,7 @@ def public_functions(*modules):
 
 
 # Static geometry, costs and figures on the host: nothing to trace.
-HOST = {"offsets", "edge_list", "validity_mask", "scores", "radius_of", *public_functions(costs, plan)}
+HOST = {"replaced", "offsets", "edge_list", "validity_mask", "scores", "radius_of", *public_functions(costs, plan)}
 
 
 def test_every_public_function_is_in_the_battery():

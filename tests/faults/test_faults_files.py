@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from faults import states
 from faults.kill import ROOT
+from ml_collections import ConfigDict
 from PIL import Image
 from rows import full_but
 
@@ -55,7 +56,7 @@ def _lock(workdir):
 
 
 WRITERS = {
-    "config.json": lambda workdir: configs.save(configs.ConfigDict({"a": 1}), workdir / "config.json"),
+    "config.json": lambda workdir: configs.save(ConfigDict({"a": 1}), workdir / "config.json"),
     "classes.json": lambda workdir: configs.save_classes(["sky"], [(1, 2, 3)], workdir),
     "tuned.json": lambda workdir: configs.write_tuned({"config": {}}, workdir),
     "eval_val.json": lambda workdir: evaluate.write({"split": "val"}, str(workdir)),

@@ -63,9 +63,9 @@ def _on(monkeypatch, n):
     """Training and evaluation see the first n devices."""
     for name in ("pmap_train", "pmap_eval"):
         whole = getattr(parallel, name)
-        monkeypatch.setattr(parallel, name, lambda *args, f=whole, **kw: f(*args, devices=jax.devices()[:n], **kw))
+        monkeypatch.setattr(parallel, name, lambda fn, *_, f=whole, **kw: f(fn, devices=jax.devices()[:n], **kw))
     split = parallel.split
-    monkeypatch.setattr(parallel, "split", lambda batch: split(batch, n))
+    monkeypatch.setattr(parallel, "split", lambda batch, *_: split(batch, n))
 
 
 def _train(config, workdir, n, steps_to_go):

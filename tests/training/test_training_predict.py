@@ -300,7 +300,7 @@ def test_no_images(trained, tmp_path, monkeypatch, images):
     (tmp_path / "empty").mkdir()
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("")
-    monkeypatch.setattr(evaluate, "restore_params", lambda *_: pytest.fail("went on"))
+    monkeypatch.setattr(restore, "restore_params", lambda *_: pytest.fail("went on"))
     config = configs.load(trained / "config.json")
     with pytest.raises(DataError, match="--images=.*no .*files.* there"):
         predict.predict(config, str(trained), str(tmp_path / "out"), images=str(tmp_path / images))
@@ -360,7 +360,7 @@ class Fixed:
 def fixed(trained, tmp_path, monkeypatch):
     """run(format_name, num_classes) -> the label files it wrote, {path: PIL image}; images a/one.jpg, a/two.v2.png."""
     monkeypatch.setattr(inference, "Predictor", Fixed)
-    monkeypatch.setattr(evaluate, "restore_params", lambda *_: (None, None, 7))
+    monkeypatch.setattr(restore, "restore_params", lambda *_: (None, None, 7))
     save(tmp_path / "in" / "a" / "one.jpg", scene(70, 90))
     save(tmp_path / "in" / "a" / "two.v2.png", scene(30, 41))
 
@@ -462,7 +462,7 @@ def test_classes_are_kept_with_the_run(trained, tmp_path):
     names, palette = predict.class_info(config, str(tmp_path))
     assert names[3] == "Road" and palette[3] == (128, 64, 128)
     config.data.name, config.data.num_classes = "image_folder", 3
-    assert predict.class_info(config, str(tmp_path))[0] == ["class_0", "class_1", "class_2"]
+    assert predict.class_info(config, str(tmp_path))[0] == ("class_0", "class_1", "class_2")
     with pytest.raises(configs.ConfigError, match="num_classes = 3, but the run .* has 6"):
         predict.class_info(config, str(trained))
     (tmp_path / configs.CLASSES).write_text('[{"name": "a", "colour": [1, 2]}]')

@@ -11,8 +11,7 @@ from PIL import Image
 
 from pwcrf_jax import config as configs
 from pwcrf_jax.data import DataError
-from pwcrf_jax.evaluation import evaluate
-from pwcrf_jax.prediction import predict
+from pwcrf_jax.prediction import predict, restore
 from pwcrf_jax.prediction import predictor as inference
 from pwcrf_jax.runtime.files import FileError
 
@@ -39,7 +38,7 @@ class Zeros:
 def run(tmp_path, monkeypatch):
     """run(**options): what `predict` returns for tmp_path/in with --output tmp_path/out."""
     monkeypatch.setattr(inference, "Predictor", Zeros)
-    monkeypatch.setattr(evaluate, "restore_params", lambda *_: (None, None, 7))
+    monkeypatch.setattr(restore, "restore_params", lambda *_: (None, None, 7))
     (tmp_path / "in").mkdir()
     save(tmp_path / "in" / "a.png")
     work = tmp_path / "work"

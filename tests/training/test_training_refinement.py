@@ -14,9 +14,9 @@ from rows import full_row
 from pwcrf_jax import config as configs
 from pwcrf_jax import dense_crf
 from pwcrf_jax.evaluation import evaluate, tuning
+from pwcrf_jax.evaluation import steps as eval_steps
 from pwcrf_jax.prediction import refinement, restore
 from pwcrf_jax.runtime import checkpoint
-from pwcrf_jax.training import steps
 
 ROOT = pathlib.Path(__file__).parents[2]
 K = 4
@@ -183,7 +183,7 @@ def test_a_search_that_is_stopped_goes_on(searched, monkeypatch):
     calls.clear()
     monkeypatch.setattr(tuning, "_score_kernels", lambda *args: (calls.append(args), score(*args))[1])
     monkeypatch.setattr(tuning, "_score_messages", lambda *_: pytest.fail("messages were scored again"))
-    monkeypatch.setattr(steps, "make_eval_step", lambda *_, **__: pytest.fail("marginals were computed again"))
+    monkeypatch.setattr(eval_steps, "make_eval_step", lambda *_, **__: pytest.fail("marginals were computed again"))
     assert tuning.tune(config, str(workdir), "best", "val[:8]", "spatial", 4) == whole
     assert len(calls) == 2
 
