@@ -92,12 +92,12 @@ def test_few_sizes_of_frames():
 
 
 def test_a_lattice_that_is_too_small_is_built_again():
-    marginals, batch = sample([(90, 96)], (96, 96))
+    marginals, batch = sample([(78, 80)], (80, 80))
     batch["image"] = np.random.default_rng(3).integers(0, 256, batch["image"].shape).astype(np.uint8)
     params = PARAMS._replace(appearance_sxy=2.0, appearance_srgb=3.0)  # each pixel has vertices of its own
-    tight = SETTINGS._replace(params=params)
+    tight = SETTINGS._replace(params=params, num_iterations=1)
     one = dense_crf.refine(
-        np.full((90, 96, K), -np.log(K), np.float32), batch["image"][0, :90], params, 1, method="lattice"
+        np.full((78, 80, K), -np.log(K), np.float32), batch["image"][0, :78], params, 1, method="lattice"
     )[1]
     assert one.exceeded
     got, _ = refinement.refine_batch(marginals, batch, tight)
@@ -148,9 +148,9 @@ def searched(trained, tmp_path):
 
 def test_a_search_that_is_stopped_goes_on(searched, monkeypatch):
     config, workdir = searched
-    whole = tuning.tune(config, str(workdir), "best", "val[:8]", "full", 4)
+    whole = tuning.tune(config, str(workdir), "best", "val[:8]", "spatial", 4)
     notes = next((workdir / "tuning").iterdir())
-    kernels = next(notes.glob("marginals-*/refine-full.jsonl"))  # beside the marginals that they are trials of
+    kernels = next(notes.glob("marginals-*/refine-spatial.jsonl"))  # beside the marginals that they are trials of
     assert len(kernels.read_text().splitlines()) == 4
     assert json.loads((workdir / "tuned.json").read_text()) == json.loads(json.dumps(whole))
     best = max(json.loads(line)["miou"] for line in kernels.read_text().splitlines())
@@ -176,7 +176,7 @@ def test_a_search_that_is_stopped_goes_on(searched, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(tuning, "_score_kernels", stops)
         with pytest.raises(KeyboardInterrupt):
-            tuning.tune(config, str(workdir), "best", "val[:8]", "full", 4)
+            tuning.tune(config, str(workdir), "best", "val[:8]", "spatial", 4)
     assert not (workdir / "tuned.json").exists()
     with open(kernels, "a") as f:
         f.write('{"smoothness_compat": 1.')
@@ -184,7 +184,7 @@ def test_a_search_that_is_stopped_goes_on(searched, monkeypatch):
     monkeypatch.setattr(tuning, "_score_kernels", lambda *args: (calls.append(args), score(*args))[1])
     monkeypatch.setattr(tuning, "_score_messages", lambda *_: pytest.fail("messages were scored again"))
     monkeypatch.setattr(eval_steps, "make_eval_step", lambda *_, **__: pytest.fail("marginals were computed again"))
-    assert tuning.tune(config, str(workdir), "best", "val[:8]", "full", 4) == whole
+    assert tuning.tune(config, str(workdir), "best", "val[:8]", "spatial", 4) == whole
     assert len(calls) == 2
 
 
