@@ -148,9 +148,9 @@ def searched(trained, tmp_path):
 
 def test_a_search_that_is_stopped_goes_on(searched, monkeypatch):
     config, workdir = searched
-    whole = tuning.tune(config, str(workdir), "best", "val[:8]", "spatial", 4)
+    whole = tuning.tune(config, str(workdir), "best", "val[:8]", "full", 4)
     notes = next((workdir / "tuning").iterdir())
-    kernels = next(notes.glob("marginals-*/refine-spatial.jsonl"))  # beside the marginals that they are trials of
+    kernels = next(notes.glob("marginals-*/refine-full.jsonl"))  # beside the marginals that they are trials of
     assert len(kernels.read_text().splitlines()) == 4
     assert json.loads((workdir / "tuned.json").read_text()) == json.loads(json.dumps(whole))
     best = max(json.loads(line)["miou"] for line in kernels.read_text().splitlines())
@@ -176,7 +176,7 @@ def test_a_search_that_is_stopped_goes_on(searched, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(tuning, "_score_kernels", stops)
         with pytest.raises(KeyboardInterrupt):
-            tuning.tune(config, str(workdir), "best", "val[:8]", "spatial", 4)
+            tuning.tune(config, str(workdir), "best", "val[:8]", "full", 4)
     assert not (workdir / "tuned.json").exists()
     with open(kernels, "a") as f:
         f.write('{"smoothness_compat": 1.')
@@ -184,7 +184,7 @@ def test_a_search_that_is_stopped_goes_on(searched, monkeypatch):
     monkeypatch.setattr(tuning, "_score_kernels", lambda *args: (calls.append(args), score(*args))[1])
     monkeypatch.setattr(tuning, "_score_messages", lambda *_: pytest.fail("messages were scored again"))
     monkeypatch.setattr(eval_steps, "make_eval_step", lambda *_, **__: pytest.fail("marginals were computed again"))
-    assert tuning.tune(config, str(workdir), "best", "val[:8]", "spatial", 4) == whole
+    assert tuning.tune(config, str(workdir), "best", "val[:8]", "full", 4) == whole
     assert len(calls) == 2
 
 
