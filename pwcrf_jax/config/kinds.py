@@ -1,5 +1,6 @@
 """Kinds of values that keys of a config take, so that a wrong value is refused by name before any compute."""
 
+import abc
 import difflib
 from collections.abc import Iterable
 from typing import Any
@@ -9,13 +10,14 @@ from pwcrf_jax.runtime import files
 _LARGEST: dict[type, int | float] = {int: 2**31 - 1, float: 3.4e38}  # what int32 and float32 hold
 
 
-class Kind:
+class Kind(abc.ABC):
     """A set of values. wanted: the values in words, as in "must be WANTED"."""
 
     wanted: str
 
+    @abc.abstractmethod
     def accepts(self, x: Any) -> bool:
-        raise NotImplementedError
+        """Whether x is one of the values."""
 
     def refusal(self, key: str, x: Any) -> str:
         """A sentence on a value that is not accepted."""

@@ -3,6 +3,7 @@
 An objective is data, one of `OBJECTIVES`: its terms, their weights, its stages, and what a config may ask of it.
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar
@@ -92,7 +93,7 @@ def _balance(grid: jax.Array, num_classes: int, power: float) -> jax.Array | Non
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
+class Objective(abc.ABC):
     """An objective of training; `OBJECTIVES` has them by name.
 
     Attributes:
@@ -119,10 +120,11 @@ class Objective:
         """Kinds of factors that each stage trains, of `TRAINED_FACTORS`, in order."""
         return tuple((kind,) for kind in TRAINED_FACTORS) if self.staged else (TRAINED_FACTORS,)
 
+    @abc.abstractmethod
     def term_names(self, potentials: Potentials) -> tuple[str, ...]:
         """Names of all terms of a model with these potentials, whichever the stage."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def terms(
         self,
         potentials: Potentials,
@@ -140,11 +142,10 @@ class Objective:
           inference: settings of mean field; where its weights are a mapping, they name the relations that take part.
           valid_box: int [B, 4], where the image lies in its crop (`pwcrf_jax.model.decode`); None: all is image.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def weights(self, terms: Terms, settings: Settings = DEFAULT_SETTINGS) -> dict[str, float]:
         """The weight of each term in the loss; those that it leaves out are there to be watched."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +196,7 @@ class Joint(Objective):
     def weights(self, terms: Terms, settings: Settings = DEFAULT_SETTINGS) -> dict[str, float]:
         return {self.term: 1.0}
 
+    @abc.abstractmethod
     def log_likelihood(
         self,
         potentials: Potentials,
@@ -205,7 +207,6 @@ class Joint(Objective):
         node_weights: jax.Array | None = None,
     ) -> Sums:
         """(sum, count) of its own term; grid: int [B, h, w], the labels of the cells."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)

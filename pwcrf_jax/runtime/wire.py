@@ -8,6 +8,7 @@ one is killed its connection breaks, and they end as well. Process 0 goes last, 
 Messages are JSON objects, one a line. Nothing that is received is executed.
 """
 
+import abc
 import contextlib
 import json
 import os
@@ -64,22 +65,22 @@ class _Channel:
         self._sock.close()
 
 
-class _Wire:
+class _Wire(abc.ABC):
     def __init__(self, index: int, processes: int):
         self.index, self.processes, self.host = index, processes, socket.gethostname()
         self._ending = threading.Lock()  # is held by the one thread that ends this process
 
+    @abc.abstractmethod
     def agree(self, facts: dict[str, Any]) -> None:
         """Returns once all processes have called it with equal facts, {key: JSON value}. All must call it.
 
         Where they are not equal, process 0 raises a ConfigError that names the first key, the processes and their
         values; it ends the others with that line.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def done(self) -> None:
         """This process has done what it was for: that its connection breaks means nothing any more."""
-        raise NotImplementedError
 
     def end(self, code: int, line: str) -> NoReturn:
         """Ends all processes with a code; the others print the line, which this one has printed. Does not return."""
@@ -88,8 +89,9 @@ class _Wire:
         self._tell(code, f"process {self.index} on {self.host}: {line}")
         self._leave(code)
 
+    @abc.abstractmethod
     def _tell(self, code: int, line: str) -> None:
-        raise NotImplementedError
+        """Tells the other processes, or the one that does, that this one ends."""
 
     def _ended(self, code: int, line: str) -> None:
         """Another process has ended, and so does this one, from the thread that was told of it."""
