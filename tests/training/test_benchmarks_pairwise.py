@@ -10,6 +10,8 @@ import commands
 import pytest
 import small
 
+from pwcrf_jax import piecewise
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "pairwise.py"
 FIGURES = (
@@ -70,9 +72,9 @@ def script():
 
 
 def test_disagreement_is_refused(script, monkeypatch):
-    original = script.piecewise.pairwise_log_likelihood
+    original = piecewise.pairwise_log_likelihood
     wrong = lambda *args: (1.01 * original(*args)[0], None)
-    monkeypatch.setattr(script.piecewise, "pairwise_log_likelihood", wrong)
+    monkeypatch.setattr(piecewise, "pairwise_log_likelihood", wrong)
     with pytest.raises(SystemExit, match="ours and concat differ in"):
         script.measure("loss", script.Size(4, 5, 8, 8, product_rows=8), "full", 3, repeats=1, patience=1.0)
 
@@ -95,8 +97,9 @@ def test_train_step_doubles_the_batch_while_it_fits(script, config, monkeypatch,
     config.model.parameterisation = "free"
     config.model.relations = ("surrounding",)
     needs = iter([1, 10**18])
-    monkeypatch.setattr(script, "needed_bytes", lambda memory: next(needs))
-    rows = script.train_step_rows(config, (48, 64), ("float32",), repeats=1)
+    module = importlib.import_module("train_step")  # beside the script
+    monkeypatch.setattr(module, "needed_bytes", lambda memory: next(needs))
+    rows = module.train_step_rows(config, (48, 64), ("float32",), repeats=1)
     assert [row["batch"] for row in rows] == [1]
     assert positive(rows[0]["images_per_second"])
     assert "2  does not fit" in capsys.readouterr().out
