@@ -150,7 +150,6 @@ class ImageByImage:
         self._predictor, self._row, self._settings, self._watch = predictor, row, settings, watch
 
     def add(self, seen: Seen) -> None:
-        counts: dict[str, Any] = {}
         change = np.zeros(self._settings.num_iterations if self._settings else 0, np.float32)
         rows = ["tta"] * bool(self._predictor) + ["refined"] * bool(self._settings)
         num_classes = next(iter(seen.confusion.values())).shape[-1]

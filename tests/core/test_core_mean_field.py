@@ -307,6 +307,10 @@ def test_fields_by_name_are_those_of_settings():
         mixed = call(unary, table, pw.mean_field.Settings(weights=2.0, num_iterations=4, damping=0.25), weights=0.5)
         for other in (by_name, mixed):
             np.testing.assert_array_equal(whole[0], other[0])
+    by_jit = jax.jit(lambda weight, damping: pw.mean_field.run(unary, table, weights=weight, damping=damping)[0])
+    of = pw.mean_field.Settings(weights=0.5, damping=0.25)
+    np.testing.assert_allclose(by_jit(0.5, 0.25), pw.mean_field.run(unary, table, of)[0], rtol=1e-6)
+    assert jnp.isfinite(jax.grad(lambda weight: by_jit(weight, 0.25)[1, 1])(0.5))
     labels, weak = jnp.array([1, 0]), pw.mean_field.Settings(weights=0.5)
     for objective in (pw.pseudo_log_likelihood, pw.unrolled_log_likelihood, pw.exact_log_likelihood):
         assert objective(unary, table, labels, weights=0.5) == objective(unary, table, labels, weak)

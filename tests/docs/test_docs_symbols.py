@@ -7,16 +7,12 @@ after them, as tools read it.
 """
 
 import ast
-import importlib
-import importlib.util
 import re
 import subprocess
 import sys
 import zlib
 from pathlib import Path
 from typing import NamedTuple
-
-import pytest
 
 import pwcrf_jax
 from pwcrf_jax import nets
@@ -148,7 +144,6 @@ def test_api_pages_hold_every_module_and_the_navigation_every_page():
     assert not missing, "add these to the table of docs/api/index.md"
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("mkdocs"), reason='pip install -e ".[docs]"')
 def test_site_is_built_holds_every_symbol_and_asks_no_network(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
