@@ -7,7 +7,7 @@
 * heads: gradient, with respect to parameters and maps, of one Unary-Net and two Pairwise-Nets on maps of the sizes that
   CamVid's configuration and the paper's VOC configuration give them; first layers on each scale's own map, against the
   same on the upsampled, concatenated features. Both are the same function: the largest difference of an output is
-  printed, relative to its largest entry. (Gradients are compared in tests/nets/test_nets_layers.py; at these sizes some
+  printed, relative to its largest entry. (tests/unit/nets/test_nets_layers.py compares gradients; at these sizes some
   ReLU lies so near zero that rounding decides it.) Memory is what XLA plans for temporaries.
 * messages: of one relation, float32, over a range of shapes; "factored" against "table". Columns: seconds of one and of
   ten iterations by each ("table" forms its scores before the first), what `costs.algorithm` chooses for 3 and for 10

@@ -2,7 +2,7 @@
 """Mutants of the core: one wrong line each, which the tests must notice.
 
     python tests/mutants.py            (each mutant against the tests named beside it: fast tier)
-    python tests/mutants.py --full     (both tiers of tests/core, for those that the fast tier let live)
+    python tests/mutants.py --full     (both tiers of tests/unit/core, for those that the fast tier let live)
     python tests/mutants.py 3 17       (these alone)
 
 Works on a copy of the checkout. Prints a line for each mutant, then how many were killed; exit code 1 where one lives.
@@ -18,7 +18,7 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
-# (module of pwcrf_jax, line as it is, line as the mutant has it, files of tests/core that should notice)
+# (module of pwcrf_jax, line as it is, line as the mutant has it, files of tests/unit/core that should notice)
 MUTANTS = [
     ("relations", "if lo < 0 == hi:\n        high = -1", "if lo < 0 == hi:\n        high = 0", "relations"),
     ("relations", "low = min(low, -1)", "low = low", "relations"),
@@ -82,7 +82,7 @@ MUTANTS = [
 
 
 def killed(folder: pathlib.Path, files: str, full: bool) -> bool:
-    tests = ["tests/core"] if full else [f"tests/core/test_core_{name}.py" for name in files.split()]
+    tests = ["tests/unit/core"] if full else [f"tests/unit/core/test_core_{name}.py" for name in files.split()]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     command += ["-m", "not slow" if full else "not slow and not full"]
     done = subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True)

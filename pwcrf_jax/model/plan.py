@@ -5,7 +5,7 @@ The nets' figures are read from the jaxprs of the model and of its gradient, tho
 sum, half of what XLA counts as operations: matrix products, convolutions and elementwise products count, and taps of a
 convolution that fall on padding do not.
 
-What memory means here, and how near it is (tests/nets/test_nets_plan.py, against XLA on a CPU, float32):
+What memory means here, and how near it is (tests/unit/nets/test_nets_plan.py, against XLA on a CPU, float32):
 
 * activations: what JAX keeps for the backward pass, each buffer once. Parameters, images and constants are left out. A
   mask (where a ReLU was positive, which of two values a maximum took) is not kept but compared again, so what it
