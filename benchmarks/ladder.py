@@ -7,7 +7,7 @@
 
 Rungs: baseline (one scale) -> pyramid (+ sliding pyramid pooling) -> multiscale (+ two more scales) -> refined (+ the
 dense CRF on that model's unary) -> contextual (+ relations, trained on the multiscale model's features while they
-stand still, with the dense CRF on top) -> convs (+ refinement convolutions on middle layers, trained beside those
+stand still, with the dense CRF on top) -> convs (+ refinement convolutions on skip layers, trained beside those
 relations, ahead of the dense CRF). Beside the ladder: joint (unary and relations together from the start, as the
 config has it: the relations do not train the features), joint_features (they do), and two that are trained through
 mean field, with message weights of 1 and the class balance of the unary, so that no weight is chosen: unrolled in

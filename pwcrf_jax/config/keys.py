@@ -48,7 +48,7 @@ SECTIONS = {
     "model": "The model",
     "model.mobilenet_v2": "The backbone mobilenet_v2",
     "model.tiny": "The backbone tiny",
-    "model.refinement_convs": "Convolutions on middle layers of the backbone, ahead of the dense CRF [choice]",
+    "model.refinement_convs": "Convolutions on skip layers of the backbone, ahead of the dense CRF [choice]",
     "loss": "The training objective",
     "optimizer": "The optimizer [choice]",
     "train": "Training",

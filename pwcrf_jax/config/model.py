@@ -23,7 +23,7 @@ def build_model(config: ConfigDict) -> Segmenter:
         scales=m.scales,
         block6=m.block6,
         pyramid_windows=m.pyramid_windows,
-        middle=m.refinement_convs.layers,
+        skip_layers=m.refinement_convs.layers,
     )
     try:
         FeatMapNet(**featmap)
@@ -43,7 +43,7 @@ def build_model(config: ConfigDict) -> Segmenter:
         own = f"{m.backbone}: "  # what the backbone says of its options begins so
         text, rest = str(error), str(error).removeprefix(own)
         place = f"model.{m.backbone}." if text != rest else "model: "
-        if text.startswith(f"{own}no layer"):  # of its middle ones
+        if text.startswith(f"{own}no layer"):  # of its skip layers
             place = "model.refinement_convs.layers: "
         raise ConfigError(f"config.{place}{rest}") from None
 

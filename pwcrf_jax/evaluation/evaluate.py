@@ -98,7 +98,7 @@ def row_title(row: str) -> str:
     titles = {
         "unary": "unary",
         "all": "all relations",
-        "convs": "+ middle layers",
+        "convs": "+ skip layers",
         "tta": "+ augmentation",
         "refined": "+ refinement",
     }

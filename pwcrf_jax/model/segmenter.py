@@ -52,7 +52,7 @@ class Segmenter(nn.Module):
       input_scaling: of `pwcrf_jax.nets.scale_input`; belongs to the pretrained weights.
       pairwise_trains_features: of shared features; false stops the gradient of the pairwise terms at them, so that
         they can neither help nor harm the unary.
-      refinement_width: of `pwcrf_jax.nets.RefinementConvs`, which there are if featmap names `middle` layers.
+      refinement_width: of `pwcrf_jax.nets.RefinementConvs`, which there are if featmap names `skip_layers`.
       dtype: computed in, float32 or bfloat16. Parameters, scores and every log-sum-exp are float32.
       pairwise_features: "shared", those of the unary, or "own": the Pairwise-Nets stand on a FeatMap-Net of their own,
         `featmap_pairwise`, one for all relations; the unary's terms do not reach it.
@@ -96,11 +96,11 @@ class Segmenter(nn.Module):
     def __call__(self, images: jax.Array) -> Potentials:
         scaled = scale_input(images, self.input_scaling, self.dtype)
         features = FeatMapNet(**dict(self.featmap), dtype=self.dtype, joined=False, name="featmap")(scaled)
-        features, middle = features if isinstance(features, tuple) else (features, None)
+        features, skipped = features if isinstance(features, tuple) else (features, None)
         unary = UnaryNet(self.num_classes, hidden=self.hidden, dtype=self.dtype, name="unary")(features)
         unary_log_probs = jax.lax.stop_gradient(jax.nn.log_softmax(unary, axis=-1))
         if self.pairwise_features == "own" and self.relations:
-            options = dict(self.featmap) | {"middle": ()}
+            options = dict(self.featmap) | {"skip_layers": ()}
             features = FeatMapNet(**options, dtype=self.dtype, joined=False, name="featmap_pairwise")(scaled)
         elif not self.pairwise_trains_features:
             features = jax.lax.stop_gradient(features)
@@ -116,9 +116,9 @@ class Segmenter(nn.Module):
             )(features)
             potentials[name] = factored_pairwise(*parts, offsets, unary_log_probs if residual else None)
         refinement_logits = None
-        if middle:
+        if skipped:
             convs = RefinementConvs(self.num_classes, self.refinement_width, self.dtype, name="refinement_convs")
-            refinement_logits = convs(unary, middle)
+            refinement_logits = convs(unary, skipped)
         return Potentials(unary, potentials, refinement_logits)
 
     def grids(self, image_size: tuple[int, int]) -> list[tuple[int, int]]:

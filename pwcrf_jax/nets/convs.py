@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 Features = jax.Array | tuple[jax.Array, dict[str, jax.Array]]
-"""The output of a backbone, or (output, {layer: activation}) where middle layers are asked for."""
+"""The output of a backbone, or (output, {layer: activation}) where skip layers are asked for."""
 
 
 class PointwiseConv(nn.Module):
@@ -46,13 +46,13 @@ def conv(features: int, kernel: int, *, name: str, dtype: Any, stride: int = 1) 
     )
 
 
-def check_middle(backbone: str, wanted: Sequence[str], known: Sequence[str]) -> None:
+def check_skip_layers(backbone: str, wanted: Sequence[str], known: Sequence[str]) -> None:
     """Raises ValueError where a backbone is asked for a layer that it does not have before its output."""
     for name in wanted:
         if name not in known:
             raise ValueError(f"{backbone}: no layer {name!r} before the output; known: {', '.join(known)}")
 
 
-def with_middle(output: jax.Array, kept: Mapping[str, jax.Array], wanted: Sequence[str]) -> Features:
+def with_skip_layers(output: jax.Array, kept: Mapping[str, jax.Array], wanted: Sequence[str]) -> Features:
     """A backbone's output, with those of the activations that are wanted, if any."""
     return (output, {name: kept[name] for name in wanted}) if wanted else output

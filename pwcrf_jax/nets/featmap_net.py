@@ -66,7 +66,7 @@ class FeatMapNet(nn.Module):
       scales: factors of the image size, each positive.
       block6: (kernel size, features) of each convolution of block 6, odd sizes; () for none.
       pyramid_windows: odd windows of the sliding pyramid pooling; () for none.
-      middle: layers of the backbone; the call then returns (features, [their activations at the largest scale]).
+      skip_layers: layers of the backbone; the call then returns (features, [their activations at the largest scale]).
       dtype: float32 or bfloat16, the type computed in.
       joined: false returns the maps as they are ahead of upsampling, a list in the order of `scales`, which `UnaryNet`
         and `PairwiseNet` take as well.
@@ -80,7 +80,7 @@ class FeatMapNet(nn.Module):
     scales: tuple[float, ...] = (1.2, 0.8, 0.4)
     block6: tuple[tuple[int, int], ...] = ((7, 4096), (3, 512), (3, 512))
     pyramid_windows: tuple[int, ...] = (5, 9)
-    middle: tuple[str, ...] = ()
+    skip_layers: tuple[str, ...] = ()
     dtype: Any = jnp.float32
     joined: bool = True
 
@@ -93,7 +93,7 @@ class FeatMapNet(nn.Module):
         object.__setattr__(self, "scales", tuple(self.scales))
         object.__setattr__(self, "block6", tuple(tuple(pair) for pair in self.block6))
         object.__setattr__(self, "pyramid_windows", tuple(self.pyramid_windows))
-        object.__setattr__(self, "middle", tuple(self.middle))
+        object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
         self._check()
         super().__post_init__()
 
@@ -121,33 +121,33 @@ class FeatMapNet(nn.Module):
             if window < 1 or window % 2 == 0:
                 raise ValueError(f"pyramid windows must be odd and positive, got {window}")
         fields = BACKBONES[self.backbone].__dataclass_fields__
-        known = [name for name in fields if name not in ("parent", "name", "dtype", "middle")]
+        known = [name for name in fields if name not in ("parent", "name", "dtype", "skip_layers")]
         for option, _ in self.backbone_options:
             if option not in known:
                 raise ValueError(
                     f"backbone {self.backbone!r} has no option {option!r}; known: {', '.join(known) or '-'}"
                 )
         # The backbone's own checks, on one that is no part of this module.
-        BACKBONES[self.backbone](**dict(self.backbone_options), middle=self.middle, parent=None)
+        BACKBONES[self.backbone](**dict(self.backbone_options), skip_layers=self.skip_layers, parent=None)
 
     @nn.compact
     def __call__(self, images: jax.Array) -> Any:
         image_size = (images.shape[1], images.shape[2])
         grid = grid_size(image_size, self.scales)
         options = dict(self.backbone_options)
-        backbone = BACKBONES[self.backbone](**options, middle=self.middle, dtype=self.dtype, name="backbone")
-        maps, middle = [], {}
+        backbone = BACKBONES[self.backbone](**options, skip_layers=self.skip_layers, dtype=self.dtype, name="backbone")
+        maps, skipped = [], {}
         for index, scale in enumerate(self.scales):
             x = backbone(resize(images, _scaled_size(image_size, scale)))
-            if self.middle:
-                x, middle[scale] = x
+            if self.skip_layers:
+                x, skipped[scale] = x
             if self.block6:
                 x = _Block6(self.block6, dtype=self.dtype, name=f"block6_{index}")(x)
             if self.pyramid_windows:
                 x = sliding_pyramid(x, self.pyramid_windows)
             maps.append(x)
         features = jnp.concatenate([resize(x, grid) for x in maps], axis=-1) if self.joined else maps
-        return (features, list(middle[max(self.scales)].values())) if self.middle else features
+        return (features, list(skipped[max(self.scales)].values())) if self.skip_layers else features
 
 
 class _Block6(nn.Module):

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pwcrf_jax.nets.convs import Features, check_middle, conv, with_middle
+from pwcrf_jax.nets.convs import Features, check_skip_layers, conv, with_skip_layers
 from pwcrf_jax.nets.depthwise import METHODS, DepthwiseConv
 
 
@@ -47,8 +47,8 @@ def layer_names() -> tuple[str, ...]:
     return ("Conv1", *(name for block in BLOCKS for name in _layers(block)), "Conv_1")
 
 
-def middle_names() -> tuple[str, ...]:
-    """The layers that `MobileNetV2.middle` may name: expansions at strides 2 (block_1), 4 (2, 3), 8 (4 to 6) and 16."""
+def skip_layer_names() -> tuple[str, ...]:
+    """The layers that `MobileNetV2.skip_layers` may name: expansions, strides 2 (block_1), 4 (2, 3), 8 (4 to 6), 16."""
     return tuple(f"{block.name}_expand" for block in BLOCKS if block.expand)
 
 
@@ -73,17 +73,17 @@ class MobileNetV2(nn.Module):
       depthwise: "shifted", "grouped" or "auto"; see `DepthwiseConv`. All compute the same.
       freeze_until: a block's name, such as "block_6"; no gradient passes to the layers before that block, so
           they need no backward pass. "" trains everything.
-      middle: some of `middle_names()`, before the output; the call then returns (output, {name: activation}).
+      skip_layers: some of `skip_layer_names()`, before the output; the call then returns (output, {name: activation}).
       dtype: computed in, float32 or bfloat16.
 
     Raises:
-      ValueError: an unknown `output`, `depthwise`, `freeze_until` or layer in `middle`.
+      ValueError: an unknown `output`, `depthwise`, `freeze_until` or layer in `skip_layers`.
     """
 
     output: str = "block_13_expand"
     depthwise: str = "auto"
     freeze_until: str = ""
-    middle: tuple[str, ...] = ()
+    skip_layers: tuple[str, ...] = ()
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
@@ -105,7 +105,9 @@ class MobileNetV2(nn.Module):
                 raise ValueError(
                     f"mobilenet_v2: freeze_until {self.freeze_until!r} lies past the output {self.output!r}"
                 )
-        check_middle("mobilenet_v2", self.middle, [n for n in layer_names()[: self._place] if n in middle_names()])
+        check_skip_layers(
+            "mobilenet_v2", self.skip_layers, [n for n in layer_names()[: self._place] if n in skip_layer_names()]
+        )
         super().__post_init__()
 
     @property
@@ -116,7 +118,7 @@ class MobileNetV2(nn.Module):
 
     def __call__(self, images: jax.Array) -> Features:
         kept: dict[str, jax.Array] = {}
-        return with_middle(self._run(images, kept), kept, self.middle)
+        return with_skip_layers(self._run(images, kept), kept, self.skip_layers)
 
     @nn.compact
     def _run(self, images: jax.Array, kept: dict[str, jax.Array]) -> jax.Array:

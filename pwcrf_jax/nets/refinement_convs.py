@@ -1,4 +1,4 @@
-"""Convolutions that sharpen a coarse score map with the backbone's middle layers."""
+"""Convolutions that sharpen a coarse score map with the backbone's skip layers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,14 +11,14 @@ from pwcrf_jax.nets.convs import conv
 
 
 class RefinementConvs(nn.Module):
-    """A correction of upsampled scores, from the unary's scores and the activations of middle layers.
+    """A correction of upsampled scores, from the unary's scores and the activations of skip layers.
 
     The paper's best VOC model has "refinement convs on middle-layer features" of a form it does not give; this one is a
-    choice of ours. Every input goes through a 1x1 convolution to `width` channels and is resized to the finest middle
+    choice of ours. Every input goes through a 1x1 convolution to `width` channels and is resized to the finest skip
     map; their sum, a ReLU, two 3x3 convolutions with ReLU, and a dense layer that starts at zero, so that an untrained
     correction is none.
 
-    Call: scores [B, h, w, K], middle maps [B, h_i, w_i, C_i] -> [B, h', w', K] float32, (h', w') that of the finest
+    Call: scores [B, h, w, K], skip maps [B, h_i, w_i, C_i] -> [B, h', w', K] float32, (h', w') that of the finest
     map. No gradient passes to the inputs. Parameters are float32: `from_scores`, `from_0`, ..., `conv1`, `conv2`,
     `last`.
 
@@ -33,12 +33,12 @@ class RefinementConvs(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, scores: jax.Array, middle: Sequence[jax.Array]) -> jax.Array:
-        scores, *middle = jax.lax.stop_gradient([jax.nn.softmax(scores.astype(jnp.float32)), *middle])
-        grid = max((x.shape[1:3] for x in middle), key=lambda size: size[0] * size[1])
+    def __call__(self, scores: jax.Array, skipped: Sequence[jax.Array]) -> jax.Array:
+        scores, *skipped = jax.lax.stop_gradient([jax.nn.softmax(scores.astype(jnp.float32)), *skipped])
+        grid = max((x.shape[1:3] for x in skipped), key=lambda size: size[0] * size[1])
         narrow = lambda name, x: _resize(conv(self.width, 1, name=name, dtype=self.dtype)(x), grid)
         total = narrow("from_scores", scores)
-        for i, x in enumerate(middle):
+        for i, x in enumerate(skipped):
             total = total + narrow(f"from_{i}", x)
         x = nn.relu(total)
         for i in (1, 2):

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pwcrf_jax.nets.convs import Features, check_middle, conv, with_middle
+from pwcrf_jax.nets.convs import Features, check_skip_layers, conv, with_skip_layers
 
 
 class Tiny(nn.Module):
@@ -18,23 +18,23 @@ class Tiny(nn.Module):
     Attributes:
       features: channels of the four stages.
       mix: whether a 1x1 convolution follows every stage.
-      middle: some of `conv1` (stride 2) ... `conv4`; the call then returns (features, {name: activation}).
+      skip_layers: some of `conv1` (stride 2) ... `conv4`; the call then returns (features, {name: activation}).
       dtype: computed in, float32 or bfloat16.
 
     Raises:
-      ValueError: features that are not four positive numbers, or an unknown layer in `middle`.
+      ValueError: features that are not four positive numbers, or an unknown layer in `skip_layers`.
     """
 
     features: tuple[int, ...] = (16, 32, 48, 64)
     mix: bool = False
-    middle: tuple[str, ...] = ()
+    skip_layers: tuple[str, ...] = ()
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "features", tuple(self.features))
         if len(self.features) != 4 or any(width < 1 for width in self.features):
             raise ValueError(f"tiny: features must be four positive numbers, got {self.features}")
-        check_middle("tiny", self.middle, [f"conv{i}" for i in range(1, 5)])
+        check_skip_layers("tiny", self.skip_layers, [f"conv{i}" for i in range(1, 5)])
         super().__post_init__()
 
     @nn.compact
@@ -45,4 +45,4 @@ class Tiny(nn.Module):
             x = kept[f"conv{stage}"] = nn.relu(conv(width, 2, stride=2, name=f"conv{stage}", dtype=self.dtype)(x))
             if self.mix:
                 x = nn.relu(conv(width, 1, name=f"mix{stage}", dtype=self.dtype)(x))
-        return with_middle(x, kept, self.middle)
+        return with_skip_layers(x, kept, self.skip_layers)

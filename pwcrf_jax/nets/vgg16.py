@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pwcrf_jax.nets.convs import Features, check_middle, conv, with_middle
+from pwcrf_jax.nets.convs import Features, check_skip_layers, conv, with_skip_layers
 from pwcrf_jax.nets.pooling import max_pool_2x2
 
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -28,18 +28,18 @@ class VGG16(nn.Module):
     Parameters are float32, named `block1_conv1` ... `block5_conv3`.
 
     Attributes:
-      middle: some of those names; the call then returns (features, {name: activation}).
+      skip_layers: some of those names; the call then returns (features, {name: activation}).
       dtype: computed in, float32 or bfloat16.
 
     Raises:
-      ValueError: an unknown layer in `middle`.
+      ValueError: an unknown layer in `skip_layers`.
     """
 
-    middle: tuple[str, ...] = ()
+    skip_layers: tuple[str, ...] = ()
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        check_middle("vgg16", self.middle, layer_names())
+        check_skip_layers("vgg16", self.skip_layers, layer_names())
         super().__post_init__()
 
     @nn.compact
@@ -51,4 +51,4 @@ class VGG16(nn.Module):
                 name = f"block{block}_conv{index}"
                 x = kept[name] = nn.relu(conv(features, 3, name=name, dtype=self.dtype)(x))
             x = max_pool_2x2(x, stride=2 if block < len(BLOCKS) else 1)
-        return with_middle(x, kept, self.middle)
+        return with_skip_layers(x, kept, self.skip_layers)

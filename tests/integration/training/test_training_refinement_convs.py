@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import small
 from rows import full_row
 
 from pwcrf_jax import config as configs
@@ -27,9 +28,8 @@ def fine(config):
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     """Workdir of a short run whose convolutions have moved; and its config."""
-    from conftest import _config
-
-    config, workdir = _config(tmp_path_factory), tmp_path_factory.mktemp("fine") / "work"
+    config = small.config(tmp_path_factory.getbasetemp() / "prepared", **{"train.log_every": 2})
+    workdir = tmp_path_factory.mktemp("fine") / "work"
     config.model.refinement_convs.layers, config.model.refinement_convs.width = LAYERS, 4
     config.optimizer.learning_rate = 0.02
     loop.train_and_evaluate(config, str(workdir))
@@ -76,10 +76,10 @@ def test_against_numpy():
         full_row(("vgg16", ("block1_conv2", "block3_conv3"), (1, 4))),
     ],
 )
-def test_middle_layers_of_the_largest_scale(backbone, names, strides):
+def test_skip_layers_of_the_largest_scale(backbone, names, strides):
     """In the order asked for, whatever the order of the scales; the features are those without them."""
     settings = dict(backbone=backbone, scales=(0.5, 1.0), block6=((1, 4),), pyramid_windows=())
-    plain, net = nets.FeatMapNet(**settings), nets.FeatMapNet(**settings, middle=names)
+    plain, net = nets.FeatMapNet(**settings), nets.FeatMapNet(**settings, skip_layers=names)
     images = np.random.default_rng(0).normal(size=(1, 64, 96, 3)).astype(np.float32)
     params = jax.jit(plain.init)(jax.random.key(0), images)
     features, middle = jax.jit(net.apply)(params, images)
@@ -100,7 +100,7 @@ def test_middle_layers_of_the_largest_scale(backbone, names, strides):
 )
 def test_unknown_layers_are_refused(backbone, options, name):
     with pytest.raises(ValueError, match=rf"{backbone}: no layer '{name}' before the output; known"):
-        nets.FeatMapNet(backbone, options, middle=(name,))
+        nets.FeatMapNet(backbone, options, skip_layers=(name,))
 
 
 def test_refused_with_objectives_that_do_not_train_them(fine):
@@ -199,7 +199,7 @@ def test_evaluation_has_a_row_and_the_best_is_by_it(ran):
     result = evaluate.evaluate(config, str(workdir), "latest")
     assert list(result["rows"])[-2:] == ["all", "convs"]
     assert result["rows"]["convs"] != result["rows"]["all"]
-    assert "+ middle layers" in evaluate.table(result)
+    assert "+ skip layers" in evaluate.table(result)
     refined = evaluate.evaluate(config, str(workdir), "latest", refine="full")
     assert refined["rows"]["convs"] == result["rows"]["convs"]
 

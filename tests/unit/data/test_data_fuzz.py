@@ -1,7 +1,7 @@
 """Damaged and arbitrary bytes wherever a file of the user is read: the only exception is DataError.
 
-The short profile is the same few hundred examples every time. `pytest -m slow tests/unit/data/test_data_fuzz.py -s` goes
-on with new ones for PWCRF_FUZZ_MINUTES (20), and prints how many there were.
+The short profile is the same few hundred examples every time. `pytest -m slow tests/unit/data/test_data_fuzz.py -s`
+goes on with new ones for PWCRF_FUZZ_MINUTES (20), and prints how many there were.
 """
 
 import functools

@@ -81,7 +81,7 @@ def narrow_vgg(monkeypatch):
 
 def test_vgg_first_layers_equal_direct_convolution(narrow_vgg):
     x = image(5, 6)
-    net = nets.VGG16(middle=("block1_conv1", "block1_conv2"))
+    net = nets.VGG16(skip_layers=("block1_conv1", "block1_conv2"))
     variables = init(net, x)
     _, kept = apply(net, variables, x)
     expected = np.asarray(x[0])
