@@ -10,12 +10,18 @@ import jax
 import jax.numpy as jnp
 
 from pwcrf_jax.nets.convs import conv
+from pwcrf_jax.nets.efficientnet_lite import EfficientNetLite
 from pwcrf_jax.nets.mobilenet_v2 import MobileNetV2
 from pwcrf_jax.nets.pooling import sliding_pyramid
 from pwcrf_jax.nets.tiny import Tiny
 from pwcrf_jax.nets.vgg16 import VGG16
 
-BACKBONES: dict[str, type[nn.Module]] = {"mobilenet_v2": MobileNetV2, "tiny": Tiny, "vgg16": VGG16}
+BACKBONES: dict[str, type[nn.Module]] = {
+    "efficientnet_lite": EfficientNetLite,
+    "mobilenet_v2": MobileNetV2,
+    "tiny": Tiny,
+    "vgg16": VGG16,
+}
 """The backbones by the name that `FeatMapNet.backbone` takes."""
 
 STRIDE = 16

@@ -15,14 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pwcrf_jax.nets import vgg16
+from pwcrf_jax.nets import efficientnet_lite, vgg16
 from pwcrf_jax.nets.keras_files import open_keras
 from pwcrf_jax.nets.state_dicts import SUFFIXES, Architecture, open_state
 from pwcrf_jax.nets.stored import Layer, StoredLayer, WeightsError, some
 
 __all__ = ["ARCHITECTURES", "LoadReport", "WeightsError", "load_pretrained"]
 
-ARCHITECTURES: tuple[Architecture, ...] = (*vgg16.ARCHITECTURES,)
+ARCHITECTURES: tuple[Architecture, ...] = (*vgg16.ARCHITECTURES, *efficientnet_lite.ARCHITECTURES)
 """Sources of weights under the names of PyTorch, the first that recognises a file reads it."""
 
 # A layer that the parameters of this backbone have, and those of no other.

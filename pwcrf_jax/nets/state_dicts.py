@@ -74,9 +74,11 @@ class StateDict(Mapping[str, StoredArray]):
         return values
 
     def stored(self, name: str) -> StoredArray:
-        """`self[name]`, noted as read. Raises WeightsError where it is missing."""
+        """`self[name]`, noted as read. Raises WeightsError where it is missing or no weight."""
         if name not in self._arrays:
             raise WeightsError(f"{self.path}: has no tensor {some([name])}")
+        if self._arrays[name].fault:
+            raise WeightsError(f"{self.path}: the tensor {some([name])} {self._arrays[name].fault}")
         self._read.add(name)
         return self._arrays[name]
 
@@ -189,19 +191,13 @@ def _open_safetensors(path: Path) -> Iterator[Mapping[str, StoredArray]]:
             raise WeightsError(f"{path}: not a safetensors file ({words(error)})") from error
     with file:
         with reading(path):  # the library has compared shapes with the file's size
-            arrays = {key: _safetensor(path, file, key) for key in sorted(file.keys())}
+            arrays = {key: _safetensor(file, key) for key in sorted(file.keys())}
         yield arrays
 
 
-def _safetensor(path: Path, file: Any, key: str) -> StoredArray:
+def _safetensor(file: Any, key: str) -> StoredArray:
     about = file.get_slice(key)
-
-    def read() -> np.ndarray:
-        if about.get_dtype() not in _FLOATS:
-            raise WeightsError(
-                f"{path}: the tensor {some([key])} holds {about.get_dtype()}, which NumPy does not know or is no "
-                "weight; save it as F32"
-            )
-        return file.get_tensor(key)
-
-    return StoredArray(tuple(about.get_shape()), read)
+    kind, fault = about.get_dtype(), ""
+    if kind not in _FLOATS:
+        fault = f"holds {kind}, which NumPy does not know or is no weight; save it as F32"
+    return StoredArray(tuple(about.get_shape()), lambda: file.get_tensor(key), fault)

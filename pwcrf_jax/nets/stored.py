@@ -26,10 +26,11 @@ class Layer(NamedTuple):
 
 
 class StoredArray(NamedTuple):
-    """An array in an open file: its shape, known before `read` takes memory for it."""
+    """An array in an open file: its shape, known before `read` takes memory for it, and why it is no weight, if so."""
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    fault: str = ""
 
 
 @dataclass(frozen=True)

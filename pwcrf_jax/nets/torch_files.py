@@ -81,12 +81,7 @@ def _stored(path: Path, name: str, tensor: Tensor, locate: Callable[[_Storage], 
     if math.prod(shape) > storage.values or (math.prod(shape) and last >= storage.values):
         raise WeightsError(f"{path}: {some([name])} is larger than its storage; download it again")
     read_bytes = locate(storage)
-    if storage.dtype != "bf16" and np.dtype(storage.dtype).kind != "f":
-
-        def refuse() -> np.ndarray:
-            raise WeightsError(f"{path}: the tensor {some([name])} holds {storage.dtype}, which is no weight")
-
-        return StoredArray(shape, refuse)
+    floats = storage.dtype == "bf16" or np.dtype(storage.dtype).kind == "f"
 
     def read() -> np.ndarray:
         content = read_bytes()
@@ -97,7 +92,7 @@ def _stored(path: Path, name: str, tensor: Tensor, locate: Callable[[_Storage], 
         steps = [stride * flat.itemsize for stride in strides]
         return np.lib.stride_tricks.as_strided(flat[offset:], shape, steps, writeable=False)
 
-    return StoredArray(shape, read)
+    return StoredArray(shape, read, "" if floats else "holds whole numbers, which are no weights")
 
 
 def _open_archive(path: Path, file: BinaryIO) -> tuple[Any, Callable[[_Storage], Callable[[], bytes]]]:
