@@ -99,6 +99,7 @@ def poison(monkeypatch):
     return apply
 
 
+@pytest.mark.full
 def test_a_run_goes_on_after_one(config, tmp_path, poison, caplog):
     config.train.max_skipped_steps = 1
     ids = poison([2])

@@ -112,6 +112,7 @@ def _assert_same(losses, expected):
 
 
 @pytest.mark.parametrize("n", full_but([2, 4, 8], 8))
+@pytest.mark.full
 def test_losses_of_fifty_steps(runs, n):
     expected = runs(1)[1]
     assert expected[STEPS] < 0.98 * expected[1], "the parameters hardly moved"

@@ -194,6 +194,7 @@ def test_staged_they_train_with_the_relations(fine, trained, tmp_path):
     assert np.any(params["refinement_convs"]["last"]["kernel"])
 
 
+@pytest.mark.full
 def test_evaluation_has_a_row_and_the_best_is_by_it(ran):
     workdir, config = ran
     result = evaluate.evaluate(config, str(workdir), "latest")
