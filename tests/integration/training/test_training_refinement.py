@@ -65,6 +65,7 @@ def by_hand(marginals, batch, params, num_iterations):
 
 
 @pytest.mark.parametrize("settings", [full_row(SPATIAL), SETTINGS], ids=["spatial", "full"])
+@pytest.mark.full
 def test_images_of_all_sizes_in_one_batch(settings):
     """Empty entries count for nothing, and neither the frame nor what is in it outside the image is seen."""
     sizes = [(60, 90), (96, 70), (0, 0), (17, 33)]

@@ -72,7 +72,7 @@ def test_against_numpy():
     ("backbone", "names", "strides"),
     [
         ("tiny", ("conv1", "conv2"), (2, 4)),
-        ("mobilenet_v2", ("block_1_expand", "block_3_expand", "block_6_expand"), (2, 4, 8)),
+        full_row(("mobilenet_v2", ("block_1_expand", "block_3_expand", "block_6_expand"), (2, 4, 8))),
         full_row(("vgg16", ("block1_conv2", "block3_conv3"), (1, 4))),
     ],
 )

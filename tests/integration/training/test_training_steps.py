@@ -213,6 +213,7 @@ def test_padding_of_an_image_changes_no_figure(config):
     np.testing.assert_array_equal(a.confusion["unary"], c.confusion["unary"])
 
 
+@pytest.mark.full
 def test_sampled_offsets_follow_from_seed_and_step_alone(config):
     config.model.parameterisation = "free"
     config.loss.sampled_offsets = 2

@@ -77,6 +77,7 @@ def test_messages():
     assert 10 * many < 4 * H * W * len(BOX) * K * K
 
 
+@pytest.mark.full
 def test_mean_field():
     """Neither scores nor hidden units depend on the iteration: a scan over iterations may keep those of all edges."""
     few, many = (temporaries(inference, box) for box in (FEW, BOX))
