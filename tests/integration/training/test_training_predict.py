@@ -41,7 +41,7 @@ def wide(tmp_path_factory):
     config.model.hidden = 16
     config.optimizer.learning_rate = 1e-2
     config.train.batch_size = config.eval.batch_size = 8
-    config.train.steps = config.train.eval_every = config.train.checkpoint_every = 30
+    config.train.steps = config.train.eval_every = config.train.checkpoint_every = 60
     return small.workdir(tmp_path_factory, "wide", config)
 
 
