@@ -68,7 +68,8 @@ def main(arguments: Sequence[str]) -> int:
         return REFUSED
     finally:
         log.setLevel(level)
-    say(f"{args.dataset}, prepared in {data.folder}\n{label_guard.format_report(report)}")
+    read_as = f"read as: {data.form}, {sum(data.splits.values())} images\n" if data.form else ""
+    say(f"{args.dataset}, prepared in {data.folder}\n{read_as}{label_guard.format_report(report)}")
     return 0
 
 

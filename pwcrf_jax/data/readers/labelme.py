@@ -90,7 +90,7 @@ _POINTS = {"polygon": (3, None), "rectangle": (2, 2), "oriented_rectangle": (4, 
 
 def _shape(shape: dict[str, Any], size: tuple[int, int], value: int, where: str) -> Shape:
     kind = shape.get("shape_type") or "polygon"  # as old versions leave it out
-    if kind not in _POINTS:
+    if not isinstance(kind, str) or kind not in _POINTS:
         raise DataError(
             f"{where}: shape_type {brief(kind)} has no area; draw it as a polygon, or remove it (labelme2voc.py of "
             "labelme's examples paints lines 10 pixels wide, if that is meant)"
