@@ -89,8 +89,9 @@ def coco(path: pathlib.Path, images: list[str], annotations: list[dict], categor
         "licenses": [],
         "images": [{"id": i + 5, "file_name": n, "height": SIZE[0], "width": SIZE[1]} for i, n in enumerate(images)],
         "annotations": [
-            {"id": i + 1, "image_id": a["image"] + 5, "category_id": a["category"] + 1, "area": 1.0, "bbox": [0, 0, 1, 1],
-             "iscrowd": int(isinstance(a["segmentation"], dict)), "segmentation": a["segmentation"]}
+            {"id": i + 1, "image_id": a["image"] + 5, "category_id": a["category"] + 1, "area": 1.0,
+             "bbox": [0, 0, 1, 1], "iscrowd": int(isinstance(a["segmentation"], dict)),
+             "segmentation": a["segmentation"]}
             for i, a in enumerate(annotations)
         ],
         "categories": [{"id": i + 1, "name": name, "supercategory": ""} for i, name in enumerate(categories)],

@@ -139,7 +139,8 @@ def by_folder(keys: Iterable[str], where: Path) -> dict[str, list[str]] | None:
         split = SPLIT_NAMES.get(first.casefold()) if rest else None
         (others if split is None else found.setdefault(split, [])).append(key)
     if found and others:
-        raise DataError(f"{where}: has folders of splits ({', '.join(sorted(found))}), but {others[0]!r} lies in none of them "
+        named = ", ".join(sorted(found))
+        raise DataError(f"{where}: has folders of splits ({named}), but {others[0]!r} lies in none of them "
                         f"({more(others)}); move it into one")  # fmt: skip
     return {split: found[split] for split in LISTS if split in found} or None
 

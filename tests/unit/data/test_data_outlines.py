@@ -71,7 +71,10 @@ def two(root):
 
 def test_labelme_shapes_are_painted_in_their_order(two):
     plan = planned(two)
-    assert plan.class_names == ("background", "car", "sky") and plan.form == "labelme polygons, unpainted pixels background"
+    assert (
+        plan.class_names == ("background", "car", "sky")
+        and plan.form == "labelme polygons, unpainted pixels background"
+    )
     assert {s: len(pairs) for s, pairs in plan.splits.items()} == {"train": 1, "val": 1}
     found = labels(two)
     np.testing.assert_array_equal(found["a"], filled((BORDERED, 1), ((slice(3, 6), slice(4, 21)), 2)))
@@ -80,7 +83,8 @@ def test_labelme_shapes_are_painted_in_their_order(two):
 
 @pytest.mark.parametrize(
     ("text", "fill", "values"),
-    [("sky\ncar\n", 255, (1, 0)), ("sky\ncar\nBackground\n", 2, (1, 0)), ("__ignore__\n_background_\ncar\nsky", 0, (1, 2)),
+    [("sky\ncar\n", 255, (1, 0)), ("sky\ncar\nBackground\n", 2, (1, 0)),
+     ("__ignore__\n_background_\ncar\nsky", 0, (1, 2)),
      ("1: car\n0: sky", 255, (1, 0)), ("car 1 2 3\nsky 4 5 6\nvoid 0 0 0\n", 255, (0, 1))],
 )  # fmt: skip
 @pytest.mark.parametrize("file", ["classes.txt", "labels.txt"])
@@ -123,7 +127,9 @@ def test_labelme_says_what_it_leaves_out(two, caplog):
     layout.image(two / "c.jpg")
     (two / "package.json").write_text('{"name": "x"}')
     planned(two)
-    assert "1 images without .json are left out: c" in caplog.text and "1 JSON files are none of labelme's" in caplog.text
+    assert (
+        "1 images without .json are left out: c" in caplog.text and "1 JSON files are none of labelme's" in caplog.text
+    )
 
 
 def test_folders_of_splits_are_splits_and_val_is_drawn_where_it_is_missing(root):
@@ -144,12 +150,12 @@ def test_folders_of_splits_are_splits_and_val_is_drawn_where_it_is_missing(root)
 
 
 SPOILED_SHAPES = {
-    "line": (layout.shape("car", [[0, 0], [3, 3]], "line"), r"a\.json, shape 1: shape_type 'line' has no area.*labelme2voc"),
+    "line": (layout.shape("car", [[0, 0], [3, 3]], "line"), r"a\.json, shape 1: shape_type 'line' has no area"),
     "point": (layout.shape("car", [[0, 0]], "point"), r"shape_type 'point' has no area"),
     "kind": (layout.shape("car", SQUARE, ["x"] * 2), r"shape_type .*has no area"),
     "few": (layout.shape("car", SQUARE[:2]), r"shape 1: has 2 points, expected 3 or more"),
     "many": (layout.shape("car", SQUARE, "circle"), r"a circle has 4 points, expected 2"),
-    "outside": (layout.shape("car", [[0, 0], [300, 0], [0, 5]]), r"shape 1: point \(300, 0\) lies outside of its image of 30x20"),
+    "outside": (layout.shape("car", [[0, 0], [300, 0], [0, 5]]), r"point \(300, 0\) lies outside of its image"),
     "infinite": (layout.shape("car", [[0, 0], [1e999, 0], [0, 5]]), r"Infinity is no number"),
     "text": (layout.shape("car", [[0, 0], ["x", 0], [0, 5]]), r"coordinate 'x' is no finite number"),
     "points": (layout.shape("car", {"x": 1}), r"shape 1: points \(dict of 1\) is no list"),
@@ -159,7 +165,8 @@ SPOILED_SHAPES = {
     "base64": (layout.shape("car", SQUARE[::2], "mask", mask="?"), r"its mask '\?' is not base64"),
     "no mask": (layout.shape("car", SQUARE[::2], "mask"), r"its mask None is not base64"),
     "no png": (layout.shape("car", SQUARE[::2], "mask", mask="AAAA"), r"shape 1, mask: cannot be decoded"),
-    "large": (layout.shape("car", SQUARE[::2], "mask", mask=png(np.ones((50, 50), np.uint8))), r"mask: has more pixels"),
+    "large": (layout.shape("car", SQUARE[::2], "mask", mask=png(np.ones((50, 50), np.uint8))),
+              r"mask: has more pixels"),
 }  # fmt: skip
 
 
@@ -215,14 +222,24 @@ def test_turned_images_are_annotated_as_viewers_show_them(two):
     exif[0x0112] = 6
     Image.new("RGB", (20, 30)).save(two / "a.jpg", exif=exif)  # shown as 30x20
     data = load_dataset("image_folder", source_dir=str(two), data_dir=str(two.parent / "p"))
-    found = {r["id"]: r for s in data.splits for source in [data.source(s)] for r in map(source.__getitem__, range(len(source)))}
+    found = {
+        r["id"]: r
+        for s in data.splits
+        for source in [data.source(s)]
+        for r in map(source.__getitem__, range(len(source)))
+    }
     assert found["a"]["image"].shape == (20, 30, 3) and found["a"]["label"][4, 3] == 1
 
 
 # CVAT ---------------------------------------------------------------------------------------------------
 
-POLYGON = '<polygon label="car" source="manual" occluded="0" points="2.00,3.00;6.00,3.00;6.00,8.00;2.00,8.00" z_order="{z}">\n</polygon>'
-BOX = '<box label="sky" source="manual" occluded="0" xtl="4.00" ytl="3.00" xbr="20.00" ybr="5.00" z_order="{z}">\n</box>'
+POLYGON = (
+    '<polygon label="car" source="manual" occluded="0" points="2.00,3.00;6.00,3.00;6.00,8.00;2.00,8.00" '
+    'z_order="{z}">\n</polygon>'
+)
+BOX = (
+    '<box label="sky" source="manual" occluded="0" xtl="4.00" ytl="3.00" xbr="20.00" ybr="5.00" z_order="{z}">\n</box>'
+)
 TAG = '<tag label="sky" source="manual">\n</tag>'
 
 
@@ -247,7 +264,7 @@ def test_cvat_paints_by_z_order(root, heights, top):
 def test_cvat_masks_ellipses_and_turned_boxes(root):
     cvat(
         root,
-        '<mask label="car" source="manual" occluded="0" rle="1, 2, 3" left="4" top="5" width="3" height="2" z_order="0"/>',
+        '<mask label="car" occluded="0" rle="1, 2, 3" left="4" top="5" width="3" height="2" z_order="0"/>',
         '<ellipse label="sky" occluded="0" cx="20" cy="10" rx="5" ry="2" z_order="0"/>',
         '<box label="car" occluded="0" xtl="8" ytl="2" xbr="10" ybr="8" rotation="90.00" z_order="0"/>',
     )
@@ -311,7 +328,10 @@ def test_spoiled_cvat_files_are_refused(root):
     with_text(text.replace('name="a.jpg"', 'name="sub/b.jpg"'), r"b\.jpg is there twice")
     with_text(text.replace(' width="30"', ' width="31"'), r"says that .*a\.jpg has 31x20 pixels, but it has 30x20")
     with_text(text.replace(' width="30"', ""), r"width None is no finite number")
-    with_text(text.replace("<image ", '<track id="0" label="car"/><image ', 1), r"tracks of a video; export .*'CVAT for images 1\.1'")
+    with_text(
+        text.replace("<image ", '<track id="0" label="car"/><image ', 1),
+        r"tracks of a video; export .*'CVAT for images 1\.1'",
+    )
     with_text(text.replace("annotations>", "annotation>") + "<!-- <annotations -->", r"its root is <annotation>")
     with_text("<!DOCTYPE annotations>" + text.partition("\n")[2], r"annotations\.xml: has a DTD")
     with_text(text[: text.index("  <image")] + "</annotations>", r"has no image; export the task")
@@ -330,7 +350,9 @@ BRUSH = {"size": list(layout.SIZE), "counts": [20 * 4 + 3, 2, 18, 2, 495]}  # al
 def coco(root, *annotations, path="annotations/instances_default.json", images=("a.jpg", "sub/b.jpg"), **more):
     for i, name in enumerate(images):
         layout.image(root / "images" / name, seed=i)
-    layout.coco(root / path, list(images), [{"image": 0, "category": 0, "segmentation": FLAT} | a for a in annotations], **more)
+    layout.coco(
+        root / path, list(images), [{"image": 0, "category": 0, "segmentation": FLAT} | a for a in annotations], **more
+    )
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -342,7 +364,9 @@ def test_coco_paints_in_the_order_of_annotations(root, packed):
     far = [10.0, 10, 13, 10, 13, 12, 10, 12]
     coco(root, {"segmentation": [FLAT, far]}, {"category": 1, "segmentation": brush})
     plan = planned(root)
-    assert plan.class_names == ("background", "car", "sky") and plan.form == "COCO polygons, unpainted pixels background"
+    assert (
+        plan.class_names == ("background", "car", "sky") and plan.form == "COCO polygons, unpainted pixels background"
+    )
     found = labels(root)
     expected = filled((INSIDE, 1), ((slice(10, 12), slice(10, 13)), 1), ((slice(3, 5), slice(4, 6)), 2))
     np.testing.assert_array_equal(found["a"], expected)
@@ -355,7 +379,9 @@ def test_coco_files_are_splits(root):
         names = [f"{i}.jpg" for i in range(count)]
         for i, name in enumerate(names):
             layout.image(root / split / name, seed=i)
-        layout.coco(root / split / "_annotations.coco.json", names, [{"image": 0, "category": 0, "segmentation": [FLAT]}])
+        layout.coco(
+            root / split / "_annotations.coco.json", names, [{"image": 0, "category": 0, "segmentation": [FLAT]}]
+        )
     plan = planned(root)
     assert {s: [p.id for p in pairs] for s, pairs in plan.splits.items()} == {
         "train": ["train/0", "train/1", "train/2"], "val": ["valid/0", "valid/1"], "test": ["test/0"]}  # fmt: skip
@@ -391,7 +417,7 @@ def test_coco_files_beside_are_splits_and_test_may_be_without_annotations(root):
         ({"segmentation": {"size": [20, 30], "counts": [-1, 601]}}, r"run -1 is no finite number of 0"),
         ({"segmentation": {"size": [20, 30], "counts": "~"}}, r"its compressed runs hold '~'"),
         ({"segmentation": {"size": [20, 30], "counts": 5}}, r"counts 5 is no list"),
-        ({"segmentation": {"size": [200000, 300000], "counts": [1]}}, r"runs are of size \[200000, 300000\], its image of"),
+        ({"segmentation": {"size": [200000, 300000], "counts": [1]}}, r"runs are of size \[200000, 300000\], its"),
         ({"image": 7}, r"annotation 1: image_id 12 is not there"),
         ({"category": 7}, r"annotation 1: category_id 8 is not there"),
     ],
@@ -417,7 +443,7 @@ def test_spoiled_coco_annotations_are_refused(root, annotation, says):
         (lambda c: c["categories"][0].update(name="sky"), r"category 2: 'sky' is there twice"),
         (lambda c: c["annotations"][0].update(image_id=[]), r"annotation 1: image_id \(list of 0\) is not there"),
         (lambda c: c["annotations"].append(3), r"annotation 2: it 3 is no object"),
-        (lambda c: c["annotations"][0].update(segments_info=[]), r"is COCO panoptic.*panoptic2detection_coco_format\.py"),
+        (lambda c: c["annotations"][0].update(segments_info=[]), r"is COCO panoptic.*panoptic2detection_coco"),
     ],
 )  # fmt: skip
 def test_spoiled_coco_files_are_refused(root, spoil, says):

@@ -77,8 +77,9 @@ def test_circles_and_ellipses():
 
 
 @pytest.mark.parametrize(
-    ("counts", "says"), [([1, 2], "3 pixels, not 3x2"), ([7, -1], "6 pixels"), ([[3], [3]], "6 pixels"), ([], "0 pixels"),
-                         ([2**62, 2**62, 2**62], "pixels, not 3x2")],
+    ("counts", "says"),
+    [([1, 2], "3 pixels, not 3x2"), ([7, -1], "6 pixels"), ([[3], [3]], "6 pixels"), ([], "0 pixels"),
+     ([2**62, 2**62, 2**62], "pixels, not 3x2")],
 )  # fmt: skip
 def test_runs_of_another_size_are_refused(counts, says):
     with pytest.raises(DataError, match=rf"^x: its runs make up .*{says}.*export it again$"):
@@ -168,7 +169,15 @@ def test_documents_that_claim_to_be_huge_are_not_read(tmp_path, read):
 
 
 def test_values_of_another_kind_are_refused():
-    for use, value in ((number, None), (number, "inf"), (whole, 1.5), (whole, -1), (text, ""), (text, "a\nb"), (text, 3)):
+    for use, value in (
+        (number, None),
+        (number, "inf"),
+        (whole, 1.5),
+        (whole, -1),
+        (text, ""),
+        (text, "a\nb"),
+        (text, 3),
+    ):
         with pytest.raises(DataError, match=rf"^x: y {re.escape(repr(value))} is no "):
             use(value, "x", "y")
     assert whole("3.0", "x", "y") == 3 and number("-2.5", "x", "y") == -2.5

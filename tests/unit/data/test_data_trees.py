@@ -51,7 +51,8 @@ def tree(root, images, masks):
 
 @pytest.mark.parametrize(
     ("image", "mask", "key"),
-    [("x.jpg", "x.png", "x"), ("x_leftImg8bit.png", "x_gtFine_labelTrainIds.png", "x"), ("x.jpg", "x_labelTrainIds.png", "x"),
+    [("x.jpg", "x.png", "x"), ("x_leftImg8bit.png", "x_gtFine_labelTrainIds.png", "x"),
+     ("x.jpg", "x_labelTrainIds.png", "x"),
      ("x_img.png", "x_img.png", "x_img"), ("x.rgb.jpg", "x.seg.png", "x")],
 )  # fmt: skip
 def test_mmsegmentation(root, image, mask, key):
@@ -121,7 +122,11 @@ CITY = ("train/aachen/aachen_000000_000019", "train/bochum/bochum_000000_000313"
 )  # fmt: skip
 def test_cityscapes_like_folders(root, images, kinds, text, taken):
     (root / "classes.txt").write_text(text)
-    tree(root, [f"{images}/{c}_leftImg8bit.png" for c in CITY], [f"gtFine/{c}_gtFine_{k}.png" for c in CITY for k in kinds])
+    tree(
+        root,
+        [f"{images}/{c}_leftImg8bit.png" for c in CITY],
+        [f"gtFine/{c}_gtFine_{k}.png" for c in CITY for k in kinds],
+    )
     layout.write_json(root / f"gtFine/{CITY[0]}_gtFine_polygons.json", {"imgHeight": 20, "objects": []})
     of = lambda *keys: {key: f"gtFine/{key}_gtFine_{taken}.png" for key in keys}
     assert paired(root) == {"train": of(*CITY[:2]), "val": of(CITY[2])}
@@ -129,7 +134,9 @@ def test_cityscapes_like_folders(root, images, kinds, text, taken):
     assert form == f"Cityscapes ({images} and gtFine, masks *_gtFine_{taken}.png)"
 
 
-@pytest.mark.parametrize(("images", "masks"), [("frames", "labels"), ("photos", "gt"), ("images", "annotations"), ("x", "Masks2")])
+@pytest.mark.parametrize(
+    ("images", "masks"), [("frames", "labels"), ("photos", "gt"), ("images", "annotations"), ("x", "Masks2")]
+)
 def test_folders_of_ones_own_names(root, images, masks):
     names = ("train/north/a", "train/south/a", "train/south/a_b", "val/a")
     tree(root, [f"{images}/{n}_rgb.jpg" for n in names], [f"{masks}/{n}_mask.png" for n in names])
@@ -225,8 +232,10 @@ def checked(root, capsys):
 
 @pytest.mark.parametrize(
     ("text", "lines"),
-    [("road\nsky\n", "'road 0 0 0' and 'sky 255 255 255'"), (None, BINARY), ("cat\n", "'background 0 0 0' and 'cat 255 255 255'"),
-     ("0: road\n255: cat\n", "'background 0 0 0' and 'cat 255 255 255'"), ("road\nsky\nvoid 255\n", "'road 0 0 0' and 'sky 255 255 255'")],
+    [("road\nsky\n", "'road 0 0 0' and 'sky 255 255 255'"), (None, BINARY),
+     ("cat\n", "'background 0 0 0' and 'cat 255 255 255'"),
+     ("0: road\n255: cat\n", "'background 0 0 0' and 'cat 255 255 255'"),
+     ("road\nsky\nvoid 255\n", "'road 0 0 0' and 'sky 255 255 255'")],
 )  # fmt: skip
 def test_binary_masks_are_told_their_two_lines_and_these_work(binary, capsys, text, lines):
     (binary / "classes.txt").unlink()
@@ -278,4 +287,6 @@ def test_existing_folders_are_read_as_before(tmp_path):
 
     states = {split: _file_states(split, pairs) for split, pairs in plan.splits.items()}
     classes = [[0, 0], [1, 1], [2, 2], [255, 255]]
-    assert plan.fingerprint == fingerprint("1.0.0", str(tmp_path / "own"), states, list(image_folder.NAMES), False, classes)
+    assert plan.fingerprint == fingerprint(
+        "1.0.0", str(tmp_path / "own"), states, list(image_folder.NAMES), False, classes
+    )
