@@ -101,7 +101,8 @@ def _paint(outline: Any, size: tuple[int, int], where: str) -> Any:
     if isinstance(outline, dict):
         counts, told = outline.get("counts"), table(outline.get("size"), where, "size")
         if told != list(size):
-            raise DataError(f"{where}: its runs are of size {told[:3]}, its image of {list(size)}; export it again")
+            shown = ", ".join(map(brief, told[:3]))
+            raise DataError(f"{where}: its runs are of size [{shown}], its image of {list(size)}; export it again")
         if isinstance(counts, str):
             lengths = coco_counts(counts, where)
         else:

@@ -5,6 +5,7 @@ A document is bounded in bytes and in depth; XML may have no DTD, and so no enti
 
 import json
 import math
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -94,16 +95,21 @@ def number(value: Any, where: str, what: str, *, least: float = -math.inf) -> fl
 
 
 def whole(value: Any, where: str, what: str, *, least: int = 0) -> int:
-    """An integer of `least` or more, as `number`."""
+    """An integer of `least` or more that an int64 holds, as `number`."""
     found = number(value, where, what, least=least)
-    if found != int(found):
+    if abs(found) >= 1 << 62 or found != int(found):
         raise DataError(f"{where}: {what} {brief(value)} is no whole number; correct it, or export it again")
-    return int(found)
+    return value if isinstance(value, int) else int(found)
 
 
 def text(value: Any, where: str, what: str) -> str:
     """A string that is not empty and has one line; DataError for all else."""
-    if not isinstance(value, str) or not value.strip() or len(value) > 1000 or not value.isprintable():
+    if (
+        not isinstance(value, str)
+        or not value.strip()
+        or len(value) > 1000
+        or {"Cc", "Cs", "Zl", "Zp"} & set(map(unicodedata.category, value))
+    ):
         raise DataError(f"{where}: {what} {brief(value)} is no name; correct it, or export it again")
     return value
 

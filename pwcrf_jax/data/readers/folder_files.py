@@ -53,11 +53,15 @@ def refuse_splits_by_folder(images: Path) -> None:
         )
 
 
-def walk(folder: Path, linked: bool = False) -> Iterator[Path]:
-    """The files below a folder but hidden ones, in the order of names; `linked`: folders in it may be links.
+def walk(folder: Path, *, linked: bool = False, skip: bool = False) -> Iterator[Path]:
+    """The files below a folder but hidden ones, in the order of names.
+
+    Args:
+      linked: folders in it may be links.
+      skip: pass over other links to folders.
 
     Raises:
-      DataError: a link to a folder elsewhere.
+      DataError: a link to a folder that is not passed over.
     """
     with os.scandir(folder) as found:
         entries = sorted(found, key=lambda entry: entry.name)
@@ -66,11 +70,13 @@ def walk(folder: Path, linked: bool = False) -> Iterator[Path]:
             continue
         if not entry.is_dir():
             yield Path(entry.path)
+        elif entry.is_symlink() and not linked and skip:
+            continue
         elif entry.is_symlink() and not linked:
             raise DataError(f"{entry.path}: is a link to a folder, which could lead in circles; link images/ or masks/ "
                             "themselves, or copy the folder")  # fmt: skip
         else:
-            yield from walk(Path(entry.path))
+            yield from walk(Path(entry.path), skip=skip)
 
 
 def normal(name: str) -> str:

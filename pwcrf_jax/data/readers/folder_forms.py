@@ -83,7 +83,7 @@ def _holds(path: Path, keys: tuple[bytes, ...]) -> bool:
 
 def _json_files(root: Path) -> list[Path]:
     """All JSON files: those beside, those in `annotations`, the rest."""
-    found = [path for path in walk(root, linked=True) if path.suffix.lower() == ".json"]
+    found = [path for path in walk(root, linked=True, skip=True) if path.suffix.lower() == ".json"]
     near = {root: 0, root / "annotations": 1}
     return sorted(found, key=lambda path: (near.get(path.parent, 2), path))
 

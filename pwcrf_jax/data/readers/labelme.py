@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pwcrf_jax.data.readers.documents import brief, fields, read_json, table, text, whole
-from pwcrf_jax.data.readers.files import SUFFIXES, DataError, present
+from pwcrf_jax.data.readers.files import DataError
 from pwcrf_jax.data.readers.image_io import decode_colour_label
 from pwcrf_jax.data.readers.outlines import Classes, ImageIndex, Shape, normal, paint
 from pwcrf_jax.data.readers.painting import Canvas, points_of
@@ -28,8 +28,7 @@ def image_of(path: Path, index: ImageIndex) -> Path:
     Raises:
       DataError: there is none, there are several, or the JSON is none of labelme's.
     """
-    beside = [at for suffix in SUFFIXES for at in {path.with_suffix(suffix), path.with_suffix(suffix.upper())}
-              if present(at)]  # fmt: skip
+    beside = index.beside(path)
     if len(beside) > 1:
         raise DataError(f"{path}: may be of {beside[0]} or {beside[1]}; rename or remove one")
     if beside:

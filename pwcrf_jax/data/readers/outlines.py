@@ -97,9 +97,15 @@ class ImageIndex:
     def __init__(self, root: Path):
         self.root = root
         self._by_name: dict[str, list[Path]] = {}
+        self._by_stem: dict[Path, list[Path]] = {}
         for path in walk(root, linked=True):
             if path.suffix.lower() in SUFFIXES:
                 self._by_name.setdefault(normal(path.name), []).append(path)
+                self._by_stem.setdefault(path.with_suffix(""), []).append(path)
+
+    def beside(self, path: Path) -> list[Path]:
+        """The images in a file's folder that are called like it but for the suffix."""
+        return self._by_stem.get(path.with_suffix(""), [])
 
     def find(self, name: Any, near: Path, where: str) -> Path:
         """The image of a name: as it lies from the annotations or below `images`, else by the end of its path.

@@ -123,17 +123,16 @@ def _crossings(x0: int, y0: int, x1: int, y1: int) -> tuple[np.ndarray, np.ndarr
     return low[passed] // _FIFTHS, y0 + steps[passed]
 
 
-def runs(counts: Sequence[int] | np.ndarray, size: tuple[int, int], where: str) -> np.ndarray:
+def runs(counts: Sequence[int], size: tuple[int, int], where: str) -> np.ndarray:
     """Runs of pixels, outside first, as bool [h, w]; they go along rows.
 
     Raises:
       DataError: they do not make up the size.
     """
-    lengths = np.asarray(counts, np.int64)
-    if lengths.ndim != 1 or (lengths < 0).any() or sum(lengths.tolist()) != size[0] * size[1]:
-        total = sum(lengths.ravel().tolist())
+    total = sum(counts)  # of Python's integers, which do not overflow
+    if min(counts, default=0) < 0 or total != size[0] * size[1]:
         raise DataError(f"{where}: its runs make up {total} pixels, not {size[1]}x{size[0]}; export it again")
-    return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(size)
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size)
 
 
 def coco_counts(text: str, where: str) -> list[int]:

@@ -41,7 +41,7 @@ def folders_in(root: Path) -> tuple[Path, Path] | None:
         folders = [Path(e.path) for e in sorted(entries, key=lambda e: e.name) if e.is_dir() and e.name[0] != "."]
     if len(folders) > 10:
         return None
-    holding = [f for f in folders if any(path.suffix.lower() in SUFFIXES for path in walk(f))]
+    holding = [f for f in folders if any(path.suffix.lower() in SUFFIXES for path in walk(f, skip=True))]
     drawn = [folder for folder in holding if _MASK_WORDS.search(folder.name)]
     if len(holding) != 2 or len(drawn) != 1:
         return None

@@ -78,7 +78,7 @@ def test_circles_and_ellipses():
 
 @pytest.mark.parametrize(
     ("counts", "says"),
-    [([1, 2], "3 pixels, not 3x2"), ([7, -1], "6 pixels"), ([[3], [3]], "6 pixels"), ([], "0 pixels"),
+    [([1, 2], "3 pixels, not 3x2"), ([7, -1], "6 pixels"), ([], "0 pixels"),
      ([2**62, 2**62, 2**62], "pixels, not 3x2")],
 )  # fmt: skip
 def test_runs_of_another_size_are_refused(counts, says):
