@@ -24,6 +24,9 @@ Names with colours: masks are read by their colours, whether RGB, palette or gre
 `void R G B`. Empty lines and lines that start with # do not count. Other forms, as annotation tools write them: see
 `pwcrf_jax.data.readers.class_forms`.
 
+A folder without masks/ may be one of labelme, CVAT, COCO's tools, mmsegmentation or like Cityscapes: see
+`pwcrf_jax.data.readers.folder_forms`.
+
 An image with an EXIF orientation is taken as stored or as viewers show it, whichever has the size of the mask; where
 both have, it is refused. Without a mask it is taken as viewers show it.
 """
