@@ -9,7 +9,7 @@ DEMO := runs/demo-seed$(SEED)
 # The newest JAX wants a newer Python than the oldest that we support.
 PYTHON_NEWEST ?= python3.12
 # Of the core's tests those that ask how the compiler did are left out: they never compile fast, and their figures are of one XLA.
-CORE := tests/unit/core --ignore-glob "*_costs.py" --ignore-glob "*_memory.py" -m "not slow and not full" --numprocesses $(JOBS) --dist loadfile
+CORE := tests/unit/core --ignore-glob "*_costs.py" --ignore-glob "*_memory.py" -m "not slow and not full" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-full test-jax test-slow lint wheel docs clean
 
@@ -26,11 +26,11 @@ demo: $(VENV)/installed
 	@$(BIN)/python eval.py --workdir $(DEMO)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow and not full" --numprocesses $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not full" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # More rows of what `make test` tests, and deeper checks; the core compiled as users do, and with other versions of JAX. CI runs both.
 test-full: $(VENV)/installed
-	$(BIN)/python -m pytest -m "full and not slow" --numprocesses $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -m "full and not slow" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 	PWCRF_TESTS_OPTIMIZED=1 $(BIN)/python -m pytest $(CORE)
 	@$(MAKE) --no-print-directory test-jax
 
