@@ -8,8 +8,9 @@ JOBS ?= 2
 DEMO := runs/demo-seed$(SEED)
 # The newest JAX wants a newer Python than the oldest that we support.
 PYTHON_NEWEST ?= python3.12
-# Of the core's tests those that ask how the compiler did are left out: they never compile fast, and their figures are of one XLA.
-CORE := tests/unit/core --ignore-glob "*_costs.py" --ignore-glob "*_memory.py" -m "not slow and not full" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+# Each algorithm against its oracle, and gradients: what `test-full` runs again with XLA's normal optimization, and with other versions of JAX.
+ORACLES := compilation piecewise mean_field encodings objectives gradients masks dense_crf gaussian permutohedral
+CORE := $(ORACLES:%=tests/unit/core/test_core_%.py) -m "not slow and not full" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-full test-jax test-slow lint wheel docs clean
 
@@ -28,13 +29,13 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow and not full" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
-# More rows of what `make test` tests, and deeper checks; the core compiled as users do, and with other versions of JAX. CI runs both.
+# More rows of what `make test` tests, and deeper checks, then the core's against oracles as users compile them. CI runs both.
 test-full: $(VENV)/installed
 	$(BIN)/python -m pytest -m "full and not slow" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 	PWCRF_TESTS_OPTIMIZED=1 $(BIN)/python -m pytest $(CORE)
 	@$(MAKE) --no-print-directory test-jax
 
-# The core alone, with the oldest and the newest JAX that setup.cfg allows. Without PYTHON_NEWEST: the newest for PYTHON.
+# The core's tests against oracles with the oldest and the newest JAX that setup.cfg allows. Without PYTHON_NEWEST: the newest for PYTHON.
 test-jax:
 	.ci/environment oldest $(VENV)-oldest $(PYTHON)
 	$(VENV)-oldest/bin/python -m pytest $(CORE)
