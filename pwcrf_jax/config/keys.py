@@ -174,9 +174,7 @@ KEYS = {
     "train.eval_every": Key(_COUNT, 250, "steps between evaluations; 0: only at the end"),
     "train.checkpoint_every": Key(_POSITIVE_INT, 100, "steps between saved states"),
     "train.keep_checkpoints": Key(_POSITIVE_INT, 2, "states that are kept; with 1 there is none to fall back to"),
-    "train.patience": Key(
-        _COUNT, 0, "evaluations of the last stage without a better score that end the run; 0: never"
-    ),
+    "train.patience": Key(_COUNT, 0, "evaluations of the last stage without a better score that end the run; 0: never"),
     "train.hook": Key(Function(), "", "(step, metrics), called with all that metrics.jsonl gets, such as for W&B"),
     "train.max_skipped_steps": Key(
         _COUNT, 3, "steps without a finite loss and gradient that are skipped; one more ends the run"
