@@ -21,6 +21,7 @@ from pwcrf_jax import config as configs
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.model import losses
 from pwcrf_jax.model.segmenter import Potentials
+from pwcrf_jax.nets import drop_channels
 from pwcrf_jax.prediction import restore
 from pwcrf_jax.runtime import checkpoint, functions, logs, parallel
 from pwcrf_jax.training import checks, initial, loop, steps
@@ -123,16 +124,10 @@ def test_dropout_is_of_whole_channels_of_the_heads_that_a_stage_trains(config):
     # An image keeps the same in any company.
     alone = of(batch["image"][2:], dropout_keys=keys[2:])
     np.testing.assert_allclose(alone.unary[0], both.unary[2], rtol=1e-5, atol=1e-6)
-    kept = pw_drop(jnp.ones((64, 2, 3, 128)), 0.25)
+    kept = np.asarray(drop_channels(jnp.ones((64, 2, 3, 128)), jax.random.split(jax.random.key(1), 64), 0.25))
     assert set(np.unique(kept)) == {np.float32(0), np.float32(1 / 0.75)}
     assert np.all(kept == kept[:, :1, :1]) and np.mean(kept) == pytest.approx(1, abs=0.03)
     assert len({x.tobytes() for x in kept[:, 0, 0]}) == 64
-
-
-def pw_drop(x, rate):
-    from pwcrf_jax.nets import drop_channels
-
-    return np.asarray(drop_channels(x, jax.random.split(jax.random.key(1), len(x)), rate))
 
 
 # --- averaged parameters ---------------------------------------------------------------------------
@@ -290,11 +285,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path, monkeypatch
         (_, a), (_, b) = (_params(work, config, folder) for work in (whole, stopped))
         assert a["hashes"] == b["hashes"] and a["step"] == b["step"]
         assert a.get("score") == b.get("score") and a.get("patience") == b.get("patience")
-    trained = [
-        a["hashes"][k] for k in ("params/unary/last/kernel", "rest/params/unary/last/kernel") if k in a["hashes"]
-    ]
     latest = _params(whole, config)[1]["hashes"]
-    assert len(trained) == 1, "best/ has one kind of parameters"
     assert latest["params/unary/last/kernel"] != latest["rest/params/unary/last/kernel"]
 
     # What others read of the run are the averaged parameters; what it was evaluated with too.
