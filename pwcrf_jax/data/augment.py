@@ -66,7 +66,7 @@ class Custom:
         try:
             found = self._function(image, mask, rng)
         except Exception as error:  # whatever the user's code raises
-            raise DataError(f"{given}: {functions.described(error)}") from error
+            raise DataError(f"{given}: {functions.described(error)}") from None
         if not isinstance(found, tuple | list) or len(found) != 2:
             raise DataError(f"{given}: must return (image, mask), got {type(found).__name__}")
         image, mask = map(np.asarray, found)

@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,7 @@ def load(name: str, key: str) -> Callable[..., Any]:
     try:
         found: Any = importlib.import_module(module)
     except Exception as error:  # whatever the user's module raises
-        raise ConfigError(f"{given}: {module} cannot be imported ({described(error)}); {_ADVICE}") from error
+        raise ConfigError(f"{given}: {module} cannot be imported: {described(error)}; {_ADVICE}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise ConfigError(f"{given}: {module} has no {attribute}; name a function that it has")
@@ -44,5 +45,7 @@ _ADVICE = "install it, or start in the folder that it lies in"
 
 
 def described(error: BaseException) -> str:
-    """An error of the user's code in one short line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": ")
+    """An error of the user's code in one short line, with the place that it was raised at."""
+    said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": ")
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is ours
+    return f"{said} ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else said

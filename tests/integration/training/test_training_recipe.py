@@ -59,7 +59,7 @@ def _one_step(config, batch, devices, params):
     step = parallel.pmap_train(steps.from_config(config, model, tx), devices=jax.devices()[:devices])
     state = steps.TrainState.create(jax.tree.map(jnp.array, params), tx)
     state, metrics = step(state, parallel.split(batch, devices))
-    return {k: float(v) for k, v in metrics.items()}, state.opt_state[-1]
+    return {k: float(v) for k, v in metrics.items()}, jax.device_get(state.opt_state[-1])
 
 
 @pytest.mark.parametrize("devices, accumulate", full_but([(1, 4), (2, 8), (8, 2)], (8, 2)))
@@ -267,6 +267,7 @@ def hook(tmp_path, monkeypatch):
 
 def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path, monkeypatch, hook, caplog):
     monkeypatch.setattr(logs.log, "propagate", True)
+    caplog.set_level("INFO", logger="pwcrf_jax")
     config.model.dropout, config.data.jitter, config.optimizer.ema_decay = 0.3, (0.3, 0.3, 0.3, 0.05), 0.7
     config.train.patience, config.train.hook = 5, "own_hook:log"
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -274,7 +275,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path, monkeypatch
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [{"step": step, **metrics} for step, metrics in hook.seen] == lines
     said = [r.getMessage() for r in caplog.records if "train.hook" in r.getMessage()]
-    assert said == ["step 4: config.train.hook raised OSError: no network; the run goes on without it"]
+    assert said == [
+        "step 4: config.train.hook raised OSError: no network (own_hook.py, line 7); the run goes on without it"
+    ]
     assert any(re.search("^curves: .*tensorboard --logdir", r.getMessage()) for r in caplog.records)
     with monkeypatch.context() as m:
         _interrupt_after(m, 5)
@@ -314,6 +317,7 @@ def _scored(config, monkeypatch, scores):
 
 def test_a_run_ends_without_a_better_score(config, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(logs.log, "propagate", True)
+    caplog.set_level("INFO", logger="pwcrf_jax")
     config.train.patience = 2
     _scored(config, monkeypatch, [0.3, 0.5, 0.5, None, 0.4, 0.6])
     said = lambda: [r.getMessage() for r in caplog.records if "train.patience" in r.getMessage()]
