@@ -12,7 +12,8 @@ _YIQ = np.array([_LUMA, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 _RGB = np.linalg.inv(_YIQ)
 _GREY = np.outer(np.ones(3), _LUMA)
 
-Strengths = tuple[float, float, float, float]
+Strengths = tuple[float, ...]
+"""Of brightness, contrast, saturation and hue."""
 
 
 def jitter(image: np.ndarray, rng: np.random.Generator, strengths: Strengths) -> np.ndarray:

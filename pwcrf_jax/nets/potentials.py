@@ -60,7 +60,7 @@ def drop_channels(
     """
     if keys is None or not rate:
         return features
-    maps = list(features) if isinstance(features, list | tuple) else [features]
+    maps: list[Any] = list(features) if isinstance(features, list | tuple) else [features]
     for i, x in enumerate(maps):
         kept = jax.vmap(lambda key, x=x, i=i: jax.random.bernoulli(jax.random.fold_in(key, i), 1 - rate, x.shape[3:]))
         maps[i] = jnp.where(kept(keys)[:, None, None], x / (1 - rate), 0).astype(x.dtype)
