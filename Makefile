@@ -22,11 +22,11 @@ demo: $(VENV)/installed
 	@$(BIN)/python eval.py --workdir $(DEMO)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow and not full" --numprocesses $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not full" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # More rows of what `make test` tests, and deeper checks; CI runs both.
 test-full: $(VENV)/installed
-	$(BIN)/python -m pytest -m "full and not slow" --numprocesses $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -m "full and not slow" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # The report is tried in Chromium, if there is one on the PATH.
 test-slow: $(VENV)/installed

@@ -11,6 +11,7 @@ if _FLAG not in os.environ.get("XLA_FLAGS", ""):
 
 import atexit  # noqa: E402
 import gc  # noqa: E402
+import logging  # noqa: E402
 import shutil  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
@@ -29,6 +30,16 @@ def _programs_of_other_modules():
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _a_log_as_it_was():
+    """A run in this process shows what it does, which tests of warnings alone would take for one."""
+    logger = logging.getLogger("pwcrf_jax")
+    level, handlers, propagate = logger.level, logger.handlers[:], logger.propagate
+    yield
+    logger.setLevel(level)
+    logger.handlers[:], logger.propagate = handlers, propagate
 
 
 @pytest.fixture

@@ -384,6 +384,13 @@ def test_the_papers_configs_have_none_of_it():
         assert {key: flat[key] for key in off} == off, name
 
 
+def test_a_checkpoint_means_the_same_with_and_without(config):
+    before = configs.identity(config)
+    config.model.dropout, config.optimizer.ema_decay, config.loss.label_smoothing = 0.5, 0.9, 0.1
+    config.data.jitter, config.train.accumulate = (0.1,) * 4, 2
+    assert configs.identity(config) == before
+
+
 def test_the_page_shows_how_to_log_to_wandb(tmp_path, monkeypatch):
     """The hook of docs/training.md, with a module that stands in for wandb."""
     (code,) = re.findall(r"```python\n(# wandb_hook.py.*?)```", (ROOT / "docs/training.md").read_text(), re.S)
