@@ -1,4 +1,8 @@
-"""Eight simulated devices and fast compilation, set before JAX starts; tests that need fewer devices name them."""
+"""Eight simulated devices and fast compilation, set before JAX starts; tests that need fewer devices name them.
+
+Programs compiled fast are not those that users run. With PWCRF_TESTS_OPTIMIZED=1 in the environment all tests compile
+as users do: neither `small.FAST_COMPILATION` nor the fixture `quick_compilation` changes anything, and it takes longer.
+"""
 
 import os
 
