@@ -38,6 +38,7 @@ def build_model(config: ConfigDict) -> Segmenter:
             pairwise_trains_features=m.pairwise_trains_features and not objective(config).staged,
             refinement_width=m.refinement_convs.width,
             dtype=m.dtype,
+            dropout=m.dropout,
         )
     except (ValueError, TypeError) as error:
         own = f"{m.backbone}: "  # what the backbone says of its options begins so
@@ -54,7 +55,7 @@ def identity(config: ConfigDict) -> dict[str, Any]:
     Left out is what may change between runs: dtype, how depthwise convolutions are computed, what is trained.
     """
     free = {"model.dtype", "model.mobilenet_v2.depthwise", "model.mobilenet_v2.freeze_until", "model.parameterisation"}
-    free |= {"model.pairwise_trains_features"}
+    free |= {"model.pairwise_trains_features", "model.dropout"}
     if not config.model.refinement_convs.layers:
         free |= {"model.refinement_convs.layers", "model.refinement_convs.width"}
     if config.model.pairwise_features == "shared" or not config.model.relations:
