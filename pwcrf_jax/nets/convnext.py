@@ -1,6 +1,7 @@
 """ConvNeXt-Tiny."""
 
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,6 +10,9 @@ import jax.numpy as jnp
 from pwcrf_jax.nets.convs import Features, LayerNorm, PatchConv, pad_to_multiple, with_skip_layers
 from pwcrf_jax.nets.depthwise import METHODS, DepthwiseConv
 from pwcrf_jax.nets.layers import Layers
+from pwcrf_jax.nets.state_dicts import Architecture, StateDict
+from pwcrf_jax.nets.stored import WeightsError
+from pwcrf_jax.nets.torch_layouts import check_unused, count, has, prefix_of
 
 STRIDES = (16, 8)
 LAYER_SCALE = 1e-6  # at the start of training
@@ -170,3 +174,119 @@ class _Block(nn.Module):
         y = dense(channels, "project")(y)
         scale = self.param("layer_scale", nn.initializers.constant(LAYER_SCALE), (channels,), jnp.float32)
         return x + y * scale.astype(self.dtype)
+
+
+class _Layout(NamedTuple):
+    """Names in files of one library.
+
+    Attributes:
+      source: the library, for reports.
+      endings: names that such a file has, after a prefix.
+      stem: its convolution and layer norm.
+      stage: a stage, with its number in place of {}.
+      blocks, downsample: of a stage, after its name; the latter with parts 0, the norm, and 1, the convolution.
+      depthwise, norm, expand, project, layer_scale: parts of a block, after its number.
+    """
+
+    source: str
+    endings: tuple[str, ...]
+    stem: tuple[str, str]
+    stage: str
+    blocks: str
+    downsample: str
+    depthwise: str
+    norm: str
+    expand: str
+    project: str
+    layer_scale: str
+
+
+_LAYOUTS = (
+    _Layout(
+        "timm",
+        ("stem.0.weight", "stages.0.blocks.0.conv_dw.weight"),
+        ("stem.0", "stem.1"),
+        "stages.{}",
+        "blocks",
+        "downsample",
+        "conv_dw",
+        "norm",
+        "mlp.fc1",
+        "mlp.fc2",
+        "gamma",
+    ),
+    _Layout(
+        "transformers",
+        ("embeddings.patch_embeddings.weight", "encoder.stages.0.layers.0.dwconv.weight"),
+        ("embeddings.patch_embeddings", "embeddings.layernorm"),
+        "encoder.stages.{}",
+        "layers",
+        "downsampling_layer",
+        "dwconv",
+        "layernorm",
+        "pwconv1",
+        "pwconv2",
+        "layer_scale_parameter",
+    ),
+)
+
+
+def _convert(layout: _Layout, state: StateDict, backbone: Mapping[str, Any]) -> dict[str, Any]:
+    prefix = prefix_of(state, *layout.endings) or ""
+    stage_of = lambda stage: f"{prefix}{layout.stage.format(stage)}"
+    depths = [count(state, f"{stage_of(stage)}.{layout.blocks}.") for stage in range(4)]
+    _check_depths(state, depths, backbone)
+    conv = lambda name, like: state.conv(name, like["kernel"].shape)
+
+    def norm(name: str, like: Any) -> dict[str, Any]:
+        shape = like["scale"].shape
+        return {"scale": state.array(f"{name}.weight", shape), "bias": state.array(f"{name}.bias", shape)}
+
+    def block(at: str, like: Any) -> dict[str, Any]:
+        return {
+            "depthwise": conv(f"{at}.{layout.depthwise}", like["depthwise"]),
+            "norm": norm(f"{at}.{layout.norm}", like["norm"]),
+            "expand": state.linear(f"{at}.{layout.expand}", like["expand"]["kernel"].shape),
+            "project": state.linear(f"{at}.{layout.project}", like["project"]["kernel"].shape),
+            "layer_scale": state.array(f"{at}.{layout.layer_scale}", like["layer_scale"].shape),
+        }
+
+    new = {}
+    for layer, like in backbone.items():
+        if layer == "stem":
+            first, second = (f"{prefix}{name}" for name in layout.stem)
+            new[layer] = {"conv": conv(first, like["conv"]), "norm": norm(second, like["norm"])}
+            continue
+        _, stage, part = layer.split("_")
+        if part == "downsample":
+            at = f"{stage_of(stage)}.{layout.downsample}"
+            new[layer] = {"norm": norm(f"{at}.0", like["norm"]), "conv": conv(f"{at}.1", like["conv"])}
+        else:
+            new[layer] = block(f"{stage_of(stage)}.{layout.blocks}.{part}", like)
+    # The last layer norm stands after the mean over the map, before the classifier.
+    unread = [layout.stage.format(stage) for stage in range(4) if f"stages_{stage}_{depths[stage] - 1}" not in new]
+    check_unused(state, prefix, [*unread, "layernorm"])
+    return new
+
+
+def _check_depths(state: StateDict, depths: list[int], backbone: Mapping[str, Any]) -> None:
+    """The numbers of blocks of each stage must be those of ConvNeXt-Tiny, or of a backbone of other ones."""
+    ours = [sum(layer.startswith(f"stages_{s}_") and layer[-1].isdigit() for layer in backbone) for s in range(4)]
+    last = max(stage for stage, depth in enumerate(ours) if depth)
+    known = list(ConvNeXtTiny.depths)
+    expected = [*ours[:last], max(ours[last], known[last])] if ours[:last] == known[:last] else ours[: last + 1]
+    if depths[: last + 1] != expected:
+        raise WeightsError(
+            f"{state.path}: holds a ConvNeXt with stages of {', '.join(map(str, depths))} blocks, but the backbone has "
+            f"{', '.join(map(str, expected))}; take a file of ConvNeXt-Tiny"
+        )
+
+
+def _architecture(layout: _Layout) -> Architecture:
+    recognise: Callable[[Collection[str]], bool] = lambda names: has(names, *layout.endings)
+    convert = lambda state, backbone: _convert(layout, state, backbone)
+    return Architecture(f"{layout.source}_convnext", "convnext_tiny", "stages_0_0", "torch", recognise, convert)
+
+
+ARCHITECTURES = tuple(map(_architecture, _LAYOUTS))
+"""Files of ConvNeXt-Tiny of timm and of transformers."""

@@ -1,6 +1,7 @@
 """ResNet-50 and ResNet-101, with BatchNorm folded into the convolutions."""
 
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,8 +10,12 @@ import jax.numpy as jnp
 from pwcrf_jax.nets.convs import Features, PointwiseConv, with_skip_layers
 from pwcrf_jax.nets.layers import Layers
 from pwcrf_jax.nets.pooling import max_pool_3x3_stride_2
+from pwcrf_jax.nets.state_dicts import Architecture, StateDict
+from pwcrf_jax.nets.stored import WeightsError
+from pwcrf_jax.nets.torch_layouts import check_unused, count, has, prefix_of
 
 STRIDES = (16, 8)
+BATCH_NORM_EPSILON = 1e-5  # torchvision's, timm's and transformers'
 
 
 def layer_names(depths: tuple[int, ...]) -> tuple[str, ...]:
@@ -148,3 +153,93 @@ def _conv(features: int, kernel: int, stride: int, dilation: int, dtype: Any, na
         dtype=dtype,
         name=name,
     )
+
+
+class _Layout(NamedTuple):
+    """Names in files of one library.
+
+    Attributes:
+      source: the library, for reports.
+      endings: names that such a file has, after a prefix.
+      blocks: what the names of blocks of a stage begin with, before their number.
+      names: (convolution, BatchNorm) of a part of a layer.
+    """
+
+    source: str
+    endings: tuple[str, ...]
+    blocks: Callable[[int], str]
+    names: Callable[[str, str], tuple[str, str]]
+
+
+def _torchvision_names(layer: str, part: str) -> tuple[str, str]:
+    if layer == "conv1":
+        return "conv1", "bn1"
+    block = layer.replace("_", ".")
+    if part == "downsample":
+        return f"{block}.downsample.0", f"{block}.downsample.1"
+    return f"{block}.{part}", f"{block}.bn{part[-1]}"
+
+
+def _transformers_names(layer: str, part: str) -> tuple[str, str]:
+    if layer == "conv1":
+        at = "embedder.embedder"
+    else:
+        stage, block = layer.removeprefix("layer").split("_")
+        at = f"encoder.stages.{int(stage) - 1}.layers.{block}."
+        at += "shortcut" if part == "downsample" else f"layer.{int(part[-1]) - 1}"
+    return f"{at}.convolution", f"{at}.normalization"
+
+
+_LAYOUTS = (
+    # A third convolution in a block: ResNet-18 and -34 have two.
+    _Layout("torch", ("conv1.weight", "layer1.0.conv3.weight"), lambda stage: f"layer{stage}.", _torchvision_names),
+    _Layout(
+        "transformers",
+        ("embedder.embedder.convolution.weight", "encoder.stages.0.layers.0.layer.2.convolution.weight"),
+        lambda stage: f"encoder.stages.{stage - 1}.layers.",
+        _transformers_names,
+    ),
+)
+
+
+def _convert(layout: _Layout, state: StateDict, backbone: Mapping[str, Any]) -> dict[str, Any]:
+    prefix = prefix_of(state, *layout.endings) or ""
+
+    def conv(layer: str, part: str, kernel: Any) -> dict[str, Any]:
+        name, norm = (f"{prefix}{name}" for name in layout.names(layer, part))
+        label = f"{layer}/{part}" if part else layer
+        return state.conv(name, kernel.shape, norm=norm, epsilon=BATCH_NORM_EPSILON, label=label)
+
+    depths = [count(state, f"{prefix}{layout.blocks(stage)}") for stage in range(1, 5)]
+    _check_depths(state, depths, backbone)
+    new = {"conv1": conv("conv1", "", backbone["conv1"]["kernel"])}
+    for layer in backbone:
+        if layer != "conv1":
+            new[layer] = {part: conv(layer, part, values["kernel"]) for part, values in backbone[layer].items()}
+    unread = [f"{layout.blocks(s)}{i}" for s in range(1, 5) for i in range(depths[s - 1]) if f"layer{s}_{i}" not in new]
+    check_unused(state, prefix, unread)
+    return new
+
+
+def _check_depths(state: StateDict, depths: list[int], backbone: Mapping[str, Any]) -> None:
+    """The numbers of blocks of each stage must be the backbone's; of its last, which may end early, at least as many."""
+    ours = [sum(layer.startswith(f"layer{stage}_") for layer in backbone) for stage in range(1, 5)]
+    last = max(i for i, depth in enumerate(ours) if depth)
+    # ResNet-50 and -101 differ in their third stage alone, of which all 6 blocks of the former may be the output.
+    whole = ours[:last] == depths[:last] and depths[last] >= ours[last]
+    if not whole or (last == 2 and ours[2] == ResNet50.depths[2] and depths[2] == ResNet101.depths[2]):
+        raise WeightsError(
+            f"{state.path}: holds a ResNet with stages of {', '.join(map(str, depths))} blocks, but the backbone has "
+            f"{', '.join(str(depth) for depth in ours if depth)}; resnet50 is 3, 4, 6, 3 and resnet101 is 3, 4, 23, 3 "
+            "(config.model.backbone)"
+        )
+
+
+def _architecture(layout: _Layout) -> Architecture:
+    recognise: Callable[[Collection[str]], bool] = lambda names: has(names, *layout.endings)
+    convert = lambda state, backbone: _convert(layout, state, backbone)
+    return Architecture(f"{layout.source}_resnet", "resnet", "layer1_0", "torch", recognise, convert)
+
+
+ARCHITECTURES = tuple(map(_architecture, _LAYOUTS))
+"""torchvision's and timm's files of ResNet-50 and -101, and those of transformers."""

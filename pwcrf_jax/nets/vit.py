@@ -10,7 +10,7 @@ from pwcrf_jax.nets.convs import Features, LayerNorm, PatchConv, pad_to_multiple
 from pwcrf_jax.nets.layers import Layers
 
 PATCHES = {8: 28, 14: 37, 16: 14}
-"""Sizes of patches, and the cells a side of the position embeddings of published weights: 224 / 8, 518 / 14, 224 / 16."""
+"""Sizes of patches, with the cells a side of published position embeddings: 224 / 8, 518 / 14, 224 / 16."""
 EPSILON, LAYER_SCALE = 1e-6, 1e-5  # at the start of training
 
 
