@@ -17,6 +17,7 @@ from pwcrf_jax.model.losses import OBJECTIVES
 from pwcrf_jax.model.segmenter import PAIRWISE_FEATURES, PARAMETERISATIONS
 from pwcrf_jax.nets import BACKBONES, INPUT_SCALINGS
 from pwcrf_jax.nets.depthwise import METHODS
+from pwcrf_jax.nets.vit import PATCHES
 from pwcrf_jax.relations import UNITS
 
 _POSITIVE_INT, _COUNT = Number(int, low=1), Number(int, low=0)
@@ -47,6 +48,11 @@ SECTIONS = {
     "data.tfds": "A set of the TFDS catalogue",
     "model": "The model",
     "model.mobilenet_v2": "The backbone mobilenet_v2",
+    "model.resnet50": "The backbone resnet50",
+    "model.resnet101": "The backbone resnet101",
+    "model.convnext_tiny": "The backbone convnext_tiny",
+    "model.vit_small": "The backbone vit_small",
+    "model.vit_base": "The backbone vit_base",
     "model.tiny": "The backbone tiny",
     "model.refinement_convs": "Convolutions on skip layers of the backbone, ahead of the dense CRF [choice]",
     "loss": "The training objective",
@@ -59,6 +65,30 @@ SECTIONS = {
     "eval": "Evaluation",
 }
 """Titles of the sections of `KEYS`."""
+
+_OUTPUT = "the layer whose features are taken, a stage or a block"
+_FREEZE = Key(Text(), "", 'layers before this one are not trained; "": all are')
+_STRIDE = Key(Choice((16, 8)), 16, "pixels to a cell; 8: with one more stage of dilated kernels")
+_DEPTHWISE = Key(Choice(METHODS), "auto", "how depthwise convolutions are computed; auto: by device")
+_RESNET = {"output": Key(Text(), "layer4", _OUTPUT), "stride": _STRIDE, "freeze_until": _FREEZE}
+_VIT = {
+    "output": Key(Text(), "norm", "the layer whose features are taken: norm, the last, or a block, such as blocks_8"),
+    "patch": Key(Choice(tuple(PATCHES)), 16, "pixels of a patch, which is a cell; 14 in DINOv2"),
+    "registers": Key(Number(int, 0, 1024), 0, "register tokens; 4 in DINOv2 with registers"),
+    "layer_scale": Key(Flag(), False, "a factor for each channel on what a block adds, as in DINOv2"),
+    "grid": Key(
+        Number(int, 0, 1024), 0, "position embeddings a side; 0: 14 with patch 16, 28 with patch 8, 37 with patch 14"
+    ),
+    "freeze_until": _FREEZE,
+}
+# Sections of backbones that share options.
+_BACKBONES = {
+    "resnet50": _RESNET,
+    "resnet101": _RESNET,
+    "convnext_tiny": _RESNET | {"output": Key(Text(), "stages_3", _OUTPUT), "depthwise": _DEPTHWISE},
+    "vit_small": _VIT,
+    "vit_base": _VIT,
+}
 
 KEYS = {
     "seed": Key(Number(int, low=0, high=2**32 - 1), 0, "seed of parameters, order, crops and samples"),
@@ -96,10 +126,9 @@ KEYS = {
     "data.tfds.max_side": Key(_COUNT, 0, "longest side, to which larger images are shrunk; 0: none is"),
     "model.backbone": Key(Choice(BACKBONES), "vgg16", "the network below FeatMap-Net"),
     "model.mobilenet_v2.output": Key(Text(), "block_13_expand", "the layer whose features are taken"),
-    "model.mobilenet_v2.depthwise": Key(
-        Choice(METHODS), "auto", "how depthwise convolutions are computed; auto: by device"
-    ),
-    "model.mobilenet_v2.freeze_until": Key(Text(), "", 'layers before this one are not trained; "": all are'),
+    "model.mobilenet_v2.depthwise": _DEPTHWISE,
+    "model.mobilenet_v2.freeze_until": _FREEZE,
+    **{f"model.{name}.{option}": key for name, options in _BACKBONES.items() for option, key in options.items()},
     "model.tiny.features": Key(Tuple(_WIDTH, 4), (16, 32, 48, 64), "features of its four convolutions"),
     "model.refinement_convs.layers": Key(
         Tuple(Text(empty=False)), (), 'layers, such as ("block_3_expand", "block_6_expand"); (): off'

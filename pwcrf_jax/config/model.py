@@ -53,13 +53,14 @@ def identity(config: ConfigDict) -> dict[str, Any]:
 
     Left out is what may change between runs: dtype, how depthwise convolutions are computed, what is trained.
     """
-    free = {"model.dtype", "model.mobilenet_v2.depthwise", "model.mobilenet_v2.freeze_until", "model.parameterisation"}
+    backbone = config.model.backbone
+    free = {"model.dtype", f"model.{backbone}.depthwise", f"model.{backbone}.freeze_until", "model.parameterisation"}
     free |= {"model.pairwise_trains_features"}
     if not config.model.refinement_convs.layers:
         free |= {"model.refinement_convs.layers", "model.refinement_convs.width"}
     if config.model.pairwise_features == "shared" or not config.model.relations:
         free |= {"model.pairwise_features"}
-    other_backbones = tuple(f"model.{name}." for name in BACKBONES if name != config.model.backbone)
+    other_backbones = tuple(f"model.{name}." for name in BACKBONES if name != backbone)
     used = tuple(f"relations.{name}." for name in config.model.relations)
     flat = {}
     for key, value in keys.flat(config):

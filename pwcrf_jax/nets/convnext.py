@@ -167,7 +167,7 @@ class _Block(nn.Module):
             features, kernel_init=nn.initializers.truncated_normal(0.02), dtype=self.dtype, name=name
         )
         y = DepthwiseConv(
-            kernel_size=7, dilation=self.dilation, method=self.depthwise, dtype=self.dtype, name="depthwise"
+            window=7, dilation=self.dilation, method=self.depthwise, dtype=self.dtype, name="depthwise"
         )(x)
         y = LayerNorm(dtype=self.dtype, name="norm")(y)
         y = nn.gelu(dense(4 * channels, "expand")(y), approximate=False)

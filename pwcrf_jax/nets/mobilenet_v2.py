@@ -116,6 +116,12 @@ class MobileNetV2(nn.Module):
         layers = layer_names()
         return next(i for i, name in enumerate(layers) if self.output in (name, name.rsplit("_", 1)[0]))
 
+    def frozen_layers(self) -> tuple[str, ...]:
+        """The layers that no gradient reaches: those before `freeze_until`."""
+        names = layer_names()
+        is_first = lambda name: name == self.freeze_until or name.startswith(f"{self.freeze_until}_")
+        return names[: next(i for i, name in enumerate(names) if is_first(name))] if self.freeze_until else ()
+
     def __call__(self, images: jax.Array) -> Features:
         kept: dict[str, jax.Array] = {}
         return with_skip_layers(self._run(images, kept), kept, self.skip_layers)

@@ -222,7 +222,7 @@ def _convert(layout: _Layout, state: StateDict, backbone: Mapping[str, Any]) -> 
 
 
 def _check_depths(state: StateDict, depths: list[int], backbone: Mapping[str, Any]) -> None:
-    """The numbers of blocks of each stage must be the backbone's; of its last, which may end early, at least as many."""
+    """Stages must have as many blocks as the backbone's; at least as many its last, which may end early."""
     ours = [sum(layer.startswith(f"layer{stage}_") for layer in backbone) for stage in range(1, 5)]
     last = max(i for i, depth in enumerate(ours) if depth)
     # ResNet-50 and -101 differ in their third stage alone, of which all 6 blocks of the former may be the output.

@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from pwcrf_jax.nets import mobilenet_v2
+from pwcrf_jax.nets import BACKBONES
 
 MOMENTUM = 0.9  # of sgd
 
@@ -21,12 +21,9 @@ def schedule(config, num_steps):
 
 def frozen_layers(model_config) -> frozenset[str]:
     """Layers of the backbone that the model cuts off from the gradient: those before freeze_until."""
-    until = model_config.mobilenet_v2.freeze_until if model_config.backbone == "mobilenet_v2" else ""
-    if not until:
-        return frozenset()
-    names = mobilenet_v2.layer_names()
-    first = next(i for i, name in enumerate(names) if name == until or name.startswith(f"{until}_"))
-    return frozenset(names[:first])
+    options = model_config[model_config.backbone].to_dict() if model_config.backbone in model_config else {}
+    net = BACKBONES[model_config.backbone](**options)
+    return frozenset(net.frozen_layers()) if hasattr(net, "frozen_layers") else frozenset()
 
 
 def _groups(params, frozen):
@@ -49,8 +46,8 @@ def _kinds(params):
 
 
 def _decayed(params):
-    """True for kernels. By name: the pairwise net's last bias is a matrix too, [K, K]."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: "bias" not in path[-1].key, params)
+    """True for kernels. By name: the pairwise net's last bias is a matrix too, [K, K], and so are tokens of a ViT."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in path[-1].key, params)
 
 
 def make_optimizer(config, model_config, num_steps, unary_steps=None):
@@ -92,7 +89,7 @@ def standing_still(config, params, unary_steps=None):
 
     def key(path, group, kind):
         if group == "frozen":
-            return "model.mobilenet_v2.freeze_until"
+            return f"model.{config.model.backbone}.freeze_until"
         if group == "backbone" and not config.optimizer.backbone_factor:
             return "optimizer.backbone_factor"
         if kind == "unary" and unary_steps == 0:
