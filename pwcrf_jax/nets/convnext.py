@@ -166,9 +166,9 @@ class _Block(nn.Module):
         dense = lambda features, name: nn.Dense(
             features, kernel_init=nn.initializers.truncated_normal(0.02), dtype=self.dtype, name=name
         )
-        y = DepthwiseConv(
-            window=7, dilation=self.dilation, method=self.depthwise, dtype=self.dtype, name="depthwise"
-        )(x)
+        y = DepthwiseConv(window=7, dilation=self.dilation, method=self.depthwise, dtype=self.dtype, name="depthwise")(
+            x
+        )
         y = LayerNorm(dtype=self.dtype, name="norm")(y)
         y = nn.gelu(dense(4 * channels, "expand")(y), approximate=False)
         y = dense(channels, "project")(y)

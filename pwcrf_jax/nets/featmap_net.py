@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from pwcrf_jax.nets.convnext import ConvNeXtTiny
 from pwcrf_jax.nets.convs import conv
+from pwcrf_jax.nets.efficientnet_lite import EfficientNetLite
 from pwcrf_jax.nets.mobilenet_v2 import MobileNetV2
 from pwcrf_jax.nets.pooling import sliding_pyramid
 from pwcrf_jax.nets.resnet import ResNet50, ResNet101
@@ -20,6 +21,7 @@ from pwcrf_jax.nets.vit import ViTBase, ViTSmall
 
 BACKBONES: dict[str, type[nn.Module]] = {
     "convnext_tiny": ConvNeXtTiny,
+    "efficientnet_lite": EfficientNetLite,
     "mobilenet_v2": MobileNetV2,
     "resnet50": ResNet50,
     "resnet101": ResNet101,
