@@ -40,7 +40,7 @@ class ConvNeXtTiny(nn.Module):
     `stages_0_0`, ... its `depthwise`, `norm`, `expand`, `project` and `layer_scale`.
 
     Attributes:
-      output: a stage or a block at the total stride: `stages_2`, `stages_3`, `stages_3_1`; with stride 8 `stages_1` too.
+      output: a stage or a block at the total stride: `stages_2`, `stages_3`, `stages_3_1`; `stages_1` with stride 8.
       stride: 16 or 8.
       depthwise: "shifted", "grouped" or "auto"; see `DepthwiseConv`. All compute the same.
       freeze_until: a stage or a block; no gradient passes to the layers before it. "": to all.

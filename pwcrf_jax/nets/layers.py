@@ -58,16 +58,16 @@ class Layers(NamedTuple):
 
     def _of(self, option: str, name: str) -> tuple[str, ...]:
         wanted = name.replace(".", "_")
-        stages = {layer: None if layer == self.names[0] else _stage(layer) for layer in self.names}
+        stages = {layer: _stage(layer) for layer in self.names}
         found = tuple(layer for layer, stage in stages.items() if wanted in (layer, stage))
         if not found:
-            known = dict.fromkeys(stage or layer for layer, stage in stages.items())
-            example = next((layer for layer, stage in reversed(stages.items()) if stage not in (None, layer)), "")
+            example = next((layer for layer, stage in reversed(stages.items()) if stage != layer), "")
             such = f", or one block of them, such as {example}" * bool(example)
             # Of layers for refinement convolutions a config has another key, which knows them by these words.
             subject = f"no layer {name!r}" if option == "skip_layers" else f"{option} {name!r} is not a layer"
             place = "before the output" if option == "skip_layers" else "that it may name"
-            raise ValueError(f"{self.backbone}: {subject} {place}; known: {', '.join(known) or 'none'}{such}")
+            known = ", ".join(dict.fromkeys(stages.values())) or "none"
+            raise ValueError(f"{self.backbone}: {subject} {place}; known: {known}{such}")
         return found
 
 
