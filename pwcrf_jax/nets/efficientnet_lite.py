@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pwcrf_jax.nets.convs import Features, check_skip_layers, conv, with_skip_layers
+from pwcrf_jax.nets.convs import Features, check_skip_layers, conv, layers_before, with_skip_layers
 from pwcrf_jax.nets.depthwise import METHODS, DepthwiseConv
 from pwcrf_jax.nets.state_dicts import Architecture, StateDict
 from pwcrf_jax.nets.stored import WeightsError
@@ -30,7 +30,7 @@ class Block(NamedTuple):
 
     name: str
     stage: int
-    index: int
+    number: int
     kernel: int
     expand: int
     project: int
@@ -136,6 +136,11 @@ class EfficientNetLite(nn.Module):
         check_skip_layers(own, self.skip_layers, [n for n in before if n in skip_layer_names(self.variant)])
         super().__post_init__()
 
+    @property
+    def frozen_layers(self) -> tuple[str, ...]:
+        """Those before freeze_until."""
+        return layers_before(self.freeze_until, layer_names(self.variant))
+
     def __call__(self, images: jax.Array) -> Features:
         kept: dict[str, jax.Array] = {}
         return with_skip_layers(self._run(images, kept), kept, self.skip_layers)
@@ -180,9 +185,9 @@ def _timm_names(variant: int) -> dict[str, tuple[str, str]]:
     names = {"conv_stem": ("conv_stem", "bn1"), "conv_head": ("conv_head", "bn2")}
     for block in blocks(variant, 16):
         parts = ("conv_pw", "conv_dw", "conv_pwl") if block.expand else ("conv_dw", "conv_pw")
-        for number, (layer, part) in enumerate(zip(_layers(block), parts, strict=True), start=1):
-            prefix = f"blocks.{block.stage}.{block.index}"
-            names[layer] = (f"{prefix}.{part}", f"{prefix}.bn{number}")
+        for place, (layer, part) in enumerate(zip(_layers(block), parts, strict=True), start=1):
+            prefix = f"blocks.{block.stage}.{block.number}"
+            names[layer] = (f"{prefix}.{part}", f"{prefix}.bn{place}")
     return names
 
 

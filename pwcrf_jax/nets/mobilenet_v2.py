@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pwcrf_jax.nets.convs import Features, check_skip_layers, conv, with_skip_layers
+from pwcrf_jax.nets.convs import Features, check_skip_layers, conv, layers_before, with_skip_layers
 from pwcrf_jax.nets.depthwise import METHODS, DepthwiseConv
 
 
@@ -86,6 +86,8 @@ class MobileNetV2(nn.Module):
     skip_layers: tuple[str, ...] = ()
     dtype: Any = jnp.float32
 
+    stride = 16  # pixels to a cell
+
     def __post_init__(self) -> None:
         if self.output not in output_names():
             raise ValueError(
@@ -111,16 +113,15 @@ class MobileNetV2(nn.Module):
         super().__post_init__()
 
     @property
+    def frozen_layers(self) -> tuple[str, ...]:
+        """Those before freeze_until."""
+        return layers_before(self.freeze_until, layer_names())
+
+    @property
     def _place(self) -> int:
         """How many layers lie before the output."""
         layers = layer_names()
         return next(i for i, name in enumerate(layers) if self.output in (name, name.rsplit("_", 1)[0]))
-
-    def frozen_layers(self) -> tuple[str, ...]:
-        """The layers that no gradient reaches: those before `freeze_until`."""
-        names = layer_names()
-        is_first = lambda name: name == self.freeze_until or name.startswith(f"{self.freeze_until}_")
-        return names[: next(i for i, name in enumerate(names) if is_first(name))] if self.freeze_until else ()
 
     def __call__(self, images: jax.Array) -> Features:
         kept: dict[str, jax.Array] = {}

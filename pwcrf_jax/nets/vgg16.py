@@ -45,6 +45,9 @@ class VGG16(nn.Module):
     skip_layers: tuple[str, ...] = ()
     dtype: Any = jnp.float32
 
+    stride = 16  # pixels to a cell
+    frozen_layers = ()  # there is no freeze_until
+
     def __post_init__(self) -> None:
         check_skip_layers("vgg16", self.skip_layers, layer_names())
         super().__post_init__()

@@ -73,6 +73,7 @@ def run(config, workdir: str = "", picture: str = "") -> str:
     """
     from PIL import Image
 
+    config = checks.settle_data(config, workdir)
     configs.validate(config)
     if jax.process_count() > 1:
         raise configs.ConfigError("--dry-run is of one process; start it on one host alone")

@@ -2,10 +2,13 @@
 
 import jax
 import optax
+from ml_collections import ConfigDict
 
-from pwcrf_jax.nets import BACKBONES
+from pwcrf_jax.config import featmap_net
 
 MOMENTUM = 0.9  # of sgd
+# In names of parameters: biases, those of layer norms and layer scale, and what a ViT has beside its kernels.
+_NOT_DECAYED = ("bias", "scale", "token", "positions", "epsilon")
 
 
 def schedule(config, num_steps):
@@ -21,9 +24,7 @@ def schedule(config, num_steps):
 
 def frozen_layers(model_config) -> frozenset[str]:
     """Layers of the backbone that the model cuts off from the gradient: those before freeze_until."""
-    options = model_config[model_config.backbone].to_dict() if model_config.backbone in model_config else {}
-    net = BACKBONES[model_config.backbone](**options)
-    return frozenset(net.frozen_layers()) if hasattr(net, "frozen_layers") else frozenset()
+    return frozenset(featmap_net(ConfigDict({"model": model_config})).bare_backbone().frozen_layers)
 
 
 def _groups(params, frozen):
@@ -47,7 +48,8 @@ def _kinds(params):
 
 def _decayed(params):
     """True for kernels. By name: the pairwise net's last bias is a matrix too, [K, K], and so are tokens of a ViT."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in path[-1].key, params)
+    decayed = lambda path, _: not any(part in path[-1].key for part in _NOT_DECAYED)
+    return jax.tree_util.tree_map_with_path(decayed, params)
 
 
 def make_optimizer(config, model_config, num_steps, unary_steps=None):
@@ -56,7 +58,7 @@ def make_optimizer(config, model_config, num_steps, unary_steps=None):
     unary_steps: of an objective in stages: the relations have a schedule of their own, from this step on, and
     all else stands still from there; None: one schedule for all.
 
-    Weight decay (the paper's lambda) acts on kernels, not on biases; in adamw decoupled, in sgd as an L2 term. The
+    Weight decay (the paper's lambda) acts on kernels, not on biases and scales; in adamw decoupled, in sgd as an L2 term. The
     backbone learns at backbone_factor times the rate; layers that the model freezes get no update at all.
     """
     decay = optax.add_decayed_weights(config.weight_decay, mask=_decayed)
