@@ -58,8 +58,8 @@ def make_optimizer(config, model_config, num_steps, unary_steps=None):
     unary_steps: of an objective in stages: the relations have a schedule of their own, from this step on, and
     all else stands still from there; None: one schedule for all.
 
-    Weight decay (the paper's lambda) acts on kernels, not on biases and scales; in adamw decoupled, in sgd as an L2 term. The
-    backbone learns at backbone_factor times the rate; layers that the model freezes get no update at all.
+    Weight decay (the paper's lambda) acts on kernels, not on biases and scales; in adamw decoupled, in sgd as an L2
+    term. The backbone learns at backbone_factor times the rate; layers that the model freezes get no update at all.
     """
     decay = optax.add_decayed_weights(config.weight_decay, mask=_decayed)
     rule = [optax.scale_by_adam(), decay] if config.name == "adamw" else [decay, optax.trace(MOMENTUM)]
