@@ -16,9 +16,9 @@ def normal(seed, *shape):
 
 
 @pytest.mark.parametrize("stride, dilation", [(1, 1), (2, 1), (1, 2)])
-@pytest.mark.parametrize("size", [(8, 6), (7, 9), (7, 6), (1, 2)])
-def test_shifted_equals_grouped_in_values_and_gradients(stride, dilation, size):
-    x, kernel = normal(0, 2, *size, 5), normal(1, 3, 3, 1, 5)
+@pytest.mark.parametrize("size, window", [((8, 6), 3), ((7, 9), 3), ((7, 6), 3), ((1, 2), 3), ((7, 6), 5), ((2, 9), 5)])
+def test_shifted_equals_grouped_in_values_and_gradients(stride, dilation, size, window):
+    x, kernel = normal(0, 2, *size, 5), normal(1, window, window, 1, 5)
     rows, cols = -(-size[0] // stride), -(-size[1] // stride)
     weight = normal(2, 2, rows, cols, 5)
     results = []
