@@ -74,7 +74,7 @@ class FeatMapNet(nn.Module):
     `conv1`, `conv2`, ...
 
     Attributes:
-      backbone: a name in `BACKBONES`, or "package.module:factory" of your own, see `pwcrf_jax.nets.own_backbone`.
+      backbone: a name in `BACKBONES`, or "package.module:factory" of your own (docs/training.md).
       backbone_options: attributes of the backbone other than dtype, or arguments of the factory: a mapping or pairs.
       scales: factors of the image size, each positive.
       block6: (kernel size, features) of each convolution of block 6, odd sizes; () for none.
