@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pwcrf_jax import config as configs
-from pwcrf_jax import metrics, nets, piecewise
+from pwcrf_jax import likelihood, metrics, nets, piecewise
 from pwcrf_jax.data import eval_batches
 from pwcrf_jax.model import decode
 from pwcrf_jax.prediction import restore
@@ -56,10 +56,10 @@ def edge_terms(potentials, labels):
     labels = piecewise.grid_labels(labels, *potentials.unary.shape[1:3])
     out = {}
     for name, p in potentials.pairwise.items():
-        out[name] = piecewise.pairwise_log_likelihood(p, labels)
+        out[name] = likelihood.pairwise_log_likelihood(p, labels)
         if p.unary_log_probs is not None:  # the same with a net that says nothing
             silent = dataclasses.replace(p, kernel=jnp.zeros_like(p.kernel), bias=jnp.zeros_like(p.bias))
-            out[f"{name}, unaries alone"] = piecewise.pairwise_log_likelihood(silent, labels)
+            out[f"{name}, unaries alone"] = likelihood.pairwise_log_likelihood(silent, labels)
     return out
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pwcrf_jax import mean_field, piecewise, relations
+from pwcrf_jax import likelihood, mean_field, relations
 from pwcrf_jax.potentials import factored_pairwise
 
 RELATIONS = (relations.SURROUNDING, relations.ABOVE_BELOW)
@@ -166,7 +166,7 @@ def loss_rivals(problem):
         total = 0.0
         for net, box in zip(params, offsets, strict=True):
             potential = factored_pairwise(*first_layer(x, net), *net[2:], box)
-            total += piecewise.pairwise_log_likelihood(potential, labels)[0]
+            total += likelihood.pairwise_log_likelihood(potential, labels)[0]
         return total
 
     gradient = lambda f: jax.value_and_grad(f, argnums=(0, 1))

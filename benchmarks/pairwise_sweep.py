@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import timing
 
-from pwcrf_jax import piecewise
+from pwcrf_jax import likelihood
 from pwcrf_jax.potentials import factored_pairwise
 from pwcrf_jax.runtime import files
 
@@ -31,7 +31,7 @@ def sweep(size, counts, repeats, patience):
     labels = jnp.asarray(rng.integers(0, k, grid), jnp.int32)
     turns, temp = {}, {}
     for n in counts:
-        objective = lambda parts, labels, n=n: piecewise.pairwise_log_likelihood(
+        objective = lambda parts, labels, n=n: likelihood.pairwise_log_likelihood(
             factored_pairwise(*parts, box[:n]), labels
         )[0]
         compiled = jax.jit(jax.value_and_grad(objective)).lower(parts, labels).compile()

@@ -18,13 +18,13 @@ from pwcrf_jax import (
     potentials,
     relations,
 )
-from pwcrf_jax.likelihood import sample_offsets
+from pwcrf_jax.likelihood import pairwise_log_likelihood, sample_offsets
 from pwcrf_jax.mean_field import MeanFieldInfo
 from pwcrf_jax.messages import compute_messages, prepare_messages
 from pwcrf_jax.metrics import confusion_matrix, scores
 from pwcrf_jax.model.plan import Plan, plan
 from pwcrf_jax.objectives import exact_log_likelihood, pseudo_log_likelihood, unrolled_log_likelihood
-from pwcrf_jax.piecewise import balance_weights, grid_labels, pairwise_log_likelihood, unary_log_likelihood
+from pwcrf_jax.piecewise import balance_weights, grid_labels, unary_log_likelihood
 from pwcrf_jax.potentials import FactoredPairwise, GridScores, PairwiseTable, factored_pairwise, to_table
 from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING, EdgeList, Relation, edge_list, offsets, validity_mask
 

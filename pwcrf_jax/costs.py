@@ -124,7 +124,7 @@ def pairwise_loss(
     chunk_edges: int | None = None,
     num_sampled_offsets: int = 0,
 ) -> Cost:
-    """Likelihood and gradient of one relation, `likelihood.edge_log_likelihood` of a factored potential.
+    """Likelihood and gradient of one relation, `likelihood.pairwise_log_likelihood` of a factored potential.
 
     multiply_adds: edges walked * (3 M K^2 + 2 M H): the last layer, its two products backwards, and the summing of
     the gradient into the rows of both ends. temp_bytes: 4 (2 C K^2 + 3.25 C M), the gradient of the last layer before

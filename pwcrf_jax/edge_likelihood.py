@@ -1,6 +1,6 @@
 """The sum of edge log-likelihoods of a factored pairwise potential, and its gradient in the same pass.
 
-`pwcrf_jax.likelihood.edge_log_likelihood` is the way in; equations in docs/math.md, "Full range". Everything here has
+`pwcrf_jax.likelihood.pairwise_log_likelihood` is the way in; equations in docs/math.md, "Full range". Everything has
 one batch axis: arrays [B, H, W, ...].
 """
 

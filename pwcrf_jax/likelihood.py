@@ -15,7 +15,7 @@ from pwcrf_jax import relations
 from pwcrf_jax.arrays import as_array, as_mask, compiled, level, of_arrays
 from pwcrf_jax.edge_likelihood import Differentiable, sum_over_edges
 from pwcrf_jax.inputs import check_chunk_edges
-from pwcrf_jax.labels import checked, split
+from pwcrf_jax.labels import VOID, checked, split
 from pwcrf_jax.potentials import FactoredPairwise, GridScores, PairwiseTable, Potential, sum_over_neighbours
 
 Sums = tuple[jax.Array, jax.Array]
@@ -23,7 +23,7 @@ Sums = tuple[jax.Array, jax.Array]
 
 
 def sample_offsets(key: jax.Array, num_offsets: int, num_sampled: int) -> jax.Array:
-    """A uniform random subset of a relation's offsets, for `edge_log_likelihood`.
+    """A uniform random subset of a relation's offsets, for `pairwise_log_likelihood`.
 
     Args:
       key: a JAX random key.
@@ -41,34 +41,40 @@ def sample_offsets(key: jax.Array, num_offsets: int, num_sampled: int) -> jax.Ar
     return jax.random.choice(key, num_offsets, (num_sampled,), replace=False).astype(jnp.int32)
 
 
-def edge_log_likelihood(
+def pairwise_log_likelihood(
     potential: Potential,
     labels: ArrayLike,
     *,
+    void: int | None = VOID,
     node_mask: ArrayLike | None = None,
     node_weights: ArrayLike | None = None,
     chunk_edges: int | None = None,
     sample: ArrayLike | None = None,
-    void: int | None = None,
 ) -> Sums:
     """Sum and count of log P_V(y_p, y_q | x) over the edges of one relation (Lin et al., CVPR 2016, section 4).
 
         log P_V(y_p, y_q | x) = s_pq[y_p, y_q] - log sum_{k,l} exp s_pq[k, l],
         s_pq[k, l] = z_pq[k, l] + e_p[k] + e_q[l],   e: the potential's `unary_log_probs`, or 0.
 
+    An edge weighs w_p w_q: a softmax trained with class weights w models w(k) P(k), so only with the product do the
+    weighted pair and the two weighted unaries agree where there is no interaction; with any other weight each message
+    would carry a prior for or against rare classes.
+
     Args:
       potential: `PairwiseTable` or `FactoredPairwise`; leading batch axes allowed in both.
-      labels: int, [..., num_nodes] or [..., H, W], 0..K-1 or `void`; only read where node_mask is true, any value
-        elsewhere. Other values are refused where they can be seen; under `jit` they are as void.
+      labels: int, [..., num_nodes] for a table, [..., H, W] for a factored potential, 0..K-1 or `void`; only read where
+        node_mask is true, any value elsewhere. Other values are refused where they can be seen; under `jit` they are as
+        void.
+      void: the label of nodes that count for nothing, static and outside 0..K-1, or None; an edge with a void end
+        counts for nothing.
       node_mask: bool, same shape; false for void and padded nodes. An edge counts only if both its ends do. None: all.
-      node_weights: float, same shape: class balancing. An edge weighs w_p w_q. None: 1.
+      node_weights: float, same shape, or None (1): class balancing, from `pwcrf_jax.balance_weights`.
       chunk_edges: static int; a factored potential holds the scores of about so many edges at a time, in whole rows of
         the map. None: chosen from the shapes (`pwcrf_jax.costs.default_chunk_edges`). The value does not depend on it.
       sample: int [n], positions in the offsets of a factored potential (0 .. num_offsets - 1, the caller sees to that),
         from `sample_offsets`; may be traced. The sum is then over those offsets, scaled by num_offsets / n: over random
         samples its expectation, and that of its gradient, are those of the full sum. The count is always that of the
         full sum.
-      void: the label of nodes that count for nothing, static and outside 0..K-1, or None.
 
     Returns:
       (sum, count), float32 scalars: the weighted sum of log-likelihoods over batch and edges, and the sum of weights.
@@ -80,6 +86,12 @@ def edge_log_likelihood(
       ValueError: labels that are not integers, not of the shape of the nodes, or neither class nor void; chunk_edges
         below 1; a sample for a table, or an empty one.
       TypeError: `GridScores`, which do not hold what the likelihood needs.
+
+    Examples:
+      >>> chain = pw.PairwiseTable(jnp.zeros((2, 3, 3)), p=jnp.array([0, 1]), q=jnp.array([1, 2]))
+      >>> total, count = pw.pairwise_log_likelihood(chain, jnp.array([0, 2, 255]))
+      >>> round(float(total), 3), float(count)  # log 1/9; the second edge has a void end
+      (-2.197, 1.0)
     """
     if isinstance(potential, GridScores):
         raise TypeError("GridScores are for messages: give the FactoredPairwise that they were made from")
@@ -95,7 +107,9 @@ def edge_log_likelihood(
         potential = of_arrays(potential)
     labels = checked(labels, potential.num_classes, void, mask=mask)
     _check_nodes(potential, labels)
-    return _edge_sums(potential, labels, mask, weights, chosen, chunk_edges=chunk_edges)
+    if isinstance(potential, PairwiseTable):
+        return _table_sums(potential, labels, mask, weights)
+    return _factored_sums(potential, labels, mask, weights, chosen, chunk_edges=chunk_edges)
 
 
 def _check_nodes(potential: PairwiseTable | FactoredPairwise, labels: jax.Array) -> None:
@@ -107,28 +121,23 @@ def _check_nodes(potential: PairwiseTable | FactoredPairwise, labels: jax.Array)
         raise ValueError(f"expected labels of shape {('...', *nodes)}, one a node, got {labels.shape}")
 
 
-@compiled()
-def _edge_sums(
-    potential: PairwiseTable | FactoredPairwise,
-    labels: jax.Array,
-    node_mask: jax.Array | None,
-    node_weights: jax.Array | None,
-    sample: jax.Array | None,
-    *,
-    chunk_edges: int | None,
-) -> Sums:
-    labels, mask = split(labels, potential.num_classes)
+def _weighed(
+    labels: jax.Array, num_classes: int, node_mask: jax.Array | None, node_weights: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(labels without void, mask, weights): bool and float32 of the shape of the nodes, 0 where masked or void."""
+    labels, mask = split(labels, num_classes)
     if node_mask is not None:
         mask = operator.and_(*level(mask, node_mask))
     weight = jnp.ones((), jnp.float32) if node_weights is None else node_weights.astype(jnp.float32)
-    weight = jnp.where(*level(mask, weight), 0.0)
-    if isinstance(potential, FactoredPairwise):
-        return _factored_sums(potential, labels, mask, weight, sample, chunk_edges)
-    return _table_sums(potential, labels, mask, weight)
+    return labels, mask, jnp.where(*level(mask, weight), 0.0)
 
 
-def _table_sums(potential: PairwiseTable, labels: jax.Array, mask: jax.Array, weight: jax.Array) -> Sums:
+@compiled()
+def _table_sums(
+    potential: PairwiseTable, labels: jax.Array, node_mask: jax.Array | None, node_weights: jax.Array | None
+) -> Sums:
     p, q, num_classes = potential.p, potential.q, potential.num_classes
+    labels, mask, weight = _weighed(labels, num_classes, node_mask, node_weights)
     scores, unary = potential.scores.astype(jnp.float32), jnp.zeros((1, 1))
     if potential.unary_log_probs is not None:
         unary = potential.unary_log_probs.astype(jnp.float32)
@@ -146,15 +155,18 @@ def _table_sums(potential: PairwiseTable, labels: jax.Array, mask: jax.Array, we
     return jnp.sum(edge_weight * value), jnp.sum(edge_weight)
 
 
+@compiled()
 def _factored_sums(
     potential: FactoredPairwise,
     labels: jax.Array,
-    mask: jax.Array,
-    weight: jax.Array,
+    node_mask: jax.Array | None,
+    node_weights: jax.Array | None,
     sample: jax.Array | None,
+    *,
     chunk_edges: int | None,
 ) -> Sums:
     """Flattens the batch, and adds the count, for which no scores are needed."""
+    labels, mask, weight = _weighed(labels, potential.num_classes, node_mask, node_weights)
     height, width = potential.grid
     lead, unary = potential.hidden_p.shape[:-3], potential.unary_log_probs
     exist = relations.validity_mask(np.array(potential.offsets).reshape(-1, 2), height, width)

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from pwcrf_jax.arrays import as_array, batch_spec, compiled, of_arrays
+from pwcrf_jax.arrays import as_array, batch_spec, compiled
 from pwcrf_jax.labels import VOID, checked, split
-from pwcrf_jax.likelihood import Sums, edge_log_likelihood
-from pwcrf_jax.potentials import FactoredPairwise, PairwiseTable, Potential
+from pwcrf_jax.likelihood import Sums
 
 
 def unary_log_likelihood(
@@ -59,52 +58,6 @@ def _unary_sums(scores: jax.Array, labels: jax.Array, node_weights: jax.Array | 
     value = jnp.take_along_axis(log_probs, safe[..., None], axis=-1)[..., 0]
     weight = jnp.where(valid, 1.0 if node_weights is None else node_weights.astype(jnp.float32), 0.0)
     return jnp.sum(weight * value), jnp.sum(weight)
-
-
-def pairwise_log_likelihood(
-    potential: Potential,
-    labels: ArrayLike,
-    *,
-    void: int | None = VOID,
-    node_weights: ArrayLike | None = None,
-    chunk_edges: int | None = None,
-    sample: ArrayLike | None = None,
-) -> Sums:
-    """Sum and count of log P_V(y_p, y_q | x) over the edges of one relation; void at either end leaves an edge out.
-
-    An edge weighs w_p w_q: a softmax trained with class weights w models w(k) P(k), so only with the product do the
-    weighted pair and the two weighted unaries agree where there is no interaction; with any other weight each message
-    would carry a prior for or against rare classes.
-
-    Args:
-      potential: `PairwiseTable` or `FactoredPairwise`; leading batch axes allowed in both.
-      labels: int [..., num_nodes] for a table, [..., H, W] for a factored potential; 0..K-1 or `void`.
-      void, node_weights: as in `unary_log_likelihood`.
-      chunk_edges, sample: as in `pwcrf_jax.likelihood.edge_log_likelihood`, which has the equation too.
-
-    Returns:
-      (sum, count): float32 scalars.
-
-    Raises:
-      ValueError: labels as in `unary_log_likelihood`, and what `pwcrf_jax.likelihood.edge_log_likelihood` refuses.
-
-    Examples:
-      >>> chain = pw.PairwiseTable(jnp.zeros((2, 3, 3)), p=jnp.array([0, 1]), q=jnp.array([1, 2]))
-      >>> total, count = pw.pairwise_log_likelihood(chain, jnp.array([0, 2, 255]))
-      >>> round(float(total), 3), float(count)  # log 1/9; the second edge has a void end
-      (-2.197, 1.0)
-    """
-    nodes = None  # a table without unary_log_probs does not know its number of nodes
-    if isinstance(potential, FactoredPairwise):
-        nodes = potential.hidden_p
-    elif isinstance(potential, PairwiseTable):
-        potential = of_arrays(potential)
-        nodes = potential.unary_log_probs
-    if nodes is not None:
-        checked(labels, potential.num_classes, void, nodes.shape[:-1])
-    return edge_log_likelihood(
-        potential, labels, node_weights=node_weights, chunk_edges=chunk_edges, sample=sample, void=void
-    )
 
 
 def balance_weights(

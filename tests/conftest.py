@@ -1,4 +1,8 @@
-"""Eight simulated devices and fast compilation, set before JAX starts; tests that need fewer devices name them."""
+"""Eight simulated devices and fast compilation, set before JAX starts; tests that need fewer devices name them.
+
+Programs compiled fast are not those that users run. With PWCRF_TESTS_OPTIMIZED=1 in the environment all tests compile
+as users do: neither `small.FAST_COMPILATION` nor the fixture `quick_compilation` changes anything, and it takes longer.
+"""
 
 import os
 
@@ -11,6 +15,7 @@ if _FLAG not in os.environ.get("XLA_FLAGS", ""):
 
 import atexit  # noqa: E402
 import gc  # noqa: E402
+import logging  # noqa: E402
 import shutil  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
@@ -29,6 +34,16 @@ def _programs_of_other_modules():
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _a_log_as_it_was():
+    """A run in this process shows what it does, which tests of warnings alone would take for one."""
+    logger = logging.getLogger("pwcrf_jax")
+    level, handlers, propagate = logger.level, logger.handlers[:], logger.propagate
+    yield
+    logger.setLevel(level)
+    logger.handlers[:], logger.propagate = handlers, propagate
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from pwcrf_jax.data import DataError, label_guard, load_dataset
+from pwcrf_jax.data import DataError, advice, label_guard, load_dataset
 from pwcrf_jax.runtime import files
 from pwcrf_jax.runtime.streams import naming_stdout, say
 from pwcrf_jax.runtime.wire import REFUSED
@@ -63,12 +63,14 @@ def main(arguments: Sequence[str]) -> int:
             **dict(args.option),
         )
         report = data.label_report()
+        report["warnings"] += advice.of_split(data, "val") if "val" in data.splits else ()
     except (DataError, files.FileError) as e:
         say(f"refused: {e}")
         return REFUSED
     finally:
         log.setLevel(level)
-    say(f"{args.dataset}, prepared in {data.folder}\n{label_guard.format_report(report)}")
+    read_as = f"read as: {data.form}, {sum(data.splits.values())} images\n" if data.form else ""
+    say(f"{args.dataset}, prepared in {data.folder}\n{read_as}{label_guard.format_report(report)}")
     return 0
 
 

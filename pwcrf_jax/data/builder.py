@@ -36,6 +36,7 @@ class Plan(NamedTuple):
     class_names, palette: where the source says them; else the builder's.
     unlabelled: splits whose labels are not public; their records are void all over.
     coding: how masks are to be read, where the source says it too.
+    form: what the source was taken for, where it may be several things.
     """
 
     splits: Mapping[str, Sequence[Any]]
@@ -44,6 +45,7 @@ class Plan(NamedTuple):
     palette: tuple[tuple[int, int, int], ...] = ()
     unlabelled: tuple[str, ...] = ()
     coding: Any = None
+    form: str = ""
 
 
 class Pair(NamedTuple):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pwcrf_jax.data.readers.classes import binary_lines
 from pwcrf_jax.data.readers.image_io import VOID, DataError, orientation, value_counts
 from pwcrf_jax.data.sizes import proposed
 from pwcrf_jax.runtime import files
@@ -148,7 +149,8 @@ class LabelGuard:
         if trained.sum() == 1 and len(self._names) > 1:
             yield (
                 f"the only class in training masks is {self._names[trained.argmax()]}; if they are masks of 0 and 255, "
-                "write the object as 1: 255 is void"
+                "write the object as 1: 255 is void; or use image_folder with two lines in classes.txt, "
+                f"{binary_lines()}"
             )
         if not trained.all():
             yield f"never in training masks: {_some([n for n, t in zip(self._names, trained, strict=True) if not t])}"

@@ -102,9 +102,12 @@ class Dataset:
       palette: an RGB colour for each class.
       unlabelled: splits whose labels are not public; their records are void all over.
       folder: the prepared folder.
+      form: what the source was taken for, "labelme polygons", ...; "": it can be one thing only.
     """
 
-    def __init__(self, name: str, builder: Any, splits: dict[str, int], unlabelled: tuple[str, ...] = ()):
+    def __init__(
+        self, name: str, builder: Any, splits: dict[str, int], unlabelled: tuple[str, ...] = (), form: str = ""
+    ):
         self.name = name
         self.class_names: tuple[str, ...] = tuple(builder.class_names)
         self.num_classes = len(self.class_names)
@@ -112,6 +115,7 @@ class Dataset:
         self.palette: tuple[tuple[int, int, int], ...] = tuple(builder.palette)
         self.unlabelled: tuple[str, ...] = unlabelled
         self.folder = str(builder.data_dir)
+        self.form = form
         self._builder = builder
 
     def __repr__(self) -> str:
@@ -255,7 +259,7 @@ def load_dataset(
             f"{builder.data_dir}: the prepared data set has {found} records instead of {expected}; "
             "delete this folder, it is then prepared again"
         )
-    return Dataset(name, builder, expected, plan.unlabelled)
+    return Dataset(name, builder, expected, plan.unlabelled, plan.form)
 
 
 def builder_class(name: str) -> Any:

@@ -11,7 +11,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from pwcrf_jax import mean_field, objectives, piecewise
+from pwcrf_jax import likelihood, mean_field, objectives, piecewise
 from pwcrf_jax.likelihood import Sums, sample_offsets
 from pwcrf_jax.model import decode
 from pwcrf_jax.model.segmenter import Potentials
@@ -76,7 +76,7 @@ def piecewise_terms(
         sample, num_offsets = None, len(potential.offsets)
         if key is not None and 0 < settings.sampled_offsets < num_offsets:
             sample = sample_offsets(jax.random.fold_in(key, i), num_offsets, settings.sampled_offsets)
-        terms[name] = piecewise.pairwise_log_likelihood(
+        terms[name] = likelihood.pairwise_log_likelihood(
             potential, grid, node_weights=weights, chunk_edges=settings.chunk_edges, sample=sample
         )
     if potentials.refinement_logits is not None:

@@ -1,12 +1,13 @@
 """Refusals before a run trains: of its config, its data set, its start, of what is left of another run."""
 
+import logging
 import os
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from pwcrf_jax import config as configs
-from pwcrf_jax.data import check_sizes, load_dataset
+from pwcrf_jax.data import advice, check_sizes, load_dataset
 from pwcrf_jax.data.prepare import builder_class
 from pwcrf_jax.data.sizes import proposed
 from pwcrf_jax.evaluation import evaluate
@@ -15,6 +16,8 @@ from pwcrf_jax.nets.pip_weights import pip_path
 from pwcrf_jax.runtime import checkpoint, files
 from pwcrf_jax.runtime.logs import METRICS, last_step, log
 from pwcrf_jax.training import freezing
+
+log = logging.getLogger(__name__)
 
 
 def load_and_validate(config: ConfigDict, workdir: str = "") -> Any:
@@ -35,6 +38,11 @@ def load_and_validate(config: ConfigDict, workdir: str = "") -> Any:
     dataset.source(config.data.train_split)  # unknown and empty splits are refused here
     check_sizes(dataset, config.data.eval_split, config.data.eval_size)
     evaluate.check_scored(config, dataset, config.data.eval_split)
+    for warning in (
+        *advice.of_split(dataset, config.data.eval_split),
+        *advice.of_crops(dataset, config.data.train_split, config.data.crop_size),
+    ):
+        log.warning("%s", warning)
     return dataset
 
 

@@ -55,6 +55,11 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[tuple[int, int, int
     return names, (), Coding(coding | voids, False)
 
 
+def binary_lines(background: str = "background", thing: str = "object") -> str:
+    """The two lines of classes.txt that make masks of 0 and 255 work: as colours, so that 255 is not void."""
+    return f"'{background} 0 0 0' and '{thing} 255 255 255'"
+
+
 _NAMES_FILES = re.compile(
     r"(_|predefined_)?((class|label|category)(_?names|_?list|_?map|_?mapping|_?dict)?|classes|labels|categories|names)"
     r"\.(txt|json|ya?ml|names|csv)|(data|dataset)\.ya?ml|(id2label|label2id)\.json|obj\.names"
@@ -146,15 +151,17 @@ def _check(path: Path, entry: Entry, first: bool) -> None:
             "value too, '0: NAME'"
         )
     if entry.value is not None and not 0 <= entry.value <= 254:
-        raise DataError(f"{where}: {name!r} has the value {entry.value}; classes of 8-bit masks have 0 to 254, "
-                        "and 255 is void")  # fmt: skip
+        raise DataError(f"{where}: {name!r} has the value {entry.value}; classes of 8-bit masks have 0 to 254, and 255 "
+                        f"is void (for masks of 0 and 255 write {binary_lines(thing=name)})")  # fmt: skip
 
 
 def _check_together(path: Path, classes: list[Entry], void: list[Entry]) -> None:
     if not classes:
         raise DataError(f"{path}: names no class; write one a line, 'name' or 'name R G B'")
     if len(classes) == 1:
-        raise DataError(f"{path}: names one class, expected two or more; what is around an object is a class, too")
+        lines = binary_lines(thing=classes[0].name)
+        raise DataError(f"{path}: names one class, expected two or more; what is around an object is a class, too (for "
+                        f"masks of 0 and 255 write {lines})")  # fmt: skip
     _refuse_indices(path, classes)
     if len({e.value is None for e in classes}) > 1:
         odd = next(e for e in classes if e.value is None)

@@ -296,6 +296,10 @@ def decode_label(data: bytes, where: str, max_pixels: float = MAX_PIXELS) -> np.
             advice = "its three channels are equal: save one of them"
         elif im.mode in ("RGB", "RGBA"):
             advice += ", or describe its colours to the data set image_folder"
+        colours = np.asarray(im.convert("RGB")) if im.mode in ("1", "LA", "RGB", "RGBA") else np.ones((1, 1, 3))
+        if not np.ptp(colours, axis=-1).any() and np.isin(colours, (0, 255)).all():
+            advice += "; or, if it is black and white, write two lines into classes.txt of image_folder: " \
+                      "'background 0 0 0' and 'object 255 255 255'"  # fmt: skip
         raise DataError(
             f"{where}: mask has PIL mode {im.mode!r}, expected 'L' (8-bit grey) or 'P' (palette) with one "
             f"class index per pixel; {advice}"

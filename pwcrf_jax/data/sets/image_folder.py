@@ -24,17 +24,16 @@ Names with colours: masks are read by their colours, whether RGB, palette or gre
 `void R G B`. Empty lines and lines that start with # do not count. Other forms, as annotation tools write them: see
 `pwcrf_jax.data.readers.class_forms`.
 
+A folder without masks/ may be one of labelme, CVAT, COCO's tools, mmsegmentation or like Cityscapes: see
+`pwcrf_jax.data.readers.folder_forms`.
+
 An image with an EXIF orientation is taken as stored or as viewers show it, whichever has the size of the mask; where
 both have, it is refused. Without a mask it is taken as viewers show it.
 """
 
 import functools
-import hashlib
 import logging
-import os
-import re
-import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,24 +41,23 @@ import numpy as np
 
 from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
 from pwcrf_jax.data.label_guard import bad_value
-from pwcrf_jax.data.readers.classes import read_classes
-from pwcrf_jax.data.readers.files import (
-    FOREIGN_REMEDY,
-    SUFFIXES,
-    DataError,
-    image_kind,
-    present,
-    read_image_file,
-    read_lines,
-    split_lists,
+from pwcrf_jax.data.readers.classes import Coding, binary_lines, read_classes
+from pwcrf_jax.data.readers.files import FOREIGN_REMEDY, DataError, present, read_image_file, split_lists
+from pwcrf_jax.data.readers.folder_files import (
+    LISTS,
+    drawn,
+    image_files,
+    listed,
+    more,
+    refuse_splits_by_folder,
 )
+from pwcrf_jax.data.readers.folder_forms import Reading, read_folder
 from pwcrf_jax.data.readers.image_io import VOID, decode_colour_label, decode_label, mask_palette, not_png, value_counts
 
-LISTS = ("train", "val", "test")
 log = logging.getLogger(__name__)
 LAYOUT = (
     "expected images/NAME.jpg (or .png, .bmp, .webp, .tif), masks/NAME.png and classes.txt with one class a line, "
-    "'name' or 'name R G B'"
+    "'name' or 'name R G B'; or what labelme, CVAT, COCO or mmsegmentation lay there (docs/your-data.md)"
 )
 
 
@@ -88,52 +86,64 @@ class ImageFolder(SegmentationBuilder):
         if not 0 < fraction < 1:
             raise DataError(f"val_fraction: {fraction!r} is not a number between 0 and 1, such as 0.1")
         root = require_source_dir("image_folder", source_dir)
+        reading, left_out = read_folder(root, fraction, seed)
+        for note in left_out:
+            log.warning("%s", note)
+        return cls._plan_of_form(root, reading) if reading else cls._plan_of_masks(root, fraction, seed)
+
+    @classmethod
+    def _plan_of_form(cls, root: Path, reading: Reading) -> Plan:
+        splits = {}
+        for split, keys in reading.splits.items():
+            splits[split] = pairs = [Pair(key, reading.images[key], reading.masks.get(key), root) for key in keys]
+            _refuse_bare(split, pairs, f"mask or annotations of the form it was read as ({reading.form})")
+        return cls.plan_from_pairs(
+            root, splits, reading.names, *reading.depends,
+            class_names=reading.names, palette=reading.palette, coding=reading.coding, form=reading.form,
+        )  # fmt: skip
+
+    @classmethod
+    def _plan_of_masks(cls, root: Path, fraction: float, seed: int) -> Plan:
         if not present(root / "images", folder=True):
             raise DataError(f"{root}: has no folder images; {LAYOUT}; check data.source_dir")
+        _refuse_binary_without_classes(root)
         names, colours, coding = read_classes(root / "classes.txt")
-        images, foreign, others = _files(root / "images")
-        if others:
-            shown = ", ".join(map(str, others[:5]))
-            log.warning("%d files are no images, and left out: %s%s", len(others), shown, ", ..." * (len(others) > 5))
-        masks, other_masks, _ = _files(root / "masks") if present(root / "masks", folder=True) else ({}, [], [])
-        if foreign:
-            raise DataError(f"{foreign[0]}: {FOREIGN_REMEDY}")
-        if not images:
-            raise DataError(f"{root / 'images'}: holds no image; {LAYOUT}")
-        for path in (*other_masks, *masks.values()):
-            if path.suffix.lower() != ".png":
-                raise not_png(read_image_file(path), str(path))
-        if alone := sorted(masks.keys() - images.keys()):
-            raise DataError(f"{masks[alone[0]]}: has no image {root / 'images' / alone[0]}.* ({_more(alone)}); add it, "
-                            f"or remove the mask; {FOREIGN_REMEDY}")  # fmt: skip
+        images, masks = _images_and_masks(root)
         lists = split_lists(root, LISTS)
         if lists:
-            chosen = {split: _listed(path, images) for split, path in lists.items()}
+            chosen = {split: listed(path, images) for split, path in lists.items()}
         elif len(images) > 1:
-            _refuse_splits_by_folder(root / "images")
-            chosen = _drawn(images, fraction, seed)
+            refuse_splits_by_folder(root / "images")
+            chosen = drawn(images, fraction, seed)
         else:
             raise DataError(f"{root / 'images'}: holds one image; train and val need one each, or write train.txt")
         splits = {}
         for split, keys in chosen.items():
             where = lists.get(split, root / "images")
             splits[split] = pairs = [Pair(key, images[key], masks.get(key), where) for key in keys]
-            bare = [p.id for p in pairs if p.mask is None]
-            if bare and not (split == "test" and len(bare) == len(pairs)):
-                raise DataError(
-                    f"{images[bare[0]]}: has no mask {root / 'masks' / bare[0]}.png (split {split!r}; {_more(bare)}); "
-                    "add it or leave the image out (only test.txt may list images without masks, none of them with one)"
-                )
+            _refuse_bare(split, pairs, f"mask {root / 'masks'}/{{}}.png")
         palette = colours if coding.colours else ()
         return cls.plan_from_pairs(
             root, splits, names, coding.colours, sorted(coding.classes.items()),
             class_names=names, palette=palette, coding=coding,
+            form=f"images and masks of {'colours' if coding.colours else 'values'}",
         )  # fmt: skip
 
     def __init__(self, **options: Any):
         super().__init__(**options)
         # Colour of a value in the first palette mask that has it, and which mask that is.
         self._shown: dict[int, tuple[tuple[int, ...], Path]] = {}
+        self._values = np.zeros(256, bool)  # that masks have held so far
+
+    def _generate_examples(self, split: str, items: Sequence[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        yield from super()._generate_examples(split, items)
+        # Of two classes one occurs, and the rest is void: nobody means that, so the masks are black and white.
+        if len(self.class_names) == 2 and np.flatnonzero(self._values).tolist() == [0, 255]:
+            self.failure = DataError(
+                f"{items[0].mask}: holds 0 and 255 alone, as do all masks of split {split!r}, but 255 is void; write "
+                f"these two lines into classes.txt: {binary_lines(*self.class_names)}"
+            )
+            raise self.failure
 
     @functools.cached_property
     def _table(self) -> np.ndarray:
@@ -144,6 +154,8 @@ class ImageFolder(SegmentationBuilder):
         return table
 
     def _label(self, mask: Path, image: Path) -> np.ndarray:
+        if not isinstance(self._plan.coding, Coding):  # outlines
+            return self._plan.coding(mask, image, self.max_pixels)
         data, where = self._read(mask), str(mask)
         if self._plan.coding.colours:
             colours = decode_colour_label(data, where, self.max_pixels).astype(np.int32)
@@ -162,6 +174,7 @@ class ImageFolder(SegmentationBuilder):
                 where, values, self._table >= 0, f"neither a class ({known}) nor void ({void})",
                 "correct the mask, or complete classes.txt (a line 'void VALUE' makes a value void)",
             )  # fmt: skip
+        self._values |= value_counts(values) > 0
         self._compare_palette(mask, data, values)
         return label.astype(np.uint8)
 
@@ -186,98 +199,49 @@ class ImageFolder(SegmentationBuilder):
                 return
 
 
-def _files(folder: Path) -> tuple[dict[str, Path], list[Path], list[Path]]:
-    """Id -> file of all images below a folder; those of formats that are not read; and what is no image.
-
-    Hidden files do not count.
-    """
-    found: dict[str, Path] = {}
-    foreign: dict[Path, str] = {}
-    others = []
-    for path in _walk(folder):
-        kind = image_kind(path)
-        if kind == "other":
-            others.append(path)
-            continue
-        key = _key(path.relative_to(folder).as_posix())
-        # Only what looks like a suffix is one: "frame.0001" has none.
-        if path.suffix.lower() in SUFFIXES or re.fullmatch(r"\.[A-Za-z]\w{0,9}", path.suffix):
-            key = key.removesuffix(_key(path.suffix))
-        if any(unicodedata.category(c) in ("Cc", "Cs") for c in key):
-            raise DataError(f"{str(path)!r}: its name is not UTF-8, or holds control characters; rename it")
-        if kind == "foreign":
-            foreign[path] = key
-            continue
-        if key in found:
-            raise DataError(f"{path} and {found[key]} have the same name but for the suffix; rename or remove one")
-        found[key] = path
-    # Raw photographs lie beside theirs; the others are Windows' own.
-    others = [path for path in others if path.name not in ("Thumbs.db", "desktop.ini")]
-    return found, [path for path, key in foreign.items() if key not in found], others
+def _images_and_masks(root: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """The files of images/ and masks/ by id; what is no image is named and left out."""
+    images, foreign, others = image_files(root / "images")
+    if others:
+        shown = ", ".join(map(str, others[:5]))
+        log.warning("%d files are no images, and left out: %s%s", len(others), shown, ", ..." * (len(others) > 5))
+    masks, other_masks, _ = image_files(root / "masks") if present(root / "masks", folder=True) else ({}, [], [])
+    if foreign:
+        raise DataError(f"{foreign[0]}: {FOREIGN_REMEDY}")
+    if not images:
+        raise DataError(f"{root / 'images'}: holds no image; {LAYOUT}")
+    for path in (*other_masks, *masks.values()):
+        if path.suffix.lower() != ".png":
+            raise not_png(read_image_file(path), str(path))
+    if alone := sorted(masks.keys() - images.keys()):
+        raise DataError(f"{masks[alone[0]]}: has no image {root / 'images' / alone[0]}.* ({more(alone)}); add it, "
+                        f"or remove the mask; {FOREIGN_REMEDY}")  # fmt: skip
+    return images, masks
 
 
-def _refuse_splits_by_folder(images: Path) -> None:
-    names = [entry.name for entry in os.scandir(images) if entry.is_dir()]
-    like = sorted(name for name in names if re.fullmatch(r"train(ing)?|val(id|idation)?|test(ing)?", name.casefold()))
-    if len(like) > 1:
+def _refuse_bare(split: str, pairs: Sequence[Pair], mask: str) -> None:
+    """DataError for an image without mask, unless all of split test are; `mask` names what is missing, {} its id."""
+    bare = [p for p in pairs if p.mask is None]
+    if bare and not (split == "test" and len(bare) == len(pairs)):
         raise DataError(
-            f"{images}: has the folders {', '.join(like)}, but no list says which images make which split, and they "
-            "would be mixed; write train.txt, val.txt and test.txt beside images, such as 'train/NAME' a line"
+            f"{bare[0].image}: has no {mask.format(bare[0].id)} (split {split!r}; {more([p.id for p in bare])}); "
+            "add it or leave the image out (only test.txt may list images without masks, none of them with one)"
         )
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    with os.scandir(folder) as found:
-        entries = sorted(found, key=lambda entry: entry.name)
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if not entry.is_dir():
-            yield Path(entry.path)
-        elif entry.is_symlink():
-            raise DataError(f"{entry.path}: is a link to a folder, which could lead in circles; link images/ or masks/ "
-                            "themselves, or copy the folder")  # fmt: skip
-        else:
-            yield from _walk(Path(entry.path))
-
-
-def _key(name: str) -> str:
-    # macOS writes "é" as two characters, lists and other systems as one.
-    return unicodedata.normalize("NFC", name)
-
-
-def _listed(path: Path, images: dict[str, Path]) -> list[str]:
-    """The ids that a list names."""
-    by_file = {key + file.suffix: key for key, file in images.items()}
-    keys = []
-    for number, line in enumerate(read_lines(path), 1):
-        name = _key(line.strip())
-        if not name:
-            continue
-        for known in (name, name.replace("\\", "/")):  # the latter of a list written under Windows
-            known = known.removeprefix("./").removeprefix("images/")
-            if key := by_file.get(known) or (known if known in images else None):
-                keys.append(key)
-                break
-        else:
-            raise DataError(
-                f"{path}, line {number}: {line.strip()!r} is no image in {path.parent / 'images'}; write ids or file "
-                "names as they are below that folder, one a line, or add the image"
-            )
-    if not keys:
-        raise DataError(f"{path}: the list is empty, split {path.stem!r} has no images; fill it or remove it")
-    return keys
-
-
-def _drawn(keys: Iterable[str], fraction: float, seed: int) -> dict[str, list[str]]:
-    """Two keys or more, dealt out to train and val."""
-    order = sorted(keys, key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest())
-    count = min(max(1, round(fraction * len(order))), len(order) - 1)
-    return {"train": order[count:], "val": order[:count]}
-
-
-def _more(keys: list[str]) -> str:
-    return "nothing else" if len(keys) == 1 else f"and {len(keys) - 1} more: {', '.join(keys[1:6])}"
+def _refuse_binary_without_classes(root: Path) -> None:
+    """DataError where classes.txt is missing, and masks are black and white: which lines it needs."""
+    if present(root / "classes.txt") or not present(root / "masks", folder=True):
+        return
+    values = np.zeros(256, bool)
+    for path in list(image_files(root / "masks")[0].values())[:5]:
+        colours = decode_colour_label(read_image_file(path), str(path))
+        if np.ptp(colours, axis=-1).any():
+            return
+        values |= value_counts(np.ascontiguousarray(colours[..., 0])) > 0
+    if np.flatnonzero(values).tolist() == [0, 255]:
+        raise DataError(f"{root / 'classes.txt'}: is missing; write one class a line; the masks hold 0 and 255, for "
+                        f"which it needs these two lines: {binary_lines()}")  # fmt: skip
 
 
 def _bad_colour(where: str, colours: np.ndarray, bad: np.ndarray) -> DataError:

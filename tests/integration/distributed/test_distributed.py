@@ -93,6 +93,7 @@ def assert_same_run(one, other):
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.full
 def test_as_one_process(tmp_path, processes):
     """Training, and then evaluation with the integer confusion matrices of one process."""
     one, _ = trained(tmp_path, 1)
@@ -278,6 +279,7 @@ def test_one_that_falls_silent_ends_the_others(tmp_path):
 
 
 @pytest.mark.parametrize("index", [0, pytest.param(1, marks=slow)])
+@pytest.mark.full
 def test_a_port_that_is_in_use_is_one_line(tmp_path, index):
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"

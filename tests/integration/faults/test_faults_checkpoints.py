@@ -245,6 +245,7 @@ def test_what_a_checkpoint_says_of_itself(folder):
 # --- saves that fail ------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_a_full_disk(folder):
     """A limit of the size of files, in a process of its own, as it stays for good."""
     code = f"""

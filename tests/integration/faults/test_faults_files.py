@@ -243,7 +243,7 @@ def test_a_full_disk(tmp_path):
     if subprocess.run([*command, "mount -t tmpfs none /mnt"], capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount a small disk")
     mount = f'mount -t tmpfs -o size=400k none {tmp_path} && exec "$@"'
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests/integration")))
     done = subprocess.run(
         [*command, mount, "sh", sys.executable, "-c", FILLED, tmp_path],
         capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": path},

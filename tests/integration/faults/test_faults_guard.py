@@ -99,6 +99,7 @@ def poison(monkeypatch):
     return apply
 
 
+@pytest.mark.full
 def test_a_run_goes_on_after_one(config, tmp_path, poison, caplog):
     config.train.max_skipped_steps = 1
     ids = poison([2])
@@ -136,6 +137,7 @@ def test_a_skipped_step_is_none_of_its_stage(config, tmp_path, poison, skipped):
     assert pairwise == [5, 6], lines  # of step 4 the unary's third, or the relations' first, which was skipped
 
 
+@pytest.mark.full
 def test_none_is_allowed(config, tmp_path, poison, monkeypatch):
     config.train.max_skipped_steps = 0
     with monkeypatch.context():

@@ -20,6 +20,7 @@ def _check(summary):
     return summary
 
 
+@pytest.mark.full
 def test_killed_in_training_and_in_a_save(undisturbed):
     """`tests/integration/faults/kill.py` does it a hundred times."""
     assert _check(kill.campaign(undisturbed, 2, kinds=("step", "save")))["kills"] == 2

@@ -50,6 +50,7 @@ def _stopped(config, workdir, monkeypatch, call):
     return states.read(workdir)[1]
 
 
+@pytest.mark.full
 def test_asked_to_stop_in_training_and_in_evaluations(config, whole, tmp_path, monkeypatch, caplog):
     meta = _stopped(config, tmp_path, monkeypatch, 2)
     assert meta["step"] == 2 and "score" not in meta and "stopped by SIGTERM; step 2 is saved" in caplog.text

@@ -86,6 +86,7 @@ def test_a_run_of_other_settings_is_refused(choices, tmp_path, monkeypatch):
         choices.run(args)
 
 
+@pytest.mark.full
 def test_a_decoding_that_came_later_is_added(choices, trained, tmp_path, monkeypatch):
     """To the figures that are there, if they are of the same model; nothing else is counted again."""
     args = options(runs=str(tmp_path), results=tmp_path, seeds=[1], choices=["joint"])

@@ -429,6 +429,7 @@ def test_misplaced_pixels_have_their_class_near(scripts):
         assert expected.any() == (width > 0)
 
 
+@pytest.mark.full
 def test_diagnosis_agrees_with_evaluation(scripts, trained, tmp_path, monkeypatch, capsys):
     diagnose, config, output = scripts("diagnose"), configs.load(trained / "config.json"), tmp_path / "figures.json"
     flags = ["--workdir", str(trained), "--checkpoint", "latest", "--weights", "1,50", "--output", str(output)]

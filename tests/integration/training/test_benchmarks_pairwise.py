@@ -10,7 +10,7 @@ import commands
 import pytest
 import small
 
-from pwcrf_jax import piecewise
+from pwcrf_jax import likelihood
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "benchmarks" / "pairwise.py"
@@ -72,9 +72,9 @@ def script():
 
 
 def test_disagreement_is_refused(script, monkeypatch):
-    original = piecewise.pairwise_log_likelihood
+    original = likelihood.pairwise_log_likelihood
     wrong = lambda *args: (1.01 * original(*args)[0], None)
-    monkeypatch.setattr(piecewise, "pairwise_log_likelihood", wrong)
+    monkeypatch.setattr(likelihood, "pairwise_log_likelihood", wrong)
     with pytest.raises(SystemExit, match="ours and concat differ in"):
         script.measure("loss", script.Size(4, 5, 8, 8, product_rows=8), "full", 3, repeats=1, patience=1.0)
 

@@ -112,6 +112,7 @@ def _assert_same(losses, expected):
 
 
 @pytest.mark.parametrize("n", full_but([2, 4, 8], 8))
+@pytest.mark.full
 def test_losses_of_fifty_steps(runs, n):
     expected = runs(1)[1]
     assert expected[STEPS] < 0.98 * expected[1], "the parameters hardly moved"
@@ -119,6 +120,7 @@ def test_losses_of_fifty_steps(runs, n):
 
 
 @pytest.mark.parametrize("n", full_but([1, 4], 1))
+@pytest.mark.full
 def test_a_checkpoint_of_eight_devices_goes_on_with_fewer(config, runs, tmp_path, n):
     folder, expected, saved = runs(8)
     work = shutil.copytree(folder, tmp_path / "work")

@@ -118,6 +118,7 @@ def test_reading_at_pixels_is_the_upsampling(mirrored):
     np.testing.assert_allclose(got, whole[:, ::-1] if mirrored else whole, atol=1e-5)
 
 
+@pytest.mark.full
 def test_tiles_leave_no_seams(wide):
     """An image of four times the training size in each direction; frames of the training size."""
     image, frame = scene(384, 512), {"data.eval_size": (96, 128)}
@@ -193,6 +194,7 @@ def test_files_of_a_split_are_what_evaluation_scores(wide, tmp_path):
     assert figures(dataset, "val", read) == pytest.approx(scored, abs=1e-4)
 
 
+@pytest.mark.full
 def test_augmented_evaluation_is_one_more_row(wide):
     config = configs.load(wide / "config.json")
     assert list(evaluate.evaluate(config, str(wide))["rows"])[-1] == "all"

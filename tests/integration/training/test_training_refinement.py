@@ -65,6 +65,7 @@ def by_hand(marginals, batch, params, num_iterations):
 
 
 @pytest.mark.parametrize("settings", [full_row(SPATIAL), SETTINGS], ids=["spatial", "full"])
+@pytest.mark.full
 def test_images_of_all_sizes_in_one_batch(settings):
     """Empty entries count for nothing, and neither the frame nor what is in it outside the image is seen."""
     sizes = [(60, 90), (96, 70), (0, 0), (17, 33)]
@@ -91,6 +92,7 @@ def test_few_sizes_of_frames():
     assert refinement._compiled.cache_info().misses == before + 1
 
 
+@pytest.mark.full
 def test_a_lattice_that_is_too_small_is_built_again():
     marginals, batch = sample([(78, 80)], (80, 80))
     batch["image"] = np.random.default_rng(3).integers(0, 256, batch["image"].shape).astype(np.uint8)
@@ -106,6 +108,7 @@ def test_a_lattice_that_is_too_small_is_built_again():
     assert np.abs(got[0] - exact[0]).sum() < 0.02 * got[0].sum()
 
 
+@pytest.mark.full
 def test_the_row_of_the_table(trained, tmp_path):
     config = configs.load(trained / "config.json")
     workdir = shutil.copytree(trained, tmp_path / "work")
@@ -146,6 +149,7 @@ def searched(trained, tmp_path):
     return config, shutil.copytree(trained, tmp_path / "work")
 
 
+@pytest.mark.full
 def test_a_search_that_is_stopped_goes_on(searched, monkeypatch):
     config, workdir = searched
     whole = tuning.tune(config, str(workdir), "best", "val[:8]", "full", 4)
@@ -297,6 +301,7 @@ def _run(command, *args):
     return done, json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
+@pytest.mark.full
 def test_eval_takes_what_tuning_wrote_and_flags_come_before_it(searched):
     _, workdir = searched
     small = ["--config.refine.num_iterations=1", "--split", "val[:8]"]

@@ -72,7 +72,7 @@ def test_against_numpy():
     ("backbone", "names", "strides"),
     [
         ("tiny", ("conv1", "conv2"), (2, 4)),
-        ("mobilenet_v2", ("block_1_expand", "block_3_expand", "block_6_expand"), (2, 4, 8)),
+        full_row(("mobilenet_v2", ("block_1_expand", "block_3_expand", "block_6_expand"), (2, 4, 8))),
         full_row(("vgg16", ("block1_conv2", "block3_conv3"), (1, 4))),
     ],
 )
@@ -194,6 +194,7 @@ def test_staged_they_train_with_the_relations(fine, trained, tmp_path):
     assert np.any(params["refinement_convs"]["last"]["kernel"])
 
 
+@pytest.mark.full
 def test_evaluation_has_a_row_and_the_best_is_by_it(ran):
     workdir, config = ran
     result = evaluate.evaluate(config, str(workdir), "latest")

@@ -395,6 +395,7 @@ def script(*words):
     return commands.run(["eval.py", *words])
 
 
+@pytest.mark.full
 def test_from_the_command_line(trained, tmp_path):
     file = tmp_path / "page.html"
     words = ("--workdir", trained, "--split", "val[:8]", "--config.compilation_cache=False")

@@ -115,6 +115,7 @@ def test_a_user_defined_relation_by_config(config, tmp_path):
     assert list(result["rows"]) == ["unary", "left_right", "all"]
 
 
+@pytest.mark.full
 def test_pretrained_scaling_is_kept_for_evaluation(config, tmp_path, mobilenet_file):
     config.model.backbone = "mobilenet_v2"
     config.model.mobilenet_v2.output = "block_6_project"
@@ -154,6 +155,7 @@ def test_best_is_saved_again_when_the_run_stopped_between_the_two_saves(config, 
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.full
 def test_scaling_of_a_run_that_never_saved_is_forgotten(config, tmp_path, monkeypatch):
     config.train.checkpoint_every, config.train.eval_every = 100, 0
     with monkeypatch.context() as m:

@@ -126,11 +126,13 @@ def figures(workdir):
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(params)], lines
 
 
+@pytest.mark.full
 def test_the_cache_changes_no_number(without, cold):
     assert figures(cold) == figures(without)
     assert index(cold).keys() == entries(cold).keys()
 
 
+@pytest.mark.full
 def test_a_warm_start_compiles_only_what_was_damaged(train, cold):
     expected, before, known, folder = figures(cold), entries(cold), index(cold), programs(cold)
     shutil.rmtree(cold)
@@ -148,6 +150,7 @@ def test_a_warm_start_compiles_only_what_was_damaged(train, cold):
     assert {name: index(cold)[name] for name in undamaged} == {name: known[name] for name in undamaged}
 
 
+@pytest.mark.full
 def test_eval_shares_the_cache(cold):
     before = entries(cold)
     seen, _ = run("eval.py", cold)

@@ -9,7 +9,7 @@ from jax import export
 from rows import full_but
 
 from pwcrf_jax import config as configs
-from pwcrf_jax import mean_field, piecewise, validity_mask
+from pwcrf_jax import likelihood, mean_field, piecewise, validity_mask
 from pwcrf_jax.configs import camvid_mobilenet_v2, demo, kitti_vgg16, paper, siftflow_vgg16, voc_vgg16
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.evaluation import steps as eval_steps
@@ -120,7 +120,7 @@ def test_residual_starts_as_two_unaries_and_sends_nothing(config):
     log_probs = jax.nn.log_softmax(potentials.unary)
     for name, potential in potentials.pairwise.items():
         # At the start P_V(y_p, y_q) = P_U(y_p) P_U(y_q): compare on one offset's edges, by hand.
-        total, count = piecewise.pairwise_log_likelihood(potential, labels)
+        total, count = likelihood.pairwise_log_likelihood(potential, labels)
         by_hand = 0.0
         picked = jnp.take_along_axis(log_probs, jnp.where(labels == 255, 0, labels)[..., None], -1)[..., 0]
         valid, edges = np.asarray(labels != 255), 0
@@ -213,6 +213,7 @@ def test_padding_of_an_image_changes_no_figure(config):
     np.testing.assert_array_equal(a.confusion["unary"], c.confusion["unary"])
 
 
+@pytest.mark.full
 def test_sampled_offsets_follow_from_seed_and_step_alone(config):
     config.model.parameterisation = "free"
     config.loss.sampled_offsets = 2

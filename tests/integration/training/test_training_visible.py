@@ -66,6 +66,7 @@ def cells(picture, height, width):
 # --- TensorBoard -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_the_panel_shows_images_truth_and_predictions(trained, config, tmp_path):
     workdir = tmp_path / "work"
     shutil.copytree(trained, workdir)

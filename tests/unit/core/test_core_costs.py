@@ -66,7 +66,7 @@ def test_loss(shape, relation):
     where, (parts, labels, _) = box(relation, shape), arguments(shape)
 
     def mean(parts, labels):
-        total, count = pw.likelihood.edge_log_likelihood(pw.factored_pairwise(*parts, where), labels)
+        total, count = pw.likelihood.pairwise_log_likelihood(pw.factored_pairwise(*parts, where), labels)
         return -total / count
 
     cost = costs.pairwise_loss(where, **shape)
@@ -83,7 +83,7 @@ def test_sampled_loss(name):
 
     def mean(parts, labels, sample):
         potential = pw.factored_pairwise(*parts, where)
-        total, count = pw.likelihood.edge_log_likelihood(potential, labels, sample=sample)
+        total, count = pw.likelihood.pairwise_log_likelihood(potential, labels, sample=sample)
         return -total / count
 
     cost = costs.pairwise_loss(where, **shape, num_sampled_offsets=size)

@@ -10,7 +10,7 @@ from pwcrf_jax.relations import SURROUNDING, Relation, edge_list, offsets
 from reference import crf_oracle, random_problems
 
 H, W, K, M = 4, 5, 3, 6
-edge_log_likelihood = jax.jit(pw.likelihood.edge_log_likelihood)
+pairwise_log_likelihood = jax.jit(pw.likelihood.pairwise_log_likelihood)
 messages = jax.jit(pw.compute_messages)
 RELATION = Relation("skewed", rows=(-2, 1), cols=(-1, 2), unit="cells")
 BOX = offsets(RELATION, H, W)
@@ -61,7 +61,7 @@ def test_table_equals_factored(batch, residual, masked):
             potential = pw.to_table(potential)
         else:
             labels, m, w, q = x.labels, mask, weights, marginals
-        total, count = edge_log_likelihood(potential, jnp.asarray(labels), node_mask=m, node_weights=w)
+        total, count = pairwise_log_likelihood(potential, jnp.asarray(labels), node_mask=m, node_weights=w)
         message, number = messages(potential, q, node_mask=m)
         message = message.reshape(x.unary.shape)
         number = jnp.broadcast_to(number.reshape(number.shape[: -1 if table else -2] + (H, W)), (*batch, H, W))
@@ -108,7 +108,7 @@ def test_swapping_p_and_q_transposes(kind):
         forward = pw.to_table(forward)
         backward = forward._replace(scores=forward.scores.swapaxes(-1, -2), p=forward.q, q=forward.p)
         untransposed = backward._replace(scores=forward.scores)
-    run = jax.jit(lambda v: (edge_log_likelihood(v, labels), messages(v, q)))
+    run = jax.jit(lambda v: (pairwise_log_likelihood(v, labels), messages(v, q)))
     expected = run(forward)
     for got, want in zip(jax.tree.leaves(run(backward)), jax.tree.leaves(expected), strict=True):
         close(got, want)
@@ -132,11 +132,11 @@ def test_log_probs_of_the_unary_count_in_the_likelihood_and_send_no_messages():
     for encode, shape in ((lambda v: v, (H, W)), (pw.to_table, (H * W,))):
         one, other = encode(with_it), encode(without)
         np.testing.assert_array_equal(messages(one, q.reshape(*shape, K))[0], messages(other, q.reshape(*shape, K))[0])
-        values = [edge_log_likelihood(v, x.labels.reshape(shape))[0] for v in (one, other)]
+        values = [pairwise_log_likelihood(v, x.labels.reshape(shape))[0] for v in (one, other)]
         assert abs(values[0] - values[1]) > 1
     # Numbers that are constant over the classes of a node say nothing.
     constant = build(*x.parts, np.broadcast_to(x.unary[..., :1], x.unary.shape))
-    close(edge_log_likelihood(constant, x.labels)[0], values[1])
+    close(pairwise_log_likelihood(constant, x.labels)[0], values[1])
 
 
 @pytest.mark.parametrize("encode", [lambda v: v, pw.to_table], ids=["factored", "table"])
@@ -144,7 +144,7 @@ def test_potentials_without_edges(encode):
     x = random_problems.grid_problem(8, H, W, K, M)
     potential = encode(build(*x.parts, x.unary_log_probs, box=np.zeros((0, 2), np.int32)))
     shape = (H, W) if isinstance(potential, pw.FactoredPairwise) else (H * W,)
-    total, count = edge_log_likelihood(potential, x.labels.reshape(shape))
+    total, count = pairwise_log_likelihood(potential, x.labels.reshape(shape))
     message, number = messages(potential, jax.nn.softmax(x.unary).reshape(*shape, K))
     assert total == 0 and count == 0
     assert not message.any() and not number.any()
@@ -159,9 +159,9 @@ def test_bfloat16_features_keep_the_loss():
     # One hidden unit adds 256 to all scores: nothing to a softmax, but bfloat16 scores would be even numbers.
     x.hidden_p[..., 0], x.hidden_q[..., 0], x.kernel[0] = 16, 0, 16
     half = [jnp.asarray(v, jnp.bfloat16) for v in x.parts]
-    total, count = edge_log_likelihood(build(*half, x.unary_log_probs, box=box), x.labels)
+    total, count = pairwise_log_likelihood(build(*half, x.unary_log_probs, box=box), x.labels)
     full = [v.astype(jnp.float32) for v in half]
-    expected, number = edge_log_likelihood(build(*full, x.unary_log_probs, box=box), x.labels)
+    expected, number = pairwise_log_likelihood(build(*full, x.unary_log_probs, box=box), x.labels)
     assert total.dtype == count.dtype == jnp.float32
     assert count == number == len(edge_list(SURROUNDING, 10, 12).p) > 256
     assert abs(total - expected) < 1e-3 * abs(expected)
@@ -179,7 +179,9 @@ def test_bfloat16_tables_lose_nothing_beyond_their_own_rounding(residual):
     extra = jnp.asarray(x.unary_log_probs, jnp.bfloat16) if residual else None
     table = pw.PairwiseTable(half, x.p, x.q, extra)
     full = jax.tree.map(lambda v: v.astype(jnp.float32) if v.dtype == jnp.bfloat16 else v, table)
-    for got, expected in zip(edge_log_likelihood(table, x.labels), edge_log_likelihood(full, x.labels), strict=True):
+    for got, expected in zip(
+        pairwise_log_likelihood(table, x.labels), pairwise_log_likelihood(full, x.labels), strict=True
+    ):
         assert got.dtype == jnp.float32
         close(got, expected)
     for got, expected in zip(messages(table, x.unary), messages(full, x.unary), strict=True):

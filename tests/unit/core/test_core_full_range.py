@@ -17,7 +17,7 @@ from rows import full_but
 
 import pwcrf_jax as pw
 from pwcrf_jax import mean_field, piecewise
-from pwcrf_jax.likelihood import edge_log_likelihood
+from pwcrf_jax.likelihood import pairwise_log_likelihood
 from pwcrf_jax.mean_field import Settings
 from pwcrf_jax.messages import ALGORITHMS
 from pwcrf_jax.relations import SURROUNDING, offsets
@@ -149,7 +149,7 @@ def likelihood(case, encode=lambda v: v, **settings):
     def both(arguments):
         potential = encode(build(arguments, case.box))
         labels, mask = per_node(jnp.asarray(x.labels)), None if x.mask is None else per_node(jnp.asarray(x.mask))
-        total, count = edge_log_likelihood(
+        total, count = pairwise_log_likelihood(
             potential, labels, node_mask=mask, node_weights=per_node(arguments.get("weights")), **settings
         )
         return total, (total, count)
@@ -256,7 +256,7 @@ def test_vmap_over_potentials_is_a_batch_axis():
     axes = {name: 0 if name in ("hidden_p", "hidden_q", "unary_log_probs") else None for name in PARTS}
 
     def one(parts, labels):
-        return edge_log_likelihood(build(parts, case.box), labels, chunk_edges=case.chunk_edges)[0]
+        return pairwise_log_likelihood(build(parts, case.box), labels, chunk_edges=case.chunk_edges)[0]
 
     vmapped = lambda parts: jnp.sum(jax.vmap(one, (axes, 0))(parts, x.labels))
     batched = lambda parts: one(parts, x.labels)
@@ -301,7 +301,7 @@ def test_log_sum_exp_of_bfloat16_features_is_float32():
 
     def mean(bias):
         potential = pw.factored_pairwise(zeros, zeros, np.zeros((2, *bias.shape)), bias, np.array([(0, 1), (1, 0)]))
-        total, count = edge_log_likelihood(potential, labels)
+        total, count = pairwise_log_likelihood(potential, labels)
         return total / count, count
 
     (value, count), slope = jax.jit(jax.value_and_grad(mean, has_aux=True))(jnp.float32(256 + more * equal))
@@ -321,9 +321,9 @@ def test_labels_of_any_integer_type(dtype):
     void = 100
     labels = np.where(x.mask, x.labels, void).astype(dtype)
     potential = build(x.parts, Case().box)
-    expected = edge_log_likelihood(potential, jnp.asarray(x.labels), node_mask=x.mask)
-    close(edge_log_likelihood(potential, labels, node_mask=x.mask), expected, 1e-6)
-    close(piecewise.pairwise_log_likelihood(potential, jnp.asarray(labels), void=void), expected, 1e-6)
+    expected = pairwise_log_likelihood(potential, jnp.asarray(x.labels), node_mask=x.mask)
+    close(pairwise_log_likelihood(potential, labels, node_mask=x.mask), expected, 1e-6)
+    close(pairwise_log_likelihood(potential, jnp.asarray(labels), void=void), expected, 1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e4, -1e4])
@@ -342,8 +342,8 @@ def test_impossible_labels():
     x = problem(Case(classes=4, mask="all", weights="one"))
     parts = x.parts | {"unary_log_probs": np.where(np.arange(4) == 3, -np.inf, x.parts["unary_log_probs"])}
     labels = np.minimum(x.labels, 2)
-    factored = lambda parts: edge_log_likelihood(build(parts, Case().box), labels, chunk_edges=10)[0]
-    table = lambda parts: edge_log_likelihood(pw.to_table(build(parts, Case().box)), flat(labels))[0]
+    factored = lambda parts: pairwise_log_likelihood(build(parts, Case().box), labels, chunk_edges=10)[0]
+    table = lambda parts: pairwise_log_likelihood(pw.to_table(build(parts, Case().box)), flat(labels))[0]
     got, expected = (jax.jit(jax.value_and_grad(f))(parts) for f in (factored, table))
     close(got, expected)
     assert np.isfinite(got[0]) and not got[1]["unary_log_probs"][..., 3].any()
@@ -361,7 +361,7 @@ def test_double_precision_enabled():
         def total(parts, sample=None):
             potential = build(parts, case.box)
             settings = dict(node_mask=x.mask, node_weights=weights, chunk_edges=case.chunk_edges)
-            return edge_log_likelihood(potential, labels, sample=sample, **settings)[0]
+            return pairwise_log_likelihood(potential, labels, sample=sample, **settings)[0]
 
         value, gradients = jax.jit(jax.value_and_grad(total))(wide)
         sampled = jax.jit(lambda parts: total(parts, pw.sample_offsets(key, 3, 2)))(wide)
@@ -391,7 +391,7 @@ def sampled_likelihood():
 
     def both(arguments, sample):
         traces.append(1)
-        return edge_log_likelihood(
+        return pairwise_log_likelihood(
             build(arguments, SAMPLED.box),
             jnp.asarray(x.labels),
             node_mask=jnp.asarray(x.mask),
@@ -433,7 +433,7 @@ def test_a_sample_of_all_offsets_is_the_full_sum():
 def test_samples_of_a_relation_without_edges():
     x = problem(Case())
     for box in ([(9, 9)], [(9, 9), (0, -9)]):
-        assert not any(edge_log_likelihood(build(x.parts, box), x.labels, node_mask=x.mask, sample=jnp.array([0])))
+        assert not any(pairwise_log_likelihood(build(x.parts, box), x.labels, node_mask=x.mask, sample=jnp.array([0])))
 
 
 def test_sample_offsets_are_distinct_and_uniform():
@@ -458,10 +458,10 @@ def test_refused_settings():
     x = problem(Case())
     potential = build(x.parts, Case().box)
     with pytest.raises(ValueError, match="sampled on a grid alone"):
-        edge_log_likelihood(pw.to_table(potential), flat(x.labels), sample=jnp.array([0]))
+        pairwise_log_likelihood(pw.to_table(potential), flat(x.labels), sample=jnp.array([0]))
     for chunk_edges in (0, -5):
         with pytest.raises(ValueError, match=f"at least 1, or None to choose it, got {chunk_edges}"):
-            edge_log_likelihood(potential, x.labels, chunk_edges=chunk_edges)
+            pairwise_log_likelihood(potential, x.labels, chunk_edges=chunk_edges)
         with pytest.raises(ValueError, match=f"at least 1, or None to choose it, got {chunk_edges}"):
             pw.compute_messages(potential, x.marginals, chunk_edges=chunk_edges)
     with pytest.raises(ValueError, match="algorithm must be one of .*'table'.*got 'stored'"):
@@ -637,7 +637,7 @@ def test_lowers_for_other_devices(dtype):
 
     def total(parts, key=None):
         sample = None if key is None else pw.sample_offsets(key, len(case.box), 2)
-        return edge_log_likelihood(build(parts, case.box), x.labels, sample=sample)[0]
+        return pairwise_log_likelihood(build(parts, case.box), x.labels, sample=sample)[0]
 
     def infer(parts, algorithm):
         return jnp.sum(mean_field.run(x.probe, [build(parts, case.box)], Settings(algorithm=algorithm))[0])
@@ -662,7 +662,7 @@ def outcome_under_a_mask(encode):
             potential = build(parts, Case().box)
             labels, mask = (x.labels, x.mask) if encode == "factored" else (flat(x.labels), flat(x.mask))
             potential = potential if encode == "factored" else pw.to_table(potential)
-            return edge_log_likelihood(potential, labels, node_mask=mask)[0]
+            return pairwise_log_likelihood(potential, labels, node_mask=mask)[0]
 
         if encode == "table":  # gradients of the hidden parts go through to_table, which has no mask
             return total(parts)
@@ -690,7 +690,7 @@ def test_masked_nodes_may_hold_anything(encode, garbage):
 def test_a_batch_of_no_images():
     x = problem(Case(batch=(0,), mask="all"))
     potential = build(x.parts, Case().box)
-    assert [float(v) for v in edge_log_likelihood(potential, x.labels)] == [0, 0]
+    assert [float(v) for v in pairwise_log_likelihood(potential, x.labels)] == [0, 0]
     for algorithm in ("factored", "table"):
         message, _ = pw.compute_messages(pw.prepare_messages(potential, 1, algorithm=algorithm), x.marginals)
         assert message.shape == x.marginals.shape
@@ -702,7 +702,9 @@ def test_gradients_of_means_fit_half_precision_where_those_of_sums_do_not():
 
     def mean(parts, dtype):
         parts = parts | {n: parts[n].astype(dtype) for n in ("hidden_p", "hidden_q")}
-        total, count = edge_log_likelihood(build(parts, Case().box), x.labels, node_mask=x.mask, node_weights=weights)
+        total, count = pairwise_log_likelihood(
+            build(parts, Case().box), x.labels, node_mask=x.mask, node_weights=weights
+        )
         return total / count
 
     arrays = jax.tree.map(jnp.asarray, x.parts)
@@ -724,7 +726,7 @@ def test_two_dtypes_are_promoted():
     x = problem(Case(mask="all"))
     mixed = build(x.parts | {"hidden_p": jnp.asarray(x.parts["hidden_p"], jnp.bfloat16)}, Case().box)
     rounded = build(x.parts | {"hidden_p": np.float32(jnp.asarray(x.parts["hidden_p"], jnp.bfloat16))}, Case().box)
-    run = jax.jit(lambda p: (edge_log_likelihood(p, x.labels), pw.compute_messages(p, x.marginals)))
+    run = jax.jit(lambda p: (pairwise_log_likelihood(p, x.labels), pw.compute_messages(p, x.marginals)))
     close(run(mixed), run(rounded))
 
 
@@ -733,9 +735,9 @@ def test_misuse_is_named():
     potential = build(x.parts, Case().box)
     stored = pw.prepare_messages(potential, 1, algorithm="table")
     with pytest.raises(TypeError, match="GridScores are for messages"):
-        edge_log_likelihood(stored, x.labels)
+        pairwise_log_likelihood(stored, x.labels)
     with pytest.raises(TypeError, match="expected a FactoredPairwise, got GridScores"):
         pw.to_table(stored)
     for sample in ([], [[0]]):
         with pytest.raises(ValueError, match=r"sample of shape \[n\]"):
-            edge_log_likelihood(potential, x.labels, sample=sample)
+            pairwise_log_likelihood(potential, x.labels, sample=sample)

@@ -27,7 +27,7 @@ FUNCTIONS = {
     "unary": lambda y, **o: pw.unary_log_likelihood(X.unary, y, **o),
     "pairwise": lambda y, **o: pw.pairwise_log_likelihood(factored(), y, **o),
     "pairwise-table": lambda y, **o: pw.pairwise_log_likelihood(pw.to_table(factored()), flat(y), **o),
-    "edges": lambda y, void=255: pw.likelihood.edge_log_likelihood(factored(), y, void=void),
+    "edges": lambda y, void=255: pw.likelihood.pairwise_log_likelihood(factored(), y, void=void),
     "balance": lambda y, **o: pw.balance_weights(y, K, **o),
     "pseudo": lambda y, **o: pw.pseudo_log_likelihood(X.unary, [factored()], y, **o),
     "unrolled": lambda y, **o: pw.unrolled_log_likelihood(X.unary, [factored()], y, **o),
@@ -152,10 +152,11 @@ def test_a_prediction_that_is_no_class_counts_in_no_row(value):
 def test_edges_look_at_labels_under_the_mask_alone():
     labels, mask = labels_with(77), labels_with(0) >= 0
     with pytest.raises(ValueError, match="got 77"):
-        pw.likelihood.edge_log_likelihood(factored(), labels, node_mask=mask)
+        pw.likelihood.pairwise_log_likelihood(factored(), labels, node_mask=mask)
     mask[0, 1] = False
     equal(
-        pw.likelihood.edge_log_likelihood(factored(), labels, node_mask=mask), FUNCTIONS["pairwise"](labels_with(255))
+        pw.likelihood.pairwise_log_likelihood(factored(), labels, node_mask=mask),
+        FUNCTIONS["pairwise"](labels_with(255)),
     )
     equal(
         pw.unrolled_log_likelihood(X.unary, [factored()], labels, node_mask=mask),
@@ -185,7 +186,7 @@ def test_a_void_of_64_bits_does_not_become_a_class(name, void, dtype):
 
 def test_labels_under_a_mask_that_is_traced_do_not_become_classes():
     labels, mask = labels_with(2**32, np.int64), np.ones((H, W), bool)
-    run = jax.jit(lambda mask: pw.likelihood.edge_log_likelihood(factored(), labels, node_mask=mask))
+    run = jax.jit(lambda mask: pw.likelihood.pairwise_log_likelihood(factored(), labels, node_mask=mask))
     equal(run(mask), FUNCTIONS["pairwise"](labels_with(255)))
 
 
@@ -200,6 +201,6 @@ def test_void_is_void_without_jit(name):
 def test_edges_take_labels_of_their_nodes_alone(shape):
     for potential in (factored(), pw.to_table(factored())):
         with pytest.raises(ValueError, match=r"expected labels of shape \('...', .*one a node, got"):
-            pw.likelihood.edge_log_likelihood(potential, np.zeros(shape, int))
+            pw.likelihood.pairwise_log_likelihood(potential, np.zeros(shape, int))
     with pytest.raises(ValueError, match=r"\('...', 2, 3\), one a node, got \(6,\)"):
-        pw.likelihood.edge_log_likelihood(factored(), np.zeros(H * W, int))
+        pw.likelihood.pairwise_log_likelihood(factored(), np.zeros(H * W, int))

@@ -60,7 +60,7 @@ def test_padding_changes_no_loss_and_no_gradient(problem, encoding):
         weights = piecewise.balance_weights(x.labels, K, power=power)
         labels, w = (for_encoding(v, encoding, False) for v in (jnp.asarray(x.labels), weights))
         terms = [piecewise.unary_log_likelihood(x.unary, x.labels, node_weights=weights)]
-        terms += [piecewise.pairwise_log_likelihood(v, labels, node_weights=w) for v in make(x, encoding)]
+        terms += [pw.pairwise_log_likelihood(v, labels, node_weights=w) for v in make(x, encoding)]
         return sum(t for t, _ in terms), jnp.array(terms)
 
     def evaluate(x):
@@ -111,7 +111,7 @@ def test_what_a_void_node_holds_changes_nothing(problem):
     @jax.jit
     def loss(v, labels):
         terms = [piecewise.unary_log_likelihood(v.unary, labels)]
-        return jnp.array(terms + [piecewise.pairwise_log_likelihood(p, labels) for p in make(v, "factored")])
+        return jnp.array(terms + [pw.pairwise_log_likelihood(p, labels) for p in make(v, "factored")])
 
     np.testing.assert_allclose(loss(other, x.labels), loss(x, x.labels), rtol=1e-6)
     kept = loss(x, np.where(void, 0, x.labels))
@@ -120,7 +120,7 @@ def test_what_a_void_node_holds_changes_nothing(problem):
 
 def test_labels_under_a_false_mask_are_not_read(problem):
     mask = problem.labels != 255
-    loss = jax.jit(pw.likelihood.edge_log_likelihood)
+    loss = jax.jit(pw.likelihood.pairwise_log_likelihood)
     for potential, shape in ((make(problem, "factored")[0], (H, W)), (make(problem, "table")[0], (H * W,))):
         values = [
             loss(potential, np.where(mask, problem.labels, garbage).reshape(shape), node_mask=mask.reshape(shape))

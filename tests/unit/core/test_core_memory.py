@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import pwcrf_jax as pw
-from pwcrf_jax import mean_field, piecewise
+from pwcrf_jax import mean_field
 
 H, W, K, M = 16, 18, 12, 24
 CHUNK = 16 * W  # by default all edges of a map so small would be few chunks
@@ -31,7 +31,7 @@ def temporaries(objective, box, gradient=True):
 
 def factored(parts, labels, box, **settings):
     potential = pw.factored_pairwise(*parts[:4], box, parts[4])
-    return piecewise.pairwise_log_likelihood(potential, labels, chunk_edges=CHUNK, **settings)[0]
+    return pw.pairwise_log_likelihood(potential, labels, chunk_edges=CHUNK, **settings)[0]
 
 
 def sampled(parts, labels, box):
@@ -40,7 +40,7 @@ def sampled(parts, labels, box):
 
 def table(parts, labels, box):
     potential = pw.to_table(pw.factored_pairwise(*parts[:4], box, parts[4]))
-    return piecewise.pairwise_log_likelihood(potential, labels.ravel())[0]
+    return pw.pairwise_log_likelihood(potential, labels.ravel())[0]
 
 
 def messages(parts, labels, box):
@@ -77,6 +77,7 @@ def test_messages():
     assert 10 * many < 4 * H * W * len(BOX) * K * K
 
 
+@pytest.mark.full
 def test_mean_field():
     """Neither scores nor hidden units depend on the iteration: a scan over iterations may keep those of all edges."""
     few, many = (temporaries(inference, box) for box in (FEW, BOX))

@@ -14,7 +14,7 @@ from reference import crf_oracle, random_problems
 
 GRIDS = [(2, 2), (2, 3)]
 ll_unary = jax.jit(piecewise.unary_log_likelihood, static_argnames="void")
-ll_pairwise = jax.jit(piecewise.pairwise_log_likelihood, static_argnames="void")
+ll_pairwise = jax.jit(pw.pairwise_log_likelihood, static_argnames="void")
 
 
 def relation_potential(x, relation, residual=False):
@@ -171,8 +171,8 @@ def test_large_scores_do_not_overflow():
     ("labels", "match"),
     [
         (np.zeros((2, 3), np.float32), "integer labels, got float32"),
-        (np.zeros((3, 2), np.int32), r"shape \(2, 3\)"),
-        (np.zeros((6,), np.int32), r"shape \(2, 3\)"),
+        (np.zeros((3, 2), np.int32), r"shape .*2, 3\)"),
+        (np.zeros((6,), np.int32), r"shape .*2, 3\)"),
     ],
     ids=["float", "transposed", "flat"],
 )
@@ -182,10 +182,10 @@ def test_refused_labels(labels, match):
     with pytest.raises(ValueError, match=match):
         piecewise.unary_log_likelihood(x.unary, labels)
     with pytest.raises(ValueError, match=match):
-        piecewise.pairwise_log_likelihood(potential, labels)
+        pw.pairwise_log_likelihood(potential, labels)
     if labels.dtype == np.float32:
         with pytest.raises(ValueError, match=match):
-            piecewise.pairwise_log_likelihood(pw.to_table(potential), labels.ravel())
+            pw.pairwise_log_likelihood(pw.to_table(potential), labels.ravel())
 
 
 # --- balancing -------------------------------------------------------------------------------------

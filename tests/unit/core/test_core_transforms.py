@@ -103,20 +103,20 @@ CASES = {
     "unary_log_likelihood": lambda v: piecewise.unary_log_likelihood(
         v["unary"], v["labels"], node_weights=v["weights"]
     ),
-    "pairwise_log_likelihood-factored": lambda v: piecewise.pairwise_log_likelihood(
+    "pairwise_log_likelihood-factored": lambda v: pw.pairwise_log_likelihood(
         grid(v), v["labels"], node_weights=v["weights"]
     ),
-    "pairwise_log_likelihood-table": lambda v: piecewise.pairwise_log_likelihood(table(v), nodes(v, "labels")),
-    "edge_log_likelihood": lambda v: likelihood.edge_log_likelihood(
+    "pairwise_log_likelihood-table": lambda v: pw.pairwise_log_likelihood(table(v), nodes(v, "labels")),
+    "pairwise_log_likelihood-masked": lambda v: likelihood.pairwise_log_likelihood(
         grid(v, False), v["labels"], node_mask=v["mask"], void=255
     ),
-    "edge_log_likelihood-chunks": lambda v: likelihood.edge_log_likelihood(
+    "pairwise_log_likelihood-chunks": lambda v: likelihood.pairwise_log_likelihood(
         grid(v), v["labels"], node_mask=v["mask"], chunk_edges=5, void=255
     ),
-    "edge_log_likelihood-sample": lambda v: likelihood.edge_log_likelihood(
+    "pairwise_log_likelihood-sample": lambda v: likelihood.pairwise_log_likelihood(
         grid(v), v["labels"], node_mask=v["mask"], node_weights=v["weights"], sample=sample(v), void=255
     ),
-    "pairwise_log_likelihood-sample": lambda v: piecewise.pairwise_log_likelihood(
+    "pairwise_log_likelihood-chunked-sample": lambda v: pw.pairwise_log_likelihood(
         grid(v), v["labels"], chunk_edges=7, sample=sample(v)
     ),
     "sample_offsets": sample,
@@ -222,8 +222,8 @@ def equal(got, expected):
 
 # A row of each function here, the others by `make test-full`: they trace the same code with other settings.
 MORE = {
-    "pairwise_log_likelihood-table", "pairwise_log_likelihood-sample", "edge_log_likelihood",
-    "edge_log_likelihood-sample", "prepare_messages-factored", "prepare_messages-table", "compute_messages-chunks",
+    "pairwise_log_likelihood-table", "pairwise_log_likelihood-chunked-sample", "pairwise_log_likelihood-masked",
+    "prepare_messages-factored", "prepare_messages-table", "compute_messages-chunks",
     "compute_messages-stored", "run-factored", "run-table", "run-PairwiseTable", "refine-exact", "spatial-matrix",
     "apply-points",
 }  # fmt: skip

@@ -4,8 +4,10 @@ The short profile is the same few hundred examples every time. `pytest -m slow t
 goes on with new ones for PWCRF_FUZZ_MINUTES (20), and prints how many there were.
 """
 
+import base64
 import functools
 import io
+import json
 import os
 import struct
 import time
@@ -19,6 +21,7 @@ import pytest
 import scipy.io
 import scipy.sparse
 from hypothesis import strategies as st
+from layouts import annotated
 from layouts import image_folder as layout
 from PIL import Image
 
@@ -235,6 +238,53 @@ def read_new_mat(data, seed, root):
             names.file[reference][()]
 
 
+def read_outlines(file, data, seed, root):
+    if not (root / "outlines").exists():
+        for name in "ab":
+            layout.write_image(root / f"outlines/{name}.png", PIXELS)
+        if file == "a.json":
+            annotated.labelme(root / "outlines/b.json", [], (12, 18), imagePath="b.png")
+    (root / "outlines" / file).write_bytes(data)
+    with _listing(str(root)):
+        plan = ImageFolder.plan(str(root / "outlines"))
+        for pair in (pair for pairs in plan.splits.values() for pair in pairs if pair.mask):
+            label = plan.coding(pair.mask, pair.image, MOST)
+            assert _is(label, 2) and set(np.unique(label)) <= {*range(len(plan.class_names)), 255}
+
+
+@functools.cache
+def outlines(kind):
+    square = [[2, 3], [6, 3], [6, 8], [2, 8]]
+    if kind == "labelme":
+        shapes = [
+            annotated.shape("a", square),
+            annotated.shape("b", square[::2], "rectangle"),
+            annotated.shape("c", square[::2], "mask", mask=base64.b64encode(encoded(LABEL, format="PNG")).decode()),
+        ]
+        files = [{"shapes": shapes[:k], "imagePath": "a.png", "imageData": None, "imageHeight": 12, "imageWidth": 18}
+                 for k in (1, 2, 3)]  # fmt: skip
+        return [json.dumps(file).encode() for file in files]
+    if kind == "cvat":
+        bodies = (
+            '<polygon label="car" points="2,3;6,3;6,8" z_order="2"/><box label="sky" xtl="1" ytl="1" xbr="4" ybr="5"/>',
+            '<mask label="car" rle="1, 2, 3" left="4" top="5" width="3" height="2"/>',
+            '<ellipse label="sky" cx="9" cy="5" rx="3" ry="2" rotation="30"/>',
+        )
+        images = '<image name="{}" width="18" height="12">{}</image>'
+        return [annotated.CVAT.replace("{body}", images.format("a.png", b) + images.format("b.png", b)).encode()
+                for b in bodies]  # fmt: skip
+    flat = [float(x) for point in square for x in point]
+    found = ([flat], {"size": [12, 18], "counts": [20, 5, 191]}, {"size": [12, 18], "counts": "d05o5"})
+    return [
+        json.dumps({
+            "images": [{"id": i, "file_name": f"{n}.png", "height": 12, "width": 18} for i, n in enumerate("ab")],
+            "annotations": [{"id": 1, "image_id": 0, "category_id": 1, "iscrowd": 0, "segmentation": outline}],
+            "categories": [{"id": 1, "name": "car"}],
+        }).encode()
+        for outline in found
+    ]  # fmt: skip
+
+
 TEXTS = {
     "own": ["a\nété.jpg\nx/b c\n", "\ufeffa\r\n\r\nx\\b c.png\r\n", "images/a.jpg\n./a"],
     "classes": [
@@ -264,6 +314,9 @@ TARGETS = {
     "own classes": (read_own_classes, functools.partial(texts, "classes")),
     "voc list": (read_voc_list, functools.partial(texts, "voc")),
     "camvid list": (read_camvid_list, functools.partial(texts, "camvid")),
+    "labelme": (functools.partial(read_outlines, "a.json"), functools.partial(outlines, "labelme")),
+    "cvat": (functools.partial(read_outlines, "annotations.xml"), functools.partial(outlines, "cvat")),
+    "coco": (functools.partial(read_outlines, "annotations.json"), functools.partial(outlines, "coco")),
     "mat": (read_old_mat, mat_files),
     "mat73": (read_new_mat, mat73_files),
 }
