@@ -24,8 +24,8 @@ SPREAD = 0.05
 """Share of borders that values other than the two most frequent ones must blur. Outlines, kerbs and poles are thin too
 and lie between others, but are drawn in few classes; interpolation makes all values between two. With four classes and
 fewer one cannot tell."""
-MOST = 0.8
-"""Share of the images that are no higher, or no wider, than "most" of a report."""
+SMALLER = 0.25
+"""Share of the images that may be less high, or less wide, than "usual" of a report."""
 
 
 class LabelGuard:
@@ -103,7 +103,7 @@ class LabelGuard:
                 "images": len(sizes),
                 "smallest": sizes.min(0).tolist(),  # height and width, each for itself
                 "largest": sizes.max(0).tolist(),
-                "most": np.quantile(sizes, MOST, axis=0, method="higher").tolist(),
+                "usual": np.quantile(sizes, SMALLER, axis=0, method="lower").tolist(),
                 "labelled": split not in self._unlabelled,
             }
             if about["labelled"]:

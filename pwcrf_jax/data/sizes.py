@@ -12,17 +12,19 @@ LARGEST_CROP = 480
 def proposed(report: Mapping[str, Any]) -> dict[str, Any]:
     """Values of data.num_classes, data.crop_size and data.eval_size for a data set, by these names.
 
-    Frames of evaluation hold the largest image. Crops hold most training images, up to `LARGEST_CROP`.
+    Frames of evaluation hold the largest image. Crops lie within half of the training images at least, as the rest of a
+    crop is void, and have `LARGEST_CROP` pixels a side at most.
 
     Args:
       report: of the label guard.
     """
     splits = report["splits"]
     training = [about for split, about in splits.items() if split.startswith("train")] or list(splits.values())
-    side = lambda name, among, axis: max(about.get(name, about["largest"])[axis] for about in among)
-    even = lambda pixels: -(-pixels // EVEN_SIZE) * EVEN_SIZE
+    usual = [min(about.get("usual", about["smallest"])[axis] for about in training) for axis in (0, 1)]
+    largest = [max(about["largest"][axis] for about in splits.values()) for axis in (0, 1)]
+    within = lambda side: max(min(side, LARGEST_CROP) // EVEN_SIZE * EVEN_SIZE, EVEN_SIZE)
     return {
         "num_classes": len(report["classes"]),
-        "crop_size": tuple(min(even(side("most", training, axis)), LARGEST_CROP) for axis in (0, 1)),
-        "eval_size": tuple(even(side("largest", splits.values(), axis)) for axis in (0, 1)),
+        "crop_size": tuple(map(within, usual)),
+        "eval_size": tuple(-(-side // EVEN_SIZE) * EVEN_SIZE for side in largest),
     }

@@ -14,7 +14,7 @@ from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.nets import WeightsError
 from pwcrf_jax.nets.pip_weights import pip_path
 from pwcrf_jax.runtime import checkpoint, files
-from pwcrf_jax.runtime.logs import METRICS, last_step, log
+from pwcrf_jax.runtime.logs import METRICS, last_step
 from pwcrf_jax.training import freezing
 
 log = logging.getLogger(__name__)

@@ -291,7 +291,7 @@ def test_your_own_folder_from_images_to_a_report(tmp_path, checkout, run):
     own_folder(tmp_path / "pictures", np.random.default_rng(1))
     told = run(["pwcrf", "check", "image_folder", "--source_dir", "pictures"])
     flags = shlex.split(re.search(r"^to train: (.*)$", told, re.MULTILINE)[1])
-    sizes = ["--config.data.crop_size=(80,80)", "--config.data.eval_size=(80,80)"]
+    sizes = ["--config.data.crop_size=(40,80)", "--config.data.eval_size=(80,80)"]
     assert flags == ["--config.data.num_classes=5", *sizes]
     values = SMALL | SMALL_MODELS["tiny"] | {"model.backbone": "tiny", "model.scales": (1.0,), "model.block6": ()}
     values |= {"init_from": ""}
@@ -299,7 +299,7 @@ def test_your_own_folder_from_images_to_a_report(tmp_path, checkout, run):
     train = ["pwcrf", "train", "--config", "image_folder", "--workdir", "runs/own"]
     run([*train, "--config.data.source_dir=pictures", *tiny])  # which takes the same three from the folder
     trained = json.loads((tmp_path / "runs/own/config.json").read_text())["data"]
-    assert (trained["num_classes"], trained["crop_size"], trained["eval_size"]) == (5, [80, 80], [80, 80])
+    assert (trained["num_classes"], trained["crop_size"], trained["eval_size"]) == (5, [40, 80], [80, 80])
     result = json.loads(run(["pwcrf", "eval", "--workdir", "runs/own"]).splitlines()[-1])
     assert result["num_images"] == 1 and 0 <= result["miou_all"] <= 100
     run(["pwcrf", "predict", "--workdir", "runs/own", "--images", "pictures/images", "--output", "predictions"])

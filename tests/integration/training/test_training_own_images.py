@@ -14,20 +14,22 @@ from pwcrf_jax.training import checks, dry_run, initial
 
 
 def report(*splits, classes=3):
-    about = [{"largest": list(largest)} | ({"most": list(most)} if most else {}) for _, largest, most in splits]
-    return {"classes": ["c"] * classes, "splits": {name: a for (name, _, _), a in zip(splits, about, strict=True)}}
+    """Of (split, largest, usual) sizes; as an older one, which has no usual sizes, of (split, largest, None)."""
+    about = {name: {"largest": large, "smallest": (50, 60)} | ({"usual": usual} if usual else {})
+             for name, large, usual in splits}  # fmt: skip
+    return {"classes": ["c"] * classes, "splits": about}
 
 
 @pytest.mark.parametrize(
     "splits, crop, frame",
     [
         ([("train", (360, 480), (360, 480)), ("val", (360, 480), (360, 480))], (360, 480), (360, 480)),
-        ([("train", (900, 1300), (300, 401)), ("val", (1000, 30), (20, 30))], (320, 440), (1000, 1320)),
+        ([("train", (900, 1300), (300, 439)), ("val", (1000, 30), (20, 30))], (280, 400), (1000, 1320)),
         ([("train", (2000, 30), (2000, 30)), ("test", (30, 30), (30, 30))], (480, 40), (2000, 40)),
-        ([("test", (81, 79), None)], (120, 80), (120, 80)),
+        ([("test", (81, 79), None)], (40, 40), (120, 80)),
     ],
 )
-def test_crops_hold_most_training_images_and_frames_all(splits, crop, frame):
+def test_crops_lie_within_most_training_images_and_frames_hold_all(splits, crop, frame):
     assert proposed(report(*splits)) == {"num_classes": 3, "crop_size": crop, "eval_size": frame}
 
 
@@ -60,7 +62,7 @@ def own(folder, tmp_path, **changes):
 def test_what_the_config_leaves_open_is_taken_from_the_folder(folder, tmp_path):
     config = own(folder, tmp_path)
     settled = checks.settle_data(config, "")
-    assert (settled.data.num_classes, settled.data.crop_size, settled.data.eval_size) == (3, (80, 80), (120, 120))
+    assert (settled.data.num_classes, settled.data.crop_size, settled.data.eval_size) == (3, (40, 40), (120, 120))
     assert config.data.crop_size == () and checks.load_and_validate(settled).num_classes == 3
     named = checks.settle_data(own(folder, tmp_path, crop_size=(64, 64)), "")
     assert (named.data.crop_size, named.data.eval_size) == ((64, 64), (120, 120))
