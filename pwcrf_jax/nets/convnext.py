@@ -12,7 +12,7 @@ from pwcrf_jax.nets.depthwise import METHODS, DepthwiseConv
 from pwcrf_jax.nets.layers import Layers
 from pwcrf_jax.nets.state_dicts import Architecture, StateDict
 from pwcrf_jax.nets.stored import WeightsError
-from pwcrf_jax.nets.torch_layouts import check_unused, count, has, prefix_of
+from pwcrf_jax.nets.torch_layouts import check_unread, count, has, prefix_of
 
 STRIDES = (16, 8)
 LAYER_SCALE = 1e-6  # at the start of training
@@ -266,7 +266,7 @@ def _convert(layout: _Layout, state: StateDict, backbone: Mapping[str, Any]) -> 
             new[layer] = block(f"{stage_of(stage)}.{layout.blocks}.{part}", like)
     # The last layer norm stands after the mean over the map, before the classifier.
     unread = [layout.stage.format(stage) for stage in range(4) if f"stages_{stage}_{depths[stage] - 1}" not in new]
-    check_unused(state, prefix, [*unread, "layernorm"])
+    check_unread(state, prefix, [*unread, "layernorm"])
     return new
 
 

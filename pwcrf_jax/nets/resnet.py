@@ -12,7 +12,7 @@ from pwcrf_jax.nets.layers import Layers
 from pwcrf_jax.nets.pooling import max_pool_3x3_stride_2
 from pwcrf_jax.nets.state_dicts import Architecture, StateDict
 from pwcrf_jax.nets.stored import WeightsError
-from pwcrf_jax.nets.torch_layouts import check_unused, count, has, prefix_of
+from pwcrf_jax.nets.torch_layouts import check_unread, count, has, prefix_of
 
 STRIDES = (16, 8)
 BATCH_NORM_EPSILON = 1e-5  # torchvision's, timm's and transformers'
@@ -218,7 +218,7 @@ def _convert(layout: _Layout, state: StateDict, backbone: Mapping[str, Any]) -> 
         if layer != "conv1":
             new[layer] = {part: conv(layer, part, values["kernel"]) for part, values in backbone[layer].items()}
     unread = [f"{layout.blocks(s)}{i}" for s in range(1, 5) for i in range(depths[s - 1]) if f"layer{s}_{i}" not in new]
-    check_unused(state, prefix, unread)
+    check_unread(state, prefix, unread)
     return new
 
 

@@ -5,8 +5,8 @@ from collections.abc import Collection
 from pwcrf_jax.nets.state_dicts import StateDict
 from pwcrf_jax.nets.stored import WeightsError, some
 
-# Layers after the features, and what only pretraining used.
-_HEADS = ("fc", "head", "head_dist", "fc_norm", "classifier", "pooler", "pre_logits", "mask_token")
+# Layers after the features.
+_HEADS = ("fc", "head", "head_dist", "fc_norm", "classifier", "pooler", "pre_logits")
 
 
 def has(names: Collection[str], *endings: str) -> bool:
@@ -30,16 +30,17 @@ def count(names: Collection[str], prefix: str) -> int:
     return next(i for i in range(len(parts) + 1) if str(i) not in parts)
 
 
-def check_unused(state: StateDict, prefix: str, allowed: Collection[str] = ()) -> None:
-    """Raises WeightsError where the network in the file has parts that were not read: another kind of it.
+def check_unread(state: StateDict, prefix: str, allowed: Collection[str] = ()) -> None:
+    """Raises WeightsError where the network in the file has tensors that were not read: it is another kind of it.
 
-    Left out may be classifiers, and layers that begin with one of `allowed`.
+    Left out may be classifiers, counters of BatchNorm, and layers that begin with one of `allowed`.
     """
     begins = tuple(f"{prefix}{layer}." for layer in allowed)
-    for layer in state.unused():
-        heads = {layer.split(".")[0], layer.removeprefix(prefix).split(".")[0]}
-        if layer.startswith(prefix) and heads.isdisjoint(_HEADS) and not f"{layer}.".startswith(begins):
+    for name in state.unread():
+        heads = {name.split(".")[0], name.removeprefix(prefix).split(".")[0]}
+        counter = name.endswith(".num_batches_tracked")
+        if name.startswith(prefix) and heads.isdisjoint(_HEADS) and not counter and not f"{name}.".startswith(begins):
             raise WeightsError(
-                f"{state.path}: has a layer {some([layer])}, for which the backbone has no place: another kind of this "
+                f"{state.path}: has a tensor {some([name])}, for which the backbone has no place: another kind of this "
                 "network"
             )

@@ -8,7 +8,9 @@ import numpy as np
 
 from pwcrf_jax.nets.state_dicts import Architecture, StateDict
 from pwcrf_jax.nets.stored import WeightsError
-from pwcrf_jax.nets.torch_layouts import check_unused, count, has, prefix_of
+from pwcrf_jax.nets.torch_layouts import check_unread, count, has, prefix_of
+
+_MASK_TOKEN = "embeddings.mask_token"  # of pretraining alone
 
 
 class _Layout(NamedTuple):
@@ -165,8 +167,9 @@ def _convert(layout: _Layout, state: StateDict, backbone: Mapping[str, Any]) -> 
             at = f"{prefix}{layout.blocks}{layer.removeprefix('blocks_')}"
             new[layer] = _block(layout, state, at, like)
             new[layer] |= {f"norm{i}": norm(f"{at}.{name}", like["norm1"]) for i, name in enumerate(layout.norms, 1)}
-    unread = [f"{layout.blocks}{i}" for i in range(theirs.blocks) if f"blocks_{i}" not in new]
-    check_unused(state, prefix, unread if "norm" in backbone else [*unread, layout.last_norm])
+    allowed = [f"{layout.blocks}{i}" for i in range(theirs.blocks) if f"blocks_{i}" not in new]
+    allowed += [] if "norm" in backbone else [layout.last_norm]
+    check_unread(state, prefix, [*allowed, _MASK_TOKEN])
     return new
 
 
