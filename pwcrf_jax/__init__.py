@@ -24,7 +24,7 @@ from pwcrf_jax.messages import compute_messages, prepare_messages
 from pwcrf_jax.metrics import confusion_matrix, scores
 from pwcrf_jax.model.plan import Plan, plan
 from pwcrf_jax.objectives import exact_log_likelihood, pseudo_log_likelihood, unrolled_log_likelihood
-from pwcrf_jax.piecewise import balance_weights, grid_labels, unary_log_likelihood
+from pwcrf_jax.piecewise import balance_weights, grid_labels, soft_dice, unary_log_likelihood, uniform_log_likelihood
 from pwcrf_jax.potentials import FactoredPairwise, GridScores, PairwiseTable, factored_pairwise, to_table
 from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING, EdgeList, Relation, edge_list, offsets, validity_mask
 
@@ -66,8 +66,10 @@ __all__ = [
     "relations",
     "sample_offsets",
     "scores",
+    "soft_dice",
     "to_table",
     "unary_log_likelihood",
+    "uniform_log_likelihood",
     "unrolled_log_likelihood",
     "validity_mask",
 ]

@@ -60,6 +60,87 @@ def _unary_sums(scores: jax.Array, labels: jax.Array, node_weights: jax.Array | 
     return jnp.sum(weight * value), jnp.sum(weight)
 
 
+def uniform_log_likelihood(
+    scores: ArrayLike, labels: ArrayLike, *, void: int | None = VOID, node_weights: ArrayLike | None = None
+) -> Sums:
+    """Sum and count of mean_k log P_U(k | x), over the nodes of `unary_log_likelihood`, for label smoothing.
+
+    Cross-entropy with smoothed targets (Szegedy et al., CVPR 2016, section 7), at smoothing eps, is
+
+        -(1 - eps) log P_U(y_p | x) - eps mean_k log P_U(k | x)
+
+    Args:
+      scores, labels, void, node_weights: as in `unary_log_likelihood`. A label that a score of -inf rules out at a node
+        takes no part in the mean there.
+
+    Returns:
+      (sum, count): float32 scalars, weighted sum of the means and sum of weights.
+
+    Raises:
+      ValueError: as `unary_log_likelihood`.
+
+    Examples:
+      >>> total, count = pw.uniform_log_likelihood(jnp.zeros((2, 4)), jnp.array([1, 255]))
+      >>> round(float(total), 3), float(count)  # log 1/4 of the one node that is not void
+      (-1.386, 1.0)
+    """
+    scores = as_array(scores)
+    labels = checked(labels, scores.shape[-1], void, scores.shape[:-1])
+    return _uniform_sums(scores, labels, None if node_weights is None else as_array(node_weights))
+
+
+@compiled()
+def _uniform_sums(scores: jax.Array, labels: jax.Array, node_weights: jax.Array | None) -> Sums:
+    _, valid = split(labels, scores.shape[-1])
+    scores = jnp.where(valid[..., None], scores.astype(jnp.float32), 0.0)
+    possible = scores != -jnp.inf
+    log_probs = jnp.where(possible, jax.nn.log_softmax(scores, axis=-1), 0.0)
+    value = jnp.sum(log_probs, axis=-1) / jnp.maximum(jnp.sum(possible, axis=-1, dtype=jnp.float32), 1.0)
+    weight = jnp.where(valid, 1.0 if node_weights is None else node_weights.astype(jnp.float32), 0.0)
+    return jnp.sum(weight * value), jnp.sum(weight)
+
+
+def soft_dice(scores: ArrayLike, labels: ArrayLike, *, void: int | None = VOID) -> Sums:
+    """Sum and count of the soft Dice coefficients of each image and each class that it shows.
+
+        D_k = 2 sum_p P_p(k) [y_p = k] / sum_p (P_p(k) + [y_p = k]),   P_p = softmax of the scores of p
+
+    Milletari et al. (3DV 2016) with the plain sums of Sudre et al. (DLMIA 2017) in the denominator, where the first has
+    squares. Void nodes are in neither sum. Coefficients are of one image each, so sums over batches add up.
+
+    Args:
+      scores: float [..., H, W, K]; leading axes are images. Probabilities and sums are float32 whatever the dtype.
+      labels: int [..., H, W], 0..K-1 or `void`, as in `unary_log_likelihood`.
+      void: the void label, static and outside 0..K-1.
+
+    Returns:
+      (sum, count): float32 scalars, the sum of D_k over images and classes, and their number.
+
+    Raises:
+      ValueError: as `unary_log_likelihood`.
+
+    Examples:
+      >>> total, count = pw.soft_dice(jnp.zeros((1, 2, 2)), jnp.array([[0, 255]]))
+      >>> round(float(total), 3), float(count)  # 2 * 1/2 / (1/2 + 1), of the one class that is shown
+      (0.667, 1.0)
+    """
+    scores = as_array(scores)
+    return _dice_sums(scores, checked(labels, scores.shape[-1], void, scores.shape[:-1]))
+
+
+@compiled()
+def _dice_sums(scores: jax.Array, labels: jax.Array) -> Sums:
+    num_classes = scores.shape[-1]
+    safe, valid = split(labels, num_classes)
+    probs = jax.nn.softmax(jnp.where(valid[..., None], scores.astype(jnp.float32), 0.0), axis=-1)
+    probs = jnp.where(valid[..., None], probs, 0.0)
+    true = jax.nn.one_hot(jnp.where(valid, safe, num_classes), num_classes, dtype=jnp.float32)
+    over_nodes = lambda x: jnp.sum(x, axis=(-3, -2))
+    shown = over_nodes(true) > 0
+    dice = 2.0 * over_nodes(probs * true) / jnp.where(shown, over_nodes(probs + true), 1.0)
+    return jnp.sum(jnp.where(shown, dice, 0.0)), jnp.sum(shown, dtype=jnp.float32)
+
+
 def balance_weights(
     labels: ArrayLike, num_classes: int, *, void: int | None = VOID, power: ArrayLike = 1.0
 ) -> jax.Array:

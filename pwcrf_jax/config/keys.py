@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pwcrf_jax.config.kinds import Choice, ChoiceOrOwn, Flag, Kind, Number, Pair, Path, Text, Tuple
+from pwcrf_jax.config.kinds import Choice, ChoiceOrOwn, Flag, Function, Kind, Number, Pair, Path, Text, Tuple
 from pwcrf_jax.data import DATASETS
 from pwcrf_jax.messages import ALGORITHMS
 from pwcrf_jax.model.losses import OBJECTIVES
@@ -111,6 +111,12 @@ KEYS = {
     ),
     "data.scale_range": Key(Tuple(_SCALE, 2, rising=True), (0.7, 1.2), "scales that training images are drawn at"),
     "data.flip": Key(Flag(), True, "mirror half of the training images"),
+    "data.jitter": Key(
+        Tuple(Number(float, 0, 1), 4), (0.0, 0.0, 0.0, 0.0), "random brightness, contrast, saturation and hue, 0: none"
+    ),
+    "data.augment": Key(
+        Function(), "", "(image, mask, rng) -> (image, mask), of whole training images, before scaling"
+    ),
     "data.max_pixels": Key(
         _POSITIVE_INT, 89_478_485, "pixels of one image or mask at most, as a damaged header may claim any size"
     ),
@@ -169,6 +175,7 @@ KEYS = {
     "model.input_scaling": Key(
         Choice(("auto", *INPUT_SCALINGS)), "auto", "range of input colours; auto: as the pretrained weights ask for"
     ),
+    "model.dropout": Key(_SHARE, 0.0, "share of the feature channels that heads do without in training; 0: off"),
     "model.dtype": Key(Choice(("float32", "bfloat16")), "float32", "type that the nets compute in"),
     "loss.objective": Key(
         Choice(OBJECTIVES),
@@ -191,6 +198,8 @@ KEYS = {
         Number(float, low=0, besides=-1), -1.0, "the same of the relations; -1: loss.balance_power"
     ),
     "loss.sampled_offsets": Key(_COUNT, 0, "offsets of each relation, drawn anew every step, at most; 0: all"),
+    "loss.label_smoothing": Key(_SHARE, 0.0, "share of the unary's targets that is uniform over the classes; 0: off"),
+    "loss.dice_weight": Key(_NOT_NEGATIVE, 0.0, "weight of 1 - soft Dice of the unary, beside cross-entropy; 0: off"),
     "loss.chunk_edges": Key(_COUNT, 0, "edges whose scores are held at a time; 0: chosen from the shapes"),
     "optimizer.name": Key(Choice(("adamw", "sgd")), "adamw", "the update rule; sgd has a momentum of 0.9"),
     "optimizer.learning_rate": Key(_POSITIVE, 1e-3, "peak of the rate, which falls to 0 by a polynomial of power 0.9"),
@@ -200,12 +209,18 @@ KEYS = {
     "optimizer.clip_norm": Key(
         _NOT_NEGATIVE, 10.0, "norm that gradients are clipped to, those of the relations and all others apart; 0: off"
     ),
+    "optimizer.ema_decay": Key(
+        _SHARE, 0.0, "decay a step of averaged parameters, which all but the gradient then uses; 0: off"
+    ),
     "train.batch_size": Key(_BATCH, 8, "images a step, over all devices and hosts"),
+    "train.accumulate": Key(_BATCH, 1, "parts that a device does its images of a step in, one by one, to save memory"),
     "train.steps": Key(_POSITIVE_INT, 1000, "steps of training"),
     "train.log_every": Key(_POSITIVE_INT, 20, "steps between lines of the log"),
     "train.eval_every": Key(_COUNT, 250, "steps between evaluations; 0: only at the end"),
     "train.checkpoint_every": Key(_POSITIVE_INT, 100, "steps between saved states"),
     "train.keep_checkpoints": Key(_POSITIVE_INT, 2, "states that are kept; with 1 there is none to fall back to"),
+    "train.patience": Key(_COUNT, 0, "evaluations of the last stage without a better score that end the run; 0: never"),
+    "train.hook": Key(Function(), "", "(step, metrics), called with all that metrics.jsonl gets, such as for W&B"),
     "train.max_skipped_steps": Key(
         _COUNT, 3, "steps without a finite loss and gradient that are skipped; one more ends the run"
     ),

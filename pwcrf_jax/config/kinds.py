@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from pwcrf_jax.runtime import files
+from pwcrf_jax.runtime import files, functions
 
 _LARGEST: dict[type, int | float] = {int: 2**31 - 1, float: 3.4e38}  # what int32 and float32 hold
 
@@ -84,6 +84,15 @@ class Path(Text):
             return super().accepts(x) and files.expand_path(x, "") is not None
         except files.FileError:
             return False
+
+
+class Function(Kind):
+    """The name of a Python function; "" where none is meant. Whether it is there is asked where it is loaded."""
+
+    wanted = 'text of the form "module:function", or ""'
+
+    def accepts(self, x: Any) -> bool:
+        return isinstance(x, str) and (not x or functions.is_name(x))
 
 
 class Choice(Kind):

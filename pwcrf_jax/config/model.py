@@ -27,6 +27,7 @@ def build_model(config: ConfigDict) -> Segmenter:
             pairwise_trains_features=m.pairwise_trains_features and not objective(config).staged,
             refinement_width=m.refinement_convs.width,
             dtype=m.dtype,
+            dropout=m.dropout,
         )
     except (ValueError, TypeError) as error:
         raise featmap.refused(config, error) from None
@@ -39,7 +40,7 @@ def identity(config: ConfigDict) -> dict[str, Any]:
     """
     backbone = config.model.backbone
     free = {"model.dtype", f"model.{backbone}.depthwise", f"model.{backbone}.freeze_until", "model.parameterisation"}
-    free |= {"model.pairwise_trains_features"}
+    free |= {"model.pairwise_trains_features", "model.dropout"}
     if not config.model.refinement_convs.layers:
         free |= {"model.refinement_convs.layers", "model.refinement_convs.width"}
     if config.model.pairwise_features == "shared" or not config.model.relations:

@@ -12,7 +12,7 @@ from pwcrf_jax.runtime.errors import ConfigError
 
 _MAX_OFFSETS = 10**6  # of a relation; the least chunk of a step is one of them on the whole map
 _OFFSETS = ("row_offsets", "col_offsets")
-_RESERVED = ("unary", "all", "tta", "refined")  # rows of the table, terms of the loss
+_RESERVED = ("unary", "all", "tta", "refined", "label_smoothing", "dice")  # rows of the table, terms of the loss
 
 
 def _num_offsets(relation: Relation, grid: tuple[int, int]) -> float:

@@ -108,6 +108,13 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
                 f"config.{key} = {flat[key]} is not divisible by the {devices} devices; use a multiple, such as "
                 f"{-(-flat[key] // devices) * devices}"
             )
+    parts, size = devices * config.train.accumulate, config.train.batch_size
+    if "train.batch_size" in batches and size % parts:
+        raise ConfigError(
+            f"config.train.accumulate = {config.train.accumulate} does not divide the {size // devices} images of a "
+            f"device (config.train.batch_size = {size}, {devices} devices); use a divisor, or a batch size that is a "
+            f"multiple of {parts}"
+        )
 
 
 def _validate_objective(config: ConfigDict) -> None:

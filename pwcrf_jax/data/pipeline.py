@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pwcrf_jax.data import augment
 from pwcrf_jax.data.prepare import Dataset, Source
 from pwcrf_jax.data.readers.image_io import MEAN_COLOUR, VOID, DataError
 from pwcrf_jax.data.workers import Workers
@@ -21,8 +22,8 @@ _ENDLESS = 2**60  # length of the training stream
 class _TrainView:
     """Position p of this host -> augmented sample; every host sees its part of each global batch."""
 
-    def __init__(self, order: Any, source: Source, host: int, batch_size: int, local: int, augment: Any):
-        self._order, self._source, self._augment = order, source, augment
+    def __init__(self, order: Any, source: Source, host: int, batch_size: int, local: int, augmented: Any):
+        self._order, self._source, self._augmented = order, source, augmented
         self._host, self._batch_size, self._local = host, batch_size, local
 
     def __len__(self) -> int:
@@ -30,16 +31,28 @@ class _TrainView:
 
     def __getitem__(self, p: int) -> dict[str, Any]:
         g = p // self._local * self._batch_size + self._host * self._local + p % self._local
-        return self._augment(self._source.open(self._order[g]), g)
+        return self._augmented(self._source.open(self._order[g]), g)
 
 
 class _Augment:
     """Random scale, flip and crop of sample number g; image and label go through the same geometry.
 
     Only the crop is made: it is found in the scaled image first, and resized from the part of the original it shows.
+    Before that comes a function of the user's own, after it the jitter of colours.
     """
 
-    def __init__(self, crop_size: Any, scale_range: Any, flip: bool, seed: int, pad_value: Any):
+    def __init__(
+        self,
+        crop_size: Any,
+        scale_range: Any,
+        flip: bool,
+        seed: int,
+        pad_value: Any,
+        *,
+        strengths: augment.Strengths = (0.0, 0.0, 0.0, 0.0),
+        custom: augment.Custom | None = None,
+    ):
+        self._strengths, self._custom = strengths, custom
         self._crop_size, self._scale_range, self._flip = crop_size, scale_range, flip
         self._seed = seed
         self._padding = np.full((*crop_size, 3), pad_value, np.uint8)
@@ -47,6 +60,11 @@ class _Augment:
     def __call__(self, sample: dict[str, Any], g: int) -> dict[str, Any]:
         rng = np.random.default_rng([self._seed, g])
         image, label = sample["image"], sample["label"]
+        if self._custom:
+            # A generator of its own: what it draws changes neither scale nor crop.
+            own = np.random.default_rng([self._seed, g, 1])
+            pixels, label = self._custom(np.array(image), np.array(label), own, sample["id"])
+            image = Image.fromarray(pixels)
         scale = rng.uniform(*self._scale_range)
         mirrored = rng.random() < 0.5
         shape = [max(1, round(n * scale)) for n in label.shape]
@@ -67,7 +85,8 @@ class _Augment:
         if flipped:
             image, nearest_x = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), nearest_x[::-1]
         out_image, out_label = self._padding.copy(), np.full(self._crop_size, VOID, np.uint8)
-        out_image[rows, cols] = np.asarray(image)
+        shows = np.asarray(image)
+        out_image[rows, cols] = augment.jitter(shows, rng, self._strengths) if any(self._strengths) else shows
         out_label[rows, cols] = label.take(nearest_y, 0).take(nearest_x, 1)
         valid_box = np.array([rows.start, cols.start, rows.stop, cols.stop], np.int32)
         return {"image": out_image, "label": out_label, "valid_box": valid_box, "id": sample["id"]}
@@ -135,6 +154,8 @@ def train_batches(
     num_threads: int = 2,
     num_workers: int = 0,
     pad_value: tuple[int, int, int] = MEAN_COLOUR,
+    jitter: augment.Strengths = (0.0, 0.0, 0.0, 0.0),
+    augment_by: str = "",
 ) -> TrainBatches:
     """Endless shuffled and augmented batches; every epoch is a new permutation of the split.
 
@@ -150,14 +171,17 @@ def train_batches(
       num_workers: processes that read instead of these threads, the same batches; 0: none. They end when the iterator
         is closed and when this process ends, however it does.
       pad_value: RGB colour of padding; its label is void (255).
+      jitter: strengths of `augment.jitter`, which what a crop shows of its image goes through.
+      augment_by: "module:function" of an `augment.Custom`, called on each whole image; "": none.
 
     Returns:
       Iterator of {"image": uint8 [b, h, w, 3], "label": uint8 [b, h, w], "valid_box": int32 [b, 4] (top, left, bottom,
       right of what is not padding, the last two exclusive), "id": list of b str}.
 
     Raises:
-      DataError: an argument out of range, or an unknown or empty split; while iterating, a damaged record, or a
-        process that was ended from outside.
+      DataError: an argument out of range, or an unknown or empty split; while iterating, a damaged record, what
+        augment_by must not return, or a process that was ended from outside.
+      ConfigError: a function augment_by that cannot be loaded.
     """
     import grain
 
@@ -175,8 +199,9 @@ def train_batches(
     source = dataset.source(split)
     # Shuffling indices, not records, keeps Grain's part to the order and ours to the content.
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    augment = _Augment(crop_size, (low, high), flip, seed, pad_value)
-    view = _TrainView(order, source, host, batch_size, local, augment)
+    custom = augment.Custom(augment_by, len(dataset.class_names)) if augment_by else None
+    made = _Augment(crop_size, (low, high), flip, seed, pad_value, strengths=tuple(jitter), custom=custom)
+    view = _TrainView(order, source, host, batch_size, local, made)
     return TrainBatches(view, batch_size, local, start_step, num_threads, num_workers)
 
 

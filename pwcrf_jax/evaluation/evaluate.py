@@ -1,5 +1,6 @@
 """Evaluation on a split at full resolution, and its table."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -24,7 +25,9 @@ def make_eval_fn(config, model, *, keep: Sequence[str] = (), figures: Callable |
     keep, figures: of `make_eval_step`; `configs.shown_rows` are kept whether they are looked at or not, so that
     training and evaluation compile one program.
     """
-    terms = functools.partial(piecewise_terms, settings=configs.loss_settings(config))
+    # Likelihoods alone: what training adds to them says nothing beside those of other runs.
+    plain = dataclasses.replace(configs.loss_settings(config), label_smoothing=0.0, dice_weight=0.0)
+    terms = functools.partial(piecewise_terms, settings=plain)
     rows, settings = configs.table_rows(config), configs.crf_settings(config)
     keep = tuple(dict.fromkeys([*configs.shown_rows(config), configs.final_row(config), *keep]))
     step = eval_steps.make_eval_step(model, rows, settings, keep=keep, terms=terms, figures=figures)

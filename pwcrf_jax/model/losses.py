@@ -22,6 +22,9 @@ Terms = dict[str, Sums]
 TRAINED_FACTORS = ("unary", "pairwise")
 """Kinds of factors that a step may train: both, or one, in a stage. Refinement convolutions go with the second."""
 
+UNARY_TERMS = ("unary", "label_smoothing", "dice")
+"""Terms of the unary's factors; the last two are there where `Settings` asks for them."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -35,6 +38,8 @@ class Settings:
       pairwise_balance_power: that of the relations; -1: the same.
       sampled_offsets: of each relation, drawn anew in every step; 0, or as many as there are: all.
       chunk_edges: edges whose scores are held at a time; None: chosen from the shapes.
+      label_smoothing: share of the unary's targets that is uniform over the classes, 0 <= x < 1.
+      dice_weight: of 1 - soft Dice of the unary's marginals, beside its cross-entropy, at least 0.
     """
 
     reduction: str = "mean"
@@ -43,6 +48,8 @@ class Settings:
     pairwise_balance_power: float = -1.0
     sampled_offsets: int = 0
     chunk_edges: int | None = None
+    label_smoothing: float = 0.0
+    dice_weight: float = 0.0
 
 
 DEFAULT_SETTINGS, DEFAULT_INFERENCE = Settings(), mean_field.DEFAULT_SETTINGS
@@ -58,7 +65,8 @@ def piecewise_terms(
     """(sum, count) of the log-likelihood of every kind of factor: {"unary": ..., relation name: ...}.
 
     And of "refinement_convs", of models that have them: of the unary's own marginals, refined, at the cells of the
-    finer grid. No inference runs for them either.
+    finer grid. No inference runs for them either. Where settings ask for them, of "label_smoothing"
+    (`pwcrf_jax.piecewise.uniform_log_likelihood`) and "dice" (`pwcrf_jax.piecewise.soft_dice` less 1).
 
     Args:
       potentials: of a `Segmenter`.
@@ -70,6 +78,11 @@ def piecewise_terms(
     num_classes = potentials.unary.shape[-1]
     weights = _balance(grid, num_classes, settings.balance_power)
     terms = {"unary": piecewise.unary_log_likelihood(potentials.unary, grid, node_weights=weights)}
+    if settings.label_smoothing:
+        terms["label_smoothing"] = piecewise.uniform_log_likelihood(potentials.unary, grid, node_weights=weights)
+    if settings.dice_weight:
+        total, count = piecewise.soft_dice(potentials.unary, grid)
+        terms["dice"] = total - count, count
     if settings.pairwise_balance_power >= 0:
         weights = _balance(grid, num_classes, settings.pairwise_balance_power)
     for i, (name, potential) in enumerate(potentials.pairwise.items()):
@@ -101,14 +114,17 @@ class Objective(abc.ABC):
       contains_inference: it trains what inference uses, with the settings of inference, and nothing else.
       iterates: of one that contains inference: mean field runs in it, and trains no relation in 0 iterations.
       trains_refinement_convs: it has a term of refinement convolutions.
-      unused: names of `Settings` that do nothing for it.
     """
 
     staged: bool = False
     contains_inference: ClassVar[bool] = False
     iterates: ClassVar[bool] = False
     trains_refinement_convs: ClassVar[bool] = False
-    unused: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Names of `Settings` that do nothing for it."""
+        return ()
 
     @property
     def needs_relations(self) -> bool:
@@ -122,7 +138,7 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def term_names(self, potentials: Potentials) -> tuple[str, ...]:
-        """Names of all terms of a model with these potentials, whichever the stage."""
+        """Names of all terms of a model with these potentials, whichever the stage; not of those of settings."""
 
     @abc.abstractmethod
     def terms(
@@ -163,7 +179,9 @@ class Piecewise(Objective):
         return piecewise_terms(potentials, labels, settings, key=key)
 
     def weights(self, terms: Terms, settings: Settings = DEFAULT_SETTINGS) -> dict[str, float]:
-        return {k: 1.0 if k in ("unary", "refinement_convs") else settings.pairwise_weight for k in terms}
+        smoothing = settings.label_smoothing
+        own = {"unary": 1.0 - smoothing, "label_smoothing": smoothing, "dice": settings.dice_weight}
+        return {k: (own | {"refinement_convs": 1.0}).get(k, settings.pairwise_weight) for k in terms}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +194,12 @@ class Joint(Objective):
 
     term: ClassVar[str]
     contains_inference = True
-    unused = ("sampled_offsets", "pairwise_weight", "pairwise_balance_power")
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        # The unary's own terms train where it has a stage of its own.
+        of_unary = () if self.staged else ("label_smoothing", "dice_weight")
+        return "sampled_offsets", "pairwise_weight", "pairwise_balance_power", *of_unary
 
     def term_names(self, potentials: Potentials) -> tuple[str, ...]:
         return "unary", self.term

@@ -1,6 +1,6 @@
 """The assembly: image -> nets -> potentials, which `pwcrf_jax.model.decode` turns into labels."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pwcrf_jax.nets import FeatMapNet, PairwiseNet, RefinementConvs, UnaryNet, grid_size, scale_input
+from pwcrf_jax.nets import FeatMapNet, PairwiseNet, RefinementConvs, UnaryNet, drop_channels, grid_size, scale_input
 from pwcrf_jax.potentials import FactoredPairwise, factored_pairwise
 
 PARAMETERISATIONS = ("free", "residual")
@@ -36,7 +36,8 @@ class Potentials(NamedTuple):
 class Segmenter(nn.Module):
     """FeatMap-Net, one Unary-Net and one Pairwise-Net a relation.
 
-    Call: images [B, H, W, 3], RGB 0..255, uint8 or float -> `Potentials` on the grid of FeatMap-Net.
+    Call: images [B, H, W, 3], RGB 0..255, uint8 or float -> `Potentials` on the grid of FeatMap-Net. In training with
+    dropout_keys, a JAX random key for each image, [B], and dropped, the kinds of heads whose features are dropped.
     Parameters: `featmap`, `unary`, `pairwise_NAME` for each relation, `featmap_pairwise`, `refinement_convs`.
 
     Attributes:
@@ -56,10 +57,11 @@ class Segmenter(nn.Module):
       dtype: computed in, float32 or bfloat16. Parameters, scores and every log-sum-exp are float32.
       pairwise_features: "shared", those of the unary, or "own": the Pairwise-Nets stand on a FeatMap-Net of their own,
         `featmap_pairwise`, one for all relations; the unary's terms do not reach it.
+      dropout: share of the features that heads do without in training (`pwcrf_jax.nets.drop_channels`), 0 <= x < 1.
 
     Raises:
       ValueError: an unknown parameterisation, not one for each relation, two relations of one name, relations that are
-        not offsets, or unknown pairwise_features.
+        not offsets, unknown pairwise_features, or a dropout out of its range.
     """
 
     num_classes: int
@@ -72,6 +74,7 @@ class Segmenter(nn.Module):
     refinement_width: int = 32
     dtype: Any = jnp.float32
     pairwise_features: str = "shared"
+    dropout: float = 0.0
 
     def __post_init__(self):
         options = self.featmap.items() if isinstance(self.featmap, Mapping) else self.featmap
@@ -90,21 +93,30 @@ class Segmenter(nn.Module):
         names = [name for name, _ in self.relations]
         if len(set(names)) != len(names):
             raise ValueError(f"relations must have different names, got {names}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"expected a dropout of at least 0 and below 1, got {self.dropout}")
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> Potentials:
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        dropout_keys: jax.Array | None = None,
+        dropped: Sequence[str] = ("unary", "pairwise"),
+    ) -> Potentials:
+        drop = lambda kind, maps: drop_channels(maps, dropout_keys, self.dropout if kind in dropped else 0.0)
         scaled = scale_input(images, self.input_scaling, self.dtype)
         features = FeatMapNet(**dict(self.featmap), dtype=self.dtype, joined=False, name="featmap")(scaled)
         features, skipped = features if isinstance(features, tuple) else (features, None)
-        unary = UnaryNet(self.num_classes, hidden=self.hidden, dtype=self.dtype, name="unary")(features)
+        unary = UnaryNet(self.num_classes, hidden=self.hidden, dtype=self.dtype, name="unary")(drop("unary", features))
         unary_log_probs = jax.lax.stop_gradient(jax.nn.log_softmax(unary, axis=-1))
         if self.pairwise_features == "own" and self.relations:
             options = dict(self.featmap) | {"skip_layers": ()}
             features = FeatMapNet(**options, dtype=self.dtype, joined=False, name="featmap_pairwise")(scaled)
         elif not self.pairwise_trains_features:
             features = jax.lax.stop_gradient(features)
-        potentials = {}
+        features, potentials = drop("pairwise", features), {}
         for (name, offsets), kind in zip(self.relations, self.parameterisation, strict=True):
             residual = kind == "residual"
             parts = PairwiseNet(

@@ -4,7 +4,7 @@ from pwcrf_jax.nets.convnext import ConvNeXtTiny
 from pwcrf_jax.nets.featmap_net import BACKBONES, FeatMapNet, grid_size
 from pwcrf_jax.nets.mobilenet_v2 import MobileNetV2
 from pwcrf_jax.nets.pooling import max_pool_2x2, max_pool_same, sliding_pyramid
-from pwcrf_jax.nets.potentials import PairwiseNet, PairwiseParts, UnaryNet
+from pwcrf_jax.nets.potentials import PairwiseNet, PairwiseParts, UnaryNet, drop_channels
 from pwcrf_jax.nets.pretrained import LoadReport, WeightsError, load_pretrained
 from pwcrf_jax.nets.refinement_convs import RefinementConvs
 from pwcrf_jax.nets.resnet import ResNet50, ResNet101
@@ -31,6 +31,7 @@ __all__ = [
     "Tiny",
     "UnaryNet",
     "WeightsError",
+    "drop_channels",
     "grid_size",
     "load_pretrained",
     "max_pool_2x2",

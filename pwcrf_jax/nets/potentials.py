@@ -43,6 +43,30 @@ class _First(nn.Module):
         return out
 
 
+def drop_channels(
+    features: jax.Array | Sequence[jax.Array], keys: jax.Array | None, rate: float
+) -> jax.Array | Sequence[jax.Array]:
+    """Dropout of whole channels (Tompson et al., CVPR 2015), as neighbouring cells would tell each other single ones.
+
+    An image keeps each channel of each map with probability 1 - rate, divided by it, and has none of it otherwise.
+
+    Args:
+      features: [B, h, w, D], or maps of several grids, see the module.
+      keys: a JAX random key for each image, [B]: what an image keeps does not depend on its batch. None: no dropout.
+      rate: static, 0 <= rate < 1.
+
+    Returns:
+      The features, of the same shapes and dtype.
+    """
+    if keys is None or not rate:
+        return features
+    maps: list[Any] = list(features) if isinstance(features, list | tuple) else [features]
+    for i, x in enumerate(maps):
+        kept = jax.vmap(lambda key, x=x, i=i: jax.random.bernoulli(jax.random.fold_in(key, i), 1 - rate, x.shape[3:]))
+        maps[i] = jnp.where(kept(keys)[:, None, None], x / (1 - rate), 0).astype(x.dtype)
+    return maps if isinstance(features, list | tuple) else maps[0]
+
+
 class UnaryNet(nn.Module):
     """Dense `hidden` with ReLU, then dense `num_classes`.
 

@@ -114,7 +114,13 @@ class ResNet50(nn.Module):
 
 
 class ResNet101(ResNet50):
-    """ResNet-101: `ResNet50` with 23 blocks in its third stage."""
+    """ResNet-101: `ResNet50` with 23 blocks in its third stage.
+
+    Call: images [B, H, W, 3], already scaled -> [B, ceil(H/stride), ceil(W/stride), C] in `dtype`, as `ResNet50`.
+
+    Attributes:
+      depths: blocks of each stage; all others are those of `ResNet50`.
+    """
 
     depths: tuple[int, ...] = (3, 4, 23, 3)
 

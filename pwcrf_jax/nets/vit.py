@@ -114,7 +114,13 @@ class ViTSmall(nn.Module):
 
 
 class ViTBase(ViTSmall):
-    """ViT-B: `ViTSmall` of twice the width."""
+    """ViT-B: `ViTSmall` of twice the width.
+
+    Call: images [B, H, W, 3], already scaled -> [B, ceil(H/patch), ceil(W/patch), 768] in `dtype`, as `ViTSmall`.
+
+    Attributes:
+      width, heads: channels, heads of attention; all others are those of `ViTSmall`.
+    """
 
     width: int = 768
     heads: int = 12

@@ -1,6 +1,7 @@
 """Everything a run tells: lines on standard error, metrics.jsonl, TensorBoard scalars and pictures."""
 
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import image, scalar
 from tqdm import tqdm
 
-from pwcrf_jax.runtime import files, streams
+from pwcrf_jax.runtime import files, functions, streams
 
 log = logging.getLogger("pwcrf_jax")
 METRICS = "metrics.jsonl"  # in a workdir
@@ -57,6 +58,12 @@ def bar(items: Iterable, what: str, total: int | None = None, unit: str = "batch
     return tqdm(items, what, total, unit=unit, disable=hidden, leave=False)
 
 
+def how_to_see_curves(workdir: str) -> str:
+    """The line that says how to look at a run's curves in TensorBoard, and how to get that where it is missing."""
+    missing = importlib.util.find_spec("tensorboard") is None
+    return f"curves: {'pip install tensorboard, then ' * missing}tensorboard --logdir {workdir}"
+
+
 def only_process(index: int) -> None:
     """Silences the other processes but for what goes wrong. To be called once they are connected."""
     if jax.process_index() != index:
@@ -68,18 +75,24 @@ def _without_closed_loops(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
+Hook = Callable[[int, dict[str, float]], Any]
+"""A function of the user's own: (step, {name as in metrics.jsonl: value})."""
+
+
 class Writer:
-    """Scalars to metrics.jsonl (one JSON object a line, flushed) and to TensorBoard.
+    """Scalars to metrics.jsonl (one JSON object a line, flushed), to TensorBoard and to a hook.
 
     Raises:
       FileError: something cannot be written.
     """
 
-    def __init__(self, workdir: str, step: int = 0, evaluated: bool = True):
+    def __init__(self, workdir: str, step: int = 0, evaluated: bool = True, hook: Hook | None = None):
         """step: that the run goes on from. What was written of later ones is taken back, as they are done again.
 
         evaluated: whether the evaluation of that step is done, too; False takes its lines back as well.
+        hook: given what `write` is given. What it raises is said in a line, once, and ends nothing.
         """
+        self._hook, self._said = hook, ""
         path = os.path.join(workdir, METRICS)
         keep = lambda line: line["step"] <= step and (evaluated or line["step"] < step or not _is_val(line))
         if number := _take_back(path, keep):
@@ -96,14 +109,26 @@ class Writer:
             self._board.flush()
 
     def write(self, step: int, scalars: Mapping[str, float], prefix: str) -> None:
-        line = json.dumps({"step": step, **{f"{prefix}/{k}": v for k, v in scalars.items()}})
+        named = {f"{prefix}/{k}": v for k, v in scalars.items()}
+        line = json.dumps({"step": step, **named})
         with files.naming(self._path, "cannot be written"):
             self._jsonl.write(f"{line}\n".encode())
             self._jsonl.flush()
         with files.naming(self._folder, "cannot be written"):
-            for name, value in scalars.items():
-                self._event(step=step, summary=scalar(f"{prefix}/{name}", value))
+            for name, value in named.items():
+                self._event(step=step, summary=scalar(name, value))
             self._board.flush()
+        self._call_hook(step, named)
+
+    def _call_hook(self, step: int, named: dict[str, float]) -> None:
+        try:
+            if self._hook:
+                self._hook(step, named)
+        except Exception as error:  # whatever the user's code raises: a run does not end for its log
+            said = functions.described(error)
+            if said != self._said:
+                log.warning("step %d: config.train.hook raised %s; the run goes on without it", step, said)
+            self._said = said
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
         """A picture uint8 [H, W, 3] for TensorBoard."""

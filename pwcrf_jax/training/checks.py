@@ -13,7 +13,7 @@ from pwcrf_jax.data.sizes import proposed
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.nets import WeightsError
 from pwcrf_jax.nets.pip_weights import pip_path
-from pwcrf_jax.runtime import checkpoint, files
+from pwcrf_jax.runtime import checkpoint, files, functions
 from pwcrf_jax.runtime.logs import METRICS, last_step
 from pwcrf_jax.training import freezing
 
@@ -27,6 +27,9 @@ def load_and_validate(config: ConfigDict, workdir: str = "") -> Any:
     """
     configs.validate(config)
     _check_reached(config)
+    for key, name in {"data.augment": config.data.augment, "train.hook": config.train.hook}.items():
+        if name:
+            functions.load(name, key)
     if not (workdir and checkpoint.exists(os.path.join(workdir, "checkpoints"))):
         _check_start(config)
     if names := getattr(builder_class(config.data.name), "class_names", ()):
@@ -120,4 +123,15 @@ def check_stages(config: ConfigDict, meta: dict[str, Any]) -> None:
         share = "" if before is None else f", and set config.loss.unary_share to {before / config.train.steps:g}"
         raise configs.ConfigError(
             f"this run began {said(before)}, now it would be {said(now)}; keep config.loss.objective{share}"
+        )
+
+
+def check_averaged(config: ConfigDict, meta: dict[str, Any]) -> None:
+    """A run goes on with averaged parameters if it began with them: an average that begins late is another one."""
+    before, now = meta.get("averaged", False), config.optimizer.ema_decay
+    if before != bool(now):
+        decay = "a decay above 0, such as the one in config.json" if before else "0"
+        raise configs.ConfigError(
+            f"config.optimizer.ema_decay = {now}, but this run began {'with' if before else 'without'} averaged "
+            f"parameters; set it to {decay}, or begin another run, from config.init_from = this workdir"
         )

@@ -19,11 +19,13 @@ from pwcrf_jax.model.plan import Plan, plan
 from pwcrf_jax.model.segmenter import Segmenter
 from pwcrf_jax.prediction import restore
 from pwcrf_jax.report import pictures
-from pwcrf_jax.runtime import checkpoint, compilation, distributed, files, lock, parallel, preemption
-from pwcrf_jax.runtime.logs import Progress, Writer, log
+from pwcrf_jax.runtime import checkpoint, compilation, distributed, files, functions, lock, parallel, preemption
+from pwcrf_jax.runtime.logs import Progress, Writer, how_to_see_curves, log
 from pwcrf_jax.training import checks, initial, steps
+from pwcrf_jax.training.averaging import Averaging
 from pwcrf_jax.training.guard import Guard
 from pwcrf_jax.training.optimizer import make_optimizer
+from pwcrf_jax.training.patience import Patience
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -80,9 +82,12 @@ class Run:
         self.model = configs.build_model(config)
         self.unary_steps = configs.unary_steps(config)
         self.tx = make_optimizer(config.optimizer, config.model, config.train.steps, self.unary_steps)
+        self.averaging = Averaging(config.optimizer.ema_decay)
+        self.patience = Patience(config.train.patience, self.unary_steps or 0)
         self.result = {}
         self._progress: Progress | None = None
         self._about = {"config": json.loads(json.dumps(config.to_dict())), "unary_steps": self.unary_steps}
+        self._about |= {"averaged": bool(self.averaging.decay)}
 
     def start(self, params: Any) -> None:
         """Takes the state to begin with or to go on from; params: to begin with, of `initial.resolve_init`.
@@ -97,10 +102,13 @@ class Run:
         # 2. The newest checkpoint that is whole; only where there is none, params.
         if self.latest.latest is None:
             checks.check_new(self.workdir, self.latest, self.best)
-            self.state, meta = steps.TrainState.create(params, self.tx), {"step": 0, "samples_seen": 0}
+            meta = {"step": 0, "samples_seen": 0}
+            self.state = steps.TrainState.create(params, self.tx, self.averaging)
         else:
             checks.check_stages(config, self.latest.meta())
-            fresh = lambda: steps.TrainState.create(restore.init_params(self.model, config.seed), self.tx)
+            checks.check_averaged(config, self.latest.meta())
+            start = lambda: restore.init_params(self.model, config.seed)
+            fresh = lambda: steps.TrainState.create(start(), self.tx, self.averaging)
             trees, meta = self.latest.restore(jax.eval_shape(fresh).trees())
             self.state = steps.TrainState.from_trees(trees)
             unread = "; config.init_from is not read again" if config.init_from else ""
@@ -110,6 +118,7 @@ class Run:
         distributed.agree(lambda: _facts(config, self.dataset, self.state, meta, best_meta))
         self.step, self.samples_seen = meta["step"], meta["samples_seen"]
         self.best_score = best_meta[restore.BEST] if best_meta else None
+        self.patience.restore(meta)
         # 4. The state to go on from may be the best, if the run stopped before that was saved.
         self._save_best(meta.get("score"))
         # 5. It may have stopped in the evaluation of that step, which `train` then begins with.
@@ -121,10 +130,13 @@ class Run:
         if self.step >= c.steps and not self._evaluate_first:
             log.info("already trained for %d steps; raise config.train.steps to go on", self.step)
             return {}
+        if self.patience.is_over and not self._evaluate_first:
+            log.info("ended at step %d: %s; raise it to go on", self.step, self.patience.why())
+            return {}
         with contextlib.ExitStack() as stack:
             batches, started = self._prepare(stack), time.monotonic()
             stop = self._evaluate_first and not self.evaluate()
-            while self.step < c.steps and not stop:
+            while self.step < c.steps and not stop and not self.patience.is_over:
                 metrics = self.train_step(next(batches))
                 if self._progress is None:  # the first step compiles: it would spoil the rate
                     jax.block_until_ready(metrics)
@@ -147,6 +159,8 @@ class Run:
         best = self.best_score
         found = f"mean IoU {100 * best:.1f}" if best is not None else "mean IoU: none, and no best checkpoint"
         split, seconds = self.config.data.eval_split, time.monotonic() - started
+        if self.patience.is_over and self.step < c.steps:
+            log.info("step %d is the last: %s", self.step, self.patience.why())
         log.info("trained %d steps in %.0f s; best %s %s", self.step, seconds, split, found)
         return self.result
 
@@ -164,9 +178,11 @@ class Run:
         self._eval_fn = evaluate.make_eval_fn(config, self.model)
         self.state = parallel.replicated(self.state)
         first = jax.process_index() == 0
-        self._writer = Writer(self.workdir, self.step, not self._evaluate_first) if first else None
+        hook = functions.load(c.hook, "train.hook") if c.hook and first else None
+        self._writer = Writer(self.workdir, self.step, not self._evaluate_first, hook) if first else None
         if self._writer:
             stack.callback(self._writer.close)
+            log.info("%s", how_to_see_curves(self.workdir))
         stack.callback(self.latest.wait)
         stack.callback(batches.close)
         num_params = sum(x.size for x in jax.tree.leaves(self.state.params))
@@ -208,7 +224,8 @@ class Run:
         self._guard.flush()  # what is saved is finite
         if self._writer:
             self._writer.sync()
-        self.latest.save(self.step, self.state.trees(), self._about | {"samples_seen": self.samples_seen})
+        about = self._about | {"samples_seen": self.samples_seen} | self.patience.meta()
+        self.latest.save(self.step, self.state.trees(), about)
         compilation.seal()
 
     def evaluate(self) -> bool:
@@ -229,7 +246,7 @@ class Run:
         try:
             with preemption.nothing_to_save():
                 more = [panel] if panel else []
-                result = evaluate.evaluate_params(interruptible, self.state.params, dataset, split, config, more)
+                result = evaluate.evaluate_params(interruptible, self.state.evaluated, dataset, split, config, more)
         except preemption.Preempted:
             return False
         self.result = result
@@ -242,7 +259,8 @@ class Run:
             writer.sync()
         score = result["rows"][configs.final_row(config)]["miou"]
         self._save_best(score)
-        self.latest.note(self.step, {"score": score})  # now the evaluation is done
+        self.patience.add(self.step, score)
+        self.latest.note(self.step, {"score": score} | self.patience.meta())  # now the evaluation is done
         if self._progress:
             self._progress.restart(self.step)
         return True
@@ -252,7 +270,7 @@ class Run:
         better = score is not None and (self.best_score is None or score > self.best_score)
         if better and self.step != self.best.latest:
             self.best_score = score
-            self.best.save(self.step, {"params": self.state.params}, self._about | {restore.BEST: score})
+            self.best.save(self.step, {"params": self.state.evaluated}, self._about | {restore.BEST: score})
             self.best.wait()
 
     def _every(self, interval: int) -> bool:
@@ -294,6 +312,8 @@ def batches_from(config: ConfigDict, dataset: Any, step: int) -> Any:
         hosts=jax.process_count(),
         num_threads=config.data.num_threads,
         num_workers=config.data.num_workers,
+        jitter=config.data.jitter,
+        augment_by=config.data.augment,
     )
 
 
@@ -306,12 +326,14 @@ def _finite_values(metrics: dict[str, Any]) -> dict[str, float]:
 def estimate_cost(config: ConfigDict, model: Segmenter, tx: optax.GradientTransformation) -> Plan:
     """Multiply-adds and memory of a device, inference at the size and batch of training."""
     loss = configs.loss_settings(config)
+    # Averaged parameters are as large as the parameters.
+    averaged = optax.GradientTransformation(lambda params: (tx.init(params), params), tx.update)
     return plan(
         model,
         config.data.crop_size,
-        config.train.batch_size // jax.device_count(),
+        config.train.batch_size // jax.device_count() // config.train.accumulate,
         inference=configs.crf_settings(config),
         num_sampled_offsets=loss.sampled_offsets,
         chunk_edges=loss.chunk_edges,
-        optimizer=tx,
+        optimizer=averaged if config.optimizer.ema_decay else tx,
     )

@@ -224,3 +224,32 @@ def numerical_gradient(function, x, step=1e-6):
         x[i] = here
         grad[i] = (above - below) / (2 * step)
     return grad
+
+
+# --- label smoothing and Dice ------------------------------------------------------------------------
+
+
+def smoothed_cross_entropy(scores, labels, smoothing, weights=None, void=255):
+    """(sum, count) of -sum_k t_k log P(k) over nodes, t = (1 - smoothing) one-hot + smoothing / K."""
+    total = count = 0.0
+    for i, (z, y) in enumerate(zip(scores, labels, strict=True)):
+        if y == void:
+            continue
+        weight = 1.0 if weights is None else float(weights[i])
+        target = np.full(len(z), smoothing / len(z))
+        target[y] += 1 - smoothing
+        total -= weight * float(target @ log_softmax(z))
+        count += weight
+    return total, count
+
+
+def dice(scores, labels, void=255):
+    """[Dice of each class that one image shows]; scores [N, K], labels [N]."""
+    probs, found = np.exp(log_softmax(scores)), []
+    for k in range(probs.shape[1]):
+        both = predicted = true = 0.0
+        for p, y in zip(probs[:, k], labels, strict=True):
+            if y != void:
+                both, predicted, true = both + p * (y == k), predicted + p, true + (y == k)
+        found += [2 * both / (predicted + true)] if true else []
+    return found

@@ -12,6 +12,8 @@ from pwcrf_jax.data.readers.image_io import MEAN_COLOUR
 class Memory:
     """A data set in memory: colour (k, k, k) has label k, in blocks of 8x8 pixels."""
 
+    class_names = tuple(map(str, range(21)))
+
     def __init__(self, count=11, sizes=((40, 56), (24, 40), (48, 32))):
         self.records = []
         for i in range(count):
