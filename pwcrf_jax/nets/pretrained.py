@@ -52,7 +52,7 @@ KNOWN_FILES = {
         "(SHA-256 57b026918159a6bf9faf8405c3a551903768e7138989d9c6224a14227203fad8)",
     ),
 } | {
-    backbone: tuple(f"{_TIMM}/{name}/resolve/main/model.safetensors" for name in names)
+    backbone: tuple(f"{_TIMM}/{name}/resolve/main/model.safetensors (SHA-256 on its page)" for name in names)
     for backbone, names in {
         "convnext_tiny": ("convnext_tiny.fb_in22k_ft_in1k",),
         "resnet50": ("resnet50.a1_in1k",),
