@@ -15,7 +15,6 @@ from safetensors.numpy import save_file
 from pwcrf_jax import nets
 from pwcrf_jax.nets import stored, vgg16
 from pwcrf_jax.nets.keras_files import open_keras
-from pwcrf_jax.nets.state_dicts import open_state
 from pwcrf_jax.nets.stored import WeightsError
 from pwcrf_jax.nets.vgg16 import TORCH_CONVS
 
@@ -34,10 +33,9 @@ def _write(path, **options):
 def _read(path):
     """Everything in the file."""
     if path.suffix == ".safetensors":
-        with open_state(path) as state:
-            (source,) = vgg16.ARCHITECTURES
-            shapes = {name: {"kernel": np.zeros((3, 3, 2, 2)), "bias": np.zeros(2)} for name in NAMES}
-            return {name: tuple(layer.values()) for name, layer in source.convert(state, shapes).items()}
+        shapes = {name: {"kernel": np.zeros((3, 3, 2, 2)), "bias": np.zeros(2)} for name in NAMES}
+        new, _ = nets.load_pretrained(path, {"backbone": shapes})
+        return {name: tuple(layer.values()) for name, layer in new["backbone"].items()}
     with ExitStack() as stack:
         return {name: layer() for name, layer in open_keras(path, stack).layers.items()}
 
