@@ -96,17 +96,18 @@ class Function(Kind):
 
 
 class Choice(Kind):
-    """One of some names."""
+    """One of some names, or of some whole numbers."""
 
-    def __init__(self, known: Iterable[str]):
+    def __init__(self, known: Iterable[str | int]):
         self.known = tuple(known)
         self.wanted = f"one of {', '.join(map(repr, self.known))}"
 
     def accepts(self, x: Any) -> bool:
-        return isinstance(x, str) and x in self.known
+        return isinstance(x, str | int) and not isinstance(x, bool) and x in self.known
 
     def refusal(self, key: str, x: Any) -> str:
-        nearest = difflib.get_close_matches(str(x), self.known, n=1, cutoff=0.4)
+        names = [name for name in self.known if isinstance(name, str)]
+        nearest = difflib.get_close_matches(str(x), names, n=1, cutoff=0.4)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         return f"config.{key} = {x!r} is not {self.wanted}{hint}"
 
