@@ -17,7 +17,6 @@ from pwcrf_jax.model.losses import OBJECTIVES
 from pwcrf_jax.model.segmenter import PAIRWISE_FEATURES, PARAMETERISATIONS
 from pwcrf_jax.nets import BACKBONES, INPUT_SCALINGS
 from pwcrf_jax.nets.depthwise import METHODS
-from pwcrf_jax.nets.own_backbone import PATTERN
 from pwcrf_jax.nets.vit import PATCHES
 from pwcrf_jax.relations import UNITS
 
@@ -136,9 +135,7 @@ KEYS = {
     "data.tfds.class_names": Key(_NAMES, (), "names of the classes; (): the set's own, or class_0, class_1, ..."),
     "data.tfds.num_classes": Key(Number(int, low=0, high=255), 3, "number of classes; 0: as many as there are names"),
     "data.tfds.max_side": Key(_COUNT, 0, "longest side, to which larger images are shrunk; 0: none is"),
-    "model.backbone": Key(
-        ChoiceOrOwn(BACKBONES, PATTERN), "vgg16", "the network below FeatMap-Net, or one of your own"
-    ),
+    "model.backbone": Key(ChoiceOrOwn(BACKBONES), "vgg16", "the network below FeatMap-Net, or one of your own"),
     "model.factory_options": Key(
         Tuple(Text(empty=False)), (), "arguments of a backbone of your own, such as ('width=64',)"
     ),

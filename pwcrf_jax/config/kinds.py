@@ -2,11 +2,11 @@
 
 import abc
 import difflib
-import re
 from collections.abc import Iterable
 from typing import Any
 
-from pwcrf_jax.runtime import files, functions
+from pwcrf_jax import user_functions
+from pwcrf_jax.runtime import files
 
 _LARGEST: dict[type, int | float] = {int: 2**31 - 1, float: 3.4e38}  # what int32 and float32 hold
 
@@ -92,7 +92,7 @@ class Function(Kind):
     wanted = 'text of the form "module:function", or ""'
 
     def accepts(self, x: Any) -> bool:
-        return isinstance(x, str) and (not x or functions.is_name(x))
+        return isinstance(x, str) and (not x or user_functions.is_name(x))
 
 
 class Choice(Kind):
@@ -115,13 +115,12 @@ class Choice(Kind):
 class ChoiceOrOwn(Choice):
     """One of some names, or "package.module:factory"."""
 
-    def __init__(self, known: Iterable[str], pattern: re.Pattern[str]):
+    def __init__(self, known: Iterable[str]):
         super().__init__(known)
-        self.pattern = pattern
         self.wanted = f"{self.wanted}, or your own as 'package.module:factory'"
 
     def accepts(self, x: Any) -> bool:
-        return super().accepts(x) or (isinstance(x, str) and bool(self.pattern.fullmatch(x)))
+        return super().accepts(x) or (isinstance(x, str) and user_functions.is_name(x))
 
 
 class Flag(Kind):
