@@ -144,7 +144,7 @@ class Architecture:
 
     Attributes:
       source: its name in reports, such as "torch_vgg16".
-      backbone: the network, a name in `BACKBONES`.
+      backbone: the network: a name in `BACKBONES`, or what several of them are sizes of ("resnet", "vit").
       mark: a layer that the parameters of this backbone have, and those of no other.
       scaling: the input scaling that the weights were trained with, a name in `INPUT_SCALINGS`.
       recognise: whether a file with these names holds this network from this source.

@@ -52,14 +52,14 @@ def apply(net, params, x):
 @pytest.mark.parametrize(
     "net, stride, channels",
     [
-        (ResNet50(), 16, 2048),
-        (ResNet101(stride=8), 8, 2048),
-        (ResNet50(output="layer3"), 16, 1024),
+        full_row((ResNet50(), 16, 2048)),
+        full_row((ResNet101(stride=8), 8, 2048)),
+        full_row((ResNet50(output="layer3"), 16, 1024)),
         (ResNet50(output="layer2_3", stride=8), 8, 512),
-        (ConvNeXtTiny(), 16, 768),
+        full_row((ConvNeXtTiny(), 16, 768)),
         (ConvNeXtTiny(stride=8), 8, 768),
-        (ConvNeXtTiny(output="stages.2"), 16, 384),
-        (ViTSmall(), 16, 384),
+        full_row((ConvNeXtTiny(output="stages.2"), 16, 384)),
+        full_row((ViTSmall(), 16, 384)),
         (ViTBase(patch=14, registers=4, layer_scale=True), 14, 768),
         (ViTSmall(patch=8, output="blocks_1"), 8, 384),
     ],
@@ -79,7 +79,7 @@ def test_shapes(net, stride, channels, height, width):
         (ResNet50(), 25_557_032, 2048, 26_560),
         full_row((ResNet101(), 44_549_160, 2048, 52_672)),
         # The norm after the mean, before the classifier.
-        (ConvNeXtTiny(), 28_589_128, 768, 2 * 768),
+        full_row((ConvNeXtTiny(), 28_589_128, 768, 2 * 768)),
         # The class token's position is part of the token; one epsilon.
         full_row((ViTSmall(), 22_050_664, 384, 384 - 1)),
         (ViTBase(), 86_567_656, 768, 768 - 1),
@@ -93,7 +93,11 @@ def test_sizes_are_those_published_without_classifier(net, published, width, fol
 
 @pytest.mark.parametrize(
     "net, freeze_until, first",
-    [(RESNET, "layer2", "layer2_0"), (CONVNEXT, "stages.1", "stages_1_downsample"), (VIT, "blocks.1", "blocks_1")],
+    [
+        (RESNET, "layer2", "layer2_0"),
+        full_row((CONVNEXT, "stages.1", "stages_1_downsample")),
+        (VIT, "blocks.1", "blocks_1"),
+    ],
     ids=SMALL,
 )
 def test_freeze_until_stops_the_gradient_below(net, freeze_until, first):
@@ -121,7 +125,7 @@ def test_epsilon_is_not_trained_and_is_used():
     "net, layers, same",
     [
         (RESNET, ("layer3.0", "conv1"), "layer3_0"),
-        (CONVNEXT, ("stages_2_0", "stages_0"), "stages_2_0"),
+        full_row((CONVNEXT, ("stages_2_0", "stages_0"), "stages_2_0")),
         (VIT, ("blocks_1", "blocks_0"), "blocks_1"),
     ],
     ids=SMALL,
@@ -167,12 +171,12 @@ def test_max_pool_3x3_equals_reduce_window(height, width):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, height, width, 3)) - 5.0, jnp.float32)
     pads = ((0, 0), (1, 1), (1, 1), (0, 0))
     reference = lambda x: jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), pads)
-    np.testing.assert_array_equal(max_pool_3x3_stride_2(x), reference(x))
-    ours, theirs = (jax.grad(lambda x, f=f: (f(x) ** 2).sum())(x) for f in (max_pool_3x3_stride_2, reference))
-    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    values_and_gradients = lambda f: jax.jit(lambda x: (f(x), jax.grad(lambda x: (f(x) ** 2).sum())(x)))(x)
+    for ours, theirs in zip(*map(values_and_gradients, (max_pool_3x3_stride_2, reference)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dilation, size", [(1, (9, 6)), (2, (5, 16))])
+@pytest.mark.parametrize("dilation, size", [full_row((1, (9, 6))), (2, (5, 16))])
 def test_depthwise_7x7_equals_the_grouped_one(dilation, size):
     rng = np.random.default_rng(0)
     x, kernel, weight = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, *size, 3), (7, 7, 1, 3), 3))
@@ -245,7 +249,7 @@ def test_tokens_of_a_vit_see_the_whole_image_and_its_padding_is_black():
     np.testing.assert_array_equal(out, apply(net, params, padded))
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", full_but(SMALL, "resnet", "vit"))
 def test_bfloat16_comes_close(name):
     x = image(32, 32)
     net, low = SMALL[name](), SMALL[name](dtype=jnp.bfloat16)
@@ -255,7 +259,7 @@ def test_bfloat16_comes_close(name):
     assert np.abs(rough.astype(jnp.float32) - exact).mean() < 0.05 * np.abs(exact).mean()
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", full_but(SMALL, "vit"))
 def test_lowers_for_every_platform_and_is_mapped(name):
     net, x = SMALL[name](), jnp.zeros((2, 16, 16, 3))
     params = random_params(net)
