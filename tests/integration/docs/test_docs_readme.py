@@ -141,7 +141,7 @@ def test_dense_crf_example_runs():
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_examples_of_other_pages_run(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))  # what its example does is tested with the hook
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))  # its example is tested with the hook
     pages = [path for path in DOCS if path.name not in ("README.md", "tutorial.md", "dense-crf.md")]
     run = 0
     for path in pages:
