@@ -211,7 +211,7 @@ KEYS = {
     ),
     "train.batch_size": Key(_BATCH, 8, "images a step, over all devices and hosts"),
     "train.accumulate": Key(_BATCH, 1, "parts that a device does its images of a step in, one by one, to save memory"),
-    "train.steps": Key(_POSITIVE_INT, 1000, "steps of training"),
+    "train.steps": Key(_COUNT, 1000, "steps of training; 0: by the number of images"),
     "train.log_every": Key(_POSITIVE_INT, 20, "steps between lines of the log"),
     "train.eval_every": Key(_COUNT, 250, "steps between evaluations; 0: only at the end"),
     "train.checkpoint_every": Key(_POSITIVE_INT, 100, "steps between saved states"),

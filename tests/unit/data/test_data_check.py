@@ -63,7 +63,7 @@ def test_counts(examples):
     text = label_guard.format_report(report)
     assert "train: 2 images, 1-2 high, 3-4 wide, 30.0% void" in text and "warning: never" in text
     sizes = '--config.data.crop_size="(40,40)" --config.data.eval_size="(40,40)"'
-    assert text.endswith(f"\nto train: --config.data.num_classes=4 {sizes}")
+    assert text.endswith(f"\nto train: --config.data.num_classes=4 {sizes} --config.train.steps=100")
     (road,) = (line for line in text.splitlines() if line.startswith("  1 road"))
     assert road.split() == ["1", "road", "42.86%", "1", "25.00%", "1"]
 
