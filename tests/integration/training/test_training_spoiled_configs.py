@@ -168,7 +168,7 @@ def test_missing(key, tmp_path):
 def test_wrong_type_on_the_command_line(key, monkeypatch):
     for text in ("abc", "", "()", "1,5", "None"):
         said = refusal(lambda text=text: parsed(monkeypatch, f"--config.{key}={text}"), key)
-        assert re.search("must be (an |a |True)", said)
+        assert re.search("must be (an |a |True)|is not one of", said)
 
 
 @pytest.mark.parametrize("kind", ["type", "range", "finite"])
