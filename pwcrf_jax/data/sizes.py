@@ -9,7 +9,7 @@ LARGEST_CROP = 480
 """Pixels of a side: beyond, a training step takes long and sees no more of most things."""
 
 
-PASSES = 40
+PASSES = 25
 """Times that training sees each image."""
 FEWEST_STEPS = 100
 

@@ -32,7 +32,7 @@ def report(*splits, classes=3):
 def test_crops_lie_within_most_training_images_and_frames_hold_all(splits, crop, frame):
     found = proposed(report(*splits))
     trained = sum(name.startswith("train") for name, *_ in splits) or len(splits)
-    assert found.pop("train.steps") == 180 * trained == proposed(report(*splits), 4)["train.steps"] // 2
+    assert found.pop("train.steps") == 112 * trained == proposed(report(*splits), 4)["train.steps"] // 2
     assert found == {"data.num_classes": 3, "data.crop_size": crop, "data.eval_size": frame}
 
 
