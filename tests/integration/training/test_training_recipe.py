@@ -215,6 +215,7 @@ def test_averages_are_those_of_the_equation(config):
     }
 
 
+@pytest.mark.full
 def test_a_skipped_step_does_not_count_in_the_average(config):
     whole, skipping = _toy_states(config, 0.9, 4), _toy_states(config, 0.9, 4, spoiled=(2,))
     assert int(skipping[-1].step) == 3 and _equal(skipping[1], whole[1])
@@ -280,6 +281,7 @@ def _score_by_params(monkeypatch):
     return seen
 
 
+@pytest.mark.full
 def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path, monkeypatch, hook, caplog):
     monkeypatch.setattr(logs.log, "propagate", True)
     caplog.set_level("INFO", logger="pwcrf_jax")
@@ -330,6 +332,7 @@ def _scored(config, monkeypatch, scores):
     config.train.eval_every, config.train.checkpoint_every, config.eval.panel = 1, 1, 0
 
 
+@pytest.mark.full
 def test_a_run_ends_without_a_better_score(config, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(logs.log, "propagate", True)
     caplog.set_level("INFO", logger="pwcrf_jax")

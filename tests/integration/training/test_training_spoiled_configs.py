@@ -261,7 +261,7 @@ def check_refused(done, says):
         (["--config.train.batch_szie=8"], r"did you mean config\.train\.batch_size\?"),
         full_row((["--config.optimizer.lr=0.1"], r"config\.optimizer has name, learning_rate, ")),
         full_row((["--config.learning_rate=0.1"], r"did you mean config\.optimizer\.learning_rate\?")),
-        (["--config.train.steps=1e3"], r"config\.train\.steps = '1e3' must be an integer from 1"),
+        (["--config.train.steps=1e3"], r"config\.train\.steps = '1e3' must be an integer from 0"),
         full_row(
             (["--config.optimizer.learning_rate=nan"], r"config\.optimizer\.learning_rate = nan must be a finite")
         ),
