@@ -62,4 +62,4 @@ docs: $(VENV)/installed
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest runs site build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest runs site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

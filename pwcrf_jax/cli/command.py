@@ -250,7 +250,7 @@ def _use_cache() -> None:
     if (
         not jax.distributed.is_initialized()
         and isinstance(config, ConfigDict)
-        and config.get("compilation_cache") is True
+        and dict(keys.flat(config)).get("compilation_cache") is True
     ):
         compilation.use()
 

@@ -133,6 +133,11 @@ def _validate_objective(config: ConfigDict) -> None:
             f"config.loss.unary_share = {config.loss.unary_share} leaves none of the {config.train.steps} steps to the "
             "relations; lower it"
         )
+    if config.train.patience and not config.train.eval_every:
+        raise ConfigError(
+            f"config.train.patience = {config.train.patience} does nothing without evaluations in training; set "
+            "config.train.eval_every above 0"
+        )
     for key in chosen.unused:
         value, default = config.loss[key], keys.KEYS[f"loss.{key}"].default
         if value != default:

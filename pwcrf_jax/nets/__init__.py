@@ -1,6 +1,7 @@
 """Networks of the model: images in, features and scores out. They know no loss and no inference."""
 
 from pwcrf_jax.nets.convnext import ConvNeXtTiny
+from pwcrf_jax.nets.efficientnet_lite import EfficientNetLite
 from pwcrf_jax.nets.featmap_net import BACKBONES, FeatMapNet, grid_size
 from pwcrf_jax.nets.mobilenet_v2 import MobileNetV2
 from pwcrf_jax.nets.pooling import max_pool_2x2, max_pool_same, sliding_pyramid
@@ -14,22 +15,23 @@ from pwcrf_jax.nets.vgg16 import VGG16
 from pwcrf_jax.nets.vit import ViTBase, ViTSmall
 
 __all__ = [
-    "ViTSmall",
-    "ViTBase",
-    "ResNet101",
-    "ResNet50",
-    "ConvNeXtTiny",
     "BACKBONES",
     "INPUT_SCALINGS",
     "VGG16",
+    "ConvNeXtTiny",
+    "EfficientNetLite",
     "FeatMapNet",
     "LoadReport",
     "MobileNetV2",
     "PairwiseNet",
     "PairwiseParts",
     "RefinementConvs",
+    "ResNet101",
+    "ResNet50",
     "Tiny",
     "UnaryNet",
+    "ViTBase",
+    "ViTSmall",
     "WeightsError",
     "drop_channels",
     "grid_size",

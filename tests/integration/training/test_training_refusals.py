@@ -314,6 +314,12 @@ def test_eval_without_a_run(tmp_path):
     assert done.returncode == 2 and "config.json does not exist" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_patience_without_evaluations(config):
+    config.train.patience, config.train.eval_every = 2, 0
+    with pytest.raises(configs.ConfigError, match="train.patience = 2 does nothing without evaluations in training"):
+        configs.validate(config)
+
+
 def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(config, tmp_path):
     config.optimizer.learning_rate = 1e30
     config.optimizer.clip_norm = 0.0
