@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import timing
 
+from pwcrf_jax import config as configs
 from pwcrf_jax import costs, nets, relations
 from pwcrf_jax.configs import camvid_mobilenet_v2, voc_vgg16
 from pwcrf_jax.messages import compute_messages, prepare_messages
@@ -67,7 +68,8 @@ def heads_of(config, batch):
     """{"apart", "concatenated": (turn, bytes of temporaries, outputs)}."""
     m, classes = config.model, config.data.num_classes
     channels = m.block6[-1][1] * (1 + len(m.pyramid_windows))
-    sizes = [nets.grid_size(config.data.crop_size, (scale,)) for scale in m.scales]
+    stride = configs.featmap_net(config).stride
+    sizes = [nets.grid_size(config.data.crop_size, (scale,), stride) for scale in m.scales]
     rng = np.random.default_rng(0)
     maps = [jnp.asarray(rng.normal(size=(batch, *size, channels)).clip(0), jnp.float32) for size in sizes]
     grid = max(sizes)

@@ -81,7 +81,7 @@ def step_of(config, model, rows, width):
         for kind, which in {"misnamed": wrong & ~placed, "misplaced": placed}.items():
             found[kind] = jnp.where(which, labels, found["unary"])
         for scale in SCALES:
-            grid = nets.grid_size(size, (scale,))
+            grid = nets.grid_size(size, (scale,), configs.featmap_net(config).stride)
             # Void cells are all zeros: they vote for no class.
             cells = jax.nn.one_hot(piecewise.grid_labels(batch["label"], *grid), model.num_classes)
             found[f"cells of scale {scale:g}"] = decode.upsample(cells, size).argmax(-1)

@@ -1,5 +1,6 @@
 """Configs: every key once (`keys`), checked before any compute is spent, kept in the workdir, read as typed values."""
 
+from pwcrf_jax.config.featmap import featmap_net, grid
 from pwcrf_jax.config.keys import defaults, flat, relation
 from pwcrf_jax.config.model import build_model, identity
 from pwcrf_jax.config.offsets import check_edges, keep_offsets, relations
@@ -9,7 +10,9 @@ from pwcrf_jax.config.settings import (
     crf_relations,
     crf_settings,
     dataset_options,
+    filled,
     final_row,
+    left_to_set,
     loss_settings,
     objective,
     refine_settings,
@@ -52,10 +55,14 @@ __all__ = [
     "crf_settings",
     "dataset_options",
     "defaults",
+    "featmap_net",
+    "filled",
     "final_row",
     "flat",
+    "grid",
     "identity",
     "keep_offsets",
+    "left_to_set",
     "load",
     "load_checked",
     "load_classes",

@@ -10,13 +10,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pwcrf_jax.config.kinds import Choice, Flag, Function, Kind, Number, Pair, Path, Text, Tuple
+from pwcrf_jax.config.kinds import Choice, ChoiceOrOwn, Flag, Function, Kind, Number, Pair, Path, Text, Tuple
 from pwcrf_jax.data import DATASETS
 from pwcrf_jax.messages import ALGORITHMS
 from pwcrf_jax.model.losses import OBJECTIVES
 from pwcrf_jax.model.segmenter import PAIRWISE_FEATURES, PARAMETERISATIONS
 from pwcrf_jax.nets import BACKBONES, INPUT_SCALINGS
 from pwcrf_jax.nets.depthwise import METHODS
+from pwcrf_jax.nets.own_backbone import PATTERN
 from pwcrf_jax.relations import UNITS
 
 _POSITIVE_INT, _COUNT = Number(int, low=1), Number(int, low=0)
@@ -24,10 +25,11 @@ _POSITIVE, _NOT_NEGATIVE, _SHARE = Number(float, above=0), Number(float, low=0),
 # Beyond these nothing is meant, and arrays and loops of such sizes would end otherwise than by a sentence.
 _WIDTH, _BATCH, _SCALE = Number(int, 1, 65536), Number(int, 1, 65536), Number(float, 0.01, 100)
 _WINDOW, _ITERATIONS, _WORKERS = Number(int, 1, 255, odd=True), Number(int, 0, 10000), Number(int, 0, 1024)
-_SIZE = Tuple(Number(int, 1, 16384), 2)
+_SIZE, _SIZE_OR_SETS = (Tuple(Number(int, 1, 16384), length) for length in (2, (0, 2)))
 _BOUNDS = Tuple(Number(float, -16384, 16384), 2, rising=True)
 _OFFSETS = Tuple(Number(int, -16384, 16384))
 _NAMES = Tuple(Text())
+_STRIDE = Number(int, 8, 16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,7 @@ SECTIONS = {
     "data.image_folder": "Your own folder, where it has no lists",
     "data.tfds": "A set of the TFDS catalogue",
     "model": "The model",
+    "model.efficientnet_lite": "The backbone efficientnet_lite",
     "model.mobilenet_v2": "The backbone mobilenet_v2",
     "model.tiny": "The backbone tiny",
     "model.refinement_convs": "Convolutions on skip layers of the backbone, ahead of the dense CRF [choice]",
@@ -62,7 +65,7 @@ SECTIONS = {
 
 KEYS = {
     "seed": Key(Number(int, low=0, high=2**32 - 1), 0, "seed of parameters, order, crops and samples"),
-    "init_from": Key(Path(), "", 'pretrained weights (.h5, .safetensors), or the workdir of a run; "": random'),
+    "init_from": Key(Path(), "", 'pretrained weights (a file, or "pip:NAME"), or the workdir of a run; "": random'),
     "compilation_cache": Key(Flag(), True, "keep compiled programs in ~/.cache/pwcrf_jax for the next start"),
     "data.name": Key(Choice(DATASETS), "synthetic", "the data set"),
     "data.source_dir": Key(Path(), "", "folder of the original files"),
@@ -70,9 +73,13 @@ KEYS = {
     "data.partial": Key(Flag(), False, "accept splits that do not have the official number of images"),
     "data.train_split": Key(Text(empty=False), "train", "split, or a part of one, such as train[:90%]"),
     "data.eval_split": Key(Text(empty=False), "val", "split that evaluation takes"),
-    "data.num_classes": Key(Number(int, low=2, high=255), 6, "number of classes; void is none"),
-    "data.crop_size": Key(_SIZE, (192, 256), "(height, width) of training crops"),
-    "data.eval_size": Key(_SIZE, (192, 256), "(height, width) that images are padded to; that of the largest image"),
+    "data.num_classes": Key(
+        Number(int, low=2, high=255, besides=0), 6, "number of classes; void is none; 0: the set's"
+    ),
+    "data.crop_size": Key(_SIZE_OR_SETS, (192, 256), "(height, width) of training crops; (): as pwcrf check proposes"),
+    "data.eval_size": Key(
+        _SIZE_OR_SETS, (192, 256), "(height, width) that images are padded to, at least the largest; (): that one's"
+    ),
     "data.scale_range": Key(Tuple(_SCALE, 2, rising=True), (0.7, 1.2), "scales that training images are drawn at"),
     "data.flip": Key(Flag(), True, "mirror half of the training images"),
     "data.jitter": Key(
@@ -100,7 +107,19 @@ KEYS = {
     "data.tfds.class_names": Key(_NAMES, (), "names of the classes; (): the set's own, or class_0, class_1, ..."),
     "data.tfds.num_classes": Key(Number(int, low=0, high=255), 3, "number of classes; 0: as many as there are names"),
     "data.tfds.max_side": Key(_COUNT, 0, "longest side, to which larger images are shrunk; 0: none is"),
-    "model.backbone": Key(Choice(BACKBONES), "vgg16", "the network below FeatMap-Net"),
+    "model.backbone": Key(
+        ChoiceOrOwn(BACKBONES, PATTERN), "vgg16", "the network below FeatMap-Net, or one of your own"
+    ),
+    "model.factory_options": Key(
+        Tuple(Text(empty=False)), (), "arguments of a backbone of your own, such as ('width=64',)"
+    ),
+    "model.efficientnet_lite.variant": Key(Number(int, 0, 2), 0, "EfficientNet-Lite 0, 1 or 2"),
+    "model.efficientnet_lite.stride": Key(_STRIDE, 16, "pixels to a cell of its map, 16 or 8"),
+    "model.efficientnet_lite.output": Key(Text(), "stage5_0_expand", "the layer whose features are taken"),
+    "model.efficientnet_lite.depthwise": Key(
+        Choice(METHODS), "auto", "how depthwise convolutions are computed; auto: by device"
+    ),
+    "model.efficientnet_lite.freeze_until": Key(Text(), "", 'layers before this one are not trained; "": all are'),
     "model.mobilenet_v2.output": Key(Text(), "block_13_expand", "the layer whose features are taken"),
     "model.mobilenet_v2.depthwise": Key(
         Choice(METHODS), "auto", "how depthwise convolutions are computed; auto: by device"

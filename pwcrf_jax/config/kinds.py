@@ -2,6 +2,7 @@
 
 import abc
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,7 +28,7 @@ class Kind(abc.ABC):
 class Number(Kind):
     """An int, or a float (ints pass for floats), low <= x <= high; `above` and `below` are exclusive; odd: of ints.
 
-    besides: of floats, a number outside of it that has a meaning of its own.
+    besides: a number outside of it that has a meaning of its own.
     """
 
     def __init__(
@@ -45,7 +46,8 @@ class Number(Kind):
         self.kind, self.above, self.below, self.odd, self.besides = kind, above, below, odd, besides
         self.low, self.high = -largest if low is None else low, largest if high is None else high
         if kind is int:
-            self.wanted = f"an {'odd ' if odd else ''}integer from {self.low} to {self.high}"
+            other = f", or {besides}" if besides is not None else ""
+            self.wanted = f"an {'odd ' if odd else ''}integer from {self.low} to {self.high}{other}"
             return
         bounds = {"above": above, "at least": low, "below": below, "at most": high}
         named = " and ".join(f"{name} {bound}" for name, bound in bounds.items() if bound is not None)
@@ -107,6 +109,18 @@ class Choice(Kind):
         nearest = difflib.get_close_matches(str(x), self.known, n=1, cutoff=0.4)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         return f"config.{key} = {x!r} is not {self.wanted}{hint}"
+
+
+class ChoiceOrOwn(Choice):
+    """One of some names, or "package.module:factory"."""
+
+    def __init__(self, known: Iterable[str], pattern: re.Pattern[str]):
+        super().__init__(known)
+        self.pattern = pattern
+        self.wanted = f"{self.wanted}, or your own as 'package.module:factory'"
+
+    def accepts(self, x: Any) -> bool:
+        return super().accepts(x) or (isinstance(x, str) and bool(self.pattern.fullmatch(x)))
 
 
 class Flag(Kind):

@@ -5,31 +5,20 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pwcrf_jax.config import keys
+from pwcrf_jax.config import featmap, keys
 from pwcrf_jax.config.offsets import axes, relations
 from pwcrf_jax.config.settings import objective
 from pwcrf_jax.model.segmenter import Segmenter
-from pwcrf_jax.nets import BACKBONES, FeatMapNet
-from pwcrf_jax.runtime.errors import ConfigError
+from pwcrf_jax.nets import BACKBONES
 
 
 def build_model(config: ConfigDict) -> Segmenter:
     """The model of a config. input_scaling "auto" stands for "tf" until weights say otherwise."""
-    m = config.model
-    options, boxes = m[m.backbone].to_dict() if m.backbone in m else {}, relations(config)
-    featmap = dict(
-        backbone=m.backbone,
-        backbone_options=tuple(sorted(options.items())),
-        scales=m.scales,
-        block6=m.block6,
-        pyramid_windows=m.pyramid_windows,
-        skip_layers=m.refinement_convs.layers,
-    )
+    m, boxes = config.model, relations(config)
     try:
-        FeatMapNet(**featmap)
         return Segmenter(
             num_classes=config.data.num_classes,
-            featmap=featmap,
+            featmap=featmap.settings(config),
             relations=boxes,
             parameterisation=tuple(config.relations[n].parameterisation or m.parameterisation for n in m.relations),
             hidden=m.hidden,
@@ -41,12 +30,7 @@ def build_model(config: ConfigDict) -> Segmenter:
             dropout=m.dropout,
         )
     except (ValueError, TypeError) as error:
-        own = f"{m.backbone}: "  # what the backbone says of its options begins so
-        text, rest = str(error), str(error).removeprefix(own)
-        place = f"model.{m.backbone}." if text != rest else "model: "
-        if text.startswith(f"{own}no layer"):  # of its skip layers
-            place = "model.refinement_convs.layers: "
-        raise ConfigError(f"config.{place}{rest}") from None
+        raise featmap.refused(config, error) from None
 
 
 def identity(config: ConfigDict) -> dict[str, Any]:
@@ -54,13 +38,14 @@ def identity(config: ConfigDict) -> dict[str, Any]:
 
     Left out is what may change between runs: dtype, how depthwise convolutions are computed, what is trained.
     """
-    free = {"model.dtype", "model.mobilenet_v2.depthwise", "model.mobilenet_v2.freeze_until", "model.parameterisation"}
+    backbone = config.model.backbone
+    free = {"model.dtype", f"model.{backbone}.depthwise", f"model.{backbone}.freeze_until", "model.parameterisation"}
     free |= {"model.pairwise_trains_features", "model.dropout"}
     if not config.model.refinement_convs.layers:
         free |= {"model.refinement_convs.layers", "model.refinement_convs.width"}
     if config.model.pairwise_features == "shared" or not config.model.relations:
         free |= {"model.pairwise_features"}
-    other_backbones = tuple(f"model.{name}." for name in BACKBONES if name != config.model.backbone)
+    other_backbones = tuple(f"model.{name}." for name in BACKBONES if name != backbone)
     used = tuple(f"relations.{name}." for name in config.model.relations)
     flat = {}
     for key, value in keys.flat(config):

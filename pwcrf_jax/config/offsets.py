@@ -6,8 +6,7 @@ import math
 import numpy as np
 from ml_collections import ConfigDict
 
-from pwcrf_jax.config import keys
-from pwcrf_jax.nets import grid_size
+from pwcrf_jax.config import featmap, keys
 from pwcrf_jax.relations import Relation, offsets
 from pwcrf_jax.runtime.errors import ConfigError
 
@@ -33,7 +32,7 @@ def relations(config: ConfigDict) -> dict[str, np.ndarray]:
     Raises:
       ConfigError: a name or box that cannot be, too many offsets, or none.
     """
-    grid = grid_size(config.data.crop_size, config.model.scales)
+    grid = featmap.grid(config, config.data.crop_size)
     where = f"on the {grid[0]} x {grid[1]} grid of config.data.crop_size = {tuple(config.data.crop_size)}"
     out = {}
     for name in config.model.relations:
@@ -77,7 +76,7 @@ def _box(config: ConfigDict, name: str) -> Relation:
 def check_edges(config: ConfigDict, key: str) -> None:
     """Refuses relations without an edge on the grid of config's `key`, a size of images."""
     size = tuple(dict(keys.flat(config))[key])
-    grid = grid_size(size, config.model.scales)
+    grid = featmap.grid(config, size)
     for name, box in relations(config).items():
         if not np.any(np.all(np.abs(box) < grid, axis=1)):
             raise ConfigError(
@@ -99,7 +98,7 @@ def keep_offsets(config: ConfigDict, run: ConfigDict | None = None) -> None:
         if name in config.relations and not any(config.relations[name][key] for key in _OFFSETS):
             config.relations[name].update({key: kept.get(key, ()) for key in _OFFSETS})
     check_edges(config, "data.crop_size")
-    grid = grid_size(config.data.crop_size, config.model.scales)
+    grid = featmap.grid(config, config.data.crop_size)
     for name, box in relations(config).items():
         config.relations[name].update(axes(box if run else box[np.all(np.abs(box) < grid, axis=1)]))
 

@@ -1,7 +1,7 @@
 """Values of a config as what stands above reads them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -86,6 +86,21 @@ def shown_rows(config: ConfigDict) -> tuple[str, ...]:
     """Rows of the evaluation table whose labels pictures show: the unary's, and the model's answer where it differs."""
     final = final_row(config)
     return ("unary",) if final == "all" and not crf_relations(config) else ("unary", final)
+
+
+_STANDING_IN = {"num_classes": 2, "crop_size": (320, 320), "eval_size": (520, 520)}
+
+
+def left_to_set(config: ConfigDict) -> tuple[str, ...]:
+    """Keys of config.data that training takes from the data set."""
+    return tuple(key for key in _STANDING_IN if not config.data[key])
+
+
+def filled(config: ConfigDict, values: Mapping[str, Any] = _STANDING_IN) -> ConfigDict:
+    """A copy in which values stand for the keys of `left_to_set`; without values, some that will do for a look."""
+    config = config.copy_and_resolve_references()
+    config.data.update({key: values[key] for key in left_to_set(config)})
+    return config
 
 
 def dataset_options(config: ConfigDict) -> dict[str, Any]:

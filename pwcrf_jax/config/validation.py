@@ -11,7 +11,7 @@ from pwcrf_jax.config.keys import KEYS, RELATION
 from pwcrf_jax.config.kinds import Choice
 from pwcrf_jax.config.model import build_model
 from pwcrf_jax.config.offsets import check_edges
-from pwcrf_jax.config.settings import crf_relations, objective, unary_steps
+from pwcrf_jax.config.settings import crf_relations, left_to_set, objective, unary_steps
 from pwcrf_jax.model import losses
 from pwcrf_jax.runtime.errors import ConfigError
 from pwcrf_jax.runtime.parallel import device_count
@@ -88,6 +88,8 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
       ConfigError: naming the key, its value and the remedy.
     """
     check_keys(config)
+    for key in left_to_set(config):
+        raise ConfigError(f"config.data.{key} = {config.data[key]!r} is found by training; name it here")
     flat = dict(keys.flat(config))
     _choose("crf.relations", config.crf.relations, config.model.relations, "relation")
     if len(config.crf.weights) not in (1, len(crf_relations(config))):

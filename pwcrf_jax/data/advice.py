@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pwcrf_jax.data.label_guard import EVEN_SIZE
 from pwcrf_jax.data.prepare import Dataset, Source
+from pwcrf_jax.data.sizes import EVEN_SIZE
 
 FEW = 20
 """Images of a split, below which its mean IoU tells little."""

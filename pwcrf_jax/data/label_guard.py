@@ -13,6 +13,7 @@ import numpy as np
 
 from pwcrf_jax.data.readers.classes import binary_lines
 from pwcrf_jax.data.readers.image_io import VOID, DataError, orientation, value_counts
+from pwcrf_jax.data.sizes import proposed
 from pwcrf_jax.runtime import files
 
 REPORT = "label_report.json"
@@ -23,8 +24,8 @@ SPREAD = 0.05
 """Share of borders that values other than the two most frequent ones must blur. Outlines, kerbs and poles are thin too
 and lie between others, but are drawn in few classes; interpolation makes all values between two. With four classes and
 fewer one cannot tell."""
-EVEN_SIZE = 40
-"""Pixels: cells of 16 cover multiples of it evenly at 1.2 times their size, the largest scale."""
+SMALLER = 0.25
+"""Share of the images that may be less high, or less wide, than "usual" of a report."""
 
 
 class LabelGuard:
@@ -102,6 +103,7 @@ class LabelGuard:
                 "images": len(sizes),
                 "smallest": sizes.min(0).tolist(),  # height and width, each for itself
                 "largest": sizes.max(0).tolist(),
+                "usual": np.quantile(sizes, SMALLER, axis=0, method="lower").tolist(),
                 "labelled": split not in self._unlabelled,
             }
             if about["labelled"]:
@@ -276,9 +278,7 @@ def format_report(report: dict[str, Any]) -> str:
                  for about in labelled.values())  # fmt: skip
         lines.append(f"{k:3} {name:{width}}" + "".join(cells))
     lines += [f"warning: {warning}" for warning in report["warnings"]] or ["no warnings"]
-    largest = [max(about["largest"][axis] for about in report["splits"].values()) for axis in (0, 1)]
-    height, width = (-(-side // EVEN_SIZE) * EVEN_SIZE for side in largest)
-    lines.append(
-        f'to train: --config.data.num_classes={len(report["classes"])} --config.data.eval_size="({height},{width})"'
-    )
+    values = {key: str(value).replace(" ", "") for key, value in proposed(report).items()}
+    quoted = {key: f'"{value}"' if "(" in value else value for key, value in values.items()}
+    lines.append("to train: " + " ".join(f"--config.data.{key}={value}" for key, value in quoted.items()))
     return "\n".join(lines)

@@ -135,8 +135,8 @@ class Segmenter(nn.Module):
 
     def grids(self, image_size: tuple[int, int]) -> list[tuple[int, int]]:
         """(h, w) in cells of each scale's map, in the order of the scales; image_size: (H, W) in pixels."""
-        scales = dict(self.featmap).get("scales", FeatMapNet.scales)
-        return [grid_size(image_size, (scale,)) for scale in scales]
+        net = FeatMapNet(**dict(self.featmap), parent=None)
+        return [grid_size(image_size, (scale,), net.stride) for scale in net.scales]
 
 
 def _explicit(relations) -> tuple[tuple[str, tuple[tuple[int, int], ...]], ...]:

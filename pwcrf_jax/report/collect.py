@@ -22,7 +22,6 @@ from pwcrf_jax import config as configs
 from pwcrf_jax import piecewise
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.evaluation.evaluators import Seen, inside, without_devices
-from pwcrf_jax.nets import grid_size
 from pwcrf_jax.report.parts import Pixels, last_update, make_figures, pixels_of
 from pwcrf_jax.report.pictures import VOID_COLOUR
 from pwcrf_jax.runtime import files
@@ -101,7 +100,7 @@ class Report:
         """Names the run; returns the options of `evaluate.make_eval_fn` that it needs."""
         self._config, self._dataset, self._params = config, dataset, params
         self._crf = configs.crf_settings(config)
-        self._grid = grid_size(config.data.eval_size, config.model.scales)
+        self._grid = configs.grid(config, config.data.eval_size)
         chosen = [(name, box) for name, box in model.relations if name in self._crf.weights]
         order = ["unary", *["all"] * bool(chosen), *["convs"] * bool(config.model.refinement_convs.layers)]
         self._order = tuple(order)  # a tree that was on a device is sorted by name

@@ -9,8 +9,10 @@ from ml_collections import ConfigDict
 from pwcrf_jax import config as configs
 from pwcrf_jax.data import advice, check_sizes, load_dataset
 from pwcrf_jax.data.prepare import builder_class
+from pwcrf_jax.data.sizes import proposed
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.nets import WeightsError
+from pwcrf_jax.nets.pip_weights import pip_path
 from pwcrf_jax.runtime import checkpoint, files, functions
 from pwcrf_jax.runtime.logs import METRICS, last_step
 from pwcrf_jax.training import freezing
@@ -47,9 +49,32 @@ def load_and_validate(config: ConfigDict, workdir: str = "") -> Any:
     return dataset
 
 
+def settle_data(config: ConfigDict, workdir: str) -> ConfigDict:
+    """The config with the number of classes and the sizes of the data set, where it leaves them to that.
+
+    A run that goes on has its own. Otherwise the data set is prepared here.
+
+    Raises:
+      ConfigError, DataError, WeightsError: what training would refuse.
+    """
+    if not configs.left_to_set(config):
+        return config
+    if workdir and checkpoint.exists(os.path.join(workdir, "checkpoints")):
+        stored = configs.load_checked(workdir).data
+        return configs.filled(config, {key: stored[key] for key in configs.left_to_set(config)})
+    standing_in = configs.filled(config)
+    configs.validate(standing_in)  # before the set is prepared, which may take hours
+    _check_start(standing_in)
+    report = load_dataset(**configs.dataset_options(config)).label_report()
+    values = proposed(report)
+    found = {key: values[key] for key in configs.left_to_set(config)}
+    log.info("from the data set: %s", ", ".join(f"config.data.{key} = {value}" for key, value in found.items()))
+    return configs.filled(config, found)
+
+
 def _check_start(config: ConfigDict) -> None:
     config = config.copy_and_resolve_references()
-    config.init_from = path = files.expand_path(config.init_from, "config.init_from")
+    config.init_from = path = pip_path(files.expand_path(config.init_from, "config.init_from"))
     if path and not (os.path.isfile(path) or os.path.isdir(path)):
         there = "is neither a file nor a folder" if os.path.exists(path) else "does not exist"
         raise WeightsError(f"config.init_from = {path!r} {there}")

@@ -36,9 +36,11 @@ def summary(model, images) -> str:
     lines = [("module", "output", "parameters", "number")]
     for module, leaves in modules.items():
         found = captured
-        for name in (*module, "__call__"):
+        for name in module:
+            if name not in found:  # within a backbone that is no module of linen: the backbone's output
+                break
             found = found[name]
-        out = jax.tree.leaves(found[0])[0]
+        out = jax.tree.leaves(found["__call__"][0])[0]
         described = ", ".join(f"{name} {shape(leaf)}" for name, leaf in leaves.items())
         number = sum(leaf.size for leaf in leaves.values())
         lines.append(("/".join(module), f"{shape(out)} {out.dtype}", described, f"{number:,}"))
@@ -73,6 +75,7 @@ def run(config, workdir: str = "", picture: str = "") -> str:
     """
     from PIL import Image
 
+    config = checks.settle_data(config, workdir)
     configs.validate(config)
     if jax.process_count() > 1:
         raise configs.ConfigError("--dry-run is of one process; start it on one host alone")

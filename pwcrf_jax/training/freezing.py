@@ -13,11 +13,15 @@ from pwcrf_jax.training.optimizer import standing_still
 
 _RUN = "name the workdir of a run there that has trained them"
 _REMEDIES = {
-    "model.mobilenet_v2.freeze_until": "name ImageNet weights there, or set freeze_until to ''",
+    "freeze_until": "name ImageNet weights there, or set freeze_until to ''",
     "optimizer.backbone_factor": "name ImageNet weights there, or set the factor above 0",
     "loss.unary_share": f"{_RUN}, or raise the share",
     "loss.pairwise_weight": f"{_RUN}, or set the weight above 0",
 }
+
+
+def _remedy(key: str) -> str:
+    return _REMEDIES[key.rpartition(".")[2] if key.endswith("freeze_until") else key]
 
 
 def check(config, params, random) -> None:
@@ -44,10 +48,10 @@ def check(config, params, random) -> None:
     given = (
         f"config.init_from = {config.init_from!r} does not give them" if config.init_from else "config.init_from is ''"
     )
-    files = KNOWN_FILES.get(config.model.backbone, ()) if "ImageNet" in _REMEDIES[key] else ()
+    files = KNOWN_FILES.get(config.model.backbone, ()) if "ImageNet" in _remedy(key) else ()
     raise configs.ConfigError(
         f"config.{key} = {functools.reduce(operator.getitem, key.split('.'), config)!r} keeps {layers} as they start, "
-        f"which is at random, as {given}; {_REMEDIES[key]}{'. Known files: ' * bool(files)}{', '.join(files)}"
+        f"which is at random, as {given}; {_remedy(key)}{'. Known files: ' * bool(files)}{', '.join(files)}"
     )
 
 

@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 
 from pwcrf_jax import config as configs
 from pwcrf_jax.nets import load_pretrained
+from pwcrf_jax.nets.pip_weights import pip_path
+from pwcrf_jax.nets.pretrained import KNOWN_FILES
 from pwcrf_jax.prediction import restore
 from pwcrf_jax.runtime import checkpoint, files
 from pwcrf_jax.runtime.logs import log
@@ -43,19 +45,23 @@ def _fresh_params(config: ConfigDict) -> tuple[Any, str]:
     model = configs.build_model(config)
     params = jax.jit(lambda: restore.init_params(model, config.seed))()
     if not config.init_from:
+        if config.model.backbone in KNOWN_FILES:
+            log.info("config.init_from = '': the backbone %s starts at random, though ImageNet weights for it are "
+                     "published; docs/training.md lists them", config.model.backbone)  # fmt: skip
         return params, "tf"
     if os.path.isdir(config.init_from):
         start, scaling = _from_run(config.init_from, params, configs.relations(config))
         freezing.check(config, params, jax.tree.map(operator.is_, start, params))
         return start, scaling
-    featmap, report = load_pretrained(config.init_from, params["featmap"])
+    path = pip_path(config.init_from)
+    featmap, report = load_pretrained(path, params["featmap"])
     log.info("%s", report)
     given = config.model.input_scaling
     if given not in ("auto", report.scaling):
         log.info("config.model.input_scaling = %s, but these weights were trained with %s", given, report.scaling)
     params = {**params, "featmap": featmap}
     if "featmap_pairwise" in params:
-        params["featmap_pairwise"], _ = load_pretrained(config.init_from, params["featmap_pairwise"])
+        params["featmap_pairwise"], _ = load_pretrained(path, params["featmap_pairwise"])
     return params, report.scaling
 
 

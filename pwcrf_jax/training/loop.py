@@ -42,6 +42,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
       NonFiniteError: more than config.train.max_skipped_steps steps had no finite loss or gradient.
       preemption.Preempted: the run was asked to stop, and is saved.
     """
+    config = checks.settle_data(config, workdir)
     dataset = checks.load_and_validate(config, workdir)
     files.make_folder(workdir)
     with lock.held(workdir):

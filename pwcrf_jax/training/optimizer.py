@@ -2,8 +2,9 @@
 
 import jax
 import optax
+from ml_collections import ConfigDict
 
-from pwcrf_jax.nets import mobilenet_v2
+from pwcrf_jax.config import featmap_net
 
 MOMENTUM = 0.9  # of sgd
 
@@ -21,12 +22,7 @@ def schedule(config, num_steps):
 
 def frozen_layers(model_config) -> frozenset[str]:
     """Layers of the backbone that the model cuts off from the gradient: those before freeze_until."""
-    until = model_config.mobilenet_v2.freeze_until if model_config.backbone == "mobilenet_v2" else ""
-    if not until:
-        return frozenset()
-    names = mobilenet_v2.layer_names()
-    first = next(i for i, name in enumerate(names) if name == until or name.startswith(f"{until}_"))
-    return frozenset(names[:first])
+    return frozenset(featmap_net(ConfigDict({"model": model_config})).bare_backbone().frozen_layers)
 
 
 def _groups(params, frozen):
@@ -92,7 +88,7 @@ def standing_still(config, params, unary_steps=None):
 
     def key(path, group, kind):
         if group == "frozen":
-            return "model.mobilenet_v2.freeze_until"
+            return f"model.{config.model.backbone}.freeze_until"
         if group == "backbone" and not config.optimizer.backbone_factor:
             return "optimizer.backbone_factor"
         if kind == "unary" and unary_steps == 0:

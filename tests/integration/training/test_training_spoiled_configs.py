@@ -17,6 +17,7 @@ from rows import full_row
 from pwcrf_jax import config as configs
 from pwcrf_jax.cli import command as cli
 from pwcrf_jax.configs import default
+from pwcrf_jax.nets import BACKBONES
 
 ROOT = pathlib.Path(__file__).parents[3]
 DEFAULTS = dict(configs.flat(default.get_config()))
@@ -125,7 +126,8 @@ def take(config, key):
 
 def options_needed(key):
     """What makes the model read a key."""
-    return {"model.backbone": "mobilenet_v2"} if key.startswith("model.mobilenet_v2") else {}
+    section = key.split(".")[1] if key.startswith("model.") else ""
+    return {"model.backbone": section} if section in BACKBONES else {}
 
 
 def parsed(monkeypatch, *arguments):
@@ -303,7 +305,9 @@ def test_a_hundred_spoiled_command_lines(tmp_path):
         cases.append(f"--config.{misspelt(key)}=x" if i % 2 or isinstance(value, (str, tuple)) else f"--config.{key}=x")
     seconds = []
     for case in cases:
-        backbone = ["--config.model.backbone=mobilenet_v2"] * case.startswith("--config.model.mobilenet_v2")
+        backbone = [
+            f"--config.{name}={value}" for name, value in options_needed(case.removeprefix("--config.")).items()
+        ]
         done = run("--config=configs/default.py", f"--workdir={tmp_path / 'work'}", *backbone, case)
         check_refused(done, re.escape(case[2:].partition("=")[0]))
         seconds.append((done[-1], case))

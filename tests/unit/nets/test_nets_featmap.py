@@ -185,6 +185,7 @@ def test_grid_size():
     assert nets.grid_size((360, 480), (1.2, 0.8, 0.4)) == (27, 36)
     assert nets.grid_size((33, 31), (1.0,)) == (3, 2)
     assert nets.grid_size((1, 1), (0.4,)) == (1, 1)
+    assert nets.grid_size((360, 480), (1.2, 0.8, 0.4), 8) == (54, 72)
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ def normal(seed, *shape):
 
 
 @pytest.mark.parametrize("stride, dilation", [(1, 1), (2, 1), (1, 2)])
-@pytest.mark.parametrize("size", [(8, 6), (7, 9), (7, 6), (1, 2)])
-def test_shifted_equals_grouped_in_values_and_gradients(stride, dilation, size):
-    x, kernel = normal(0, 2, *size, 5), normal(1, 3, 3, 1, 5)
+@pytest.mark.parametrize("size, window", [((8, 6), 3), ((7, 9), 3), ((7, 6), 3), ((1, 2), 3), ((7, 6), 5), ((2, 9), 5)])
+def test_shifted_equals_grouped_in_values_and_gradients(stride, dilation, size, window):
+    x, kernel = normal(0, 2, *size, 5), normal(1, window, window, 1, 5)
     rows, cols = -(-size[0] // stride), -(-size[1] // stride)
     weight = normal(2, 2, rows, cols, 5)
     results = []
@@ -130,7 +130,7 @@ def test_scalings():
 
 
 def test_scaling_refuses():
-    with pytest.raises(ValueError, match="unknown input scaling 'imagenet'; known: caffe, tf, torch"):
+    with pytest.raises(ValueError, match="unknown input scaling 'imagenet'; known: caffe, efficientnet_lite, tf, torch"):
         nets.scale_input(np.zeros((2, 2, 3)), "imagenet")
     with pytest.raises(ValueError, match="3 channels"):
         nets.scale_input(np.zeros((2, 2, 4)), "tf")

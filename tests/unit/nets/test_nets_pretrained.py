@@ -12,12 +12,9 @@ from safetensors.numpy import save_file
 
 from pwcrf_jax import nets
 from pwcrf_jax.nets import mobilenet_v2, vgg16
-from pwcrf_jax.nets.weight_files import (
-    TORCH_VGG16_CONVS,
-    fc1_from_keras,
-    fc1_from_torch,
-    fold_batch_norm,
-)
+from pwcrf_jax.nets.keras_files import fc1_from_keras
+from pwcrf_jax.nets.stored import fold_batch_norm
+from pwcrf_jax.nets.vgg16 import TORCH_CONVS, fc1_from_torch
 
 MOBILENET_FILE = "mobilenet_v2_imagenet_keras_no_top.h5"
 
@@ -65,7 +62,7 @@ def write_keras(path, layers, style="new", prefix=""):
 
 def torch_tensors(layers):
     tensors = {}
-    for index, (kernel, bias) in zip(TORCH_VGG16_CONVS, layers.values(), strict=True):
+    for index, (kernel, bias) in zip(TORCH_CONVS, layers.values(), strict=True):
         tensors[f"features.{index}.weight"] = np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))
         tensors[f"features.{index}.bias"] = bias
     return tensors

@@ -13,8 +13,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from pwcrf_jax import nets
-from pwcrf_jax.nets import vgg16, weight_files
-from pwcrf_jax.nets.weight_files import TORCH_VGG16_CONVS, WeightsError, open_keras, open_torch_vgg16
+from pwcrf_jax.nets import stored, vgg16
+from pwcrf_jax.nets.keras_files import open_keras
+from pwcrf_jax.nets.stored import WeightsError
+from pwcrf_jax.nets.vgg16 import TORCH_CONVS
 
 NAMES = vgg16.layer_names()
 
@@ -30,9 +32,12 @@ def _write(path, **options):
 
 def _read(path):
     """Everything in the file."""
-    opened = open_torch_vgg16 if path.suffix == ".safetensors" else open_keras
+    if path.suffix == ".safetensors":
+        shapes = {name: {"kernel": np.zeros((3, 3, 2, 2)), "bias": np.zeros(2)} for name in NAMES}
+        new, _ = nets.load_pretrained(path, {"backbone": shapes})
+        return {name: tuple(layer.values()) for name, layer in new["backbone"].items()}
     with ExitStack() as stack:
-        return {name: layer() for name, layer in opened(path, stack).layers.items()}
+        return {name: layer() for name, layer in open_keras(path, stack).layers.items()}
 
 
 def _refused(path, *words):
@@ -198,7 +203,7 @@ def test_changed_bytes(layout, tmp_path):
 def _tensors():
     return {
         f"features.{i}.{part}": np.ones(shape, np.float32)
-        for i in TORCH_VGG16_CONVS
+        for i in TORCH_CONVS
         for part, shape in (("weight", (2, 2, 3, 3)), ("bias", (2,)))
     }
 
@@ -319,10 +324,10 @@ def test_a_layer_of_another_shape_is_not_read(suffix, params, tmp_path, monkeypa
             file[KERNEL] = np.zeros((3, 3, 2, 900), np.float32)
     else:
         save_file(_tensors() | {"features.5.weight": np.zeros((900, 2, 3, 3), np.float32)}, path)
-    read = weight_files.StoredArray.read
+    read = stored.StoredArray.read
     sizes = []
     seen = property(lambda array: sizes.append(array.shape) or read.__get__(array))
-    monkeypatch.setattr(weight_files.StoredArray, "read", seen)
+    monkeypatch.setattr(stored.StoredArray, "read", seen)
     with pytest.raises(WeightsError, match=r"block2_conv1 has a kernel of shape \(3, 3, 2, 900\), the network needs"):
         nets.load_pretrained(path, params)
     assert sizes and not any(900 in shape for shape in sizes)
