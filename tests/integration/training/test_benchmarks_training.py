@@ -8,7 +8,6 @@ import pathlib
 
 import commands
 import pytest
-import small
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
@@ -68,7 +67,7 @@ def test_quick_form_agrees_with_pytorch(network):
     """Agreement of outputs, losses and counts is the script's own first step: it ends where it fails."""
     for name in ("torch", "torchvision", "timm"):
         pytest.importorskip(name, reason=f"{name} is a dependency of the benchmark alone")
-    env = os.environ | {"XLA_FLAGS": small.FAST_COMPILATION}
+    env = os.environ | {"XLA_FLAGS": ""}  # one device; and the older emitters take minutes for these networks
     done = commands.run(["benchmarks/training.py", "--quick", "--networks", network], env=env, timeout=1500)
     assert done.returncode == 0, done.stderr
     out = json.loads(done.stdout.splitlines()[-1])
