@@ -4,8 +4,8 @@
     pwcrf check image_folder --source_dir PATH
     pwcrf train --config image_folder --workdir runs/mine --config.data.source_dir=PATH
 
-The folder is described in docs/datasets.md. The number of classes and the sizes of crops and frames are those that the
-first command prints, unless named: --config.data.num_classes, --config.data.crop_size, --config.data.eval_size.
+The folder is described in docs/your-data.md. The number of classes, the sizes of crops and frames and the steps are
+those that the second command prints, unless named, such as --config.data.crop_size="(320,320)".
 """
 
 from pwcrf_jax.configs import default
@@ -15,7 +15,7 @@ def get_config():
     config = default.get_config()
     config.init_from = "pip:efficientnet_lite0"
     config.data.name = "image_folder"
-    config.data.num_classes = 0  # this and both sizes: from the folder
+    config.data.num_classes = 0  # this, both sizes and the steps: from the folder
     config.data.crop_size = ()
     config.data.eval_size = ()
     config.model.backbone = "efficientnet_lite"
@@ -27,7 +27,7 @@ def get_config():
     config.loss.balance_power = 0.3
     # With averaged messages the paper's 3 are few, see configs/image_folder_mobilenet_v2.py.
     config.crf.num_iterations = 10
-    config.train.steps = 700
+    config.train.steps = 0
     config.train.eval_every = 350
     config.train.checkpoint_every = 50
     config.eval.batch_size = 4

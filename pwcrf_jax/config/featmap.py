@@ -7,6 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from pwcrf_jax.nets import BACKBONES, FeatMapNet, grid_size
+from pwcrf_jax.runtime import functions
 from pwcrf_jax.runtime.errors import ConfigError
 
 
@@ -14,9 +15,11 @@ def settings(config: ConfigDict) -> dict[str, Any]:
     """Keyword arguments of `FeatMapNet`, but dtype.
 
     Raises:
-      ConfigError: options of the backbone that are no NAME=VALUE, or that nothing reads.
+      ConfigError: a backbone of your own that is not found; options that are no NAME=VALUE, or that nothing reads.
     """
     m = config.model
+    if m.backbone not in BACKBONES:
+        functions.load(m.backbone, "model.backbone")  # which finds it in the current folder too
     options = m[m.backbone].to_dict() if m.backbone in m else _factory_options(config)
     if m.backbone in BACKBONES and m.factory_options:
         raise ConfigError(

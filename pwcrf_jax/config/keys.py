@@ -17,7 +17,7 @@ from pwcrf_jax.model.losses import OBJECTIVES
 from pwcrf_jax.model.segmenter import PAIRWISE_FEATURES, PARAMETERISATIONS
 from pwcrf_jax.nets import BACKBONES, INPUT_SCALINGS
 from pwcrf_jax.nets.depthwise import METHODS
-from pwcrf_jax.nets.own_backbone import PATTERN
+from pwcrf_jax.nets.vit import PATCHES
 from pwcrf_jax.relations import UNITS
 
 _POSITIVE_INT, _COUNT = Number(int, low=1), Number(int, low=0)
@@ -29,7 +29,6 @@ _SIZE, _SIZE_OR_SETS = (Tuple(Number(int, 1, 16384), length) for length in (2, (
 _BOUNDS = Tuple(Number(float, -16384, 16384), 2, rising=True)
 _OFFSETS = Tuple(Number(int, -16384, 16384))
 _NAMES = Tuple(Text())
-_STRIDE = Number(int, 8, 16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +49,11 @@ SECTIONS = {
     "model": "The model",
     "model.efficientnet_lite": "The backbone efficientnet_lite",
     "model.mobilenet_v2": "The backbone mobilenet_v2",
+    "model.resnet50": "The backbone resnet50",
+    "model.resnet101": "The backbone resnet101",
+    "model.convnext_tiny": "The backbone convnext_tiny",
+    "model.vit_small": "The backbone vit_small",
+    "model.vit_base": "The backbone vit_base",
     "model.tiny": "The backbone tiny",
     "model.refinement_convs": "Convolutions on skip layers of the backbone, ahead of the dense CRF [choice]",
     "loss": "The training objective",
@@ -62,6 +66,30 @@ SECTIONS = {
     "eval": "Evaluation",
 }
 """Titles of the sections of `KEYS`."""
+
+_OUTPUT = "the layer whose features are taken, a stage or a block"
+_FREEZE = Key(Text(), "", 'layers before this one are not trained; "": all are')
+_STRIDE = Key(Choice((16, 8)), 16, "pixels to a cell; 8: with one more stage of dilated kernels")
+_DEPTHWISE = Key(Choice(METHODS), "auto", "how depthwise convolutions are computed; auto: by device")
+_RESNET = {"output": Key(Text(), "layer4", _OUTPUT), "stride": _STRIDE, "freeze_until": _FREEZE}
+_VIT = {
+    "output": Key(Text(), "norm", "the layer whose features are taken: norm, the last, or a block, such as blocks_8"),
+    "patch": Key(Choice(tuple(PATCHES)), 16, "pixels of a patch, which is a cell; 14 in DINOv2"),
+    "registers": Key(Number(int, 0, 1024), 0, "register tokens; 4 in DINOv2 with registers"),
+    "layer_scale": Key(Flag(), False, "a factor for each channel on what a block adds, as in DINOv2"),
+    "grid": Key(
+        Number(int, 0, 1024), 0, "position embeddings a side; 0: 14 with patch 16, 28 with patch 8, 37 with patch 14"
+    ),
+    "freeze_until": _FREEZE,
+}
+# Sections of backbones that share options.
+_BACKBONES = {
+    "resnet50": _RESNET,
+    "resnet101": _RESNET,
+    "convnext_tiny": _RESNET | {"output": Key(Text(), "stages_3", _OUTPUT), "depthwise": _DEPTHWISE},
+    "vit_small": _VIT,
+    "vit_base": _VIT,
+}
 
 KEYS = {
     "seed": Key(Number(int, low=0, high=2**32 - 1), 0, "seed of parameters, order, crops and samples"),
@@ -107,24 +135,19 @@ KEYS = {
     "data.tfds.class_names": Key(_NAMES, (), "names of the classes; (): the set's own, or class_0, class_1, ..."),
     "data.tfds.num_classes": Key(Number(int, low=0, high=255), 3, "number of classes; 0: as many as there are names"),
     "data.tfds.max_side": Key(_COUNT, 0, "longest side, to which larger images are shrunk; 0: none is"),
-    "model.backbone": Key(
-        ChoiceOrOwn(BACKBONES, PATTERN), "vgg16", "the network below FeatMap-Net, or one of your own"
-    ),
+    "model.backbone": Key(ChoiceOrOwn(BACKBONES), "vgg16", "the network below FeatMap-Net, or one of your own"),
     "model.factory_options": Key(
         Tuple(Text(empty=False)), (), "arguments of a backbone of your own, such as ('width=64',)"
     ),
     "model.efficientnet_lite.variant": Key(Number(int, 0, 2), 0, "EfficientNet-Lite 0, 1 or 2"),
-    "model.efficientnet_lite.stride": Key(_STRIDE, 16, "pixels to a cell of its map, 16 or 8"),
+    "model.efficientnet_lite.stride": _STRIDE,
     "model.efficientnet_lite.output": Key(Text(), "stage5_0_expand", "the layer whose features are taken"),
-    "model.efficientnet_lite.depthwise": Key(
-        Choice(METHODS), "auto", "how depthwise convolutions are computed; auto: by device"
-    ),
-    "model.efficientnet_lite.freeze_until": Key(Text(), "", 'layers before this one are not trained; "": all are'),
+    "model.efficientnet_lite.depthwise": _DEPTHWISE,
+    "model.efficientnet_lite.freeze_until": _FREEZE,
     "model.mobilenet_v2.output": Key(Text(), "block_13_expand", "the layer whose features are taken"),
-    "model.mobilenet_v2.depthwise": Key(
-        Choice(METHODS), "auto", "how depthwise convolutions are computed; auto: by device"
-    ),
-    "model.mobilenet_v2.freeze_until": Key(Text(), "", 'layers before this one are not trained; "": all are'),
+    "model.mobilenet_v2.depthwise": _DEPTHWISE,
+    "model.mobilenet_v2.freeze_until": _FREEZE,
+    **{f"model.{name}.{option}": key for name, options in _BACKBONES.items() for option, key in options.items()},
     "model.tiny.features": Key(Tuple(_WIDTH, 4), (16, 32, 48, 64), "features of its four convolutions"),
     "model.refinement_convs.layers": Key(
         Tuple(Text(empty=False)), (), 'layers, such as ("block_3_expand", "block_6_expand"); (): off'
@@ -179,7 +202,7 @@ KEYS = {
     "optimizer.learning_rate": Key(_POSITIVE, 1e-3, "peak of the rate, which falls to 0 by a polynomial of power 0.9"),
     "optimizer.backbone_factor": Key(_NOT_NEGATIVE, 0.1, "the backbone's rate as a share of the learning rate"),
     "optimizer.warmup_steps": Key(_COUNT, 50, "steps of linear warm-up"),
-    "optimizer.weight_decay": Key(_NOT_NEGATIVE, 1e-4, "weight decay of kernels; biases have none"),
+    "optimizer.weight_decay": Key(_NOT_NEGATIVE, 1e-4, "weight decay of kernels; biases and scales have none"),
     "optimizer.clip_norm": Key(
         _NOT_NEGATIVE, 10.0, "norm that gradients are clipped to, those of the relations and all others apart; 0: off"
     ),
@@ -188,7 +211,7 @@ KEYS = {
     ),
     "train.batch_size": Key(_BATCH, 8, "images a step, over all devices and hosts"),
     "train.accumulate": Key(_BATCH, 1, "parts that a device does its images of a step in, one by one, to save memory"),
-    "train.steps": Key(_POSITIVE_INT, 1000, "steps of training"),
+    "train.steps": Key(_COUNT, 1000, "steps of training; 0: by the number of images"),
     "train.log_every": Key(_POSITIVE_INT, 20, "steps between lines of the log"),
     "train.eval_every": Key(_COUNT, 250, "steps between evaluations; 0: only at the end"),
     "train.checkpoint_every": Key(_POSITIVE_INT, 100, "steps between saved states"),

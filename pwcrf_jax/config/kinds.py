@@ -2,11 +2,11 @@
 
 import abc
 import difflib
-import re
 from collections.abc import Iterable
 from typing import Any
 
-from pwcrf_jax.runtime import files, functions
+from pwcrf_jax import user_functions
+from pwcrf_jax.runtime import files
 
 _LARGEST: dict[type, int | float] = {int: 2**31 - 1, float: 3.4e38}  # what int32 and float32 hold
 
@@ -92,21 +92,22 @@ class Function(Kind):
     wanted = 'text of the form "module:function", or ""'
 
     def accepts(self, x: Any) -> bool:
-        return isinstance(x, str) and (not x or functions.is_name(x))
+        return isinstance(x, str) and (not x or user_functions.is_name(x))
 
 
 class Choice(Kind):
-    """One of some names."""
+    """One of some names, or of some whole numbers."""
 
-    def __init__(self, known: Iterable[str]):
+    def __init__(self, known: Iterable[str | int]):
         self.known = tuple(known)
         self.wanted = f"one of {', '.join(map(repr, self.known))}"
 
     def accepts(self, x: Any) -> bool:
-        return isinstance(x, str) and x in self.known
+        return isinstance(x, str | int) and not isinstance(x, bool) and x in self.known
 
     def refusal(self, key: str, x: Any) -> str:
-        nearest = difflib.get_close_matches(str(x), self.known, n=1, cutoff=0.4)
+        names = [name for name in self.known if isinstance(name, str)]
+        nearest = difflib.get_close_matches(str(x), names, n=1, cutoff=0.4)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         return f"config.{key} = {x!r} is not {self.wanted}{hint}"
 
@@ -114,13 +115,12 @@ class Choice(Kind):
 class ChoiceOrOwn(Choice):
     """One of some names, or "package.module:factory"."""
 
-    def __init__(self, known: Iterable[str], pattern: re.Pattern[str]):
+    def __init__(self, known: Iterable[str]):
         super().__init__(known)
-        self.pattern = pattern
         self.wanted = f"{self.wanted}, or your own as 'package.module:factory'"
 
     def accepts(self, x: Any) -> bool:
-        return super().accepts(x) or (isinstance(x, str) and bool(self.pattern.fullmatch(x)))
+        return super().accepts(x) or (isinstance(x, str) and user_functions.is_name(x))
 
 
 class Flag(Kind):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from pwcrf_jax import dense_crf
+from pwcrf_jax.config.keys import flat
 from pwcrf_jax.mean_field import Settings
 from pwcrf_jax.model import losses
 
@@ -88,18 +89,26 @@ def shown_rows(config: ConfigDict) -> tuple[str, ...]:
     return ("unary",) if final == "all" and not crf_relations(config) else ("unary", final)
 
 
-_STANDING_IN = {"num_classes": 2, "crop_size": (320, 320), "eval_size": (520, 520)}
+_STANDING_IN = {
+    "data.num_classes": 2,
+    "data.crop_size": (320, 320),
+    "data.eval_size": (520, 520),
+    "train.steps": 1000,
+}
 
 
 def left_to_set(config: ConfigDict) -> tuple[str, ...]:
-    """Keys of config.data that training takes from the data set."""
-    return tuple(key for key in _STANDING_IN if not config.data[key])
+    """Keys that training takes from the data set."""
+    values = dict(flat(config))
+    return tuple(key for key in _STANDING_IN if not values[key])
 
 
 def filled(config: ConfigDict, values: Mapping[str, Any] = _STANDING_IN) -> ConfigDict:
     """A copy in which values stand for the keys of `left_to_set`; without values, some that will do for a look."""
     config = config.copy_and_resolve_references()
-    config.data.update({key: values[key] for key in left_to_set(config)})
+    for key in left_to_set(config):
+        section, name = key.split(".")
+        config[section][name] = values[key]
     return config
 
 

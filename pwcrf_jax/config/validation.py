@@ -88,9 +88,9 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
       ConfigError: naming the key, its value and the remedy.
     """
     check_keys(config)
-    for key in left_to_set(config):
-        raise ConfigError(f"config.data.{key} = {config.data[key]!r} is found by training; name it here")
     flat = dict(keys.flat(config))
+    for key in left_to_set(config):
+        raise ConfigError(f"config.{key} = {flat[key]!r} is found by training; name it here")
     _choose("crf.relations", config.crf.relations, config.model.relations, "relation")
     if len(config.crf.weights) not in (1, len(crf_relations(config))):
         raise ConfigError(

@@ -280,5 +280,5 @@ def format_report(report: dict[str, Any]) -> str:
     lines += [f"warning: {warning}" for warning in report["warnings"]] or ["no warnings"]
     values = {key: str(value).replace(" ", "") for key, value in proposed(report).items()}
     quoted = {key: f'"{value}"' if "(" in value else value for key, value in values.items()}
-    lines.append("to train: " + " ".join(f"--config.data.{key}={value}" for key, value in quoted.items()))
+    lines.append("to train: " + " ".join(f"--config.{key}={value}" for key, value in quoted.items()))
     return "\n".join(lines)

@@ -20,15 +20,64 @@ class PointwiseConv(nn.Module):
 
     features: int
     dtype: Any = jnp.float32
+    kernel_init: Any = nn.initializers.he_normal()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (1, 1, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.he_normal(), shape, jnp.float32)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
         x, kernel, bias = (value.astype(self.dtype) for value in (x, kernel, bias))
         rows = jnp.dot(x.reshape(-1, x.shape[-1]), kernel[0, 0]) + bias
         return rows.reshape(*x.shape[:-1], self.features)
+
+
+class PatchConv(nn.Module):
+    """Convolution of patches that do not overlap, with bias, as one matrix product.
+
+    Call: [B, H, W, C] -> [B, H / patch, W / patch, features] in `dtype`; H and W are multiples of `patch`. Parameters
+    are float32 and those of a convolution: `kernel` [patch, patch, C, features], `bias` [features].
+    """
+
+    features: int
+    patch: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, height, width, channels = x.shape
+        side, rows, cols = self.patch, height // self.patch, width // self.patch
+        shape = (side, side, channels, self.features)
+        kernel = self.param("kernel", nn.initializers.truncated_normal(0.02), shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+        x, kernel, bias = (value.astype(self.dtype) for value in (x, kernel, bias))
+        x = x.reshape(batch, rows, side, cols, side, channels).transpose(0, 1, 3, 2, 4, 5)
+        out = jnp.dot(x.reshape(batch * rows * cols, -1), kernel.reshape(-1, self.features)) + bias
+        return out.reshape(batch, rows, cols, self.features)
+
+
+class LayerNorm(nn.Module):
+    """scale * (x - mean) / sqrt(variance + epsilon) + bias, over the last axis.
+
+    Call: [..., C], epsilon -> [..., C] in `dtype`; computed in float32. Parameters are float32: `scale`, `bias` [C].
+    """
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, epsilon: jax.Array | float = 1e-6) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)
+        return (x * scale + bias).astype(self.dtype)
+
+
+def pad_to_multiple(images: jax.Array, multiple: int) -> jax.Array:
+    """Images [B, H, W, C] with zeros at the bottom and right, up to multiples of `multiple`."""
+    rows, cols = (-size % multiple for size in images.shape[1:3])
+    return jnp.pad(images, ((0, 0), (0, rows), (0, cols), (0, 0))) if rows or cols else images
 
 
 def conv(features: int, kernel: int, *, name: str, dtype: Any, stride: int = 1) -> nn.Module:

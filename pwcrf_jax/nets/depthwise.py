@@ -4,6 +4,7 @@ On CPU, XLA is slow at grouped convolutions, most of all at their gradients. The
 tap of the kernel, take their place, with a gradient of their own that is made of such multiply-adds too.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+_AT_ONCE = 5
+"""Kernels beyond this size go by rows of taps: one loop over 49 takes XLA half a minute to compile, and runs slower."""
 
 METHODS = ("auto", "shifted", "grouped")
 """Ways to compute a depthwise convolution; see `DepthwiseConv`."""
@@ -43,8 +47,12 @@ def depthwise_shifted(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation
 def _shifted(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.Array:
     rows, cols = (-(-size // stride) for size in x.shape[1:3])
     padded = _pad_same(x, kernel.shape[0], stride, dilation)
-    parts = (_every(padded, i * dilation, j * dilation, rows, cols, stride) * kernel[i, j, 0] for i, j in _taps(kernel))
-    return sum(parts, start=jnp.zeros((), x.dtype))
+    total = jnp.zeros((), x.dtype)
+    for i, j in _taps(kernel):
+        total = total + _every(padded, i * dilation, j * dilation, rows, cols, stride) * kernel[i, j, 0]
+        if kernel.shape[0] > _AT_ONCE and j == kernel.shape[1] - 1:
+            total = lax.optimization_barrier(total)
+    return total
 
 
 def _shifted_forward(
@@ -108,13 +116,30 @@ def _input_gradient_of_stride_2(shape: tuple[int, ...], kernel: jax.Array, grad:
 
 
 def _kernel_gradient(x: jax.Array, kernel: jax.Array, grad: jax.Array, stride: int, dilation: int) -> jax.Array:
+    window = kernel.shape[0]
+    padded = _pad_same(x, window, stride, dilation)
+    if window <= _AT_ONCE:
+        per_tap = _tap_gradients(padded, grad, _taps(kernel), stride, dilation)
+    else:
+
+        def of_row(_: None, top: jax.Array) -> tuple[None, jax.Array]:
+            part = lax.dynamic_slice_in_dim(padded, top, (grad.shape[1] - 1) * stride + 1, axis=1)
+            return None, _tap_gradients(part, grad, [(0, j) for j in range(window)], stride, dilation)
+
+        _, per_tap = lax.scan(of_row, None, dilation * jnp.arange(window))
+    return per_tap.reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _tap_gradients(
+    padded: jax.Array, grad: jax.Array, taps: Sequence[tuple[int, int]], stride: int, dilation: int
+) -> jax.Array:
+    """[taps, C] float32: the gradient of each of these taps (row, column)."""
     # Row after row into sums that stay in the cache. Reducing whole maps is several times slower.
     rows, cols = grad.shape[1:3]
-    taps, window = _taps(kernel), kernel.shape[0]
-    padded = _pad_same(x, window, stride, dilation)
+    height = dilation * max(i for i, _ in taps) + 1
 
     def add_row(sums: tuple[jax.Array, ...], row: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
-        band = lax.dynamic_slice_in_dim(padded, row * stride, (window - 1) * dilation + 1, axis=1)
+        band = lax.dynamic_slice_in_dim(padded, row * stride, height, axis=1)
         band = band.astype(jnp.float32)
         grad_row = lax.dynamic_slice_in_dim(grad, row, 1, axis=1).astype(jnp.float32)
         return tuple(
@@ -122,10 +147,9 @@ def _kernel_gradient(x: jax.Array, kernel: jax.Array, grad: jax.Array, stride: i
             for total, (i, j) in zip(sums, taps, strict=True)
         ), None
 
-    start = tuple(jnp.zeros((x.shape[0], 1, cols, x.shape[3]), jnp.float32) for _ in taps)
+    start = tuple(jnp.zeros((grad.shape[0], 1, cols, grad.shape[3]), jnp.float32) for _ in taps)
     sums, _ = lax.scan(add_row, start, jnp.arange(rows))
-    per_tap = jnp.stack([total.sum((0, 1, 2)) for total in sums])
-    return per_tap.reshape(kernel.shape).astype(kernel.dtype)
+    return jnp.stack([total.sum((0, 1, 2)) for total in sums])
 
 
 class DepthwiseConv(nn.Module):

@@ -9,19 +9,28 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pwcrf_jax import user_functions
+from pwcrf_jax.nets.convnext import ConvNeXtTiny
 from pwcrf_jax.nets.convs import conv
 from pwcrf_jax.nets.efficientnet_lite import EfficientNetLite
 from pwcrf_jax.nets.mobilenet_v2 import MobileNetV2
-from pwcrf_jax.nets.own_backbone import PATTERN, OwnBackbone
+from pwcrf_jax.nets.own_backbone import OwnBackbone
 from pwcrf_jax.nets.pooling import sliding_pyramid
+from pwcrf_jax.nets.resnet import ResNet50, ResNet101
 from pwcrf_jax.nets.tiny import Tiny
 from pwcrf_jax.nets.vgg16 import VGG16
+from pwcrf_jax.nets.vit import ViTBase, ViTSmall
 
 BACKBONES: dict[str, type[nn.Module]] = {
+    "convnext_tiny": ConvNeXtTiny,
     "efficientnet_lite": EfficientNetLite,
     "mobilenet_v2": MobileNetV2,
+    "resnet50": ResNet50,
+    "resnet101": ResNet101,
     "tiny": Tiny,
     "vgg16": VGG16,
+    "vit_base": ViTBase,
+    "vit_small": ViTSmall,
 }
 """The backbones by the name that `FeatMapNet.backbone` takes."""
 
@@ -103,7 +112,7 @@ class FeatMapNet(nn.Module):
         super().__post_init__()
 
     def _check(self) -> None:
-        if self.backbone not in BACKBONES and not PATTERN.fullmatch(self.backbone):
+        if self.backbone not in BACKBONES and not user_functions.is_name(self.backbone):
             nearest = difflib.get_close_matches(self.backbone, BACKBONES, n=1, cutoff=0.3)
             hint = f"did you mean {nearest[0]!r}? " if nearest else ""
             raise ValueError(

@@ -8,10 +8,8 @@ A factory with an argument `rngs` is given an `nnx.Rngs` from the seed of the ru
 """
 
 import functools
-import importlib
 import inspect
 import math
-import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,8 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-PATTERN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
-"""How a backbone of one's own is named."""
+from pwcrf_jax import user_functions
 
 Options = tuple[tuple[str, Any], ...]
 
@@ -84,25 +81,12 @@ class OwnBackbone(nn.Module):
         return out.astype(self.dtype)
 
 
-def _load(name: str) -> Callable[..., Any]:
-    module, _, attribute = name.partition(":")
-    try:
-        found: Any = importlib.import_module(module)
-    except Exception as error:  # whatever the module does
-        told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f"{name}: the module {module} cannot be imported ({told}); is it on PYTHONPATH?") from None
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"{name}: the module {module} has no {attribute}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise ValueError(f"{name}: is a {type(found).__name__}, expected a factory that can be called")
-    return found
-
-
 def _maker(name: str, options: Options, dtype: Any) -> Callable[..., Any]:
     """Makes the module, of a key for a factory that takes `rngs`; None: any key."""
-    factory = _load(name)
+    try:
+        factory = user_functions.find(name)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     random = "rngs" in inspect.signature(factory).parameters
 
     def make(key: jax.Array | None = None) -> Any:

@@ -122,3 +122,22 @@ def max_pool_2x2(x: jax.Array, stride: int) -> jax.Array:
             first, second = (lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
         x = jnp.maximum(first, second)
     return x
+
+
+def max_pool_3x3_stride_2(x: jax.Array) -> jax.Array:
+    """Max pooling with a 3x3 window, stride 2 and PyTorch's padding of 1 at every side; padding does not count.
+
+    Args:
+      x: floating [B, H, W, C].
+
+    Returns:
+      [B, ceil(H / 2), ceil(W / 2), C] in the dtype of x: cell i is the maximum over rows 2 i - 1 to 2 i + 1.
+    """
+    for axis in (1, 2):
+        x = _pad(x, axis, 0, x.shape[axis] % 2)
+        # Pairs as an axis of their own, as in `max_pool_2x2`: no strided scatter in the gradient.
+        pairs = x.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1 :])
+        even, odd = (lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
+        before = lax.slice_in_dim(_pad(odd, axis, 1, 0), 0, odd.shape[axis], axis=axis)
+        x = jnp.maximum(jnp.maximum(even, odd), before)
+    return x

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pwcrf_jax.nets import efficientnet_lite, vgg16
+from pwcrf_jax.nets import convnext, efficientnet_lite, resnet, vgg16, vit_files
 from pwcrf_jax.nets.keras_files import open_keras
 from pwcrf_jax.nets.pip_weights import PACKAGES, PREFIX
 from pwcrf_jax.nets.state_dicts import SUFFIXES, Architecture, open_state
@@ -23,13 +23,20 @@ from pwcrf_jax.nets.stored import Layer, StoredLayer, WeightsError, some
 
 __all__ = ["ARCHITECTURES", "LoadReport", "WeightsError", "load_pretrained"]
 
-ARCHITECTURES: tuple[Architecture, ...] = (*vgg16.ARCHITECTURES, *efficientnet_lite.ARCHITECTURES)
+ARCHITECTURES: tuple[Architecture, ...] = (
+    *vgg16.ARCHITECTURES,
+    *efficientnet_lite.ARCHITECTURES,
+    *resnet.ARCHITECTURES,
+    *convnext.ARCHITECTURES,
+    *vit_files.ARCHITECTURES,
+)
 """Sources of weights under the names of PyTorch, the first that recognises a file reads it."""
 
 # A layer that the parameters of this backbone have, and those of no other.
 _MARKS = {"mobilenet_v2": "Conv1"} | {known.backbone: known.mark for known in ARCHITECTURES}
 
 _KERAS = "https://storage.googleapis.com/tensorflow/keras-applications"
+_TIMM = "https://huggingface.co/timm"
 # By backbone: where files of ImageNet weights are published, and what is published to check them by. Keras names MD5
 # sums of some of its files and no SHA-256; sizes are those that it downloads.
 KNOWN_FILES = {
@@ -41,9 +48,18 @@ KNOWN_FILES = {
     "vgg16": (
         f"{_KERAS}/vgg16/vgg16_weights_tf_dim_ordering_tf_kernels.h5 (MD5 64373286793e3c8b2b4e3219cbf3544b)",
         f"{_KERAS}/vgg16/vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5 (MD5 6d6bbae143d832006294945121d1f1fc)",
-        "https://huggingface.co/timm/vgg16.tv_in1k/resolve/main/model.safetensors "
+        f"{_TIMM}/vgg16.tv_in1k/resolve/main/model.safetensors "
         "(SHA-256 57b026918159a6bf9faf8405c3a551903768e7138989d9c6224a14227203fad8)",
     ),
+} | {
+    backbone: tuple(f"{_TIMM}/{name}/resolve/main/model.safetensors (SHA-256 on its page)" for name in names)
+    for backbone, names in {
+        "convnext_tiny": ("convnext_tiny.fb_in22k_ft_in1k",),
+        "resnet50": ("resnet50.a1_in1k",),
+        "resnet101": ("resnet101.a1h_in1k",),
+        "vit_base": ("vit_base_patch16_224.augreg2_in21k_ft_in1k", "vit_base_patch14_reg4_dinov2.lvd142m"),
+        "vit_small": ("vit_small_patch16_224.augreg_in21k_ft_in1k", "vit_small_patch14_reg4_dinov2.lvd142m"),
+    }.items()
 }
 
 

@@ -123,6 +123,10 @@ class StateDict(Mapping[str, StoredArray]):
         kernel = self.array(f"{name}.weight", tuple(shape)[::-1]).T
         return {"kernel": kernel, "bias": self.array(f"{name}.bias", shape[-1:])}
 
+    def unread(self) -> tuple[str, ...]:
+        """Names, in the order of the file, of arrays that were not read."""
+        return tuple(name for name in self if name not in self._read)
+
     def unused(self) -> tuple[str, ...]:
         """Layers, in the order of the file, of which nothing was read."""
         prefix = lambda name: name.rpartition(".")[0] or name
@@ -140,7 +144,7 @@ class Architecture:
 
     Attributes:
       source: its name in reports, such as "torch_vgg16".
-      backbone: the network, a name in `BACKBONES`.
+      backbone: the network: a name in `BACKBONES`, or what several of them are sizes of ("resnet", "vit").
       mark: a layer that the parameters of this backbone have, and those of no other.
       scaling: the input scaling that the weights were trained with, a name in `INPUT_SCALINGS`.
       recognise: whether a file with these names holds this network from this source.

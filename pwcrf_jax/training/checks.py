@@ -60,15 +60,14 @@ def settle_data(config: ConfigDict, workdir: str) -> ConfigDict:
     if not configs.left_to_set(config):
         return config
     if workdir and checkpoint.exists(os.path.join(workdir, "checkpoints")):
-        stored = configs.load_checked(workdir).data
-        return configs.filled(config, {key: stored[key] for key in configs.left_to_set(config)})
+        return configs.filled(config, dict(configs.flat(configs.load_checked(workdir))))
     standing_in = configs.filled(config)
     configs.validate(standing_in)  # before the set is prepared, which may take hours
     _check_start(standing_in)
     report = load_dataset(**configs.dataset_options(config)).label_report()
-    values = proposed(report)
+    values = proposed(report, config.train.batch_size)
     found = {key: values[key] for key in configs.left_to_set(config)}
-    log.info("from the data set: %s", ", ".join(f"config.data.{key} = {value}" for key, value in found.items()))
+    log.info("from the data set: %s", ", ".join(f"config.{key} = {value}" for key, value in found.items()))
     return configs.filled(config, found)
 
 

@@ -7,6 +7,8 @@ from ml_collections import ConfigDict
 from pwcrf_jax.config import featmap_net
 
 MOMENTUM = 0.9  # of sgd
+# In names of parameters: biases, those of layer norms and layer scale, and what a ViT has beside its kernels.
+_NOT_DECAYED = ("bias", "scale", "token", "positions", "epsilon")
 
 
 def schedule(config, num_steps):
@@ -45,8 +47,9 @@ def _kinds(params):
 
 
 def _decayed(params):
-    """True for kernels. By name: the pairwise net's last bias is a matrix too, [K, K]."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: "bias" not in path[-1].key, params)
+    """True for kernels. By name: the pairwise net's last bias is a matrix too, [K, K], and so are tokens of a ViT."""
+    decayed = lambda path, _: not any(part in path[-1].key for part in _NOT_DECAYED)
+    return jax.tree_util.tree_map_with_path(decayed, params)
 
 
 def make_optimizer(config, model_config, num_steps, unary_steps=None):
@@ -55,8 +58,8 @@ def make_optimizer(config, model_config, num_steps, unary_steps=None):
     unary_steps: of an objective in stages: the relations have a schedule of their own, from this step on, and
     all else stands still from there; None: one schedule for all.
 
-    Weight decay (the paper's lambda) acts on kernels, not on biases; in adamw decoupled, in sgd as an L2 term. The
-    backbone learns at backbone_factor times the rate; layers that the model freezes get no update at all.
+    Weight decay (the paper's lambda) acts on kernels, not on biases and scales; in adamw decoupled, in sgd as an L2
+    term. The backbone learns at backbone_factor times the rate; layers that the model freezes get no update at all.
     """
     decay = optax.add_decayed_weights(config.weight_decay, mask=_decayed)
     rule = [optax.scale_by_adam(), decay] if config.name == "adamw" else [decay, optax.trace(MOMENTUM)]

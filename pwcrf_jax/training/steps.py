@@ -183,7 +183,9 @@ class _Loss:
             return jax.tree.map(jnp.add, so_far, (loss, sums, grads)), None
 
         zeros = jnp.float32(0), dict.fromkeys(counts, jnp.float32(0)), jax.tree.map(jnp.zeros_like, params)
-        (loss, sums, grads), _ = jax.lax.scan(add, zeros, parts)
+        # In a loop, XLA's CPU convolutions are several times slower; beyond eight parts, compilation would be.
+        unroll = min(self.accumulate, 8) if jax.default_backend() == "cpu" else 1
+        (loss, sums, grads), _ = jax.lax.scan(add, zeros, parts, unroll=unroll)
         return loss, {k: (sums[k], counts[k]) for k in counts}, grads
 
     def _terms(self, params: Any, batch: Batch, step: jax.Array) -> tuple[losses.Terms, dict[str, float]]:

@@ -327,6 +327,7 @@ def test_a_checkpoint_is_on_the_disk_before_the_one_before_it_goes(tmp_path, syn
     assert deleted[-1][0] == [3]
 
 
+@pytest.mark.full
 def test_a_run_syncs_its_metrics_with_each_checkpoint(config, tmp_path, synced):
     from pwcrf_jax.training import loop
 

@@ -64,6 +64,7 @@ def test_asked_to_stop_in_training_and_in_evaluations(config, whole, tmp_path, m
     assert states.final(tmp_path) == states.final(whole)
 
 
+@pytest.mark.full
 def test_falling_back_changes_nothing_in_the_end(config, work, whole, caplog):
     damaged = max((work / "checkpoints" / "6" / "rest").rglob("d/*"), key=lambda path: path.stat().st_size)
     damaged.write_bytes(bytes(255 - x for x in damaged.read_bytes()))
@@ -110,6 +111,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(config, work):
 
 
 @pytest.mark.parametrize("order", [(3, 6), pytest.param((6, 3), marks=pytest.mark.full)])
+@pytest.mark.full
 def test_of_two_best_models_the_better_is_kept(work, config, order):
     """A kill between a save and the deletion of what it replaces leaves two; after a fallback either may be newer."""
     (there,) = (work / "best").iterdir()

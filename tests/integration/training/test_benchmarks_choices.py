@@ -157,6 +157,7 @@ def softmax(x):
     return exp / exp.sum(-1, keepdims=True)
 
 
+@pytest.mark.full
 def test_potts_scores_are_means_of_the_neighbours(choices, trained):
     """Mean field written out in NumPy: what a node hears is the mean of its neighbours' marginals."""
     config = configs.load(trained / "config.json")

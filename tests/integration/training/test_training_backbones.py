@@ -13,7 +13,7 @@ from pwcrf_jax.model.plan import plan
 from pwcrf_jax.nets import BACKBONES
 from pwcrf_jax.prediction import export, restore
 from pwcrf_jax.runtime import parallel
-from pwcrf_jax.training import dry_run, steps
+from pwcrf_jax.training import dry_run, optimizer, steps
 from pwcrf_jax.training.optimizer import frozen_layers, make_optimizer
 
 SIZE = (48, 64)
@@ -44,8 +44,14 @@ def shapes(config, model):
     return tx, state, {"image": image, "label": label}
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("backbone", [*BACKBONES, "own"])
+# Deeper or wider ones of a class that another row has.
+SLOW = ("resnet101", "vit_base")
+ROWS = [
+    pytest.param(name, marks=pytest.mark.slow if name in SLOW else pytest.mark.full) for name in [*BACKBONES, "own"]
+]
+
+
+@pytest.mark.parametrize("backbone", ROWS)
 def test_a_backbone_trains_is_planned_and_exported_everywhere(backbone, tmp_path):
     config = narrow(tmp_path, backbone, **{"model.dtype": "bfloat16"})
     configs.validate(config, num_devices=1)
@@ -92,3 +98,14 @@ def test_frozen_layers_are_those_of_the_backbone(tmp_path):
         config = narrow(tmp_path, "efficientnet_lite", **{"model.efficientnet_lite.freeze_until": until})
         identities.append(configs.identity(config))
     assert identities[0] == identities[1] and "model.efficientnet_lite.variant" in identities[0]
+
+
+@pytest.mark.parametrize("backbone, until, count", [("resnet50", "layer2", 4), ("vit_small", "blocks.6", 7)])
+def test_stages_and_blocks_are_frozen_and_kernels_alone_decay(backbone, until, count, tmp_path):
+    config = narrow(tmp_path, backbone, **{f"model.{backbone}.freeze_until": until})
+    names = configs.featmap_net(config).bare_backbone().layer_names()
+    assert frozen_layers(config.model) == set(names[:count])
+    assert configs.identity(config) == configs.identity(narrow(tmp_path, backbone))
+    params = restore.abstract_params(configs.build_model(config))
+    decayed = jax.tree_util.tree_leaves_with_path(optimizer._decayed(params))
+    assert {path[-1].key for path, is_decayed in decayed if is_decayed} == {"kernel", "last_kernel"}

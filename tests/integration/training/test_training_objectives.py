@@ -231,6 +231,7 @@ def test_a_staged_run_keeps_its_stages(config, tmp_path):
         "piecewise_staged",
     ),
 )
+@pytest.mark.full
 def test_a_run_from_start_to_table(config, tmp_path, name):
     config.loss.objective = name
     config.train.steps, config.train.eval_every, config.train.log_every = 4, 4, 1

@@ -318,6 +318,7 @@ def stored(workdir):
 
 
 @pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.full
 def test_training_that_goes_on_with_other_crops_keeps_its_offsets(config, trained, tmp_path):
     workdir = tmp_path / "work"
     shutil.copytree(trained, workdir)

@@ -15,7 +15,7 @@ from pwcrf_jax.training import checks, dry_run, initial
 
 def report(*splits, classes=3):
     """Of (split, largest, usual) sizes; as an older one, which has no usual sizes, of (split, largest, None)."""
-    about = {name: {"largest": large, "smallest": (50, 60)} | ({"usual": usual} if usual else {})
+    about = {name: {"images": 36, "largest": large, "smallest": (50, 60)} | ({"usual": usual} if usual else {})
              for name, large, usual in splits}  # fmt: skip
     return {"classes": ["c"] * classes, "splits": about}
 
@@ -30,7 +30,10 @@ def report(*splits, classes=3):
     ],
 )
 def test_crops_lie_within_most_training_images_and_frames_hold_all(splits, crop, frame):
-    assert proposed(report(*splits)) == {"num_classes": 3, "crop_size": crop, "eval_size": frame}
+    found = proposed(report(*splits))
+    trained = sum(name.startswith("train") for name, *_ in splits) or len(splits)
+    assert found.pop("train.steps") == 112 * trained == proposed(report(*splits), 4)["train.steps"] // 2
+    assert found == {"data.num_classes": 3, "data.crop_size": crop, "data.eval_size": frame}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +74,8 @@ def test_what_the_config_leaves_open_is_taken_from_the_folder(folder, tmp_path):
 
 
 def test_a_run_that_goes_on_keeps_what_it_found(folder, tmp_path, monkeypatch):
-    stored = configs.filled(own(folder, tmp_path), {"num_classes": 3, "crop_size": (40, 40), "eval_size": (160, 160)})
+    sizes = {"data.num_classes": 3, "data.crop_size": (40, 40), "data.eval_size": (160, 160)}
+    stored = configs.filled(own(folder, tmp_path), sizes | {"train.steps": 7})
     configs.save(stored, tmp_path / "config.json")
     monkeypatch.setattr(checks.checkpoint, "exists", lambda folder: True)
     monkeypatch.setattr(checks, "load_dataset", lambda **_: pytest.fail("the set was looked at"))

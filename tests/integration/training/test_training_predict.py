@@ -184,6 +184,7 @@ def figures(dataset, split, labels_of):
     return dict(zip(dataset.class_names, iou, strict=True))
 
 
+@pytest.mark.full
 def test_files_of_a_split_are_what_evaluation_scores(wide, tmp_path):
     config = configs.load(wide / "config.json")
     result = predict.predict(config, str(wide), str(tmp_path / "out"), split="val", overlay=False)
@@ -214,6 +215,7 @@ def test_augmented_evaluation_is_one_more_row(wide):
 # --- augmentation ------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_augmentation_is_the_mean_over_views(wide):
     """Of an image that fills no frame, so that padding would be mirrored were it part of the view."""
     image = scene(101, 187)
@@ -239,6 +241,7 @@ def test_scales_read_where_things_are(trained):
         assert abs(np.average(np.arange(127), weights=change) - 63) <= 1, scale
 
 
+@pytest.mark.full
 def test_mirrored_images_have_mirrored_predictions(wide):
     image, both = scene(200, 300), {"tta.flip": True, "tta.scales": (0.75, 1.0)}
     got, mirrored = log_probs_of(wide, image, **both), log_probs_of(wide, image[:, ::-1], **both)
@@ -246,6 +249,7 @@ def test_mirrored_images_have_mirrored_predictions(wide):
     assert np.mean(mirrored[:, ::-1].argmax(-1) == got.argmax(-1)) > 0.999
 
 
+@pytest.mark.full
 def test_one_image_is_refined_as_in_evaluation(wide):
     """Against `refine_batch`, by what both make of the same pixels."""
     config = configs.load(wide / "config.json")
@@ -429,6 +433,7 @@ def test_format_of_other_classes(fixed, format_name, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 def test_probabilities(wide, tmp_path):
     image = scene(60, 70)
     save(tmp_path / "in.png", image)

@@ -205,6 +205,7 @@ def test_evaluation_has_a_row_and_the_best_is_by_it(ran):
     assert refined["rows"]["convs"] == result["rows"]["convs"]
 
 
+@pytest.mark.full
 def test_predictions_are_those_of_evaluation(ran):
     """One tile: log-probabilities of the pixels against the model applied by hand."""
     workdir, config = ran
@@ -220,6 +221,7 @@ def test_predictions_are_those_of_evaluation(ran):
     assert np.abs(np.asarray(sharp - decode.upsample(log_marginals, sharp.shape[1:3]))).max() > 1e-3
 
 
+@pytest.mark.full
 def test_tiles_say_what_one_tile_says(ran):
     """Cells of the tiny backbone see nothing of their neighbours; the two convolutions do, so seams do not count."""
     workdir, config = ran

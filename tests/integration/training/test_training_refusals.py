@@ -184,7 +184,7 @@ def test_unknown_split(config, tmp_path, monkeypatch):
         ("optimizer.learning_rate", float("nan"), "learning_rate.*finite"),
         ("optimizer.learning_rate", 0.0, "learning_rate.*above 0"),
         ("train.batch_size", 0, "batch_size.*integer from 1"),
-        ("train.steps", 0, "steps.*integer from 1"),
+        ("train.steps", -1, "steps.*integer from 0"),
         ("data.scale_range", (1.2, 0.7), "scale_range"),
         ("data.num_classes", 256, "num_classes.*to 255"),
         ("relations.surrounding.unit", "pixels", "surrounding.*unit"),

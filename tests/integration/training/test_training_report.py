@@ -232,6 +232,7 @@ def test_names_cannot_leave_their_element(page, tmp_path):
     assert "<script>alert" not in text
 
 
+@pytest.mark.full
 def test_with_refinement(run, tmp_path):
     """One row more, scored as evaluation scores it, though each image is refined by itself here."""
     config, model, params, dataset = run

@@ -168,7 +168,7 @@ def test_missing(key, tmp_path):
 def test_wrong_type_on_the_command_line(key, monkeypatch):
     for text in ("abc", "", "()", "1,5", "None"):
         said = refusal(lambda text=text: parsed(monkeypatch, f"--config.{key}={text}"), key)
-        assert re.search("must be (an |a |True)", said)
+        assert re.search("must be (an |a |True)|is not one of", said)
 
 
 @pytest.mark.parametrize("kind", ["type", "range", "finite"])
@@ -261,7 +261,7 @@ def check_refused(done, says):
         (["--config.train.batch_szie=8"], r"did you mean config\.train\.batch_size\?"),
         full_row((["--config.optimizer.lr=0.1"], r"config\.optimizer has name, learning_rate, ")),
         full_row((["--config.learning_rate=0.1"], r"did you mean config\.optimizer\.learning_rate\?")),
-        (["--config.train.steps=1e3"], r"config\.train\.steps = '1e3' must be an integer from 1"),
+        (["--config.train.steps=1e3"], r"config\.train\.steps = '1e3' must be an integer from 0"),
         full_row(
             (["--config.optimizer.learning_rate=nan"], r"config\.optimizer\.learning_rate = nan must be a finite")
         ),

@@ -143,7 +143,7 @@ def test_arrays_may_lie_on_an_explicit_mesh(layout, name):
     np.testing.assert_allclose(call(*there), call(*arrays), rtol=1e-5, atol=1e-5)
 
 
-@some("refine-lattice", "pixel_features")
+@some("pixel_features")
 def test_gradients_on_an_explicit_mesh(call):
     p, x, mask = problem(6, image_dtype=np.float32)
     gradient = jax.grad(loss_of(call), (0, 1))

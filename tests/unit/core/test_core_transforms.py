@@ -103,6 +103,10 @@ CASES = {
     "unary_log_likelihood": lambda v: piecewise.unary_log_likelihood(
         v["unary"], v["labels"], node_weights=v["weights"]
     ),
+    "uniform_log_likelihood": lambda v: piecewise.uniform_log_likelihood(
+        v["unary"], v["labels"], node_weights=v["weights"]
+    ),
+    "soft_dice": lambda v: piecewise.soft_dice(v["unary"], v["labels"]),
     "pairwise_log_likelihood-factored": lambda v: pw.pairwise_log_likelihood(
         grid(v), v["labels"], node_weights=v["weights"]
     ),

@@ -54,7 +54,7 @@ def test_counts(examples):
     report = examples.guard.report()
     assert report["classes"] == list(CLASSES)
     assert report["splits"]["train"] == {
-        "images": 2, "smallest": [1, 3], "largest": [2, 4], "labelled": True,
+        "images": 2, "smallest": [1, 3], "usual": [1, 3], "largest": [2, 4], "labelled": True,
         "void": 0.3, "pixels": [2, 3, 2, 0], "images_with": [1, 1, 1, 0],
     }  # fmt: skip
     assert report["splits"]["val"]["pixels"] == [2, 1, 1, 0]
@@ -62,7 +62,8 @@ def test_counts(examples):
     assert examples.warnings == ["never in training masks: tree"]
     text = label_guard.format_report(report)
     assert "train: 2 images, 1-2 high, 3-4 wide, 30.0% void" in text and "warning: never" in text
-    assert text.endswith('\nto train: --config.data.num_classes=4 --config.data.eval_size="(40,40)"')
+    sizes = '--config.data.crop_size="(40,40)" --config.data.eval_size="(40,40)"'
+    assert text.endswith(f"\nto train: --config.data.num_classes=4 {sizes} --config.train.steps=100")
     (road,) = (line for line in text.splitlines() if line.startswith("  1 road"))
     assert road.split() == ["1", "road", "42.86%", "1", "25.00%", "1"]
 
@@ -88,7 +89,8 @@ def test_unlabelled_splits_count_for_duplicates_only():
     examples.add("test", "c", np.full((5, 4), 255), pixels)
     examples.guard.close("test")
     report = examples.guard.report()
-    assert report["splits"]["test"] == {"images": 1, "smallest": [5, 4], "largest": [5, 4], "labelled": False}
+    sizes = dict.fromkeys(("smallest", "usual", "largest"), [5, 4])
+    assert report["splits"]["test"] == {"images": 1, "labelled": False} | sizes
     assert report["warnings"] == ["1 image is in both 'train' and 'test': b = c"]
     assert "test: 1 images, 5-5 high, 4-4 wide, no labels" in label_guard.format_report(report)
 

@@ -14,6 +14,7 @@ import time
 import warnings
 import zlib
 
+import annotated
 import h5py
 import hypothesis
 import numpy as np
@@ -21,7 +22,6 @@ import pytest
 import scipy.io
 import scipy.sparse
 from hypothesis import strategies as st
-from layouts import annotated
 from layouts import image_folder as layout
 from PIL import Image
 

@@ -4,9 +4,9 @@ import base64
 import io
 import json
 
+import annotated as layout
 import numpy as np
 import pytest
-from layouts import annotated as layout
 from PIL import Image
 
 from pwcrf_jax.cli import check

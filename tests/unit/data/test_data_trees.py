@@ -2,9 +2,9 @@
 
 import logging
 
+import annotated as layout
 import numpy as np
 import pytest
-from layouts import annotated as layout
 from layouts import image_folder
 from PIL import Image
 

@@ -61,6 +61,7 @@ def test_a_stride_left_out_spreads_the_kernels_behind():
     assert spread[8][5:] == [(1, 1), (1, 2), (1, 2), (1, 2), (1, 2), (1, 2), (1, 2), (1, 4), (1, 4), (1, 4), (1, 4)]
 
 
+@pytest.mark.full
 def test_skip_layers_and_frozen_ones():
     net = EfficientNetLite(skip_layers=("stage1_0_expand", "stage3_0_expand"), freeze_until="stage1_0")
     (out, kept), _ = shapes_of(net)

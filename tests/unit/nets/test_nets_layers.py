@@ -130,7 +130,7 @@ def test_scalings():
 
 
 def test_scaling_refuses():
-    with pytest.raises(ValueError, match="unknown input scaling 'imagenet'; known: caffe, efficientnet_lite, tf, torch"):
+    with pytest.raises(ValueError, match="'imagenet'; known: caffe, efficientnet_lite, tf, torch"):
         nets.scale_input(np.zeros((2, 2, 3)), "imagenet")
     with pytest.raises(ValueError, match="3 channels"):
         nets.scale_input(np.zeros((2, 2, 4)), "tf")

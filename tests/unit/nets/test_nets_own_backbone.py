@@ -62,14 +62,14 @@ def test_bfloat16_comes_out_where_it_is_asked_for():
         ("own_nets:running_nnx", "keeps BatchStat, expected parameters alone"),
         ("own_nets:no_module", "made a function, expected a module of flax.linen or flax.nnx"),
         ("own_nets:fails", r"factory\(dtype=...\) raised RuntimeError: two lines"),
-        ("own_nets:NUMBER", "is a int, expected a factory that can be called"),
-        ("own_nets:absent", "the module own_nets has no absent"),
-        ("no_such_nets:net", "the module no_such_nets cannot be imported .*is it on PYTHONPATH"),
+        ("own_nets:NUMBER", "is no function but int"),
+        ("own_nets:absent", "own_nets has no absent"),
+        ("no_such_nets:net", "no_such_nets cannot be imported: .*start in the folder that it lies in"),
     ],
 )  # fmt: skip
 def test_what_breaks_the_contract_is_one_line(backbone, told, tmp_path):
     config = small.config(tmp_path, **{"model.backbone": backbone})
-    with pytest.raises(configs.ConfigError, match=f"config.model.backbone = '{backbone}': .*{told}") as error:
+    with pytest.raises(configs.ConfigError, match=f"config.model.backbone = '{backbone}'.* ?{told}") as error:
         configs.build_model(config)
     assert "\n" not in str(error.value)
 

@@ -77,6 +77,7 @@ def test_nets_are_as_xla_has_them(name):
     assert near(temporaries, memory.temp_size_in_bytes)
 
 
+@pytest.mark.full
 def test_training_step_and_inference_are_as_xla_has_them():
     optax = pytest.importorskip("optax")
     from pwcrf_jax import mean_field
