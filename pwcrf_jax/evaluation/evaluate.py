@@ -180,6 +180,7 @@ def evaluate_model(config, model, params, dataset, split: str, *, refine: str = 
     elif settings:
         more.append(evaluators.Refined(final, settings))
     eval_fn = make_eval_fn(config, model, **options)
+    params = parallel.replicated(params)  # as training has them: one program for both
     return evaluate_params(eval_fn, params, dataset, split, config, [*more, *([report] if report else [])])
 
 

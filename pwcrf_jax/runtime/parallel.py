@@ -24,10 +24,12 @@ def pmap_train(fn: Callable, devices: Sequence[jax.Device] | None = None) -> Cal
     return jax.pmap(fn, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=devices)
 
 
-def replicated(state: Any) -> Any:
-    """A state for `pmap_train`, of arrays that each process made for itself."""
+def replicated(state: Any, devices: Sequence[jax.Device] | None = None) -> Any:
+    """A state for `pmap_train`, of arrays that each process made for itself. devices: those of the step."""
     if jax.process_count() == 1:
-        return state
+        # As the step returns it: on another layout its second call would compile the step anew.
+        mesh = jax.sharding.Mesh(np.array(devices or jax.local_devices()), (AXIS,))
+        return jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.P()))
     # Of several processes, only arrays that lie on all local devices already can be donated.
     copy = jax.pmap(lambda state, _: state, axis_name=AXIS, in_axes=(None, 0), out_axes=None)
     return copy(state, np.zeros(jax.local_device_count()))

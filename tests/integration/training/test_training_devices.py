@@ -64,6 +64,8 @@ def _on(monkeypatch, n):
     for name in ("pmap_train", "pmap_eval"):
         whole = getattr(parallel, name)
         monkeypatch.setattr(parallel, name, lambda fn, *_, f=whole, **kw: f(fn, devices=jax.devices()[:n], **kw))
+    replicated = parallel.replicated
+    monkeypatch.setattr(parallel, "replicated", lambda state: replicated(state, jax.devices()[:n]))
     split = parallel.split
     monkeypatch.setattr(parallel, "split", lambda batch, *_: split(batch, n))
 

@@ -287,3 +287,21 @@ def test_sums_are_the_papers_and_means_weigh_a_relation_as_the_unary(config, fac
 
 def test_what_the_paper_configs_say_of_their_loss():
     assert "35.7 to each unary factor" in paper.__doc__.replace("\n", " ") and "reduction=sum" in paper.__doc__
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_step_is_compiled_once(devices, caplog):
+    def step(state, batch):
+        total = jax.lax.psum(jnp.sum(batch["x"]) * state["w"], parallel.AXIS)
+        return {"w": state["w"] + total}, total
+
+    chosen = jax.devices()[:devices]
+    step = parallel.pmap_train(step, devices=chosen)
+    state = parallel.replicated({"w": jnp.ones(3)}, chosen)
+    batch = {"x": np.ones((devices, 2), np.float32)}
+    with jax.log_compiles():
+        state, _ = step(state, batch)
+        assert "Compiling" in caplog.text  # that it is counted at all
+        caplog.clear()
+        step(state, batch)
+    assert "Compiling" not in caplog.text
