@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from pwcrf_jax.nets import convnext, efficientnet_lite, resnet, vgg16, vit_files
-from pwcrf_jax.nets.keras_files import open_keras
 from pwcrf_jax.nets.pip_weights import PACKAGES, PREFIX
 from pwcrf_jax.nets.state_dicts import SUFFIXES, Architecture, open_state
 from pwcrf_jax.nets.stored import Layer, StoredLayer, WeightsError, some
+from pwcrf_jax.nets.weight_files import open_keras
 
 __all__ = ["ARCHITECTURES", "LoadReport", "WeightsError", "load_pretrained"]
 

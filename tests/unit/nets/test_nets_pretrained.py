@@ -12,9 +12,9 @@ from safetensors.numpy import save_file
 
 from pwcrf_jax import nets
 from pwcrf_jax.nets import mobilenet_v2, vgg16
-from pwcrf_jax.nets.keras_files import fc1_from_keras
 from pwcrf_jax.nets.stored import fold_batch_norm
 from pwcrf_jax.nets.vgg16 import TORCH_CONVS, fc1_from_torch
+from pwcrf_jax.nets.weight_files import fc1_from_keras
 
 MOBILENET_FILE = "mobilenet_v2_imagenet_keras_no_top.h5"
 

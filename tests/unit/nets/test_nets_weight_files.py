@@ -14,9 +14,9 @@ from safetensors.numpy import save_file
 
 from pwcrf_jax import nets
 from pwcrf_jax.nets import stored, vgg16
-from pwcrf_jax.nets.keras_files import open_keras
 from pwcrf_jax.nets.stored import WeightsError
 from pwcrf_jax.nets.vgg16 import TORCH_CONVS
+from pwcrf_jax.nets.weight_files import open_keras
 
 NAMES = vgg16.layer_names()
 
