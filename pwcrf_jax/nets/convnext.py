@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pwcrf_jax.nets.convs import Features, LayerNorm, PatchConv, pad_to_multiple, with_skip_layers
 from pwcrf_jax.nets.depthwise import METHODS, DepthwiseConv
-from pwcrf_jax.nets.layers import Layers
+from pwcrf_jax.nets.layers import LayeredBackbone, Layers
 from pwcrf_jax.nets.state_dicts import Architecture, StateDict
 from pwcrf_jax.nets.stored import WeightsError
 from pwcrf_jax.nets.torch_layouts import check_unread, count, has, prefix_of
@@ -26,7 +26,7 @@ def layer_names(depths: tuple[int, ...]) -> tuple[str, ...]:
     return tuple(names)
 
 
-class ConvNeXtTiny(nn.Module):
+class ConvNeXtTiny(LayeredBackbone, nn.Module):
     """ConvNeXt-Tiny at a total stride of 16 or 8.
 
     The 2x2 downsampling of stride 2 that would go past the total stride (that of `stages_3`; with stride 8 that of
@@ -79,15 +79,6 @@ class ConvNeXtTiny(nn.Module):
         deep = layers.after(layers.last("output", smaller))
         deep = deep._replace(names=tuple(name for name in deep.names if not name.endswith("downsample")))
         return layers.up_to(deep.last("output", self.output))
-
-    def layer_names(self) -> tuple[str, ...]:
-        """Top level of the parameters, in order."""
-        return self._layers().names
-
-    @property
-    def frozen_layers(self) -> tuple[str, ...]:
-        """Those of `layer_names()` that no gradient reaches."""
-        return self._layers().frozen(self.freeze_until)
 
     @nn.compact
     def __call__(self, images: jax.Array) -> Features:

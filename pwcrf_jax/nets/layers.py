@@ -1,6 +1,6 @@
 """Names of a backbone's layers, as its options give them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -69,6 +69,22 @@ class Layers(NamedTuple):
             known = ", ".join(dict.fromkeys(stages.values())) or "none"
             raise ValueError(f"{self.backbone}: {subject} {place}; known: {known}{such}")
         return found
+
+
+class LayeredBackbone:
+    """What backbones share whose `_layers()` gives `Layers` and whose `freeze_until` is one of them."""
+
+    freeze_until: str
+    _layers: Callable[[], Layers]
+
+    def layer_names(self) -> tuple[str, ...]:
+        """Top level of the parameters, in order."""
+        return self._layers().names
+
+    @property
+    def frozen_layers(self) -> tuple[str, ...]:
+        """Those of `layer_names()` that no gradient reaches."""
+        return self._layers().frozen(self.freeze_until)
 
 
 def _stage(layer: str) -> str:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pwcrf_jax.nets.convs import Features, PointwiseConv, with_skip_layers
-from pwcrf_jax.nets.layers import Layers
+from pwcrf_jax.nets.layers import LayeredBackbone, Layers
 from pwcrf_jax.nets.pooling import max_pool_3x3_stride_2
 from pwcrf_jax.nets.state_dicts import Architecture, StateDict
 from pwcrf_jax.nets.stored import WeightsError
@@ -24,7 +24,7 @@ def layer_names(depths: tuple[int, ...]) -> tuple[str, ...]:
     return ("conv1", *blocks)
 
 
-class ResNet50(nn.Module):
+class ResNet50(LayeredBackbone, nn.Module):
     """ResNet-50 (v1.5: the stride lies in the 3x3 convolution) at a total stride of 16 or 8.
 
     Strides past the total one are left out, and the kernels that follow are spread in their place, as `output_stride`
@@ -74,15 +74,6 @@ class ResNet50(nn.Module):
         there = "layer1" if self.stride == 8 else "layer2"  # the last stage of a smaller stride
         output = layers.after(layers.last("output", there)).last("output", self.output)
         return layers.up_to(output)
-
-    def layer_names(self) -> tuple[str, ...]:
-        """Top level of the parameters, in order."""
-        return self._layers().names
-
-    @property
-    def frozen_layers(self) -> tuple[str, ...]:
-        """Those of `layer_names()` that no gradient reaches."""
-        return self._layers().frozen(self.freeze_until)
 
     @nn.compact
     def __call__(self, images: jax.Array) -> Features:

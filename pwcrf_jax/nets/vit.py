@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pwcrf_jax.nets.convs import Features, LayerNorm, PatchConv, pad_to_multiple, with_skip_layers
-from pwcrf_jax.nets.layers import Layers
+from pwcrf_jax.nets.layers import LayeredBackbone, Layers
 
 PATCHES = {8: 28, 14: 37, 16: 14}
 """Sizes of patches, with the cells a side of published position embeddings: 224 / 8, 518 / 14, 224 / 16."""
@@ -19,7 +19,7 @@ def layer_names(depth: int) -> tuple[str, ...]:
     return ("embed", *(f"blocks_{i}" for i in range(depth)), "norm")
 
 
-class ViTSmall(nn.Module):
+class ViTSmall(LayeredBackbone, nn.Module):
     """ViT-S: patches as tokens through blocks of attention, all of which see the whole image. The patch is the stride.
 
     An image is padded with zeros at the bottom and right to a multiple of the patch. Position embeddings are resized to
@@ -82,15 +82,6 @@ class ViTSmall(nn.Module):
         """Those that are created."""
         layers = Layers(self._called, layer_names(self.depth))
         return layers.up_to(layers.after("embed").last("output", self.output))
-
-    def layer_names(self) -> tuple[str, ...]:
-        """Top level of the parameters, in order."""
-        return self._layers().names
-
-    @property
-    def frozen_layers(self) -> tuple[str, ...]:
-        """Those of `layer_names()` that no gradient reaches."""
-        return self._layers().frozen(self.freeze_until)
 
     @nn.compact
     def __call__(self, images: jax.Array) -> Features:
