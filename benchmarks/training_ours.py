@@ -43,10 +43,10 @@ class Ours:
         self._devices = jax.devices()[:1]
         params = jax.jit(lambda: restore.init_params(self.model, config.seed))()
         self.params = jax.tree.map(np.asarray, params)  # the first step takes the state's own
-        self._state = steps.TrainState.create(params, tx)
+        self._state = parallel.replicated(steps.TrainState.create(params, tx), self._devices)  # as in a run
         self._step = parallel.pmap_train(steps.from_config(config, self.model, tx), devices=self._devices)
         self._eval = evaluate.make_eval_fn(config, self.model, devices=self._devices)
-        self._evaluated = jax.device_put(self.params, self._devices[0])
+        self._evaluated = parallel.replicated(self.params, self._devices)
         self._confusion = np.int64(0)
 
     def layers(self):
