@@ -232,6 +232,8 @@ def leave(config, tuned, split, workdir):
 def run(args):
     for fold in args.folds if SETS[args.set].folds else [None]:
         missing = [rung for rung in args.rungs if not all(kept(args, path_of(args, rung, s, fold)) for s in args.seeds)]
+        if "multiscale" in missing and "refined" in args.rungs and "refined" not in missing:
+            missing.append("refined")  # one pass for both rungs, see `run_rung`
         chosen = pilot(args, missing, fold)
         for seed in args.seeds:
             for rung in args.rungs:
