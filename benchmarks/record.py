@@ -37,7 +37,7 @@ HEAD = f"""\
 What holds today, as it came out: each figure with its seeds, machine, date, commit and command. What was tried,
 withdrawn or superseded is in the [experiments](../docs/experiments/index.md). `python benchmarks/record.py` writes this
 page from `benchmarks/record/`: change it there, or by its `add`. Brackets hold 95 % intervals by a paired bootstrap
-over images. PATH and FILE stand for data and weights; a commit with a + had changes; "{UNKNOWN}" is what it says.
+over images. PATH and FILE stand for data and weights; a commit with a + had changes.
 """
 
 
