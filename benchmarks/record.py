@@ -31,7 +31,7 @@ TOPIC = {"title": str, "note": str, "order": int, "rows": list}
 FIELDS = ("claim", "value", "interval", "seeds", "hardware", "commit", "date", "command")
 UNKNOWN = "not yet measured"  # the value of a row that needs neither machine nor commit nor date
 COMMIT = re.compile(r"[0-9a-f]{7,40}\+?(\.\.[0-9a-f]{7,40})?")
-HEAD = f"""\
+HEAD = """\
 # Results
 
 What holds today, as it came out: each figure with its seeds, machine, date, commit and command. What was tried,
