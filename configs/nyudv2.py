@@ -30,4 +30,5 @@ def get_config():
     config.train.batch_size = 8
     config.train.steps = 1800
     config.train.eval_every = 0
+    config.eval.each_relation = False
     return config
