@@ -240,7 +240,7 @@ def test_from_folder_to_summary(ladder, scripts, tmp_path, monkeypatch, capsys):
     run("--final")
     assert "pilot-fold0.json chose" in capsys.readouterr().out
     assert json.loads((final / "tuned.json").read_text())["config"] == pilot["convs"]["config"]
-    with pytest.raises(SystemExit, match=r"final-0 is of another config\.train\.steps: name another folder with"):
+    with pytest.raises(SystemExit, match=r"final-0 is of another config\.loss\.unary_share: name another folder with"):
         run("--final", "--results", str(tmp_path / "other"), "--steps", "3")
 
 
