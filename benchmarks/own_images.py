@@ -7,7 +7,8 @@
 
 * recipe: the unary of configs/image_folder.py with jitter, dropout before the heads and Dice each on in two of four
   runs (`DESIGN`), trained on four fifths of the training images and scored on the rest; each run with and without
-  averaged parameters. An effect is the mean of the runs with it minus that of those without.
+  averaged parameters. An effect is the mean of the runs with it minus that of those without. --alone: parts that have
+  a run of their own beside these.
 * backbones: the same unary on EfficientNet-Lite0 and on MobileNetV2 (--init_from: its weights), three seeds, trained on
   all training images for an equal time, scored on val after the last step. Seconds of a step are measured first, in
   turns, on the cores at hand; --steps are EfficientNet-Lite0's.
@@ -124,12 +125,12 @@ def last_params(config, model, workdir):
 
 def recipe(args):
     trains, scored = (f"{SETS[args.set].split}[{part}]" for part in (":80%", "80%:"))
-    for parts in DESIGN:
+    for parts in (*DESIGN, *((part,) for part in args.alone)):
         name = "recipe_" + ("-".join(parts) or "none")
         if path_of(args, name).exists():
             continue
         config = config_of(args, trains)
-        config.optimizer.ema_decay = DECAY
+        config.optimizer.ema_decay, config.loss.dice_weight = DECAY, 0.0  # what is on in the configuration
         with config.unlocked():
             for part in parts:
                 config.update_from_flattened_dict(PARTS[part])
@@ -207,12 +208,17 @@ def summary(args):
     results = [json.loads(p.read_text()) for p in sorted(args.results.glob("own_*.json"))]
     for name in SETS:
         of_set = [r for r in results if r.get("set") == name]
-        runs = [r for r in of_set if r["kind"] == "recipe"]
+        by_parts = {tuple(r["parts"]): r for r in of_set if r["kind"] == "recipe"}
+        runs = [by_parts[parts] for parts in DESIGN if parts in by_parts]
         if len(runs) == len(DESIGN):
             print(f"\n{name}, recipe: " + ", ".join(f"{'+'.join(r['parts']) or 'none'} {r['miou']}" for r in runs))
             for part in PARTS:
                 out[f"{name} {part}"] = gain = effect(runs, lambda r, part=part: part in r["parts"])
                 print(f"  {part:10s} {gain[0]:+.2f} [{gain[1]:+.2f}, {gain[2]:+.2f}]")
+            for (part,) in (parts for parts in by_parts if len(parts) == 1):
+                pair = [by_parts[()], by_parts[(part,)]]
+                out[f"{name} {part} alone"] = gain = effect(pair, lambda r, part=part: part in r["parts"])
+                print(f"  {part + ' alone':10s} {gain[0]:+.2f} [{gain[1]:+.2f}, {gain[2]:+.2f}]")
             packed = [ladder_table.unpack(r["counts"]) for r in runs]
             gain = ladder_table.bootstrap(
                 [p["last"] for p in packed], [p["averaged"] for p in packed], runs[0]["class_indices"],
@@ -241,6 +247,7 @@ def main():
     parser.add_argument("--source_dir", default="")
     parser.add_argument("--data_dir", default="")
     parser.add_argument("--init_from", default="", help="ImageNet weights of MobileNetV2")
+    parser.add_argument("--alone", nargs="+", choices=list(PARTS), default=[], help="of the recipe, a run for each")
     parser.add_argument("--runs", default="runs/own", help="folder for the workdirs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=BACKBONES, default=list(BACKBONES), help="of the backbones")
