@@ -401,10 +401,12 @@ def test_objectives_refuse_runs_on_other_scenes(scripts, tmp_path, monkeypatch):
         (["--train", "--models", "camvid"], "--models has to name it"),
     ],
 )
-def test_objectives_keep_what_they_have(scripts, flags, message, monkeypatch, capsys):
+def test_objectives_keep_what_they_have(scripts, flags, message, tmp_path, monkeypatch, capsys):
     objectives = scripts("objectives")
+    runs = {str(seed): {"steps": 600} for seed in range(3)}
+    (tmp_path / "objectives_synthetic.json").write_text(json.dumps({"reached": {"steps": {"piecewise": runs}}}))
     monkeypatch.setattr(objectives, "measure", lambda *_: pytest.fail("measured before it was refused"))
-    monkeypatch.setattr(sys, "argv", ["objectives.py", *flags])
+    monkeypatch.setattr(sys, "argv", ["objectives.py", "--results", str(tmp_path), *flags])
     with pytest.raises(SystemExit):
         objectives.main()
     assert message in capsys.readouterr().err
