@@ -246,7 +246,7 @@ def _marginals(config, model, params, dataset, split, *, folder, messages, row):
     return paths
 
 
-def tune_kernels(config, dataset, split: str, folder: str, marginals, mode: str, max_trials: int):
+def tune_kernels(config, dataset, split, folder, marginals, mode, max_trials):
     """(best settings of the dense CRF, their mean IoU): the second stage, with its notes in a folder.
 
     marginals: file names of the log marginals float32 [h, w, K] of each image of the split, in order.
@@ -312,7 +312,7 @@ def _score_kernels(config, dataset, split, marginals, settings, what):
     return mean_iou(total, config, dataset, split)
 
 
-def mean_iou(confusion, config, dataset, split: str) -> float:
+def mean_iou(confusion, config, dataset, split):
     """Mean IoU over the classes that are scored; ConfigError where there is none: of nothing no best can be chosen."""
     found = evaluators.mean_iou(confusion, configs.scored_classes(config, dataset.class_names))
     if found is None:
