@@ -23,7 +23,6 @@ seeds, and one line of JSON.
 import argparse
 import json
 import os
-import statistics
 from pathlib import Path
 from typing import NamedTuple
 
@@ -181,14 +180,17 @@ class Step:
 
 
 def seconds(args):
-    """{backbone: seconds of a training step}, medians of turns; kept, so that all seeds have equal steps."""
+    """{backbone: seconds of a training step}, medians of turns beside `FIRST`; kept, so that seeds have equal steps."""
     path = path_of(args, "seconds")
-    if not path.exists() or not set(args.only) <= set(json.loads(path.read_text())):
-        steps_of = {b: Step(on(config_of(args, SETS[args.set].split), b, args.init_from)) for b in args.only}
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if new := [b for b in args.only if b not in known]:
+        steps_of = {b: Step(on(config_of(args, SETS[args.set].split), b, args.init_from)) for b in {FIRST, *new}}
         turns = {b: (lambda run=run: timing.timed(run)) for b, run in steps_of.items()}
-        taken = timing.interleaved(turns, 10, warm=2)
-        ladder.write(path, {b: round(statistics.median(x), 4) for b, x in taken.items()})
-    return json.loads(path.read_text())
+        taken = timing.medians(turns, 10, warm=2)
+        drift = known.get(FIRST, taken[FIRST]) / taken[FIRST]  # of the machine since the first were measured
+        known |= {b: round(value * drift, 4) for b, value in taken.items()}
+        ladder.write(path, known)
+    return known
 
 
 def backbones(args):
