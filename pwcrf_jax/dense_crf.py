@@ -9,6 +9,7 @@ by mean field: log Q_i = log P_i - sum_kernels mu (K Q)_i - const, all pixels at
 normalisations mean what they mean in pydensecrf, and a pixel's own marginal is part of what it receives, as there.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -76,6 +77,9 @@ def refine(
 ) -> tuple[jax.Array, RefineInfo]:
     """Sharpens per-pixel log-probabilities along the edges of the image.
 
+    Outside of `jit`, images lie in frames of a few sizes, see `frame_side`, so that a folder of images of all sizes
+    compiles few programs; the rest of a frame is masked and changes nothing. Inside, they are compiled as they are.
+
     Args:
       unary_log_probs: float [..., H, W, K], log P; exp sums to 1 over K.
       image: [..., H, W, 3], RGB 0..255, uint8 or float.
@@ -114,17 +118,52 @@ def refine(
     params = _checked_params(params, unary.shape[-1])
     if radius is None and params.smoothness_compat is not None:
         radius = gaussian.radius_of(params.smoothness_sxy)
-    return _refine(
-        unary,
-        image,
-        params,
-        mask,
-        num_iterations=num_iterations,
-        normalization=normalization,
-        method=method,
-        capacity=capacity,
-        radius=radius,
-    )
+    height, width = size = unary.shape[-3:-1]
+    method = gaussian.resolve_method(method, height * width)  # not by the frame's
+    settings: dict[str, Any] = dict(num_iterations=num_iterations, normalization=normalization, method=method)
+    run = functools.partial(_refine, capacity=capacity, radius=radius, **settings)
+    frame = frame_side(height), frame_side(width)
+    if frame == size or not _on_one_device(unary, image, mask, params):
+        _check_values(unary, image, mask)
+        return run(unary, image, params, mask)
+    unary, image, mask = _framed(unary, image, mask, frame)
+    _check_values(unary, image, mask)
+    framed, info = run(unary, image, params, mask)
+    if not arguments.visible(framed):  # constants of a function that is being traced
+        return framed[..., :height, :width, :], info
+    inside = np.asarray(framed)[..., :height, :width, :]
+    log_marginals = jnp.asarray(inside)
+    if log_marginals.devices() != framed.devices():
+        log_marginals = jax.device_put(inside, *framed.devices())
+    return log_marginals, info
+
+
+def frame_side(side: int) -> int:
+    """The side in pixels of the frame in which `refine` puts an image with a side of so many: the same up to 64, else
+    rounded up to one of four sizes an octave, as 320, 384, 448 and 512."""
+    if side <= 64:
+        return side
+    step = 1 << ((side - 1).bit_length() - 3)
+    return -(-side // step) * step
+
+
+def _on_one_device(*trees: Any) -> bool:
+    """Whether the values of all arrays can be looked at, and none is laid over several devices."""
+    single = lambda x: not isinstance(x, jax.Array) or len(x.devices()) == 1
+    return arguments.visible(*trees) and all(map(single, jax.tree.leaves(trees)))
+
+
+def _framed(unary: jax.Array, image: jax.Array, mask: jax.Array | None, frame: tuple[int, int]) -> tuple[Any, Any, Any]:
+    """The arrays in the upper left corner of a frame, whose rest is masked; by NumPy, which compiles nothing."""
+    rows, cols = (n - m for n, m in zip(frame, unary.shape[-3:-1], strict=True))
+
+    def pad(x: Any, axes_behind: int) -> np.ndarray:
+        array = np.asarray(x)
+        before = [(0, 0)] * (array.ndim - axes_behind - 2)
+        return np.pad(array, [*before, (0, rows), (0, cols), *[(0, 0)] * axes_behind])
+
+    valid = np.ones(unary.shape[:-1], bool) if mask is None else mask
+    return pad(unary, 1), pad(image, 1), pad(valid, 0)
 
 
 def _like_unary(unary: jax.Array, *_: Any, **__: Any) -> tuple[jax.Array, RefineInfo]:
@@ -243,25 +282,34 @@ def _message(compat: jax.Array, filter_: _Filter) -> _Filter:
     return lambda q: -arrays.matmul(filter_(q), symmetric)
 
 
+def _expect(ok: Any, what: str, got: Any) -> None:
+    if not ok:
+        arguments.fail(what, got)
+
+
 def _check(unary: jax.Array, image: jax.Array, mask: jax.Array | None) -> None:
-    """Refuses what would silently give garbage. Values are looked at only where they are at hand, outside of jit."""
-    expect = lambda ok, what, got: arguments.fail(what, got) if not ok else None
-    expect(unary.ndim >= 3, "unary_log_probs: expected [..., H, W, K], classes last", f"shape {unary.shape}")
-    expect(unary.size, "unary_log_probs: expected images, pixels and classes", f"shape {unary.shape}")
-    expect(jnp.issubdtype(unary.dtype, jnp.floating), "unary_log_probs: expected floats", unary.dtype)
+    """Refuses shapes and dtypes that would silently give garbage."""
+    _expect(unary.ndim >= 3, "unary_log_probs: expected [..., H, W, K], classes last", f"shape {unary.shape}")
+    _expect(unary.size, "unary_log_probs: expected images, pixels and classes", f"shape {unary.shape}")
+    _expect(jnp.issubdtype(unary.dtype, jnp.floating), "unary_log_probs: expected floats", unary.dtype)
     wanted = (*unary.shape[:-1], 3)
-    expect(image.shape == wanted, f"image: expected RGB of the unary's size, shape {wanted}", f"shape {image.shape}")
+    _expect(image.shape == wanted, f"image: expected RGB of the unary's size, shape {wanted}", f"shape {image.shape}")
     floats = jnp.issubdtype(image.dtype, jnp.floating)
-    expect(floats or image.dtype == jnp.uint8, "image: expected uint8, or floats 0..255", image.dtype)
+    _expect(floats or image.dtype == jnp.uint8, "image: expected uint8, or floats 0..255", image.dtype)
     if mask is not None:
-        expect(mask.shape == unary.shape[:-1], f"mask: expected shape {unary.shape[:-1]}", f"shape {mask.shape}")
-        expect(mask.dtype == bool, "mask: expected bool", mask.dtype)
+        _expect(mask.shape == unary.shape[:-1], f"mask: expected shape {unary.shape[:-1]}", f"shape {mask.shape}")
+        _expect(mask.dtype == bool, "mask: expected bool", mask.dtype)
+
+
+def _check_values(unary: jax.Array, image: jax.Array, mask: jax.Array | None) -> None:
+    """Refuses values that would silently give garbage, where they are at hand, outside of jit."""
     if not arguments.visible(unary, image, mask):
         return
+    floats = jnp.issubdtype(image.dtype, jnp.floating)
     with jax.ensure_compile_time_eval():  # constants of a function that is being traced
         low, high, worst, darkest, brightest = (float(x) for x in _extremes(unary, image, mask))
     total = "unary_log_probs: expected log-probabilities whose exp sums to 1 over the last axis"
-    expect(not np.isnan(worst), total, "NaN, or infinite scores")
+    _expect(not np.isnan(worst), total, "NaN, or infinite scores")
     if low >= 0 and high <= 1 and high > 0:
         arguments.fail(total, f"values {low:.3g} to {high:.3g}, which look like probabilities: take their logarithm")
     if low >= 0 and high > 0:
@@ -269,9 +317,9 @@ def _check(unary: jax.Array, image: jax.Array, mask: jax.Array | None) -> None:
     if worst > (5e-2 if unary.dtype.itemsize == 2 else 1e-2):  # log(1 / 150) in bfloat16 is off by 0.01
         arguments.fail(total, f"a sum off by {worst:.3g}: apply jax.nn.log_softmax to scores")
     colours = "image: expected colours 0..255"
-    expect(not (np.isnan(darkest) or np.isnan(brightest)), colours, "NaN")
-    expect(darkest >= 0 and brightest <= 255, colours, f"{darkest:.4g} to {brightest:.4g}: undo any normalisation")
-    expect(not floats or brightest == 0 or brightest > 1, colours, f"floats up to {brightest:.3g}: multiply by 255")
+    _expect(not (np.isnan(darkest) or np.isnan(brightest)), colours, "NaN")
+    _expect(darkest >= 0 and brightest <= 255, colours, f"{darkest:.4g} to {brightest:.4g}: undo any normalisation")
+    _expect(not floats or brightest == 0 or brightest > 1, colours, f"floats up to {brightest:.3g}: multiply by 255")
 
 
 def _check_options(
