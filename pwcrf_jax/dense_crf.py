@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from pwcrf_jax import arguments, arrays, gaussian, permutohedral
+from pwcrf_jax import arguments, arrays, frames, gaussian, permutohedral
 
 NORMALIZATIONS = ("symmetric", "before", "after", "none")
 """Normalisations of a kernel's filter; see `refine`."""
@@ -78,7 +78,9 @@ def refine(
     """Sharpens per-pixel log-probabilities along the edges of the image.
 
     Outside of `jit`, images lie in frames of a few sizes, see `frame_side`, so that a folder of images of all sizes
-    compiles few programs; the rest of a frame is masked and changes nothing. Inside, they are compiled as they are.
+    compiles few programs; the rest of a frame is masked and changes nothing. On a CPU, images of a batch are then
+    refined side by side, each with a lattice of its own, unless a capacity is given. Inside, all are compiled as they
+    are.
 
     Args:
       unary_log_probs: float [..., H, W, K], log P; exp sums to 1 over K.
@@ -123,19 +125,19 @@ def refine(
     settings: dict[str, Any] = dict(num_iterations=num_iterations, normalization=normalization, method=method)
     run = functools.partial(_refine, capacity=capacity, radius=radius, **settings)
     frame = frame_side(height), frame_side(width)
-    if frame == size or not _on_one_device(unary, image, mask, params):
-        _check_values(unary, image, mask)
-        return run(unary, image, params, mask)
-    unary, image, mask = _framed(unary, image, mask, frame)
+    by_hand = frames.on_one_device(unary, image, mask, params)
+    if by_hand and frame != size:
+        unary, image, mask = frames.padded(unary, image, mask, frame)
     _check_values(unary, image, mask)
-    framed, info = run(unary, image, params, mask)
+    if by_hand and unary.ndim > 3 and method == "lattice" and capacity is None and jax.default_backend() == "cpu":
+        framed, info = _joined(frames.one_by_one(run, unary, image, params, mask), unary.shape[:-3])
+    else:
+        framed, info = run(unary, image, params, mask)
+    if framed.shape[-3:-1] == size:
+        return framed, info
     if not arguments.visible(framed):  # constants of a function that is being traced
         return framed[..., :height, :width, :], info
-    inside = np.asarray(framed)[..., :height, :width, :]
-    log_marginals = jnp.asarray(inside)
-    if log_marginals.devices() != framed.devices():
-        log_marginals = jax.device_put(inside, *framed.devices())
-    return log_marginals, info
+    return frames.beside(np.asarray(framed)[..., :height, :width, :], framed), info
 
 
 def frame_side(side: int) -> int:
@@ -147,23 +149,19 @@ def frame_side(side: int) -> int:
     return -(-side // step) * step
 
 
-def _on_one_device(*trees: Any) -> bool:
-    """Whether the values of all arrays can be looked at, and none is laid over several devices."""
-    single = lambda x: not isinstance(x, jax.Array) or len(x.devices()) == 1
-    return arguments.visible(*trees) and all(map(single, jax.tree.leaves(trees)))
-
-
-def _framed(unary: jax.Array, image: jax.Array, mask: jax.Array | None, frame: tuple[int, int]) -> tuple[Any, Any, Any]:
-    """The arrays in the upper left corner of a frame, whose rest is masked; by NumPy, which compiles nothing."""
-    rows, cols = (n - m for n, m in zip(frame, unary.shape[-3:-1], strict=True))
-
-    def pad(x: Any, axes_behind: int) -> np.ndarray:
-        array = np.asarray(x)
-        before = [(0, 0)] * (array.ndim - axes_behind - 2)
-        return np.pad(array, [*before, (0, rows), (0, cols), *[(0, 0)] * axes_behind])
-
-    valid = np.ones(unary.shape[:-1], bool) if mask is None else mask
-    return pad(unary, 1), pad(image, 1), pad(valid, 0)
+def _joined(done: list[tuple[jax.Array, RefineInfo]], batch: tuple[int, ...]) -> tuple[jax.Array, RefineInfo]:
+    """Results of single images as those of their batch."""
+    xp: Any = np if arguments.visible(done) else jnp  # NumPy compiles nothing
+    log_marginals, infos = [q for q, _ in done], RefineInfo(*zip(*[info for _, info in done], strict=True))
+    stack = lambda values, axis=0: xp.stack([xp.asarray(v) for v in values], axis)
+    joined = (
+        stack(log_marginals).reshape(*batch, *log_marginals[0].shape),
+        stack(infos.change, -1).reshape(-1, *batch),
+        stack(infos.num_vertices).sum(dtype=np.int32),
+        stack(infos.exceeded).any(),
+    )
+    first, *rest = (frames.beside(x, log_marginals[0]) if xp is np else x for x in joined)
+    return first, RefineInfo(*rest)
 
 
 def _like_unary(unary: jax.Array, *_: Any, **__: Any) -> tuple[jax.Array, RefineInfo]:
@@ -364,11 +362,11 @@ def _extremes(unary: jax.Array, image: jax.Array, mask: jax.Array | None) -> tup
     valid = jnp.ones(unary.shape[:-1], bool) if mask is None else mask
     unary, image = unary.astype(jnp.float32), image.astype(jnp.float32)
     inside = lambda x, fill: jnp.where(valid[..., None], x, fill)
-    off = jnp.abs(jnp.sum(jnp.exp(unary), axis=-1) - 1.0)
+    off = jnp.where(valid, jnp.abs(jnp.sum(jnp.exp(unary), axis=-1) - 1.0), 0.0)
     return (
         jnp.min(inside(unary, jnp.inf)),
         jnp.max(inside(unary, -jnp.inf)),
-        jnp.max(jnp.where(valid, off, 0.0)),
+        arguments.largest(off),
         jnp.min(inside(image, 255.0)),
-        jnp.max(inside(image, 0.0)),
+        arguments.largest(inside(image, 0.0)),
     )

@@ -55,48 +55,47 @@ class Step(NamedTuple):
 
 
 def frame_size(num_points: int) -> int:
-    """The frame of so many points: a power of 2, or one and a half of it."""
-    if num_points <= 256:
-        return 256
-    power = 1 << (num_points - 1).bit_length()
-    return power * 3 // 4 if num_points <= power * 3 // 4 and power > 16384 else power
+    """The frame of so many points, a power of 2: photographs of 100,000 to 250,000 pixels share two programs."""
+    return max(256, 1 << (num_points - 1).bit_length())
 
 
 def prepare(
-    features: ArrayLike, num_points: ArrayLike, normalization: str = "symmetric", capacity: int | None = None
+    features: np.ndarray, num_points: ArrayLike, normalization: str = "symmetric", capacity: int | None = None
 ) -> Kernel:
     """The filter of a kernel.
 
     Args:
       features: float32 [d, P], in units of the kernel's standard deviation; P of `frame_size`, 0 beyond the points.
       num_points: int [], the first of them are points.
-      normalization: one of `NORMALIZATIONS`; static.
-      capacity: of `permutohedral.build`; static.
+      normalization: one of `NORMALIZATIONS`.
+      capacity: of `permutohedral.build`; static. None: a quarter of the frame, more for small ones. Photographs with
+        the usual parameters need half of that, and small tables stay in the cache.
 
     Returns:
       Kernel; where `lattice.exceeded`, it is wrong and wants a larger capacity. Up to three points at the origin touch
       vertices, so that the number of all is a multiple of 4: pydensecrf's lattice has them.
     """
-    return _prepare(features, num_points, normalization=normalization, capacity=capacity)
+    corners, room = features.shape[0] + 1, features.shape[1]
+    if capacity is None:
+        capacity = min(corners * room, max(1 << 15, room // 4))
+    return _prepare(features, num_points, np.int32(NORMALIZATIONS.index(normalization)), capacity=capacity)
 
 
 @arrays.compiled()
-def _prepare(features: jax.Array, num_points: jax.Array, *, normalization: str, capacity: int | None) -> Kernel:
+def _prepare(features: jax.Array, num_points: jax.Array, normalization: jax.Array, *, capacity: int) -> Kernel:
     index = jnp.arange(features.shape[1])
     touching = index < num_points + (-num_points) % 4
     lattice = permutohedral.build(features.T, touching, capacity)
     inside = (index < num_points).astype(jnp.float32)
-    if normalization == "none":
-        return Kernel(lattice, inside, inside)
     plain = Kernel(lattice, inside, inside)
     blocks = _blocks(num_points, features.shape[1])
-    sums = _splat_and_blur(plain, inside[:, None], _tables(plain, 1), blocks)[0]
+    sums = _blurred(_splat_and_blur(plain, inside[:, None], _tables(plain, 1), blocks), plain)
     size = _block_size(features.shape[1])
     put = lambda b, out: _put(out, b, _sliced(plain, sums, b, size))
-    norm = _loop(blocks, put, jnp.zeros((features.shape[1], 1), jnp.float32))[:, 0]
-    norm = jax.lax.rsqrt(norm + 1e-20) if normalization == "symmetric" else 1.0 / (norm + 1e-20)
-    norm = jnp.where(inside > 0, norm, 0.0)
-    return Kernel(lattice, inside if normalization == "after" else norm, inside if normalization == "before" else norm)
+    norm = _loop(blocks, put, jnp.zeros((features.shape[1], 1), jnp.float32))[:, 0] + 1e-20
+    symmetric, before, after = (normalization == NORMALIZATIONS.index(n) for n in NORMALIZATIONS[:3])
+    factor = lambda whole: jnp.where(symmetric, jax.lax.rsqrt(norm), jnp.where(whole, 1.0 / norm, 1.0))
+    return Kernel(lattice, *(jnp.where(index < num_points, factor(whole), 0.0) for whole in (before, after)))
 
 
 def infer(
@@ -137,8 +136,8 @@ def _infer(
 
         def update(b: jax.Array, out: jax.Array) -> jax.Array:
             scores = _at(unary, b, size)
-            for kernel, compat, (table, _) in zip(kernels, compats, tables, strict=True):
-                scores = scores - _energy(compat, _sliced(kernel, table, b, size))
+            for kernel, compat, pair in zip(kernels, compats, tables, strict=True):
+                scores = scores - _energy(compat, _sliced(kernel, _blurred(pair, kernel), b, size))
             # Else XLA computes the sums anew in each pass of the softmax.
             return _put(out, b, jax.nn.softmax(jax.lax.optimization_barrier(scores), axis=-1))
 
@@ -179,7 +178,7 @@ def _step(
     term = lambda factor: jnp.sum(jnp.where(marginals > 0, marginals * factor, 0.0), axis=-1)
     divergence = term(jnp.log(jnp.maximum(marginals, 1e-20))) + term(energies)
     for kernel, compat in zip(kernels, compats, strict=True):
-        table, _ = _splat_and_blur(kernel, marginals, _tables(kernel, num_classes), blocks)
+        table = _blurred(_splat_and_blur(kernel, marginals, _tables(kernel, num_classes), blocks), kernel)
         put = lambda b, out, kernel=kernel, compat=compat, table=table: _put(
             out, b, _energy(compat, _sliced(kernel, table, b, size))
         )
@@ -234,7 +233,7 @@ def _sliced(kernel: Kernel, table: jax.Array, b: jax.Array, size: int) -> jax.Ar
 def _splat_and_blur(
     kernel: Kernel, values: jax.Array, tables: tuple[jax.Array, jax.Array], blocks: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The tables after values [P, K] of so many blocks of points went in; with no blocks they stay as they are."""
+    """The tables after values [P, K] of so many blocks of points went in; with no blocks nothing happens."""
     lattice = kernel.lattice
     size = _block_size(values.shape[0])
     live = jnp.where(blocks > 0, jnp.minimum(lattice.num_vertices, lattice.capacity), 0)
@@ -254,23 +253,33 @@ def _splat_and_blur(
 
         return _loop(np.int32(lattice.vertex.shape[0]), corner, table)
 
-    def blur(ends: jax.Array) -> Callable[[jax.Array, Any], Any]:
+    def blur(direction: Any, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         def block(b: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             source, target = state
-            before, after = jax.lax.dynamic_slice(ends, (np.int32(0), start(b)), (2, rows))
+            here = np.int32(0)
+            before, after = jax.lax.dynamic_slice(lattice.neighbours, (direction, here, start(b)), (1, 2, rows))[0]
             row = lambda v: source.at[v].get(mode="promise_in_bounds")
             middle = jax.lax.dynamic_slice_in_dim(source, start(b), rows)
-            return source, jax.lax.dynamic_update_slice_in_dim(
-                target, middle + 0.5 * (row(before) + row(after)), start(b), axis=0
-            )
+            blurred = middle + 0.5 * (row(before) + row(after))
+            return source, jax.lax.dynamic_update_slice_in_dim(target, blurred, start(b), axis=0)
 
-        return block
+        return over_vertices(block, state)
 
-    source, target = over_vertices(clear, tables[0]), tables[1]
-    source = _loop(blocks, add, source)
-    for ends in lattice.neighbours:
-        target, source = over_vertices(blur(ends), (source, target))
-    return source, target
+    def two(pair: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        first, second = blur(2 * pair, state)
+        second, first = blur(2 * pair + 1, (second, first))
+        return first, second
+
+    # A loop over pairs of directions is compiled once and swaps nothing, so that XLA need not copy the tables.
+    directions = lattice.neighbours.shape[0]
+    tables = _loop(blocks, add, over_vertices(clear, tables[0])), tables[1]
+    tables = _loop(np.int32(directions // 2), two, tables)
+    return blur(np.int32(directions - 1), tables) if directions % 2 else tables
+
+
+def _blurred(tables: tuple[jax.Array, jax.Array], kernel: Kernel) -> jax.Array:
+    """The one of the tables that the last direction was blurred into."""
+    return tables[kernel.lattice.neighbours.shape[0] % 2]
 
 
 def in_frame(values: Any, room: int) -> np.ndarray:

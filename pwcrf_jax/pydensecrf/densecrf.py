@@ -98,7 +98,7 @@ class _Pairwise:
         """The filter, with room for all vertices."""
         if not self._known_to_fit:
             corners, room = self._features.shape[0] + 1, self._features.shape[1]
-            for capacity in (2 * room, corners * room):
+            for capacity in (room, corners * room):
                 if not self._kernel.lattice.exceeded:
                     break
                 self._kernel = self._prepared(capacity)

@@ -61,7 +61,7 @@ def unary_from_softmax(sm: Any, scale: float | None = None, clip: float | None =
       clip: the least probability; smaller ones are raised to it, as log 0 is infinite. None: as they are.
 
     Returns:
-      float32 [classes, points], -log p.
+      float32 [classes, points], -log p, C-contiguous.
 
     Raises:
       AssertionError: scale outside (0, 1].
@@ -78,7 +78,8 @@ def unary_from_softmax(sm: Any, scale: float | None = None, clip: float | None =
     if clip is not None:
         probs = np.clip(probs, clip, 1.0)
     with np.errstate(divide="ignore"):  # without `clip`, a label ruled out has an infinite energy
-        return -np.log(probs).reshape(classes, -1).astype(np.float32)
+        # C-contiguous also where the classes are the last axis in memory, as `setUnaryEnergy` wants it.
+        return -np.ascontiguousarray(np.log(probs).reshape(classes, -1), np.float32)
 
 
 def softmax_to_unary(sm: Any, GT_PROB: float = 1) -> np.ndarray:

@@ -16,7 +16,7 @@ def problem(seed, height, width):
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3))
     image = np.kron(coarse, np.ones((8, 8, 1)))[:height, :width] + rng.integers(-9, 9, (height, width, 3))
-    log_p = np.asarray(jax.nn.log_softmax(rng.normal(size=(height, width, K))), np.float32)
+    log_p = np.log(rng.dirichlet(np.ones(K), (height, width))).astype(np.float32)
     return log_p, image.clip(0, 255).astype(np.uint8)
 
 
@@ -72,6 +72,21 @@ def test_the_result_lies_where_the_scores_do():
     device = jax.devices()[-1]
     framed = dense_crf.refine(jax.device_put(log_p, device), jax.device_put(image, device), SMOOTHNESS, 2)[0]
     assert isinstance(framed, jax.Array) and framed.devices() == {device}
+
+
+@pytest.mark.full
+def test_images_of_a_batch_are_refined_each_by_itself():
+    images = [problem(seed, 33, 20) for seed in range(4)]
+    log_p, image = (np.stack(x).reshape(2, 2, *x[0].shape) for x in zip(*images, strict=True))
+    together, info = dense_crf.refine(log_p, image, BOTH, 2)
+    assert together.shape == log_p.shape and info.change.shape == (2, 2, 2)
+    vertices = 0
+    for i, one in zip(np.ndindex(2, 2), images, strict=True):
+        alone, without = dense_crf.refine(*one, BOTH, 2)
+        np.testing.assert_array_equal(together[i], alone)
+        np.testing.assert_array_equal(info.change[:, *i], without.change)
+        vertices += int(without.num_vertices)
+    assert info.num_vertices == vertices and not info.exceeded
 
 
 def test_the_filter_is_chosen_by_the_image_not_by_its_frame(monkeypatch):

@@ -95,7 +95,7 @@ def test_step_by_step_is_inference_and_the_divergence_is_the_sum_itself():
         np.testing.assert_allclose(np.array(q).T, marginals, atol=2e-4)
         pairs = sum(m @ marginals @ oracle.energies(c, K) for m, c in terms)
         divergence = (marginals * (np.log(marginals) + energies.T + pairs)).sum()
-        assert made.klDivergence(q) == pytest.approx(divergence, rel=1e-4)
+        assert made.klDivergence(q) == pytest.approx(divergence, rel=1e-3, abs=1e-2)
         made.stepInference(q, tmp1, tmp2)
     assert np.array_equal(shared, np.array(q)) and np.shares_memory(shared, np.asarray(q))
     np.testing.assert_allclose(np.array(made.inference(3)), shared, atol=1e-5)
@@ -167,6 +167,7 @@ def test_what_was_given_may_change_afterwards():
     np.testing.assert_array_equal(np.array(made.inference(2)), expected)
 
 
+@pytest.mark.full
 def test_a_lattice_of_more_vertices_than_expected_gets_room(monkeypatch):
     """Noise of tiny standard deviations: each point has vertices of its own."""
     rng = np.random.default_rng(7)
@@ -184,21 +185,27 @@ def test_a_lattice_of_more_vertices_than_expected_gets_room(monkeypatch):
     np.testing.assert_allclose(got, expected.T, atol=2e-4)
 
 
+@pytest.mark.full
 def test_frames_change_nothing(monkeypatch):
-    energies, image = problem(8)
-    expected = np.array(crf(energies, image).inference(3))
-    size = dense_points.frame_size
-    monkeypatch.setattr(dense_points, "frame_size", lambda n: 2 * size(n))
-    np.testing.assert_allclose(np.array(crf(energies, image).inference(3)), expected, atol=1e-6)
+    energies, _ = problem(8)
+    found = []
+    for room in (256, 512):
+        monkeypatch.setattr(dense_points, "frame_size", lambda n, room=room: room)
+        made = dcrf.DenseCRF2D(W, H, K)
+        made.setUnaryEnergy(energies)
+        made.addPairwiseGaussian(SXY, 3)
+        found.append(np.array(made.inference(3)))
+    np.testing.assert_allclose(*found, atol=1e-6)
+    assert np.abs(found[0] - oracle.softmax(-energies.T).T).max() > 0.1
 
 
 def test_frames_are_few():
-    sizes = np.arange(1, 300_000)
+    sizes = np.arange(1, 300_000, 53)
     frames = np.array([dense_points.frame_size(int(n)) for n in sizes])
     assert (frames >= sizes).all() and (np.diff(frames) >= 0).all()
     photographs = sizes >= 90_000
-    assert len(set(frames[photographs & (sizes <= 250_000)])) <= 4
-    assert (frames[photographs] <= 1.5 * sizes[photographs]).all()
+    assert (frames < 2 * sizes)[sizes > 256].all()
+    assert len(set(frames[photographs & (sizes <= 250_000)])) == 2
 
 
 def test_several_threads():
