@@ -360,7 +360,7 @@ def main():
     parser.add_argument("--photographs", type=int, help="of as many sizes in a new process (40; quick: 3)")
     parser.add_argument("--rounds", type=int, help="of new processes (3; quick: 1)")
     parser.add_argument("--cores", type=int, help="that this process and its children run on (all)")
-    parser.add_argument("--quick", action="store_true", help="under a minute; figures are rougher")
+    parser.add_argument("--quick", action="store_true", help="under two minutes; figures are rougher")
     args = parser.parse_args()
     amounts = dict(count=(40, 3), crops=(8, 1), repeats=(9, 3), batch=(8, 1), photographs=(40, 3), rounds=(3, 1))
     there = sorted(os.sched_getaffinity(0))
