@@ -123,7 +123,7 @@ def refine(
     height, width = size = unary.shape[-3:-1]
     method = gaussian.resolve_method(method, height * width)  # not by the frame's
     settings: dict[str, Any] = dict(num_iterations=num_iterations, normalization=normalization, method=method)
-    run = functools.partial(_refine, capacity=capacity, radius=radius, **settings)
+    run: Callable[..., Any] = functools.partial(_refine, capacity=capacity, radius=radius, **settings)
     frame = frame_side(height), frame_side(width)
     by_hand = frames.on_one_device(unary, image, mask, params)
     if by_hand and frame != size:
@@ -152,15 +152,15 @@ def frame_side(side: int) -> int:
 def _joined(done: list[tuple[jax.Array, RefineInfo]], batch: tuple[int, ...]) -> tuple[jax.Array, RefineInfo]:
     """Results of single images as those of their batch."""
     xp: Any = np if arguments.visible(done) else jnp  # NumPy compiles nothing
-    log_marginals, infos = [q for q, _ in done], RefineInfo(*zip(*[info for _, info in done], strict=True))
+    one, infos = done[0][0], [info for _, info in done]
     stack = lambda values, axis=0: xp.stack([xp.asarray(v) for v in values], axis)
     joined = (
-        stack(log_marginals).reshape(*batch, *log_marginals[0].shape),
-        stack(infos.change, -1).reshape(-1, *batch),
-        stack(infos.num_vertices).sum(dtype=np.int32),
-        stack(infos.exceeded).any(),
+        stack(q for q, _ in done).reshape(*batch, *one.shape),
+        stack((info.change for info in infos), -1).reshape(-1, *batch),
+        stack(info.num_vertices for info in infos).sum(dtype=np.int32),
+        stack(info.exceeded for info in infos).any(),
     )
-    first, *rest = (frames.beside(x, log_marginals[0]) if xp is np else x for x in joined)
+    first, *rest = (frames.beside(x, one) if xp is np else x for x in joined)
     return first, RefineInfo(*rest)
 
 

@@ -78,7 +78,8 @@ def prepare(
     corners, room = features.shape[0] + 1, features.shape[1]
     if capacity is None:
         capacity = min(corners * room, max(1 << 15, room // 4))
-    return _prepare(features, num_points, np.int32(NORMALIZATIONS.index(normalization)), capacity=capacity)
+    code = np.int32(NORMALIZATIONS.index(normalization))
+    return _prepare(*map(arrays.as_array, (features, num_points, code)), capacity=capacity)
 
 
 @arrays.compiled()
@@ -116,7 +117,8 @@ def infer(
     Returns:
       float32 [P, K]; beyond the points anything.
     """
-    return _infer(energies, kernels, compats, num_points, num_iterations)
+    given, points, iterations = map(arrays.as_array, (energies, num_points, num_iterations))
+    return _infer(given, kernels, tuple(map(arrays.as_array, compats)), points, iterations)
 
 
 @arrays.compiled()
@@ -159,7 +161,8 @@ def step(
     num_points: ArrayLike,
 ) -> Step:
     """One iteration from marginals float32 [P, K], finite beyond the points; the rest as in `infer`."""
-    return _step(marginals, energies, kernels, compats, num_points)
+    before, given, points = map(arrays.as_array, (marginals, energies, num_points))
+    return _step(before, given, kernels, tuple(map(arrays.as_array, compats)), points)
 
 
 @arrays.compiled()
@@ -188,7 +191,7 @@ def _step(
     return Step(jax.nn.softmax(scores, axis=-1), scores, last, divergence)
 
 
-def _loop(count: jax.Array, body: Callable[[jax.Array, Any], Any], state: Any) -> Any:
+def _loop(count: Any, body: Callable[[jax.Array, Any], Any], state: Any) -> Any:
     return jax.lax.fori_loop(np.int32(0), count, body, state)
 
 

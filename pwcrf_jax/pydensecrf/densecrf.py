@@ -357,7 +357,8 @@ def _sigmas(name: str, x: Any, count: int) -> np.ndarray:
 def _compatibility(compat: Any, num_labels: int) -> np.ndarray:
     """Energies, float32 [K] or [K, K] symmetric."""
     if isinstance(compat, Number):
-        return buffers.finite("compat", np.full(num_labels, -float(compat), np.float32))  # type: ignore[arg-type]
+        weight = float(compat)  # type: ignore[arg-type]  # complex ones raise TypeError
+        return buffers.finite("compat", np.full(num_labels, -weight, np.float32))
     ndim = getattr(compat, "ndim", None)
     if ndim is not None and ndim not in (1, 2):
         raise ValueError(

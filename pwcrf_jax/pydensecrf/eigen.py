@@ -22,7 +22,7 @@ class _Shared:
 
     def __buffer__(self, flags: int) -> memoryview:
         """The values, for `memoryview`."""
-        return memoryview(self.values)
+        return self.values.data
 
 
 class VectorXf(_Shared):
