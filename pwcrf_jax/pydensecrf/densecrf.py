@@ -345,7 +345,7 @@ def _member(name: str, kind: type[enum.IntEnum], x: Any) -> Any:
 
 def _sigmas(name: str, x: Any, count: int) -> np.ndarray:
     """float32 [count], of one for all or of as many."""
-    values = [x] * count if isinstance(x, Number) else list(x)
+    values: list[Any] = [x] * count if isinstance(x, Number) else list(x)
     if len(values) != count:
         raise ValueError(f"{name}: expected a number or {count} of them; got {len(values)}")
     made = np.array([float(v) for v in values], np.float32)
