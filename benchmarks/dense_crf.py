@@ -15,7 +15,7 @@ appearance sxy 80, srgb 13, compat 10; 10 iterations, symmetric normalisation.
 * filter: error of both lattices against the exact filter on random and on image features.
 * speed: seconds for one image of 500 x 375, from NumPy arrays in the layout each of them takes to the marginals (ours:
   their logarithms), set-up included, medians of interleaved calls after one of each; K = 21 and 60, ours also for a
-  batch of 8 and by pydensecrf's own calls (drop-in).
+  batch of 8, under jit (no frame, no look at values) and by pydensecrf's own calls (drop-in).
 * sizes: photographs of as many sizes in a new process, start and compilation included, by pydensecrf, by the same
   program with the drop-in and by ours, with an empty and a warm cache of compiled programs; dense_crf_sizes.py.
 * small images: where the exact filter is the faster one.
@@ -274,9 +274,11 @@ def speed(args, kept):
         log_probs = colour_classes(image, num_classes) if log_probs is None else log_probs
         batch = np.stack([log_probs] * args.batch), np.stack([image] * args.batch)
         unary = energies(log_probs)
+        jitted = jax.jit(lambda p, x: dense_crf.refine(p, x, PARAMS, ITERATIONS)[0])  # for this size, unchecked
         turns = {
             "pydensecrf": partial(timing.timed, run_rival, unary, image, PARAMS),
             "ours": partial(timing.timed, dense_crf.refine, log_probs, image, PARAMS, ITERATIONS),
+            "ours, under jit": partial(timing.timed, jitted, log_probs, image),
             "drop-in": partial(timing.timed, run_rival, unary, image, PARAMS, ITERATIONS, drop_in),
         }
         if num_classes == 21 and args.batch > 1:
@@ -290,6 +292,7 @@ def speed(args, kept):
             )
         ratios[num_classes] = median["pydensecrf"] / median["ours"]
         ratios[f"drop_in_{num_classes}"] = median["pydensecrf"] / median["drop-in"]
+        ratios[f"jit_{num_classes}"] = median["pydensecrf"] / median["ours, under jit"]
         if f"ours, batch of {args.batch}" in median:
             ratios["batch"] = median["pydensecrf"] / median[f"ours, batch of {args.batch}"]
             ratios["batch_gain"] = median["ours"] / median[f"ours, batch of {args.batch}"]

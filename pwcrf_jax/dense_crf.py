@@ -142,11 +142,12 @@ def refine(
 
 def frame_side(side: int) -> int:
     """The side in pixels of the frame in which `refine` puts an image with a side of so many: the same up to 64, else
-    rounded up to one of four sizes an octave, as 320, 384, 448 and 512."""
+    rounded up to one of four sizes an octave, as 320, 384, 448 and 512, or to 375 or 500, as most photographs of
+    ImageNet and VOC are."""
     if side <= 64:
         return side
     step = 1 << ((side - 1).bit_length() - 3)
-    return -(-side // step) * step
+    return min(n for n in (375, 500, -(-side // step) * step) if n >= side)
 
 
 def _joined(done: list[tuple[jax.Array, RefineInfo]], batch: tuple[int, ...]) -> tuple[jax.Array, RefineInfo]:

@@ -43,14 +43,10 @@ class Step(NamedTuple):
 
     Attributes:
       marginals: float32 [P, K], the new ones.
-      scores: float32 [P, K], their logarithms up to a constant of each point.
-      last: float32 [P, K], energies that the last kernel gives, 0 where there is none.
       divergence: float32 [P], the points' summands of the free energy of the marginals that went in.
     """
 
     marginals: jax.Array
-    scores: jax.Array
-    last: jax.Array
     divergence: jax.Array
 
 
@@ -176,7 +172,7 @@ def _step(
     room, num_classes = marginals.shape
     size, blocks = _block_size(room), _blocks(num_points, room)
     energies = energies.T
-    scores, last = -energies, jnp.zeros_like(energies)
+    scores = -energies
     # 0 log 0 = 0, also where the energy is infinite.
     term = lambda factor: jnp.sum(jnp.where(marginals > 0, marginals * factor, 0.0), axis=-1)
     divergence = term(jnp.log(jnp.maximum(marginals, 1e-20))) + term(energies)
@@ -185,10 +181,10 @@ def _step(
         put = lambda b, out, kernel=kernel, compat=compat, table=table: _put(
             out, b, _energy(compat, _sliced(kernel, table, b, size))
         )
-        last = _loop(blocks, put, jnp.zeros_like(energies))
-        scores = scores - last
-        divergence = divergence + jnp.sum(marginals * last, axis=-1)
-    return Step(jax.nn.softmax(scores, axis=-1), scores, last, divergence)
+        pairs = _loop(blocks, put, jnp.zeros_like(energies))
+        scores = scores - pairs
+        divergence = divergence + jnp.sum(marginals * pairs, axis=-1)
+    return Step(jax.nn.softmax(scores, axis=-1), divergence)
 
 
 def _loop(count: Any, body: Callable[[jax.Array, Any], Any], state: Any) -> Any:

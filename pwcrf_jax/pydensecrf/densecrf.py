@@ -178,9 +178,7 @@ class DenseCRF:
 
     def inference(self, niter: int) -> MatrixXf:
         """Marginals [labels, points] after niter iterations of mean field, at least 0."""
-        count = operator.index(niter)
-        if count < 0:
-            raise ValueError(f"niter: expected 0 or more; got {count}")
+        count = _count("niter", niter, 0)
         marginals = dense_points.infer(self._unary(), *self._terms(), np.int32(self._nvar), np.int32(count))
         made = MatrixXf()
         made.values = np.array(np.asarray(marginals)[: self._nvar]).T
@@ -195,8 +193,7 @@ class DenseCRF:
 
         Args:
           Q: of `startInference`; becomes the new marginals.
-          tmp1: becomes their logarithms up to a constant of each point.
-          tmp2: becomes the energies of the pairwise term that was added last.
+          tmp1, tmp2: of `startInference`. pydensecrf works in them and shows nothing of it; here they stay empty.
 
         Raises:
           TypeError: no MatrixXf.
@@ -204,9 +201,7 @@ class DenseCRF:
         """
         for name, matrix in (("tmp1", tmp1), ("tmp2", tmp2)):
             _check_matrix(name, matrix)
-        done = self._step(Q)
-        for matrix, values in ((Q, done.marginals), (tmp1, done.scores), (tmp2, done.last)):
-            matrix.fill(np.asarray(values)[: self._nvar].T)
+        Q.fill(np.asarray(self._step(Q).marginals)[: self._nvar].T)
 
     def klDivergence(self, Q: MatrixXf) -> float:
         """sum_i,x Q_i(x) (log Q_i(x) + U_i(x) + sum_k (mu_k K_k Q)_i(x)); errors as in `stepInference`."""
@@ -328,16 +323,25 @@ class DenseCRF2D(DenseCRF):
         over(features[1])[...] = (np.arange(self._h, dtype=np.float32) / y)[:, None]
 
 
-def _count(name: str, x: Any) -> int:
-    count = operator.index(x)
-    if count < 1:
-        raise ValueError(f"{name}: expected 1 or more; got {count}")
+def _count(name: str, x: Any, least: int = 1) -> int:
+    """An integer, or a float that is one: pydensecrf takes any float, and cuts it off."""
+    whole = isinstance(x, (float, np.floating)) and float(x).is_integer()
+    count = int(x) if whole else _index(name, x)
+    if count < least:
+        raise ValueError(f"{name}: expected {least} or more; got {count}")
     return count
+
+
+def _index(name: str, x: Any) -> int:
+    try:
+        return operator.index(x)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer; got {x!r}") from None
 
 
 def _member(name: str, kind: type[enum.IntEnum], x: Any) -> Any:
     try:
-        return kind(operator.index(x))
+        return kind(_index(name, x))
     except ValueError:
         known = ", ".join(kind.__members__)
         raise ValueError(f"{name}: expected one of {known}; got {x}") from None

@@ -137,6 +137,19 @@ def create_pairwise_bilateral(
     return np.concatenate([positions, channels]).reshape(len(shape) + len(channels), -1)
 
 
+def _create_pairwise_gaussian_2d(sx: float, sy: float, shape: Sequence[int]) -> np.ndarray:
+    """`create_pairwise_gaussian` of an image, divided in float64: pydensecrf's own tests hold the two together."""
+    rows, cols = np.indices((shape[0], shape[1]))
+    return np.stack([rows / sx, cols / sy]).reshape(2, -1).astype(np.float32)
+
+
+def _create_pairwise_bilateral_2d(sx: float, sy: float, sr: float, sg: float, sb: float, img: Any) -> np.ndarray:
+    """`create_pairwise_bilateral` of an RGB image, likewise."""
+    colours = np.moveaxis(np.asarray(img)[..., :3] / np.array([sr, sg, sb], np.float64), -1, 0)
+    positions = _create_pairwise_gaussian_2d(sx, sy, colours.shape[1:])
+    return np.concatenate([positions, colours.reshape(3, -1).astype(np.float32)])
+
+
 def _scales(name: str, given: Any, count: int, what: str) -> list[float]:
     scales = list(given)
     if len(scales) != count:

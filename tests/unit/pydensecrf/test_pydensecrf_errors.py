@@ -88,8 +88,6 @@ THEIRS = {
     "compat-list": (lambda m: gaussian(m, compat=[1.0, 2.0]), TypeError, "compat: expected an array.*got list"),
     "compat-none": (lambda m: gaussian(m, compat=None), TypeError, "compat"),
     "sxy-text": (lambda m: gaussian(m, sxy=("a", "b")), (TypeError, ValueError), "a"),
-    "iterations-float": (lambda m: crf(m).inference(2.5), TypeError, "float"),
-    "labels-float": (lambda m: m.DenseCRF(12, 2.5), TypeError, "float"),
     "step-array": (lambda m: stepped(m, np.zeros((K, H * W), np.float32)), TypeError, "expected .*MatrixXf, got"),
     "kl-array": (lambda m: crf(m).klDivergence(U), TypeError, "expected .*MatrixXf, got"),
 }
@@ -112,6 +110,9 @@ OURS = {
     "srgb-negative": (lambda m: bilateral(m, srgb=-1), ValueError, "srgb: expected positive"),
     "kernel": (lambda m: gaussian(m, kernel=7), ValueError, "kernel: expected one of CONST_KERNEL, .*; got 7"),
     "normalization": (lambda m: gaussian(m, normalization=-1), ValueError, "one of NO_NORMALIZATION, .*; got -1"),
+    "iterations-float": (lambda m: crf(m).inference(2.5), TypeError, "niter: expected an integer; got 2.5"),
+    "labels-float": (lambda m: m.DenseCRF(12, 2.5), TypeError, "nlabels: expected an integer; got 2.5"),
+    "width-text": (lambda m: m.DenseCRF2D("3", 4, 2), TypeError, "w: expected an integer; got '3'"),
     "no-points": (lambda m: m.DenseCRF(0, K), ValueError, "nvar: expected 1 or more; got 0"),
     "no-labels": (lambda m: m.DenseCRF2D(W, H, 0), ValueError, "nlabels: expected 1 or more; got 0"),
     "no-width": (lambda m: m.DenseCRF2D(-2, -3, 2), ValueError, "w: expected 1 or more; got -2"),
@@ -156,7 +157,7 @@ def test_what_is_taken():
         gaussian(dcrf, compat=compat)
     for sxy in (3, np.float32(2), (3, 4), [3.5, 1], np.array([1, 2])):
         gaussian(dcrf, sxy=sxy)
-    for sizes in ((np.int64(12), np.int32(2)), (12, 2, "more")):
+    for sizes in ((np.int64(12), np.int32(2)), (12, 2, "more"), (12.0, np.float32(2))):
         dcrf.DenseCRF(*sizes)
 
     class Own(dcrf.DenseCRF2D):

@@ -77,6 +77,18 @@ def test_features_of_an_image_without_channels():
     assert image[1, 2] == 5
 
 
+def test_names_of_pydensecrfs_own_tests():
+    image = np.random.default_rng(3).integers(0, 255, (5, 10, 3))
+    np.testing.assert_allclose(
+        utils._create_pairwise_gaussian_2d(1.5, 1.3, (5, 10)), utils.create_pairwise_gaussian((1.5, 1.3), (5, 10)), 1e-6
+    )
+    np.testing.assert_allclose(
+        utils._create_pairwise_bilateral_2d(1.5, 1.3, 3, 4, 5, image),
+        utils.create_pairwise_bilateral((1.5, 1.3), (3, 4, 5), image, 2),
+        1e-6,
+    )
+
+
 IMAGE = np.zeros((2, 3, 3), np.uint8)
 REFUSED = {
     "gt_prob": (lambda: utils.unary_from_labels([1], 2, 1.0), AssertionError, "must be in .0, 1.; got 1.0"),
@@ -120,6 +132,8 @@ def test_the_same_as_pydensecrfs():
         lambda m: m.create_pairwise_bilateral((3, 2.5), (13, 14, 15), image, 2),
         lambda m: m.create_pairwise_bilateral((3, 2.5), 0.5, image[..., 0]),
         lambda m: m.create_pairwise_bilateral((3, 2, 2), 13, image, -1),
+        lambda m: m._create_pairwise_gaussian_2d(1.5, 1.3, (6, 7)),
+        lambda m: m._create_pairwise_bilateral_2d(1.5, 1.3, 3, 4, 5, image),
     ]
     for call in calls:
         ours, expected = call(utils), call(theirs)
