@@ -201,7 +201,8 @@ class DenseCRF:
         """
         for name, matrix in (("tmp1", tmp1), ("tmp2", tmp2)):
             _check_matrix(name, matrix)
-        Q.fill(np.asarray(self._step(Q).marginals)[: self._nvar].T)
+        marginals = self._step(Q).marginals
+        Q.fill(np.asarray(marginals)[: self._nvar].T)
 
     def klDivergence(self, Q: MatrixXf) -> float:
         """sum_i,x Q_i(x) (log Q_i(x) + U_i(x) + sum_k (mu_k K_k Q)_i(x)); errors as in `stepInference`."""
