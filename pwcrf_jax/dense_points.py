@@ -21,7 +21,9 @@ from pwcrf_jax import arrays, permutohedral
 NORMALIZATIONS = ("symmetric", "before", "after", "none")
 """Normalisations of a kernel's filter; see `dense_crf.refine`."""
 
-_BLOCK = {"cpu": 4096}  # points at a time, whose values stay in the cache; elsewhere all of the frame: few large steps
+# Points at a time. On a CPU splatting is one thread's, and wants values that stay in the cache for all their corners; what
+# comes back is several threads', which want more of it. Elsewhere all of the frame: few large steps.
+_SPLATTED, _SLICED = {"cpu": 1024}, {"cpu": 8192}
 _VERTICES = 4096  # vertices blurred at a time
 
 
@@ -85,9 +87,8 @@ def _prepare(features: jax.Array, num_points: jax.Array, normalization: jax.Arra
     lattice = permutohedral.build(features.T, touching, capacity)
     inside = (index < num_points).astype(jnp.float32)
     plain = Kernel(lattice, inside, inside)
-    blocks = _blocks(num_points, features.shape[1])
-    sums = _blurred(_splat_and_blur(plain, inside[:, None], _tables(plain, 1), blocks), plain)
-    size = _block_size(features.shape[1])
+    sums = _blurred(_splat_and_blur(plain, inside[:, None], _tables(plain, 1), num_points), plain)
+    size, blocks = _blocks(_SLICED, num_points, features.shape[1])
     put = lambda b, out: _put(out, b, _sliced(plain, sums, b, size))
     norm = _loop(blocks, put, jnp.zeros((features.shape[1], 1), jnp.float32))[:, 0] + 1e-20
     symmetric, before, after = (normalization == NORMALIZATIONS.index(n) for n in NORMALIZATIONS[:3])
@@ -127,7 +128,7 @@ def _infer(
 ) -> jax.Array:
     unary = -energies.T
     room, num_classes = unary.shape
-    size, blocks = _block_size(room), _blocks(num_points, room)
+    size, blocks = _blocks(_SLICED, num_points, room)
 
     def iterate(i: jax.Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
         marginals, tables = state
@@ -140,7 +141,7 @@ def _infer(
             return _put(out, b, jax.nn.softmax(jax.lax.optimization_barrier(scores), axis=-1))
 
         marginals = _loop(blocks, update, marginals)
-        more = jnp.where(i < num_iterations, blocks, 0)  # the last marginals go nowhere
+        more = jnp.where(i < num_iterations, num_points, 0)  # the last marginals go nowhere
         pairs = zip(kernels, tables, strict=True)
         return marginals, tuple(_splat_and_blur(kernel, marginals, pair, more) for kernel, pair in pairs)
 
@@ -170,14 +171,14 @@ def _step(
     num_points: jax.Array,
 ) -> Step:
     room, num_classes = marginals.shape
-    size, blocks = _block_size(room), _blocks(num_points, room)
+    size, blocks = _blocks(_SLICED, num_points, room)
     energies = energies.T
     scores = -energies
     # 0 log 0 = 0, also where the energy is infinite.
     term = lambda factor: jnp.sum(jnp.where(marginals > 0, marginals * factor, 0.0), axis=-1)
     divergence = term(jnp.log(jnp.maximum(marginals, 1e-20))) + term(energies)
     for kernel, compat in zip(kernels, compats, strict=True):
-        table = _blurred(_splat_and_blur(kernel, marginals, _tables(kernel, num_classes), blocks), kernel)
+        table = _blurred(_splat_and_blur(kernel, marginals, _tables(kernel, num_classes), num_points), kernel)
         put = lambda b, out, kernel=kernel, compat=compat, table=table: _put(
             out, b, _energy(compat, _sliced(kernel, table, b, size))
         )
@@ -195,13 +196,10 @@ def _energy(compat: jax.Array, filtered: jax.Array) -> jax.Array:
     return filtered * compat[None] if compat.ndim == 1 else arrays.matmul(filtered, compat)
 
 
-def _block_size(room: int) -> int:
-    return min(_BLOCK.get(jax.default_backend(), room), room)
-
-
-def _blocks(num_points: jax.Array, room: int) -> jax.Array:
-    size = _block_size(room)
-    return (num_points + size - 1) // size
+def _blocks(sizes: dict[str, int], num_points: jax.Array, room: int) -> tuple[int, jax.Array]:
+    """(points of a block, number of blocks)."""
+    size = min(sizes.get(jax.default_backend(), room), room)
+    return size, (num_points + size - 1) // size
 
 
 def _at(x: jax.Array, b: jax.Array, size: int) -> jax.Array:
@@ -230,12 +228,12 @@ def _sliced(kernel: Kernel, table: jax.Array, b: jax.Array, size: int) -> jax.Ar
 
 
 def _splat_and_blur(
-    kernel: Kernel, values: jax.Array, tables: tuple[jax.Array, jax.Array], blocks: jax.Array
+    kernel: Kernel, values: jax.Array, tables: tuple[jax.Array, jax.Array], num_points: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The tables after values [P, K] of so many blocks of points went in; with no blocks nothing happens."""
+    """The tables after values [P, K] of so many points went in; with no points nothing happens."""
     lattice = kernel.lattice
-    size = _block_size(values.shape[0])
-    live = jnp.where(blocks > 0, jnp.minimum(lattice.num_vertices, lattice.capacity), 0)
+    size, blocks = _blocks(_SPLATTED, num_points, values.shape[0])
+    live = jnp.where(num_points > 0, jnp.minimum(lattice.num_vertices, lattice.capacity), 0)
     rows = min(_VERTICES, lattice.capacity)
     # The last block of vertices begins early instead of reaching over the end; the last row, of no vertex, stays 0.
     start = lambda b: jnp.minimum(b * rows, lattice.capacity - rows)
