@@ -21,8 +21,8 @@ from pwcrf_jax import arrays, permutohedral
 NORMALIZATIONS = ("symmetric", "before", "after", "none")
 """Normalisations of a kernel's filter; see `dense_crf.refine`."""
 
-# Points at a time. On a CPU splatting is one thread's, and wants values that stay in the cache for all their corners; what
-# comes back is several threads', which want more of it. Elsewhere all of the frame: few large steps.
+# Points at a time. On a CPU splatting is one thread's, and wants values that stay in the cache for all their corners;
+# what comes back is several threads', which want more of it. Elsewhere all of the frame: few large steps.
 _SPLATTED, _SLICED = {"cpu": 1024}, {"cpu": 8192}
 _VERTICES = 4096  # vertices blurred at a time
 
