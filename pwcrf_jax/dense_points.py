@@ -21,10 +21,11 @@ from pwcrf_jax import arrays, permutohedral
 NORMALIZATIONS = ("symmetric", "before", "after", "none")
 """Normalisations of a kernel's filter; see `dense_crf.refine`."""
 
-# Points at a time. On a CPU their values should stay in the cache for all their corners, and for the softmax that follows
-# (500 x 375 pixels, 21 labels, one core: 1.0 s for 10 iterations with 8192 sliced at a time, 0.84 s with 2048).
+# Points at a time. On a CPU their values should stay in the cache for all their corners, and for the softmax that
+# follows (500 x 375 pixels, 21 labels, one core: 1.0 s for 10 iterations with 8192 sliced at a time, 0.84 s with 2048).
 # Elsewhere all of the frame: few large steps.
 _SPLATTED, _SLICED = {"cpu": 1024}, {"cpu": 2048}
+_VERTICES = 4096  # vertices blurred at a time
 
 
 class Kernel(NamedTuple):
