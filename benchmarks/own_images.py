@@ -10,8 +10,9 @@
   averaged parameters. An effect is the mean of the runs with it minus that of those without. --alone: parts that have
   a run of their own beside these.
 * backbones: the same unary on EfficientNet-Lite0 and on MobileNetV2 (--init_from: its weights), three seeds, trained on
-  all training images for an equal time, scored on val after the last step. Seconds of a step are measured first, in
-  turns, on the cores at hand; --steps are EfficientNet-Lite0's.
+  all training images for an equal time, scored on val after the last step; with --held_out trained and scored as the
+  recipe. Seconds of a step are measured first, in turns, on the cores at hand; --steps are EfficientNet-Lite0's, up to
+  the layers that its own strides leave at stride 16.
 
 Both classes' sizes, steps and batches are for two CPU cores (`SETS`). Each run lies in a workdir of its own below
 --runs and goes on where it was stopped; what is finished is not done again. Figures go to benchmarks/results, one JSON
@@ -28,6 +29,8 @@ from typing import NamedTuple
 
 import jax
 import ladder
+import ladder_counts
+import ladder_models
 import ladder_table
 import numpy as np
 import timing
@@ -55,7 +58,7 @@ class Setting(NamedTuple):
 
 SETS = {
     "camvid": Setting("camvid", "train", 11, (240, 320), (360, 480), 480),
-    "animals": Setting("voc", "train", 21, (320, 320), (520, 520), 360, ladder.ANIMALS),
+    "animals": Setting("voc", "train", 21, (320, 320), (520, 520), 360, ladder_models.ANIMALS),
 }
 BATCH = 4
 PARTS = {
@@ -66,7 +69,18 @@ PARTS = {
 DESIGN = ((), ("jitter", "dice"), ("dropout", "dice"), ("jitter", "dropout"))
 """Each part is on in half of the runs, and there each other part in half."""
 DECAY = 0.99
-BACKBONES = ("efficientnet_lite", "mobilenet_v2")
+BACKBONES = {
+    "efficientnet_lite": {},
+    "efficientnet_lite_whole": {"model.efficientnet_lite.output": "stage6_0"},
+    "mobilenet_v2": {"model.backbone": "mobilenet_v2", "model.mobilenet_v2.freeze_until": "block_6"},
+    "mobilenet_v2_whole": {
+        "model.backbone": "mobilenet_v2",
+        "model.mobilenet_v2.freeze_until": "block_6",
+        "model.mobilenet_v2.output": "block_16",
+    },
+}
+"""The backbones that are compared, up to the layers of stride 16 that the published strides leave, or as a whole."""
+FIRST = "efficientnet_lite"
 
 
 def config_of(args, split):
@@ -86,18 +100,19 @@ def config_of(args, split):
 
 def on(config, backbone, init_from=""):
     """The configuration with another backbone."""
-    config.model.backbone = backbone
-    if backbone == "mobilenet_v2":
-        config.model.mobilenet_v2.freeze_until, config.init_from = "block_6", init_from
+    with config.unlocked():
+        config.update_from_flattened_dict(BACKBONES[backbone])
+    if config.model.backbone == "mobilenet_v2":
+        config.init_from = init_from
     return config
 
 
 def counts_of_images(config, model, params, dataset, split):
-    """int64 [images, 1 + bands, 3, K], as ladder.of_classes."""
+    """int64 [images, 1 + bands, 3, K], as ladder_counts.of_classes."""
     step = evaluate.make_eval_fn(config, model, devices=jax.devices()[:1])
     batches = eval_batches(dataset, split, batch_size=1, size=config.data.eval_size)
     sums = (step(params, evaluate.inputs_of(batch, 1))[0] for batch in batches)
-    return np.stack([ladder.of_classes(np.asarray(each.confusion["all"], np.int64)) for each in sums])
+    return np.stack([ladder_counts.of_classes(np.asarray(each.confusion["all"], np.int64)) for each in sums])
 
 
 def write(args, name, config, dataset, counts, **about):
@@ -168,8 +183,8 @@ class Step:
 def seconds(args):
     """{backbone: seconds of a training step}, medians of turns; kept, so that all seeds have equal steps."""
     path = path_of(args, "seconds")
-    if not path.exists():
-        steps_of = {b: Step(on(config_of(args, SETS[args.set].split), b, args.init_from)) for b in BACKBONES}
+    if not path.exists() or not set(args.only) <= set(json.loads(path.read_text())):
+        steps_of = {b: Step(on(config_of(args, SETS[args.set].split), b, args.init_from)) for b in args.only}
         turns = {b: (lambda run=run: timing.timed(run)) for b, run in steps_of.items()}
         taken = timing.interleaved(turns, 10, warm=2)
         ladder.write(path, {b: round(statistics.median(x), 4) for b, x in taken.items()})
@@ -178,20 +193,24 @@ def seconds(args):
 
 def backbones(args):
     taken = seconds(args)
+    trains, scored = SETS[args.set].split, "val"
+    if args.held_out:
+        trains, scored = (f"{trains}[{part}]" for part in (":80%", "80%:"))
     for seed in args.seeds:
-        for backbone in BACKBONES:
-            name = f"backbone_{backbone}_{seed}"
-            if backbone not in args.only or path_of(args, name).exists():
+        for backbone in args.only:
+            name = f"{'held_out' if args.held_out else 'backbone'}_{backbone}_{seed}"
+            if path_of(args, name).exists():
                 continue
-            config = on(config_of(args, SETS[args.set].split), backbone, args.init_from)
+            config = on(config_of(args, trains), backbone, args.init_from)
             config.seed = seed
-            config.train.steps = round(config.train.steps * taken[BACKBONES[0]] / taken[backbone])
+            config.train.steps = round(config.train.steps * taken[FIRST] / taken[backbone])
             workdir = Path(args.runs, f"{args.set}-{name}")
             loop.train_and_evaluate(config, str(workdir))
             config = configs.load(workdir / "config.json")
-            model, params, _, dataset = restore.load(config, str(workdir), "latest", "val")
-            counts = {"unary": counts_of_images(config, model, params, dataset, "val")}
-            write(args, name, config, dataset, counts, kind="backbone", backbone=backbone, seed=seed, seconds=taken)
+            model, params, _, dataset = restore.load(config, str(workdir), "latest", scored)
+            counts = {"unary": counts_of_images(config, model, params, dataset, scored)}
+            about = dict(kind="held out" if args.held_out else "backbone", backbone=backbone, seed=seed, seconds=taken)
+            write(args, name, config, dataset, counts, **about)
 
 
 def effect(runs, has, first="averaged", second="averaged"):
@@ -226,17 +245,19 @@ def summary(args):
             )  # fmt: skip
             out[f"{name} averaged"] = gain = [round(float(x), 2) for x in gain]
             print(f"  {'averaged':10s} {gain[0]:+.2f} [{gain[1]:+.2f}, {gain[2]:+.2f}]")
-        pairs = {b: {r["seed"]: r for r in of_set if r.get("backbone") == b} for b in BACKBONES}
-        seeds = sorted(set.intersection(*map(set, pairs.values())))
-        if seeds:
-            lite, mobile = ([pairs[b][s] for s in seeds] for b in BACKBONES)
-            counts = [[ladder_table.unpack(r["counts"])["unary"] for r in side] for side in (mobile, lite)]
-            gain = ladder_table.bootstrap(*counts, lite[0]["class_indices"], np.random.default_rng(0), over_seeds=True)
-            out[f"{name} backbones"] = gain = [round(float(x), 2) for x in gain]
-            said = {b: [pairs[b][s]["miou"]["unary"] for s in seeds] for b in BACKBONES}
-            steps_of = {b: pairs[b][seeds[0]]["steps"] for b in BACKBONES}
-            print(f"\n{name}, unary at equal time, seeds {seeds}: {said}, steps {steps_of}")
-            print(f"  EfficientNet-Lite0 over MobileNetV2: {gain[0]:+.2f} [{gain[1]:+.2f}, {gain[2]:+.2f}]")
+        for kind in ("held out", "backbone"):
+            by_seed = {b: {r["seed"]: r for r in of_set if r["kind"] == kind and r["backbone"] == b} for b in BACKBONES}
+            for other in (b for b in BACKBONES if b != FIRST):
+                if seeds := sorted(by_seed[FIRST].keys() & by_seed[other].keys()):
+                    first, second = ([by_seed[b][s] for s in seeds] for b in (FIRST, other))
+                    counts = [[ladder_table.unpack(r["counts"])["unary"] for r in side] for side in (first, second)]
+                    rng, classes = np.random.default_rng(0), first[0]["class_indices"]
+                    gain = ladder_table.bootstrap(*counts, classes, rng, over_seeds=True)
+                    out[f"{name} {kind} {other}"] = gain = [round(float(x), 2) for x in gain]
+                    values = [[r["miou"]["unary"] for r in side] for side in (first, second)]
+                    said = f"{name}, {kind}, unary at equal time, seeds {seeds}"
+                    print(f"\n{said}: {FIRST} {values[0]}, {other} {values[1]}")
+                    print(f"  {other} over {FIRST}: {gain[0]:+.2f} [{gain[1]:+.2f}, {gain[2]:+.2f}]")
     print(json.dumps(out))
 
 
@@ -250,7 +271,8 @@ def main():
     parser.add_argument("--alone", nargs="+", choices=list(PARTS), default=[], help="of the recipe, a run for each")
     parser.add_argument("--runs", default="runs/own", help="folder for the workdirs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", choices=BACKBONES, default=list(BACKBONES), help="of the backbones")
+    parser.add_argument("--only", nargs="+", choices=list(BACKBONES), default=list(BACKBONES), help="of the backbones")
+    parser.add_argument("--held_out", action="store_true", help="backbones on held-out training images in place of val")
     parser.add_argument("--steps", type=int, default=0, help="of EfficientNet-Lite0; 0: as in SETS")
     parser.add_argument("--results", type=Path, default=ladder_table.RESULTS, help="folder of the figures")
     args = parser.parse_args()
