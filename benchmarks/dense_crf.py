@@ -15,7 +15,9 @@ appearance sxy 80, srgb 13, compat 10; 10 iterations, symmetric normalisation.
 * filter: error of both lattices against the exact filter on random and on image features.
 * speed: seconds for one image of 500 x 375, from NumPy arrays in the layout each of them takes to the marginals (ours:
   their logarithms), set-up included, medians of interleaved calls after one of each; K = 21 and 60, ours also for a
-  batch of 4.
+  batch of 8, under jit (no frame, no look at values) and by pydensecrf's own calls (drop-in).
+* sizes: photographs of as many sizes in a new process, start and compilation included, by pydensecrf, by the same
+  program with the drop-in and by ours, with an empty and a warm cache of compiled programs; dense_crf_sizes.py.
 * small images: where the exact filter is the faster one.
 * devices (where the backend is not a CPU): milliseconds of both filters at 500 x 375 and 1024 x 2048 and images
   a second, with the share of the rate of a plain matrix product that the exact one reaches.
@@ -31,6 +33,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import dense_crf_sizes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +45,7 @@ from pwcrf_jax import dense_crf, gaussian
 from pwcrf_jax.data import eval_batches, load_dataset
 from pwcrf_jax.model import decode
 from pwcrf_jax.prediction import restore
+from pwcrf_jax.pydensecrf import densecrf as drop_in
 
 try:
     import pydensecrf.densecrf as rival
@@ -64,9 +68,9 @@ def energies(log_probs):
     return np.ascontiguousarray(-log_probs.reshape(-1, log_probs.shape[-1]).T)
 
 
-def run_rival(unary, image, params, num_iterations=ITERATIONS):
+def run_rival(unary, image, params, num_iterations=ITERATIONS, module=rival):
     """Energies [K, H W] -> marginals [K, H W]."""
-    crf = rival.DenseCRF2D(image.shape[1], image.shape[0], len(unary))
+    crf = module.DenseCRF2D(image.shape[1], image.shape[0], len(unary))
     crf.setUnaryEnergy(unary)
     if params.smoothness_compat is not None:
         crf.addPairwiseGaussian(sxy=params.smoothness_sxy, compat=params.smoothness_compat)
@@ -259,7 +263,7 @@ def _normalized(points, values, method):
 
 
 def speed(args, kept):
-    """{K: ratio}, seconds interleaved."""
+    """Ratios by what is compared, seconds interleaved."""
     image = next((x for _, x in kept if x.shape[:2] in (SIZE, SIZE[::-1])), None)
     where = "a sample image" if image is not None else "a made-up image"
     image = made_up_photograph(0) if image is None else image
@@ -270,9 +274,12 @@ def speed(args, kept):
         log_probs = colour_classes(image, num_classes) if log_probs is None else log_probs
         batch = np.stack([log_probs] * args.batch), np.stack([image] * args.batch)
         unary = energies(log_probs)
+        jitted = jax.jit(lambda p, x: dense_crf.refine(p, x, PARAMS, ITERATIONS)[0])  # for this size, unchecked
         turns = {
             "pydensecrf": partial(timing.timed, run_rival, unary, image, PARAMS),
             "ours": partial(timing.timed, dense_crf.refine, log_probs, image, PARAMS, ITERATIONS),
+            "ours, under jit": partial(timing.timed, jitted, log_probs, image),
+            "drop-in": partial(timing.timed, run_rival, unary, image, PARAMS, ITERATIONS, drop_in),
         }
         if num_classes == 21 and args.batch > 1:
             turns[f"ours, batch of {args.batch}"] = partial(timing.timed, dense_crf.refine, *batch, PARAMS, ITERATIONS)
@@ -284,8 +291,11 @@ def speed(args, kept):
                 flush=True,
             )
         ratios[num_classes] = median["pydensecrf"] / median["ours"]
+        ratios[f"drop_in_{num_classes}"] = median["pydensecrf"] / median["drop-in"]
+        ratios[f"jit_{num_classes}"] = median["pydensecrf"] / median["ours, under jit"]
         if f"ours, batch of {args.batch}" in median:
             ratios["batch"] = median["pydensecrf"] / median[f"ours, batch of {args.batch}"]
+            ratios["batch_gain"] = median["ours"] / median[f"ours, batch of {args.batch}"]
     return ratios
 
 
@@ -349,10 +359,15 @@ def main():
     parser.add_argument("--count", type=int, help="images compared in all (40; quick: 3)")
     parser.add_argument("--crops", type=int, help="images compared with the exact CRF (8; quick: 1)")
     parser.add_argument("--repeats", type=int, help="timed calls (9; quick: 3)")
-    parser.add_argument("--batch", type=int, help="of ours, beside the single image (4; quick: none)")
-    parser.add_argument("--quick", action="store_true", help="under a minute; figures are rougher")
+    parser.add_argument("--batch", type=int, help="of ours, beside the single image (8; quick: none)")
+    parser.add_argument("--photographs", type=int, help="of as many sizes in a new process (40; quick: 3)")
+    parser.add_argument("--rounds", type=int, help="of new processes (3; quick: 1)")
+    parser.add_argument("--cores", type=int, help="that this process and its children run on (all)")
+    parser.add_argument("--quick", action="store_true", help="under two minutes; figures are rougher")
     args = parser.parse_args()
-    for name, whole, quick in (("count", 40, 3), ("crops", 8, 1), ("repeats", 9, 3), ("batch", 4, 1)):
+    amounts = dict(count=(40, 3), crops=(8, 1), repeats=(9, 3), batch=(8, 1), photographs=(40, 3), rounds=(3, 1))
+    there = sorted(os.sched_getaffinity(0))
+    for name, (whole, quick) in (amounts | {"cores": (len(there), len(there))}).items():
         if getattr(args, name) is None:
             setattr(args, name, quick if args.quick else whole)
         if getattr(args, name) < 1:
@@ -365,13 +380,19 @@ def main():
         parser.error(f"--images {args.images}: no such folder")
     if args.images and len(args.workdir) > 1:
         parser.error("--images takes one --workdir at most")
+    os.sched_setaffinity(0, there[: args.cores])  # before JAX counts them
     device = jax.devices()[0]
-    print(f"{device.platform}, {device.device_kind}, {os.cpu_count()} cores, JAX {jax.__version__}", flush=True)
+    print(
+        f"{device.platform}, {device.device_kind}, {min(args.cores, len(there))} cores, JAX {jax.__version__}",
+        flush=True,
+    )
     kept = []
     label_agreement, difference = agreement(args, kept)
     cause(kept, args)
     errors = filter_errors(args, kept)
     ratios = speed(args, kept)
+    paths = read_images(args.images) if args.images else []
+    of_sizes = dense_crf_sizes.run(dense_crf_sizes.photographs_of_many_sizes(paths, args.photographs), args.rounds)
     if not args.quick:
         crossover()
     summary = dict(
@@ -380,8 +401,8 @@ def main():
         speed_ratio=round(ratios[21], 3),
         speed_ratio_k60=round(ratios[60], 3),
     )
-    if "batch" in ratios:
-        summary["speed_ratio_batch"] = round(ratios["batch"], 3)
+    named = {key: ratio for key, ratio in ratios.items() if isinstance(key, str)}
+    summary |= {f"speed_ratio_{key}": round(ratio, 3) for key, ratio in named.items()} | of_sizes
     summary["filter_errors"] = {name: [round(float(e), 6) for e in error] for name, error in errors.items()}
     if device.platform != "cpu":
         summary |= devices(args)

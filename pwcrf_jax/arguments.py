@@ -65,6 +65,11 @@ def numbers(
     return cast(jax.Array, values)
 
 
+def largest(x: jax.Array) -> jax.Array:
+    """The maximum, NaN if there is any: on a CPU XLA's own passes over some."""
+    return jnp.where(jnp.any(jnp.isnan(x)), jnp.nan, jnp.max(x))
+
+
 def integer(name: str, x: Any, least: int) -> None:
     """Refuses, with ValueError, what is neither None nor an integer of at least so much."""
     if x is not None and not (isinstance(x, (int, np.integer)) and x >= least):
@@ -101,4 +106,4 @@ def points(features: Any, mask: Any = None) -> tuple[jax.Array, jax.Array | None
 @arrays.compiled()
 def _furthest(features: jax.Array, mask: jax.Array | None) -> jax.Array:
     size = jnp.abs(features.astype(jnp.float32))
-    return jnp.max(size if mask is None else jnp.where(mask[..., None], size, 0.0))
+    return largest(size if mask is None else jnp.where(mask[..., None], size, 0.0))

@@ -9,6 +9,7 @@ by mean field: log Q_i = log P_i - sum_kernels mu (K Q)_i - const, all pixels at
 normalisations mean what they mean in pydensecrf, and a pixel's own marginal is part of what it receives, as there.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from pwcrf_jax import arguments, arrays, gaussian, permutohedral
+from pwcrf_jax import arguments, arrays, frames, gaussian, permutohedral
 
 NORMALIZATIONS = ("symmetric", "before", "after", "none")
 """Normalisations of a kernel's filter; see `refine`."""
@@ -76,6 +77,11 @@ def refine(
 ) -> tuple[jax.Array, RefineInfo]:
     """Sharpens per-pixel log-probabilities along the edges of the image.
 
+    Outside of `jit`, images lie in frames of a few sizes, see `frame_side`, so that a folder of images of all sizes
+    compiles few programs; the rest of a frame is masked and changes nothing. On a CPU, images of a batch are then
+    refined side by side, each with a lattice of its own, unless a capacity is given. Inside, all are compiled as they
+    are.
+
     Args:
       unary_log_probs: float [..., H, W, K], log P; exp sums to 1 over K.
       image: [..., H, W, 3], RGB 0..255, uint8 or float.
@@ -114,17 +120,49 @@ def refine(
     params = _checked_params(params, unary.shape[-1])
     if radius is None and params.smoothness_compat is not None:
         radius = gaussian.radius_of(params.smoothness_sxy)
-    return _refine(
-        unary,
-        image,
-        params,
-        mask,
-        num_iterations=num_iterations,
-        normalization=normalization,
-        method=method,
-        capacity=capacity,
-        radius=radius,
+    height, width = size = unary.shape[-3:-1]
+    method = gaussian.resolve_method(method, height * width)  # not by the frame's
+    settings: dict[str, Any] = dict(num_iterations=num_iterations, normalization=normalization, method=method)
+    run: Callable[..., Any] = functools.partial(_refine, capacity=capacity, radius=radius, **settings)
+    frame = frame_side(height), frame_side(width)
+    by_hand = frames.on_one_device(unary, image, mask, params)
+    if by_hand and frame != size:
+        unary, image, mask = frames.padded(unary, image, mask, frame)
+    _check_values(unary, image, mask)
+    if by_hand and unary.ndim > 3 and method == "lattice" and capacity is None and jax.default_backend() == "cpu":
+        framed, info = _joined(frames.one_by_one(run, unary, image, params, mask), unary.shape[:-3])
+    else:
+        framed, info = run(unary, image, params, mask)
+    if framed.shape[-3:-1] == size:
+        return framed, info
+    if not arguments.visible(framed):  # constants of a function that is being traced
+        return framed[..., :height, :width, :], info
+    return frames.beside(np.asarray(framed)[..., :height, :width, :], framed), info
+
+
+def frame_side(side: int) -> int:
+    """The side in pixels of the frame in which `refine` puts an image with a side of so many: the same up to 64, else
+    rounded up to one of four sizes an octave, as 320, 384, 448 and 512, or to 375 or 500, as most photographs of
+    ImageNet and VOC are."""
+    if side <= 64:
+        return side
+    step = 1 << ((side - 1).bit_length() - 3)
+    return min(n for n in (375, 500, -(-side // step) * step) if n >= side)
+
+
+def _joined(done: list[tuple[jax.Array, RefineInfo]], batch: tuple[int, ...]) -> tuple[jax.Array, RefineInfo]:
+    """Results of single images as those of their batch."""
+    xp: Any = np if arguments.visible(done) else jnp  # NumPy compiles nothing
+    one, infos = done[0][0], [info for _, info in done]
+    stack = lambda values, axis=0: xp.stack([xp.asarray(v) for v in values], axis)
+    joined = (
+        stack(q for q, _ in done).reshape(*batch, *one.shape),
+        stack((info.change for info in infos), -1).reshape(-1, *batch),
+        stack(info.num_vertices for info in infos).sum(dtype=np.int32),
+        stack(info.exceeded for info in infos).any(),
     )
+    first, *rest = (frames.beside(x, one) if xp is np else x for x in joined)
+    return first, RefineInfo(*rest)
 
 
 def _like_unary(unary: jax.Array, *_: Any, **__: Any) -> tuple[jax.Array, RefineInfo]:
@@ -243,25 +281,34 @@ def _message(compat: jax.Array, filter_: _Filter) -> _Filter:
     return lambda q: -arrays.matmul(filter_(q), symmetric)
 
 
+def _expect(ok: Any, what: str, got: Any) -> None:
+    if not ok:
+        arguments.fail(what, got)
+
+
 def _check(unary: jax.Array, image: jax.Array, mask: jax.Array | None) -> None:
-    """Refuses what would silently give garbage. Values are looked at only where they are at hand, outside of jit."""
-    expect = lambda ok, what, got: arguments.fail(what, got) if not ok else None
-    expect(unary.ndim >= 3, "unary_log_probs: expected [..., H, W, K], classes last", f"shape {unary.shape}")
-    expect(unary.size, "unary_log_probs: expected images, pixels and classes", f"shape {unary.shape}")
-    expect(jnp.issubdtype(unary.dtype, jnp.floating), "unary_log_probs: expected floats", unary.dtype)
+    """Refuses shapes and dtypes that would silently give garbage."""
+    _expect(unary.ndim >= 3, "unary_log_probs: expected [..., H, W, K], classes last", f"shape {unary.shape}")
+    _expect(unary.size, "unary_log_probs: expected images, pixels and classes", f"shape {unary.shape}")
+    _expect(jnp.issubdtype(unary.dtype, jnp.floating), "unary_log_probs: expected floats", unary.dtype)
     wanted = (*unary.shape[:-1], 3)
-    expect(image.shape == wanted, f"image: expected RGB of the unary's size, shape {wanted}", f"shape {image.shape}")
+    _expect(image.shape == wanted, f"image: expected RGB of the unary's size, shape {wanted}", f"shape {image.shape}")
     floats = jnp.issubdtype(image.dtype, jnp.floating)
-    expect(floats or image.dtype == jnp.uint8, "image: expected uint8, or floats 0..255", image.dtype)
+    _expect(floats or image.dtype == jnp.uint8, "image: expected uint8, or floats 0..255", image.dtype)
     if mask is not None:
-        expect(mask.shape == unary.shape[:-1], f"mask: expected shape {unary.shape[:-1]}", f"shape {mask.shape}")
-        expect(mask.dtype == bool, "mask: expected bool", mask.dtype)
+        _expect(mask.shape == unary.shape[:-1], f"mask: expected shape {unary.shape[:-1]}", f"shape {mask.shape}")
+        _expect(mask.dtype == bool, "mask: expected bool", mask.dtype)
+
+
+def _check_values(unary: jax.Array, image: jax.Array, mask: jax.Array | None) -> None:
+    """Refuses values that would silently give garbage, where they are at hand, outside of jit."""
     if not arguments.visible(unary, image, mask):
         return
+    floats = jnp.issubdtype(image.dtype, jnp.floating)
     with jax.ensure_compile_time_eval():  # constants of a function that is being traced
         low, high, worst, darkest, brightest = (float(x) for x in _extremes(unary, image, mask))
     total = "unary_log_probs: expected log-probabilities whose exp sums to 1 over the last axis"
-    expect(not np.isnan(worst), total, "NaN, or infinite scores")
+    _expect(not np.isnan(worst), total, "NaN, or infinite scores")
     if low >= 0 and high <= 1 and high > 0:
         arguments.fail(total, f"values {low:.3g} to {high:.3g}, which look like probabilities: take their logarithm")
     if low >= 0 and high > 0:
@@ -269,9 +316,9 @@ def _check(unary: jax.Array, image: jax.Array, mask: jax.Array | None) -> None:
     if worst > (5e-2 if unary.dtype.itemsize == 2 else 1e-2):  # log(1 / 150) in bfloat16 is off by 0.01
         arguments.fail(total, f"a sum off by {worst:.3g}: apply jax.nn.log_softmax to scores")
     colours = "image: expected colours 0..255"
-    expect(not (np.isnan(darkest) or np.isnan(brightest)), colours, "NaN")
-    expect(darkest >= 0 and brightest <= 255, colours, f"{darkest:.4g} to {brightest:.4g}: undo any normalisation")
-    expect(not floats or brightest == 0 or brightest > 1, colours, f"floats up to {brightest:.3g}: multiply by 255")
+    _expect(not (np.isnan(darkest) or np.isnan(brightest)), colours, "NaN")
+    _expect(darkest >= 0 and brightest <= 255, colours, f"{darkest:.4g} to {brightest:.4g}: undo any normalisation")
+    _expect(not floats or brightest == 0 or brightest > 1, colours, f"floats up to {brightest:.3g}: multiply by 255")
 
 
 def _check_options(
@@ -316,11 +363,11 @@ def _extremes(unary: jax.Array, image: jax.Array, mask: jax.Array | None) -> tup
     valid = jnp.ones(unary.shape[:-1], bool) if mask is None else mask
     unary, image = unary.astype(jnp.float32), image.astype(jnp.float32)
     inside = lambda x, fill: jnp.where(valid[..., None], x, fill)
-    off = jnp.abs(jnp.sum(jnp.exp(unary), axis=-1) - 1.0)
+    off = jnp.where(valid, jnp.abs(jnp.sum(jnp.exp(unary), axis=-1) - 1.0), 0.0)
     return (
         jnp.min(inside(unary, jnp.inf)),
         jnp.max(inside(unary, -jnp.inf)),
-        jnp.max(jnp.where(valid, off, 0.0)),
+        arguments.largest(off),
         jnp.min(inside(image, 255.0)),
-        jnp.max(inside(image, 0.0)),
+        arguments.largest(inside(image, 0.0)),
     )

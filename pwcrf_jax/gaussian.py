@@ -58,13 +58,18 @@ def prepare(
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     features, mask = arguments.points(features, mask)
-    if method == "auto":
-        small = features.shape[-2] <= EXACT_POINTS.get(jax.default_backend(), 0)
-        method = "exact" if small else "lattice"
-    if method == "lattice":
+    if resolve_method(method, features.shape[-2]) == "lattice":
         return permutohedral.build(features, mask, capacity)
     mask = jnp.ones(features.shape[:-1], bool) if mask is None else mask
     return Points(jnp.asarray(features, jnp.float32), jnp.asarray(mask))
+
+
+def resolve_method(method: str, num_points: int) -> str:
+    """What a method of `METHODS`, a str, comes to with num_points points of an image: "auto" goes by them and the
+    default device, others are what they are."""
+    if method != "auto":
+        return method
+    return "exact" if num_points <= EXACT_POINTS.get(jax.default_backend(), 0) else "lattice"
 
 
 def apply(prepared: Points | permutohedral.Lattice, values: ArrayLike) -> jax.Array:

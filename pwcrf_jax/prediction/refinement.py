@@ -104,23 +104,9 @@ def refine_image(log_probs: np.ndarray, image: np.ndarray, settings: RefineSetti
       (log-probabilities float32 [H, W, K], change float32 [num_iterations], the largest of each iteration).
     """
     params, num_iterations, method = settings
-    height, width = image.shape[:2]
-    frame = frame_of(height, width, (np.inf, np.inf))
-    padding = [(0, n - at) for n, at in zip(frame, (height, width), strict=True)]
-    log_probs, image = (np.pad(x, [*padding, (0, 0)]) for x in (log_probs, image))
-    mask = np.pad(np.ones((height, width), bool), padding)
-    radius = gaussian.radius_of(params.smoothness_sxy)
+    frame = [dense_crf.frame_side(side) for side in image.shape[:2]]  # not the image's: capacities are static too
     for capacity in _capacities(frame):
-        refined, info = dense_crf.refine(
-            log_probs,
-            image,
-            params,
-            num_iterations,
-            mask=mask,
-            method=method,
-            capacity=capacity,
-            radius=radius,
-        )
+        refined, info = dense_crf.refine(log_probs, image, params, num_iterations, method=method, capacity=capacity)
         if not np.any(info.exceeded):
             break
-    return np.asarray(refined)[:height, :width], np.asarray(info.change)
+    return np.asarray(refined), np.asarray(info.change)

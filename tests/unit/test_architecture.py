@@ -12,11 +12,15 @@ import pytest
 import pwcrf_jax
 
 PACKAGE = Path(pwcrf_jax.__file__).parent
-ROOMS = ("core", "nets", "model", "runtime", "data", "config", "prediction", "evaluation", "report", "training", "cli")
+ROOMS = (
+    *("core", "pydensecrf", "nets", "model", "runtime", "data", "config", "prediction", "evaluation", "report"),
+    *("training", "cli"),
+)
 """Nothing imports from a room that stands after its own. The core is what lies at the top of the package."""
 LIBRARIES = {
     # Beside the standard library and those of the rooms before. `data` takes none but its own: it knows no jax.
     "core": {"jax", "numpy"},
+    "pydensecrf": set(),
     "nets": {"flax", "h5py", "safetensors"},
     "model": set(),
     "runtime": {"orbax", "absl", "tqdm", "tensorboardX", "etils", "optax", "PIL"},
@@ -179,11 +183,12 @@ def test_settings_are_read_by_string_key_in_config_alone():
 
 
 def test_the_core_is_typed_by_rule():
-    """setup.cfg names each file of the core, as it has no pattern for files of a folder alone."""
+    """setup.cfg names each file of the core, as it has no pattern for files of a folder alone; and the drop-in."""
     settings = configparser.ConfigParser()
     settings.read(PACKAGE.parent / "setup.cfg")
     (named,) = [name for name in settings.sections() if name.startswith("mypy-pwcrf_jax.")]
     core = {f"pwcrf_jax.{p.stem}" for p in PACKAGE.glob("*.py")} - {"pwcrf_jax.__init__", "pwcrf_jax.__main__"}
+    core |= {"pwcrf_jax.pydensecrf.*"}
     assert set(named.removeprefix("mypy-").split(",")) == core
     assert settings[named].getboolean("disallow_untyped_defs")
 

@@ -132,11 +132,14 @@ def test_readme_examples_run():
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_dense_crf_example_runs():
-    (code,) = blocks((ROOT / "docs/dense-crf.md").read_text(), "python")
+    code, with_calls_of_pydensecrf = blocks((ROOT / "docs/dense-crf.md").read_text(), "python")
     scope = {}
     with jax.default_device(jax.devices("cpu")[0]):
         exec(compile(code, "dense-crf.md", "exec"), scope)
     assert scope["labels"].shape == (2, 40, 60) and jax.numpy.isfinite(scope["to_crf"]) and scope["to_crf"] != 0
+    exec(compile(with_calls_of_pydensecrf, "dense-crf.md", "exec"), scope)
+    labels, probs = scope["labels"], scope["softmax"]
+    assert labels.shape == (12, 18) and (labels != probs.argmax(0)).any() and len(set(labels.flat)) > 1
 
 
 @pytest.mark.usefixtures("quick_compilation")

@@ -28,7 +28,7 @@ FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 NO_ARRAYS = {
     *("costs.Cost", "costs.default_chunk_edges", "costs.sender_runs", "costs.chunk_rows", "costs.pairwise_loss"),
     *("costs.factored_messages", "costs.table_messages", "costs.algorithm", "gaussian.pair", "gaussian.radius_of"),
-    *("plan.Row", "plan.Plan", "plan.plan", "relations.Relation"),
+    *("plan.Row", "plan.Plan", "plan.plan", "relations.Relation", "dense_crf.frame_side", "gaussian.resolve_method"),
     *("nets.LoadReport", "nets.WeightsError", "nets.grid_size", "nets.load_pretrained"),
 }
 
