@@ -255,7 +255,7 @@ def minimise(
         gain = -slope @ direction
         if not gain / 2 > TOLERANCE:
             break
-        share = min(1.0, 1.0 / np.abs(direction).max())  # a first step knows no scale
+        share = 1.0 if known else min(1.0, 1.0 / np.abs(direction).max())  # a first step knows no scale
         moved = None
         while moved is None and passes < PASSES and share * gain > TOLERANCE / 100:
             tried = x + share * direction

@@ -150,7 +150,7 @@ class _Loss:
     accumulate: int
 
     def with_keys(self, batch: Batch, step: jax.Array) -> Batch:
-        """The batch, with a key of each image for dropout, and one for the noise of its evidence, where there is such."""
+        """The batch, with a key of each image for dropout and one for the noise of evidence, where there is such."""
         kinds = {"dropout_keys": _DROPOUT} if self.model.dropout else {}
         kinds |= {"evidence_keys": _EVIDENCE} if self.settings.has_evidence_noise else {}
         for name, kind in kinds.items():

@@ -108,7 +108,8 @@ def test_what_is_found_is_a_minimum_of_the_oracles_likelihood(tmp_path, monkeypa
     x = np.concatenate([[np.log(temperature), weight], np.log(of_labels).ravel()])
     ridge = penalised(x) - of_oracle(asked, temperature, weight, np.outer(*of_labels[0]))
     assert found.nll_after == pytest.approx(penalised(x) - ridge, abs=1e-4)
-    assert found.nll_before == pytest.approx(of_oracle(asked, 1, 1, np.ones((K, K))), abs=1e-4) > found.nll_after
+    assert found.nll_before == pytest.approx(of_oracle(asked, 1, 1, np.ones((K, K))), abs=1e-4)
+    assert found.nll_before > found.nll_after + 0.05
     slope = crf_oracle.numerical_gradient(penalised, x, 1e-5)
     assert np.abs(slope[: len(slope) if method == "nll_labels" else 2]).max() < 4e-3
     # The config that it makes is decoded as it was found.
