@@ -35,7 +35,7 @@ CACHE_BYTES = 4 * 2**30
 RIDGE = 1e-3
 """Times the sum of the squared logarithms of labels' weights, in nats: few cells of a split show a rare label."""
 
-TOLERANCE = 1e-6  # nats; a search ends where the next step is expected to gain less
+TOLERANCE = 1e-5  # nats; a search ends where the next step is expected to gain less
 PASSES = 60  # of a search, at most
 SUBSET = 4  # of so many batches one is taken to come near, where there are at least twice as many
 

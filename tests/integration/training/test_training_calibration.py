@@ -111,7 +111,7 @@ def test_what_is_found_is_a_minimum_of_the_oracles_likelihood(tmp_path, monkeypa
     assert found.nll_before == pytest.approx(of_oracle(asked, 1, 1, np.ones((K, K))), abs=1e-4)
     assert found.nll_before > found.nll_after + 0.05
     slope = crf_oracle.numerical_gradient(penalised, x, 1e-5)
-    assert np.abs(slope[: len(slope) if method == "nll_labels" else 2]).max() < 4e-3
+    assert np.abs(slope[: len(slope) if method == "nll_labels" else 2]).max() < 1e-2
     # The config that it makes is decoded as it was found.
     configs.apply_values(config, found.config)
     configs.validate(config, num_devices=1)
@@ -130,7 +130,7 @@ def test_the_minimum_of_an_ill_scaled_function_is_found_without_rising():
 
     x, value, inverse = calibration.minimise(function, np.zeros(3))
     np.testing.assert_allclose(x, best, atol=2e-3)
-    assert value == min(seen) < 1e-5 < seen[0] and len(seen) < calibration.PASSES
+    assert value == min(seen) < 1e-4 < seen[0] and len(seen) < calibration.PASSES
     before = len(seen)
     again, _, _ = calibration.minimise(function, x + 1e-2, inverse)
     np.testing.assert_allclose(again, best, atol=2e-3)
