@@ -1,6 +1,6 @@
 """One thing computed in two ways: is the package's way the faster, and by how much.
 
-    python benchmarks/algorithms.py [--parts depthwise heads messages] [--quick]
+    python benchmarks/algorithms.py [--parts depthwise heads messages rows] [--quick]
 
 * depthwise: MobileNetV2 at three scales of 360 x 480; depthwise convolutions as shifted sums, against XLA's grouped
   convolution.
@@ -13,6 +13,8 @@
   ten iterations by each ("table" forms its scores before the first), what `costs.algorithm` chooses for 3 and for 10
   iterations, and what that costs beside the faster one (1.00: it is the faster). Tables above `costs.TABLE_BYTES` are
   left out.
+* rows: inference of an evaluation step with two relations on 33 x 42 cells, 40 classes, 10 iterations: the rows unary
+  and all (`config.eval.each_relation=False`), against these and a row of each relation.
 
 Medians of interleaved calls in one process. Ends with one line of JSON; a ratio above 1 means that ours is faster.
 """
@@ -28,9 +30,11 @@ import numpy as np
 import timing
 
 from pwcrf_jax import config as configs
-from pwcrf_jax import costs, nets, relations
+from pwcrf_jax import costs, mean_field, nets, relations
 from pwcrf_jax.configs import camvid_mobilenet_v2, voc_vgg16
+from pwcrf_jax.evaluation.steps import decode_rows
 from pwcrf_jax.messages import compute_messages, prepare_messages
+from pwcrf_jax.model.segmenter import Potentials
 from pwcrf_jax.potentials import factored_pairwise
 
 # Depthwise convolutions.
@@ -173,7 +177,35 @@ def messages(repeats, quick):
     return {"worst_regret": max(row[f"regret_{n}"] for row in rows for n in (3, 10)), "rows": rows}
 
 
-PARTS = {"depthwise": depthwise, "heads": heads, "messages": messages}
+# Rows of the evaluation table.
+
+
+def rows(repeats, quick):
+    height, width, k, hidden = (12, 16, 11, 64) if quick else (33, 42, 40, 192)
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape).astype(np.float32))
+    boxes = {"surrounding": GRID5, "above_below": relations.Relation("above", (-0.4, 0.0), (-0.2, 0.2), grid=5)}
+    pairs = {}
+    for name, box in boxes.items():
+        sides = draw(1, height, width, hidden), draw(1, height, width, hidden)
+        offsets = relations.offsets(box, height, width)
+        pairs[name] = factored_pairwise(*sides, 0.1 * draw(hidden, k, k), draw(k, k), offsets)
+    potentials = Potentials(draw(1, height, width, k), pairs)
+    settings = mean_field.Settings(num_iterations=10, weights=dict.fromkeys(pairs, 1.0), average_messages=True)
+    size = 16 * height, 16 * width
+    valid = np.int32([[0, 0, *size]])
+    few = {"unary": (), "all": tuple(pairs)}
+    turns = {}
+    for kind, of in (("two", few), ("four", few | {name: (name,) for name in pairs})):
+        run = jax.jit(lambda p, of=of: {row: x[0] for row, x in decode_rows(p, of, settings, valid, size).items()})
+        turns[kind] = partial(timing.timed, run, potentials)
+    median = timing.medians(turns, repeats)
+    ratio = median["four"] / median["two"]
+    print(f"  two rows {median['two']:.3f} s   four rows {median['four']:.3f} s   ratio {ratio:.2f}", flush=True)
+    return {"ratio": round(ratio, 3), **{f"{kind}_seconds": round(s, 4) for kind, s in median.items()}}
+
+
+PARTS = {"depthwise": depthwise, "heads": heads, "messages": messages, "rows": rows}
 
 
 def main():

@@ -25,7 +25,7 @@ def get_config(variant="residual"):
     config.model.hidden = 192
     # The pair terms cannot lower the unary when they do not train the features.
     config.model.pairwise_trains_features = False
-    # Balance and weights of the relations: chosen on held-out training images (benchmarks/RESULTS.md, "The ladder").
+    # Balance and weights of the relations: chosen on held-out training images (docs/experiments/ladder.md).
     config.loss.balance_power = 0.3
     config.loss.pairwise_balance_power = 0.6
     config.crf.weights = (0.25, 0.5)

@@ -93,9 +93,13 @@ def augments(config: ConfigDict) -> bool:
 
 
 def table_rows(config: ConfigDict) -> dict[str, tuple[str, ...]]:
-    """Rows of the evaluation table that differ in relations: the unary alone, each of them added to it, all of them."""
+    """Rows of the evaluation table that differ in relations: the unary alone, each of them added to it, all of them.
+
+    Those of each relation are left out where config.eval.each_relation is False.
+    """
     names = crf_relations(config)
-    return {"unary": ()} | {name: (name,) for name in names} | {"all": names}
+    each = names if config.eval.each_relation else ()
+    return {"unary": ()} | {name: (name,) for name in each} | {"all": names}
 
 
 def final_row(config: ConfigDict) -> str:

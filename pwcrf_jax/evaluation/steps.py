@@ -85,7 +85,9 @@ def decode_rows(potentials, rows, settings, valid_box, size) -> dict[str, decode
     """`decode.decode` with the relations of each row; and "convs", if the potentials are of such a model."""
     coarse = potentials._replace(refinement_logits=None)
     of = lambda names: dataclasses.replace(settings, weights={name: settings.weights[name] for name in names})
-    decoded = {row: decode.decode(coarse, valid_box, size, of(names)) for row, names in rows.items()}
+    apart = dict.fromkeys(map(tuple, rows.values()))  # with one relation its row and "all" are the same
+    by_relations = {names: decode.decode(coarse, valid_box, size, of(names)) for names in apart}
+    decoded = {row: by_relations[tuple(names)] for row, names in rows.items()}
     if potentials.refinement_logits is not None:
         logits = potentials.refinement_logits
         decoded["convs"] = decode.with_refinement_convs(decoded["all"], logits, valid_box, size)

@@ -20,7 +20,7 @@ from pwcrf_jax.cli import check, command
 from pwcrf_jax.data import DATASETS
 
 ROOT = Path(__file__).resolve().parents[3]
-TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")
+TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md", "benchmarks/RESULTS.md")
 DOCS = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").rglob("*.md"))]
 IDS = [str(path.relative_to(ROOT)) for path in DOCS]
 URL = re.search(r"^url = (\S+)$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)[1]

@@ -90,6 +90,19 @@ def test_eval_over_eight_devices_equals_one(config):
         np.testing.assert_allclose(one.change[row], eight.change[row], rtol=1e-4, atol=1e-6)
 
 
+def test_rows_of_each_relation_can_be_left_out(config):
+    model, rng = configs.build_model(config), np.random.default_rng(3)
+    params, every = restore.init_params(model, 0), configs.table_rows(config)
+    config.eval.each_relation = False
+    assert list(configs.table_rows(config)) == ["unary", "all"] and len(every) == 4
+    potentials = model.apply({"params": params}, _batch(rng, 1)["image"])
+    box, settings = np.int32([[0, 0, 64, 80]]), configs.crf_settings(config)
+    decoded = lambda rows: eval_steps.decode_rows(potentials, rows, settings, box, (64, 80))
+    few, four = decoded(configs.table_rows(config)), decoded(every)
+    for row, found in few.items():
+        np.testing.assert_array_equal(found.log_marginals, four[row].log_marginals)
+
+
 @pytest.mark.parametrize("name", full_but(["demo", "camvid_mobilenet_v2", "voc_vgg16"], "demo"))
 def test_steps_lower_for_accelerators(name):
     config = {"demo": demo, "camvid_mobilenet_v2": camvid_mobilenet_v2, "voc_vgg16": voc_vgg16}[name].get_config()
