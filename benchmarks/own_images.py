@@ -130,7 +130,7 @@ def recipe(args):
         if path_of(args, name).exists():
             continue
         config = config_of(args, trains)
-        config.optimizer.ema_decay = DECAY
+        config.optimizer.ema_decay, config.loss.dice_weight = DECAY, 0.0  # what is on in the configuration
         with config.unlocked():
             for part in parts:
                 config.update_from_flattened_dict(PARTS[part])

@@ -10,6 +10,7 @@ from pwcrf_jax.configs import image_folder_mobilenet_v2
 
 def get_config():
     config = image_folder_mobilenet_v2.get_config()
+    config.loss.dice_weight = 0.0  # as in the ladder's figures
     config.data.name = "voc"
     config.data.num_classes = 21
     config.data.partial = True  # any folder in this layout
