@@ -255,9 +255,7 @@ KEYS = {
     "tta.flip": Key(Flag(), False, "take the mirrored image as well"),
     "eval.batch_size": Key(_BATCH, 8, "images a step, over all devices and hosts"),
     "eval.classes": Key(_NAMES, (), "names of the classes that means are taken over; (): all"),
-    "eval.each_relation": Key(
-        Flag(), True, "a row of each relation alone in the table: half of inference"
-    ),
+    "eval.each_relation": Key(Flag(), True, "a row of each relation alone in the table: half of inference"),
     "eval.panel": Key(Number(int, 0, 64), 4, "validation images that TensorBoard shows at each evaluation of training"),
 }
 """All keys but those of relations, in the order in which they are shown."""
