@@ -80,8 +80,8 @@ TRAINED = {
     "own features": {"model.pairwise_features": "own"},
     "through mean field": {"loss.objective": "unrolled_mean_field_staged", "loss.pairwise_balance_power": -1.0},
     "twice the steps": {"train.steps": 2},  # times as many
-    "refinement convolutions": {"model.refinement_convs.layers": ladder.MIDDLE},
-    "refinement convolutions, four times the steps": {"model.refinement_convs.layers": ladder.MIDDLE, "train.steps": 4},
+    "refinement convolutions": {"model.refinement_convs.layers": "middle"},  # those of the set
+    "refinement convolutions, four times the steps": {"model.refinement_convs.layers": "middle", "train.steps": 4},
 }
 FROM_THE_START = {
     "joint": {},
@@ -105,6 +105,8 @@ def config_of(args, name, seed, split):
     changes = dict(changes)
     if "train.steps" in changes:
         changes["train.steps"] *= config.train.steps
+    if "model.refinement_convs.layers" in changes:
+        changes["model.refinement_convs.layers"] = ladder.SETS[args.set].middle
     if "grid" in changes:
         changes |= dict.fromkeys((f"relations.{r}.grid" for r in config.model.relations), changes.pop("grid"))
     with config.unlocked():

@@ -1,30 +1,37 @@
-"""The table, the intervals and the picture of `ladder.py`'s figures."""
+"""The figures of `ladder.py`: what is kept of a run, means over seeds, intervals, which of them may be compared."""
 
 import base64
+import itertools
 import json
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from pwcrf_jax.model.counts import BAND_WIDTHS
-from pwcrf_jax.runtime import files
 
 RESULTS = Path(__file__).parent / "results"
 RUNGS = ("baseline", "pyramid", "multiscale", "refined", "contextual", "convs")
 # Rungs that are another's run, decoded or refined in another way.
-RUN_OF = {"refined": "multiscale", "convs": "contextual", "unrolled_tuned": "unrolled"}
-BESIDE = ("joint", "joint_features", "unrolled", "unrolled_tuned", "unrolled_joint")
-# Piecewise, through mean field.
-OBJECTIVES = (("contextual", "unrolled"), ("contextual", "unrolled_tuned"), ("joint", "unrolled_joint"))
-OTHER = "the other ladder's "
+RUN_OF = {"refined": "multiscale", "convs": "contextual", "unrolled_tuned": "unrolled", "ensemble": "multiscale"}
+BESIDE = ("ensemble", "joint", "joint_features", "unrolled", "unrolled_tuned", "unrolled_joint")
 # Figures with other ones are of another ladder.
 SIZES = ("steps", "batch_size", "crop_size", "pair_steps", "pair_balance", "boxes", "unseen")
+SIZES += ("folds", "init_from", "ensemble_steps")
+_UNSAID = {"unseen": 0, "folds": 0, "init_from": "", "ensemble_steps": 0}  # of results that do not say
 EVAL_SPLIT = "val"
 BOOTSTRAP = 2000  # draws of an interval
 # What a rung's own figure is, and the row that each comparison takes.
 ROW = {"baseline": "all", "pyramid": "all", "multiscale": "all", "refined": "refined"}
-ROW |= {"contextual": "refined", "convs": "refined"}
+ROW |= {"contextual": "refined", "convs": "refined", "ensemble": "refined"}
+
+
+class Cell(NamedTuple):
+    """Which training of a rung: its seed, and the fold that it was scored on; None where a set has no folds."""
+
+    seed: int
+    fold: int | None = None
 
 
 def pack(counts):
@@ -54,31 +61,95 @@ def scores(counts, classes):
 
 def sizes_in(result):
     """The sizes that a result depends on."""
-    rung = RUN_OF.get(result.get("rung"), result.get("rung"))
+    said = result.get("rung")
+    rung, of_pairs = RUN_OF.get(said, said), ("pair_steps", "pair_balance", "boxes")
     without = {"contextual": (), "unrolled": ("pair_balance",), "joint": ("pair_steps", "pair_balance")}
     without |= dict.fromkeys(("joint_features", "unrolled_joint"), without["joint"])
-    without = without.get(rung, ("pair_steps", "pair_balance", "boxes") if rung in RUNGS else ())
-    return {k: result.get(k, 0 if k == "unseen" else None) for k in SIZES if k not in without}
+    without = without.get(rung, of_pairs if rung in RUNGS else ())
+    without += () if said == "ensemble" else ("ensemble_steps",)
+    return {k: result.get(k, _UNSAID.get(k)) for k in SIZES if k not in without}
+
+
+def drawn_scores(seeds, classes, picks):
+    """Mean IoU of each seed over images that were drawn, float [seeds, draws].
+
+    seeds: counts [images, 1 + bands, 3, K], one a seed, of the same images. picks: int [draws, images], their indices.
+    """
+    times = np.stack([np.bincount(pick, minlength=len(seeds[0])) for pick in picks]).astype(np.float64)
+    of = lambda x: (times @ x[:, 0].reshape(len(x), -1)).reshape(len(picks), 1, *x.shape[2:])
+    return np.stack([scores(of(x), classes)["miou"] for x in seeds])
 
 
 def bootstrap(first, second, classes, rng, over_seeds=False):
     """Difference second - first of mean IoU, averaged over seeds, and its 95 % interval over images.
 
-    first, second: lists of counts [images, 1 + bands, 3, K], one a seed, of the same images.
+    first, second: lists of counts [images, 1 + bands, 3, K], one a seed, of the same images; first None: of second
+      itself.
     over_seeds: the interval is over seeds as well, which are drawn as the images are.
     """
-    gain = lambda a, b, pick: scores(b[pick].sum(0), classes)["miou"] - scores(a[pick].sum(0), classes)["miou"]
-    pairs, every = list(zip(first, second, strict=True)), np.arange(len(first[0]))
-    mean = lambda pick, pairs: np.mean([gain(*pair, pick) for pair in pairs])
-    drawn = []
+    every, picks, seeds = np.arange(len(second[0])), [], []
     for _ in range(BOOTSTRAP):
-        chosen = rng.choice(len(pairs), len(pairs)) if over_seeds else range(len(pairs))
-        drawn.append(mean(rng.choice(every, len(every)), [pairs[i] for i in chosen]))
-    return mean(every, pairs), *np.percentile(drawn, (2.5, 97.5))
+        seeds.append(rng.choice(len(second), len(second)) if over_seeds else np.arange(len(second)))
+        picks.append(rng.choice(every, len(every)))
+    of = lambda picks: drawn_scores(second, classes, picks) - (drawn_scores(first, classes, picks) if first else 0)
+    drawn = np.take_along_axis(of(picks), np.stack(seeds, axis=1), axis=0).mean(0)
+    return of([every]).mean(), *np.percentile(drawn, (2.5, 97.5))
+
+
+class Figures:
+    """The figures of a set, of which some may be compared.
+
+    Attributes:
+      found: {rung: {`Cell`: result}}.
+      counts: {rung: {`Cell`: {row: counts}}}.
+      classes: indices of those that are scored.
+    """
+
+    def __init__(self, found):
+        self.found = found
+        self.counts = {rung: {cell: unpack(r["counts"]) for cell, r in runs.items()} for rung, runs in found.items()}
+        self.classes = next(iter(next(iter(found.values())).values()))["class_indices"]
+
+    def seeds(self, *which):
+        """(counts of every seed, of each (rung, row) of `which`; the seeds; the folds) that all of them have.
+
+        Folds are images of one set: a seed's counts are those of all of them. Where not every seed has every fold, the
+        choice that keeps most trainings is taken, of equals the one with more folds.
+        """
+        have = lambda rung, row: {cell for cell, rows in self.counts.get(rung, {}).items() if row in rows}
+        cells = set.intersection(*(have(*one) for one in which))
+        folds = sorted({cell.fold for cell in cells}, key=lambda fold: (fold is not None, fold))
+        choices = []
+        for n in range(len(folds), 0, -1):
+            for chosen in itertools.combinations(folds, n):
+                seeds = sorted(s for s in {c.seed for c in cells} if all(Cell(s, f) in cells for f in chosen))
+                choices.append((seeds, chosen))
+        seeds, chosen = max(choices, key=lambda x: len(x[0]) * len(x[1]), default=([], ()))
+        of = lambda rung, row, s: np.concatenate([self.counts[rung][Cell(s, f)][row] for f in chosen])
+        return [[of(*one, seed) for seed in seeds] for one in which], seeds, chosen
+
+    def compare(self, first, second, over_seeds=False):
+        """[gain of (rung, row) over (rung, row), its interval's ends, number of seeds]; None where no seed has both."""
+        (a, b), seeds, _ = self.seeds(first, second)
+        if not seeds:
+            return None
+        rng = np.random.default_rng(0)  # of its own, so that an interval does not depend on what else there is
+        return [round(float(x), 2) for x in bootstrap(a, b, self.classes, rng, over_seeds)] + [len(seeds)]
+
+    def values(self, rung, row):
+        """({name of a score: [value of each seed]}, number of folds); both empty where no seed has it."""
+        (counts,), seeds, folds = self.seeds((rung, row))
+        found = [scores(x.sum(0), self.classes) for x in counts]
+        return ({k: [float(f[k]) for f in found] for k in found[0]} if seeds else {}), len(folds)
+
+    def interval(self, rung, row):
+        """(mean over seeds, low, high): mean IoU and its 95 % interval over images and seeds."""
+        (counts,), _, _ = self.seeds((rung, row))
+        return bootstrap(None, counts, self.classes, np.random.default_rng(0), over_seeds=True)
 
 
 def figures_in(folder, name):
-    """{rung: {seed: result}} of a set.
+    """{rung: {`Cell`: result}} of a set.
 
     Raises:
       SystemExit: they are of different sizes, or of different pilots.
@@ -87,7 +158,7 @@ def figures_in(folder, name):
     for rung in (*RUNGS, *BESIDE):
         for path in sorted(folder.glob(f"ladder_{name}_{rung}_[0-9]*.json")):
             result = json.loads(path.read_text())
-            found.setdefault(rung, {})[result["seed"]] = result
+            found.setdefault(rung, {})[Cell(result["seed"], result.get("fold"))] = result
     sizes = [sizes_in(r) for runs in found.values() for r in runs.values()]
     if mixed := [k for k in SIZES if len({json.dumps(s[k]) for s in sizes if k in s}) > 1]:
         raise SystemExit(f"{folder}: figures of {name} with different {', '.join(mixed)}: not one ladder")
@@ -95,138 +166,11 @@ def figures_in(folder, name):
     for rungs, start, what in (
         (("contextual", "convs"), "crf.", "weights or iterations"),  # the same messages
         (("unrolled_tuned",), "crf.", "weights or iterations"),
-        *(((rung,), "refine.", f"dense CRFs of rung {rung}") for rung in ("refined", "contextual", "convs")),
+        *(((rung,), "refine.", f"dense CRFs of rung {rung}") for rung, row in ROW.items() if row == "refined"),
     ):
-        if len({said(r.get("tuned"), start) for rung in rungs for r in found.get(rung, {}).values()}) > 1:
+        of_pilot = {}  # folds have two pilots, see `ladder_models.tuned_on`
+        for r in (r for rung in rungs for r in found.get(rung, {}).values()):
+            of_pilot.setdefault(r.get("tuned_on"), set()).add(said(r.get("tuned"), start))
+        if any(len(kinds) > 1 for kinds in of_pilot.values()):
             raise SystemExit(f"{folder}: figures of {name} with different {what}: not of one pilot")
     return found
-
-
-def summary(args):
-    """Prints the table of the figures in args.results, and one line of JSON.
-
-    args.against: folder of another ladder whose objectives and unary are compared with, or None. args.picture: file of
-    a picture, or None.
-    """
-    out = {}
-    for name in sorted({path.name.split("_")[1] for path in args.results.glob("ladder_*_[0-9]*.json")}):
-        found = figures_in(args.results, name)
-        classes = next(iter(next(iter(found.values())).values()))["class_indices"]
-        others = {OTHER + rung: runs for rung, runs in figures_in(args.against, name).items()} if args.against else {}
-        counts = {
-            rung: {seed: unpack(r["counts"]) for seed, r in runs.items()} for rung, runs in (found | others).items()
-        }
-
-        def compare(a, b, counts=counts, classes=classes, over_seeds=False):
-            """(rung, row) against (rung, row), over the seeds that both have."""
-            have = lambda which: {seed for seed, rows in counts.get(which[0], {}).items() if which[1] in rows}
-            seeds = sorted(have(a) & have(b))
-            if not seeds:
-                return None
-            pick = lambda which: [counts[which[0]][seed][which[1]] for seed in seeds]
-            rng = np.random.default_rng(0)  # of its own, so that an interval does not depend on what else there is
-            return [round(float(x), 2) for x in bootstrap(pick(a), pick(b), classes, rng, over_seeds)] + [len(seeds)]
-
-        print(f"\n{name}: mean over seeds (range), % ; gain over the rung before with its 95 % interval over images")
-        before = None
-        for rung in (r for r in RUNGS if r in found):
-            runs = [r["rows"][ROW[rung]] for r in found[rung].values()]
-            value = lambda key, runs=runs: np.array([r[key] for r in runs])
-            miou, gain = value("miou"), compare((before, ROW[before]), (rung, ROW[rung])) if before else None
-            said = f"{gain[0]:+.2f} [{gain[1]:+.2f}, {gain[2]:+.2f}]" if gain else ""
-            spread = f"{miou.mean():6.2f} ({miou.min():.2f}-{miou.max():.2f}), {len(runs)} seeds"
-            print(f"  {rung:12s} {spread}   {said:24s} "
-                  + "  ".join(f"{k} {value(k).mean():.2f}" for k in runs[0] if k != "miou"))  # fmt: skip
-            before = rung
-        figures = {}
-        if crf := compare(("contextual", "unary"), ("contextual", "all")):
-            _, low, high, _ = compare(("contextual", "unary"), ("contextual", "all"), over_seeds=True)
-            print(f"  contextual pairwise over the same model's unary: {crf[0]:+.2f} [{crf[1]:+.2f}, {crf[2]:+.2f}]; "
-                  f"over seeds too [{low:+.2f}, {high:+.2f}]")  # fmt: skip
-            figures |= dict(crf_gain=crf[0], crf_gain_low=crf[1], crf_gain_high=crf[2], seeds=crf[3])
-            figures |= dict(crf_gain_low_over_seeds=low, crf_gain_high_over_seeds=high)
-        if convs := compare(("contextual", "all"), ("contextual", "convs")):
-            print(
-                f"  refinement convolutions, without any dense CRF: {convs[0]:+.2f} [{convs[1]:+.2f}, {convs[2]:+.2f}]"
-            )
-            figures |= dict(convs_gain_without_dense_crf=convs[0])
-        for rung, key in (("joint", "joint_unary_minus_alone"), ("joint_features", "joint_features_unary_minus_alone")):
-            if joint := compare(("multiscale", "unary"), (rung, "unary")):
-                gain = compare((rung, "unary"), (rung, "all"))
-                print(f"  {rung}: unary minus the unary alone {joint[0]:+.2f} [{joint[1]:+.2f}, {joint[2]:+.2f}], "
-                      f"its relations {gain[0]:+.2f} [{gain[1]:+.2f}, {gain[2]:+.2f}], {gain[3]} seeds")  # fmt: skip
-                figures |= {key: joint[0]}
-        for rung in ("unrolled", "unrolled_tuned"):
-            if gain := compare((rung, "unary"), (rung, "all")):
-                print(f"  {rung}: its relations {gain[0]:+.2f} [{gain[1]:+.2f}, {gain[2]:+.2f}], {gain[3]} seeds")
-                figures |= {f"{rung}_gain": gain[0], f"{rung}_gain_low": gain[1]}
-        pairs = [
-            (a + first, b + second) for first, second in OBJECTIVES for a, b in (("", ""), (OTHER, ""), ("", OTHER))
-        ]
-        for first, second in pairs:
-            if more := compare((first, "all"), (second, "all")):
-                print(f"  {second} over {first}: {more[0]:+.2f} [{more[1]:+.2f}, {more[2]:+.2f}], {more[3]} seeds")
-        alone = OTHER + "multiscale", "unary"
-        for row, kinds in (("unary", ("steps",)), ("all", ("steps", "pair_steps"))):
-            if more := compare(alone, ("contextual", row)):
-                _, low, high, _ = compare(alone, ("contextual", row), over_seeds=True)
-                one, other = (next(iter(runs.values())) for runs in (found["contextual"], others[alone[0]]))
-                print(f"  contextual, row {row} ({' + '.join(str(one[k]) for k in kinds)} steps) "
-                      f"over {OTHER}unary ({other['steps']}): {more[0]:+.2f} [{more[1]:+.2f}, {more[2]:+.2f}]; "
-                      f"over seeds too [{low:+.2f}, {high:+.2f}], {more[3]} seeds")  # fmt: skip
-        refines = ("refined", "contextual", "convs")  # multiscale's files may hold a dense CRF of an earlier pilot
-        best = max(
-            scores(n.sum(0), classes)["miou"]
-            for rung in found
-            for rows in counts[rung].values()
-            for row, n in rows.items()
-            if row != "refined" or rung in refines
-        )
-        print_curve(args, name)
-        out[name] = figures | {f"best_{name}_val_miou": round(best, 2)}
-        if args.picture:
-            picture(Path(args.picture).with_stem(f"{Path(args.picture).stem}_{name}"), name, found)
-    print(json.dumps(out))
-
-
-def print_curve(args, name):
-    paths = sorted(args.results.glob(f"curve_{name}_*.json"))
-    results = sorted(
-        (json.loads(path.read_text()) for path in paths), key=lambda r: (r["unary"], r["share"], r["seed"])
-    )
-    if results:
-        print("  relations on unaries of several strengths: mean IoU of the unary, then gain at each message weight")
-    for r in results:
-        counts, rng = unpack(r["counts"]), np.random.default_rng(0)
-        gains = [
-            bootstrap([counts["unary"]], [counts[row]], r["class_indices"], rng) for row in counts if row != "unary"
-        ]
-        said = "  ".join(f"{row[7:]}: {g:+.2f} [{low:+.2f}, {high:+.2f}]" for row, (g, low, high) in
-                         zip([row for row in counts if row != "unary"], gains, strict=True))  # fmt: skip
-        print(
-            f"    {r['unary']:10s} {r['share']:5g} x steps, seed {r['seed']}: {r['rows']['unary']['miou']:.2f}   {said}"
-        )
-
-
-def picture(path, name, found):
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit("--picture needs matplotlib: pip install -e '.[bench]'") from None
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rungs = [r for r in RUNGS if r in found]
-    values = [[r["rows"][ROW[rung]]["miou"] for r in found[rung].values()] for rung in rungs]
-    figure, axes = pyplot.subplots(figsize=(7, 3.5))
-    axes.plot(rungs, [np.mean(v) for v in values], "_-", color="#3182bd", markersize=30, linewidth=1, label="mean")
-    for i, v in enumerate(values):
-        axes.plot([i] * len(v), v, "k.", label="" if i else "a seed")
-    axes.set(title=f"{name}, {EVAL_SPLIT}", ylabel="mean IoU, %")
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(loc="lower right")
-    figure.tight_layout()
-    with files.replacing(path) as file:
-        figure.savefig(file, dpi=120, format=Path(path).suffix[1:] or None)
-    pyplot.close(figure)

@@ -5,7 +5,7 @@
         --config.init_from=PATH/vgg16_weights_tf_dim_ordering_tf_kernels.h5
 
 There is no validation split and results are reported on test, so nothing may be chosen by it. To choose (steps, message
-weights, dense CRF), train on train[:90%] and evaluate on train[90%:]; then train on all of train.
+weights, dense CRF), train on train[:90% by id] and evaluate on train[90%: by id]; then train on all of train.
 """
 
 from pwcrf_jax.configs import paper

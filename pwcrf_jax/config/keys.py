@@ -99,7 +99,7 @@ KEYS = {
     "data.source_dir": Key(Path(), "", "folder of the original files"),
     "data.data_dir": Key(Path(), "", 'folder of prepared sets; "": TFDS_DATA_DIR or ~/tensorflow_datasets'),
     "data.partial": Key(Flag(), False, "accept splits that do not have the official number of images"),
-    "data.train_split": Key(Text(empty=False), "train", "split, or a part of one, such as train[:90%]"),
+    "data.train_split": Key(Text(empty=False), "train", "split, or parts, such as train[:90%] or train[:90% by id]"),
     "data.eval_split": Key(Text(empty=False), "val", "split that evaluation takes"),
     "data.num_classes": Key(
         Number(int, low=2, high=255, besides=0), 6, "number of classes; void is none; 0: the set's"

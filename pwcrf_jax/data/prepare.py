@@ -9,12 +9,13 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pwcrf_jax.data import splits as parts_of
 from pwcrf_jax.data.readers.disk import locked, refusal, unwritable
 from pwcrf_jax.data.readers.files import MAX_PIXELS
 from pwcrf_jax.data.readers.image_io import DataError, decode_image, decode_label, image_size, open_image
@@ -47,14 +48,14 @@ log = logging.getLogger(__name__)
 class Source:
     """Random access to the records of one split; safe to read from several threads."""
 
-    def __init__(self, records: Any, folder: str, split: str):
+    def __init__(self, records: Any, folder: str, parts: Sequence[parts_of.Part]):
         self._records = records
         self._folder = folder
-        self._split = split
+        self._parts = parts
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Of what was prepared: TFDS cannot pickle builders that take arguments of their own.
-        return _reopened, (self._folder, self._split)
+        return _reopened, (self._folder, self._parts)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -75,6 +76,10 @@ class Source:
         # Whatever was prepared was within the limit that held then.
         image, label = open_image(record["image"], where, math.inf), decode_label(record["label"], where, math.inf)
         return {"image": image, "label": label, "id": record["id"]}
+
+    def id(self, index: int) -> str:
+        """The id of a record."""
+        return self._raw(index)[0]["id"]
 
     def image_size(self, index: int) -> tuple[int, int]:
         """(height, width) of a record's image, from its header only."""
@@ -117,13 +122,14 @@ class Dataset:
         self.folder = str(builder.data_dir)
         self.form = form
         self._builder = builder
+        self._by_id: dict[str, list[int]] = {}  # of splits that were asked for by id
 
     def __repr__(self) -> str:
         return f"Dataset({self.name!r}, {self.num_classes} classes, splits={self.splits})"
 
     def check_labelled(self, split: str) -> None:
         """DataError where a split, or a part of it, has no public labels to train on or to score."""
-        for name in (part.split("[")[0].strip() for part in split.split("+")):
+        for name in parts_of.names(split):
             if name in self.unlabelled:
                 raise DataError(
                     f"split {name!r} of data set {self.name!r} has no public labels; predict on it with "
@@ -161,43 +167,44 @@ class Dataset:
         return report
 
     def source(self, split: str) -> Source:
-        """Random access to a split; TFDS slices such as "train[:90%]" work.
+        """Random access to a split, to a part of one, or to a sum of parts with +.
 
-        The stored order is a fixed shuffle by id, so a slice is a random but reproducible subset.
+        "train[:90%]" is a slice of the stored order, a fixed shuffle by id: a random but reproducible subset.
+        "train[20%:40% by id]" is one of the order of ids, digits taken as numbers: a block of neighbours.
 
         Raises:
-          DataError: unknown split, unreadable slice, or a slice without records.
+          DataError: unknown split, unreadable slice, parts that overlap, or no records.
         """
-        for part in split.split("+"):
-            name = part.split("[")[0].strip()
+        for name in parts_of.names(split):
             if name not in self.splits:
                 counts = ", ".join(f"{k} ({n})" for k, n in self.splits.items())
                 raise DataError(f"data set {self.name!r} has no split {name!r} ({split!r}); it has {counts}")
-        try:
-            selected = self._builder.info.splits[split].num_examples
-        except Exception as e:  # TFDS: ValueError, AssertionError, KeyError, by the kind of mistake
-            raise DataError(
-                f"split {split!r} of data set {self.name!r} cannot be read ({e}); "
-                "write it like 'train', 'train[:90%]' or 'train[10:20]'"
-            ) from e
-        if not selected:
-            raise DataError(f"split {split!r} of data set {self.name!r} selects no records; widen the slice")
+        parts = parts_of.read(split, self._builder.info.splits, self._order_of)
         with _quiet(), _reading(self.folder, f"split {split!r}"):
-            return _source(self._builder, self.folder, split)
+            return _source(self._builder, self.folder, parts)
+
+    def _order_of(self, name: str) -> list[int]:
+        if name not in self._by_id:
+            source = self.source(name)
+            self._by_id[name] = parts_of.in_order([source.id(i) for i in range(len(source))])
+        return self._by_id[name]
 
 
-def _source(builder: Any, folder: str, split: str) -> Source:
+def _source(builder: Any, folder: str, parts: Sequence[parts_of.Part]) -> Source:
     import tensorflow_datasets as tfds
 
     raw = {"image": tfds.decode.SkipDecoding(), "label": tfds.decode.SkipDecoding()}
-    return Source(builder.as_data_source(split, decoders=raw), folder, split)
+    if any(part.places is not None for part in parts):
+        of = [(builder.as_data_source(part.spec, decoders=raw), part.places) for part in parts if part.places != ()]
+        return Source(parts_of.Joined(of), folder, parts)
+    return Source(builder.as_data_source("+".join(part.spec for part in parts), decoders=raw), folder, parts)
 
 
-def _reopened(folder: str, split: str) -> Source:
+def _reopened(folder: str, parts: Sequence[parts_of.Part]) -> Source:
     import tensorflow_datasets as tfds
 
-    with _quiet(), _reading(folder, f"split {split!r}"):
-        return _source(tfds.builder_from_directory(folder), folder, split)
+    with _quiet(), _reading(folder, f"split {'+'.join(part.spec for part in parts)!r}"):
+        return _source(tfds.builder_from_directory(folder), folder, parts)
 
 
 def load_dataset(

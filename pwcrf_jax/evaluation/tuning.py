@@ -82,7 +82,7 @@ def tune(
     row = row or configs.final_row(config)
     marginals = _marginals(decoding, model, params, dataset, split, folder=folder, row=row)
     notes = os.path.dirname(marginals[0])  # trials of these marginals, not of others
-    settings, after = _tune_kernels(config, dataset, split, notes, marginals, mode, max_trials)
+    settings, after = tune_kernels(config, dataset, split, notes, marginals, mode, max_trials)
     result = dict(
         config=chosen | {f"refine.{name}": getattr(settings.params, name) for name in _searched(mode)},
         conditions=configs.tuning_conditions(decoding),
@@ -232,7 +232,7 @@ def _score(step, config, params, dataset, split, what):
     fn, total = parallel.pmap_eval(step), 0
     for batch in bar(evaluate.batches_of(config, dataset, split), what):
         total = total + np.asarray(fn(params, evaluate.inputs_of(batch)), np.int64)
-    return [_mean_iou(x, config, dataset, split) for x in total]
+    return [mean_iou(x, config, dataset, split) for x in total]
 
 
 def _count_decoded(model, every):
@@ -302,8 +302,12 @@ def _marginals(config, model, params, dataset, split, *, folder, row):
     return paths
 
 
-def _tune_kernels(config, dataset, split, folder, marginals, mode, max_trials):
-    """(best settings of the dense CRF, their mean IoU)."""
+def tune_kernels(config, dataset, split, folder, marginals, mode, max_trials):
+    """(best settings of the dense CRF, their mean IoU): the second stage, with its notes in a folder.
+
+    marginals: file names of the log marginals float32 [h, w, K] of each image of the split, in order.
+    mode, max_trials: of `tune`.
+    """
     names = _searched(mode)
     trials = _Trials(os.path.join(folder, f"refine-{mode}.jsonl"), names)
     base = configs.refine_settings(config, mode)
@@ -361,11 +365,11 @@ def _score_kernels(config, dataset, split, marginals, settings, what):
             ) from None
         counts, _ = refinement.refine_batch(kept, batch, settings)
         total = total + counts[0].astype(np.int64)
-    return _mean_iou(total, config, dataset, split)
+    return mean_iou(total, config, dataset, split)
 
 
-def _mean_iou(confusion, config, dataset, split):
-    """ConfigError where there is none: of nothing no best can be chosen."""
+def mean_iou(confusion, config, dataset, split):
+    """Mean IoU over the classes that are scored; ConfigError where there is none: of nothing no best can be chosen."""
     found = evaluators.mean_iou(confusion, configs.scored_classes(config, dataset.class_names))
     if found is None:
         raise configs.ConfigError(evaluate.nothing_scored(split, config))

@@ -26,7 +26,7 @@ def choices():
 
 
 def options(**more):
-    sizes = dict.fromkeys(("steps", "pair_steps", "batch", "unseen"), 0) | dict.fromkeys(
+    sizes = dict.fromkeys(("steps", "pair_steps", "batch", "unseen", "ensemble_steps", "evals"), 0) | dict.fromkeys(
         ("crop", "pair_balance", "boxes")
     )
     return argparse.Namespace(**(dict(set="animals", source_dir="", data_dir="", init_from="", **sizes) | more))

@@ -58,15 +58,17 @@ def options(ladder, results, **more):
     defaults = dict(
         set="animals", results=results, against=None, picture=None, steps=0, pair_steps=0, batch=0, crop=None
     )
-    defaults |= dict(pair_balance=None, boxes=None, unseen=0)
+    defaults |= dict(pair_balance=None, boxes=None, unseen=0, ensemble_steps=0, evals=0, seeds=[0, 1, 2])
+    defaults |= dict(source_dir="", data_dir="", init_from="", tune_blocks=2)
     return argparse.Namespace(**(defaults | more))
 
 
-def keep(ladder, args, rung, seed, rows):
-    result = dict(set=args.set, rung=rung, seed=seed, class_indices=CLASSES, **ladder.sizes_of(args))
+def keep(ladder, args, rung, seed, rows, fold=None, **more):
+    result = dict(set=args.set, rung=rung, seed=seed, class_indices=CLASSES, **ladder.sizes_of(args), **more)
     result["rows"] = {row: ladder.scores(x.sum(0), CLASSES) for row, x in rows.items()}
     result["counts"] = ladder.pack(rows)
-    ladder.write(args.results / f"ladder_{args.set}_{rung}_{seed}.json", result)
+    result |= {} if fold is None else dict(fold=fold, tuned_on=ladder.tuned_on(fold))
+    ladder.write(ladder.path_of(args, rung, seed, fold), result)
 
 
 def test_scores_are_those_of_the_confusion_matrix(table):
@@ -81,14 +83,20 @@ def test_scores_are_those_of_the_confusion_matrix(table):
     assert found["pixel_accuracy"] == pytest.approx(100 * float(whole.pixel_accuracy), abs=1e-4)
 
 
-def test_picture(table, tmp_path, monkeypatch):
-    runs = {"baseline": {0: {"rows": {"all": {"miou": 40.0}}}}, "refined": {0: {"rows": {"refined": {"miou": 42.0}}}}}
+def test_picture(ladder, table, scripts, tmp_path, monkeypatch):
+    args, rng, draw = options(ladder, tmp_path), np.random.default_rng(0), scripts("ladder_summary").picture
+    curve = {"all": [[3, 30.0], [6, 40.0]]}
+    for seed in (0, 1):
+        keep(ladder, args, "baseline", seed, {"all": counts_of(confusions(rng, 0.5))}, curve=curve)
+    keep(ladder, args, "refined", 0, {"refined": counts_of(confusions(rng, 0.6))})
+    figures = table.Figures(table.figures_in(tmp_path, "animals"))
+    assert scripts("ladder_summary").curves_of(figures) == {"baseline": [curve["all"]] * 2}
     if importlib.util.find_spec("matplotlib"):
-        table.picture(tmp_path / "ladder.png", "animals", runs)
+        draw(tmp_path / "ladder.png", "animals", figures)
         assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit, match=r"needs matplotlib: pip install -e '\.\[bench\]'"):
-        table.picture(tmp_path / "ladder.png", "animals", runs)
+        draw(tmp_path / "ladder.png", "animals", figures)
 
 
 def test_intervals_are_of_pairs(table):
@@ -106,12 +114,23 @@ def test_intervals_are_of_pairs(table):
     # Over seeds too: wider, as far as the seeds differ.
     same, least, most = table.bootstrap(first, better, CLASSES, np.random.default_rng(0), over_seeds=True)
     assert same == gain and least < low - 2 and most > high + 2
+    # Drawn as one would write it down.
+    gain = lambda a, b, pick: (
+        table.scores(b[pick].sum(0), CLASSES)["miou"] - table.scores(a[pick].sum(0), CLASSES)["miou"]
+    )
+    for over_seeds, found in ((False, (gain, low, high)), (True, (same, least, most))):
+        rng, drawn = np.random.default_rng(0), []
+        for _ in range(table.BOOTSTRAP):
+            chosen = rng.choice(2, 2) if over_seeds else (0, 1)
+            pick = rng.choice(np.arange(IMAGES), IMAGES)
+            drawn.append(np.mean([gain(first[i], better[i], pick) for i in chosen]))
+        np.testing.assert_allclose(found[1:], np.percentile(drawn, (2.5, 97.5)), rtol=1e-12)
     alone = table.bootstrap(first[:1], better[:1], CLASSES, np.random.default_rng(0))
     again = table.bootstrap(first[:1], better[:1], CLASSES, np.random.default_rng(0), over_seeds=True)
     assert alone[0] == again[0] and abs(alone[1] - again[1]) < 0.5
 
 
-def test_summary_ends_with_the_figures(ladder, tmp_path, capsys):
+def test_summary_ends_with_the_figures(ladder, table, tmp_path, capsys):
     args, rng = options(ladder, tmp_path), np.random.default_rng(2)
     rows = lambda *shares: {
         row: counts_of(confusions(rng, share)) for row, share in zip(("unary", "all", "refined"), shares, strict=False)
@@ -119,6 +138,7 @@ def test_summary_ends_with_the_figures(ladder, tmp_path, capsys):
     for seed in (0, 1):
         keep(ladder, args, "multiscale", seed, rows(0.5, 0.5))
         keep(ladder, args, "contextual", seed, rows(0.5, 0.7, 0.8))
+        keep(ladder, args, "refined", seed, rows(0.5, 0.5, 0.6))
     keep(ladder, args, "joint", 1, rows(0.4, 0.6))
     keep(ladder, args, "unrolled", 1, rows(0.5, 0.9))
     keep(ladder, args, "unrolled_tuned", 0, rows(0.5, 0.6))
@@ -126,7 +146,11 @@ def test_summary_ends_with_the_figures(ladder, tmp_path, capsys):
     *lines, last = capsys.readouterr().out.splitlines()
     out = json.loads(last)["animals"]
     assert 0 < out["crf_gain_low"] < out["crf_gain"] and out["seeds"] == 2
-    assert out["joint_unary_minus_alone"] < 0 and 60 < out["best_animals_val_miou"] < 90
+    assert 0 < out["crf_gain_refined_low"] < out["crf_gain_refined"]
+    assert out["ensemble_gain"] is out["ensemble_gain_low"] is out["ensemble_gain_refined"] is None
+    assert out["joint_unary_minus_alone"] < 0 and 60 < out["best_miou"] < 90
+    values, _ = table.Figures(table.figures_in(tmp_path, "animals")).values("unrolled", "all")
+    assert out["best_miou"] == round(values["miou"][0], 2)  # of one seed; of contextual the mean of two
     assert sum(line.startswith("  unrolled over contextual: +") and line.endswith("1 seeds") for line in lines) == 1
     assert any(line.startswith("  unrolled_tuned over contextual: -") for line in lines)
     assert any(line.split()[0] == "contextual" and "2 seeds" in line for line in lines if line.strip())
@@ -317,14 +341,15 @@ def test_rungs_are_decoded_with_what_their_pilot_chose(ladder, tmp_path, monkeyp
         (tmp_path / "rung").write_text(rung)
         return tmp_path
 
-    def counts_of_images(config, workdir, refined):
+    def counts_of_images(config, workdir, refined, split):
+        assert split == "val"
         found = config.crf.weights, config.crf.num_iterations, config.refine.smoothness_compat, refined
         seen.setdefault((workdir / "rung").read_text(), []).append(found)
         rows = ("unary", "all", *(["refined"] if refined else []))
         return {row: counts_of(confusions(np.random.default_rng(0), 0.5)) for row in rows}, list("ab"), list("wxyz")
 
     asked = []
-    monkeypatch.setattr(ladder, "pilot", lambda args, rungs: (asked.append(rungs), chosen)[1])
+    monkeypatch.setattr(ladder, "pilot", lambda args, rungs, fold: (asked.append(rungs), chosen)[1])
     monkeypatch.setattr(ladder, "trained", trained)
     monkeypatch.setattr(ladder, "counts_of_images", counts_of_images)
     monkeypatch.setattr(ladder.configs, "scored_classes", lambda config, names: CLASSES)
@@ -376,10 +401,12 @@ def test_objectives_refuse_runs_on_other_scenes(scripts, tmp_path, monkeypatch):
         (["--train", "--models", "camvid"], "--models has to name it"),
     ],
 )
-def test_objectives_keep_what_they_have(scripts, flags, message, monkeypatch, capsys):
+def test_objectives_keep_what_they_have(scripts, flags, message, tmp_path, monkeypatch, capsys):
     objectives = scripts("objectives")
+    runs = {str(seed): {"steps": 600} for seed in range(3)}
+    (tmp_path / "objectives_synthetic.json").write_text(json.dumps({"reached": {"steps": {"piecewise": runs}}}))
     monkeypatch.setattr(objectives, "measure", lambda *_: pytest.fail("measured before it was refused"))
-    monkeypatch.setattr(sys, "argv", ["objectives.py", *flags])
+    monkeypatch.setattr(sys, "argv", ["objectives.py", "--results", str(tmp_path), *flags])
     with pytest.raises(SystemExit):
         objectives.main()
     assert message in capsys.readouterr().err

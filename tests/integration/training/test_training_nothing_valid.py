@@ -151,7 +151,7 @@ def test_nothing_is_chosen_by_no_mean_iou(name):
     config = small.config("unused", **{"eval.classes": classes})
     counts = confusion_of(label, predicted)[0]
     with pytest.raises(configs.ConfigError, match="split 'val' has no pixel"):
-        tuning._mean_iou(counts, config, Split(label), "val")
+        tuning.mean_iou(counts, config, Split(label), "val")
 
 
 def test_training_with_such_a_validation_split_is_refused_before_compute(config, tmp_path, monkeypatch):

@@ -45,6 +45,7 @@ def shipped(name, variant=()):
     config = configs.filled(importlib.import_module(f"configs.{name}").get_config(*variant))
     config.model.backbone, config.model.tiny.features = "tiny", (2, 2, 2, 2)
     config.model.block6, config.model.pyramid_windows, config.model.hidden = (), (), 2
+    config.model.refinement_convs.layers = ()  # those of another backbone
     config.train.batch_size = jax.device_count()
     return config
 

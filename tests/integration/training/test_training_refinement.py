@@ -205,13 +205,13 @@ def test_kernels_tried_again_are_no_trials(config, tmp_path, monkeypatch, max_tr
         return 0.9 - 0.05 * sum(abs(np.log(getattr(settings.params, name) / target[name])) for name in tuning.KERNELS)
 
     monkeypatch.setattr(tuning, "_score_kernels", score)
-    found, miou = tuning._tune_kernels(config, None, "val", str(tmp_path), [], "full", max_trials)
+    found, miou = tuning.tune_kernels(config, None, "val", str(tmp_path), [], "full", max_trials)
     assert len(calls) == len(set(calls)) <= max_trials and (max_trials == 100 or len(calls) == max_trials)
     if max_trials == 100:
         assert found.params == dense_crf.Params(**target) and miou == pytest.approx(0.9)
         assert len(calls) < 40
     again = len(calls)
-    assert tuning._tune_kernels(config, None, "val", str(tmp_path), [], "full", max_trials) == (found, miou)
+    assert tuning.tune_kernels(config, None, "val", str(tmp_path), [], "full", max_trials) == (found, miou)
     assert len(calls) == again
 
 
