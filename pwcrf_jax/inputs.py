@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pwcrf_jax.arrays import as_array, of_arrays
-from pwcrf_jax.potentials import FactoredPairwise, GridScores, PairwiseTable, Potential
+from pwcrf_jax.potentials import FactoredPairwise, GridScores, PairwiseTable, Potential, weighted
 
 ENCODINGS = (PairwiseTable, FactoredPairwise, GridScores)
 
@@ -17,16 +17,16 @@ Weights = ArrayLike | Sequence[ArrayLike] | Mapping[str, ArrayLike] | None
 
 
 def relations(potentials: Potentials, weights: Weights = None) -> tuple[list[Potential], Any]:
-    """(list of potentials, list or array of weights or None).
+    """(list of potentials, list or array of numbers that weigh them, or None).
 
     Args:
       potentials: one potential, a sequence of them, or a mapping {name: potential}.
       weights: a number for all, a sequence or array of one each, or with a mapping of potentials one {name: weight};
-        None: 1.
+        None: 1. One of [K, K], of the pairs of labels, becomes part of the scores (`pwcrf_jax.potentials.weighted`).
 
     Raises:
       TypeError: what is no potential.
-      ValueError: a number of weights, or names, other than those of the potentials.
+      ValueError: a number of weights, or names, other than those of the potentials; a weight of another shape.
     """
     names = list(potentials) if isinstance(potentials, Mapping) else None
     if isinstance(potentials, Mapping):
@@ -48,7 +48,12 @@ def relations(potentials: Potentials, weights: Weights = None) -> tuple[list[Pot
         each = [weights] * len(found)
     if each is not None and len(each) != len(found):
         raise ValueError(f"expected {len(found)} weights, one a potential, got {len(each)}")
-    return found, list(each) if isinstance(each, tuple) else each
+    if each is not None and (isinstance(each, (list, tuple)) or as_array(each).ndim > 1):
+        each = list(each)
+        of_pairs = [as_array(weight).ndim > 0 for weight in each]
+        found = [weighted(p, w) if pairs else p for p, w, pairs in zip(found, each, of_pairs, strict=True)]
+        each = [1.0 if pairs else weight for weight, pairs in zip(each, of_pairs, strict=True)]
+    return found, each
 
 
 def model(unary: ArrayLike, potentials: Potentials, weights: Weights = None) -> tuple[jax.Array, list[Potential], Any]:

@@ -1,6 +1,6 @@
 """Mean-field inference over a unary and any number of pairwise potentials (Lin et al., CVPR 2016, section 3).
 
-    log Q_i(k) = z_i[k] + sum_relations w_r message_{r,i}[k] - const             (messages: `pwcrf_jax.messages`)
+    log Q_i(k) = z_i[k] / T + sum_relations w_r message_{r,i}[k] - const         (messages: `pwcrf_jax.messages`)
 
 The schedule is parallel: all nodes are updated at once from the marginals of the iteration before. That is fast on
 wide hardware but it is *not* a descent method: with strong couplings the free energy can rise and labels can flip for
@@ -33,13 +33,15 @@ _Shares = tuple[ArrayLike, ArrayLike]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings of inference, a pytree: weights and damping are data, may be traced and differentiated; the rest static.
+    """Settings of inference, a pytree: weights, damping and temperature may be traced and differentiated; rest static.
 
     Attributes:
       num_iterations: int, at least 0; the paper uses 3.
       weights: of the relations' messages, float: one number for all, a sequence or array of one a relation [R], or with
         a mapping of potentials one of the same names. None: 1 (the paper). Piecewise-trained potentials over-count, so
-        weights below 1 are worth choosing on held-out data.
+        weights below 1 are worth choosing on held-out data. That of a relation may be an array [K, K] of its pairs of
+        labels.
+      unary_temperature: T, scalar above 0, that the unary's scores are divided by; None: 1. Above 1 it is less sure.
       damping: scalar, 0 (none) to below 1, the share of the old log marginals.
       average_messages: bool, divide each node's messages by their number, relation by relation, so that one weight
         serves maps and boxes of any size; False: plain sums (the paper).
@@ -54,6 +56,7 @@ class Settings:
 
     num_iterations: int = dataclasses.field(default=3, metadata=_STATIC)
     weights: inputs.Weights = None
+    unary_temperature: ArrayLike | None = None
     damping: ArrayLike = 0.0
     average_messages: bool = dataclasses.field(default=False, metadata=_STATIC)
     algorithm: str = dataclasses.field(default="auto", metadata=_STATIC)
@@ -103,7 +106,7 @@ def step(
 ) -> tuple[jax.Array, jax.Array]:
     """One parallel update of all nodes.
 
-        log Q_new = (1 - damping) log_softmax(z + sum_r w_r m_r(Q)) + damping log Q_old, normalised
+        log Q_new = (1 - damping) log_softmax(z / T + sum_r w_r m_r(Q)) + damping log Q_old, normalised
 
     Args:
       log_marginals: float32 [..., num_nodes, K] or [..., H, W, K].
@@ -147,9 +150,9 @@ def run(
 
     Raises:
       TypeError: what is no potential; names that are no fields of `Settings`.
-      ValueError: mixed encodings, a number of weights other than the number of potentials, damping outside [0, 1)
-        where it can be seen, other classes or another grid in a potential than in the unary, names of weights other
-        than those of the potentials.
+      ValueError: mixed encodings, a number of weights other than the number of potentials, damping outside [0, 1) or a
+        temperature not above 0 where they can be seen, other classes or another grid in a potential than in the unary,
+        names of weights other than those of the potentials, weights of pairs of labels that are not [K, K].
 
     Examples:
       >>> unary = jnp.array([[0.0, 2.0], [0.0, 0.0]])  # node 0 is for class 1, node 1 undecided
@@ -178,6 +181,34 @@ def replaced(settings: Settings, fields: dict[str, Any]) -> Settings:
     return dataclasses.replace(settings, **fields)
 
 
+def tempered(unary: ArrayLike, settings: Settings) -> tuple[jax.Array, Settings]:
+    """The unary's scores at the temperature of the settings, z / T, and the settings without it.
+
+    Args:
+      unary: scores z, float [..., K].
+      settings: `Settings`.
+
+    Returns:
+      (scores, settings): float32, or what was given where T is 1; -inf and NaN stay.
+
+    Raises:
+      ValueError: a temperature not above 0 where it can be seen.
+    """
+    scores, temperature = as_array(unary), settings.unary_temperature
+    settings = dataclasses.replace(settings, unary_temperature=None)
+    if temperature is None:
+        return scores, settings
+    if seen(temperature):
+        number = float(temperature)  # type: ignore[arg-type]  # a scalar
+        if not number > 0:
+            raise ValueError(f"unary_temperature must be above 0, got {temperature}")
+        if number == 1:
+            return scores, settings
+    scores = scores.astype(jnp.float32)
+    finite = jnp.isfinite(scores)  # minus infinity times a gradient of 0 would be NaN
+    return jnp.where(finite, jnp.where(finite, scores, 0) / jnp.asarray(temperature, jnp.float32), scores), settings
+
+
 def _checked(
     unary: ArrayLike, potentials: inputs.Potentials, settings: Settings
 ) -> tuple[jax.Array, list[Potential], Settings, _Shares]:
@@ -186,6 +217,7 @@ def _checked(
     if seen(damping) and not 0 <= float(damping) < 1:
         raise ValueError(f"damping must lie in [0, 1), got {damping}")
     scores, found, weights = inputs.model(unary, potentials, settings.weights)
+    scores, settings = tempered(scores, settings)
     return scores, found, dataclasses.replace(settings, weights=weights), (1.0 - damping, damping)
 
 

@@ -19,7 +19,7 @@ from pwcrf_jax import inputs, mean_field, piecewise
 from pwcrf_jax.arrays import as_array, as_mask, compiled
 from pwcrf_jax.labels import VOID, checked, split
 from pwcrf_jax.likelihood import Sums
-from pwcrf_jax.mean_field import DEFAULT_SETTINGS, Settings, replaced
+from pwcrf_jax.mean_field import DEFAULT_SETTINGS, Settings, replaced, tempered
 from pwcrf_jax.potentials import RULED_OUT, PairwiseTable, Potential, to_table
 
 MAX_LABELLINGS = 2**20
@@ -63,7 +63,7 @@ def pseudo_log_likelihood(
     settings = replaced(settings, fields)
     unary, found, weights = inputs.model(unary, potentials, settings.weights)
     labels = checked(labels, unary.shape[-1], void, unary.shape[:-1])
-    settings = dataclasses.replace(settings, weights=weights, damping=0.0)
+    unary, settings = tempered(unary, dataclasses.replace(settings, weights=weights, damping=0.0))
     return _pseudo(unary, found, labels, settings, None if node_weights is None else as_array(node_weights))
 
 
@@ -151,7 +151,7 @@ def exact_log_likelihood(
       unary: scores of one graph, float [num_nodes, K] or [H, W, K]; batch with `jax.vmap`.
       potentials: of `PairwiseTable` or `FactoredPairwise` (which is expanded), as in `mean_field.step`.
       labels: int [num_nodes] or [H, W]; void and others as in `piecewise.unary_log_likelihood`.
-      settings: `mean_field.Settings`, of which only weights have a meaning here.
+      settings: `mean_field.Settings`, of which only weights and the temperature have a meaning here.
       void: the void label, static and outside 0..K-1.
       fields: as in `pseudo_log_likelihood`.
 
@@ -169,7 +169,7 @@ def exact_log_likelihood(
       >>> round(float(jnp.exp(total)), 3), float(count)  # 3 / (3 + 1 + 1 + 3)
       (0.375, 2.0)
     """
-    settings = replaced(settings, fields)
+    unary, settings = tempered(unary, replaced(settings, fields))
     if settings.average_messages:
         raise ValueError("the exact likelihood is that of sums of messages: expected average_messages=False, got True")
     found, weights = inputs.relations(potentials, settings.weights)

@@ -174,6 +174,37 @@ def factored_pairwise(
     return FactoredPairwise(p, q, kernel, bias, unary, tuple((int(row), int(col)) for row, col in box))
 
 
+def weighted(potential: Potential, weights: ArrayLike) -> Potential:
+    """The potential with a weight for each pair of labels.
+
+        z'_pq[k, l] = weights[k, l] z_pq[k, l]
+
+    Args:
+      potential: any encoding.
+      weights: float [K, K], the label of p first. May be traced. A pair that a score of -inf rules out stays ruled out.
+
+    Returns:
+      The same encoding; `unary_log_probs` are what they were.
+
+    Raises:
+      ValueError: weights of another shape.
+    """
+    array, k = as_array(weights), potential.num_classes
+    if array.shape != (k, k):
+        raise ValueError(f"expected weights of pairs of labels {(k, k)}, got {array.shape}")
+
+    def weigh(scores: jax.Array) -> jax.Array:
+        scores, each = level(scores, array.astype(scores.dtype))
+        possible = scores != -jnp.inf
+        return jnp.where(possible, jnp.where(possible, scores, 0) * each, -jnp.inf)
+
+    if isinstance(potential, FactoredPairwise):
+        return dataclasses.replace(potential, kernel=weigh(potential.kernel), bias=weigh(potential.bias))
+    if isinstance(potential, PairwiseTable):
+        return potential._replace(scores=weigh(potential.scores))
+    return dataclasses.replace(potential, scores=weigh(potential.scores))
+
+
 def to_table(potential: Potential) -> PairwiseTable:
     """Expands the factored form into a table, edges ordered as `relations.edge_list` (by offset, then by p).
 

@@ -81,7 +81,8 @@ def check_tuned(config: ConfigDict, tuned: dict | None, workdir: str, refine: st
     if not tuned:
         return
     configs.check_tuned(config, tuned, workdir)
-    chosen = ", ".join(f"{key} = {value}" for key, value in tuned["config"].items())
+    brief = {key: "one for each label" if key == "crf.label_weights" else x for key, x in tuned["config"].items()}
+    chosen = ", ".join(f"{key} = {value}" for key, value in brief.items())
     where = f"{os.path.join(workdir, configs.TUNED)}, chosen on split {tuned['split']}"
     log.info("%s for --refine %s, step %s: %s", where, tuned.get("mode"), tuned.get("step"), chosen)
     if refine not in ("off", tuned.get("mode")):

@@ -195,6 +195,12 @@ KEYS = {
         Number(float, low=0, besides=-1), -1.0, "the same of the relations; -1: loss.balance_power"
     ),
     "loss.sampled_offsets": Key(_COUNT, 0, "offsets of each relation, drawn anew every step, at most; 0: all"),
+    "loss.evidence_temperature": Key(
+        Tuple(Number(float, 0.01, 100), 2, rising=True),
+        (1.0, 1.0),
+        "range of each image's temperature of the unary in residual scores, drawn log-uniformly",
+    ),
+    "loss.evidence_dropout": Key(_SHARE, 0.0, "share of the nodes whose unary in residual scores is uniform; 0: off"),
     "loss.label_smoothing": Key(_SHARE, 0.0, "share of the unary's targets that is uniform over the classes; 0: off"),
     "loss.dice_weight": Key(_NOT_NEGATIVE, 0.0, "weight of 1 - soft Dice of the unary, beside cross-entropy; 0: off"),
     "loss.chunk_edges": Key(_COUNT, 0, "edges whose scores are held at a time; 0: chosen from the shapes"),
@@ -225,6 +231,12 @@ KEYS = {
     "crf.num_iterations": Key(_ITERATIONS, 3, "iterations of mean field"),
     "crf.weights": Key(
         Tuple(Number(float), empty=False), (1.0,), "weights of the messages, one for all or one a relation"
+    ),
+    "crf.unary_temperature": Key(_POSITIVE, 1.0, "T that mean field divides the unary's scores by; above 1: less sure"),
+    "crf.label_weights": Key(
+        Tuple(Tuple(Tuple(_NOT_NEGATIVE), 2)),
+        (),
+        "factors of messages by label: for each relation one for each label of p, then of q; (): 1",
     ),
     "crf.damping": Key(_SHARE, 0.0, "share of the old log marginals that an iteration keeps"),
     "crf.average_messages": Key(Flag(), True, "mean of a node's messages a relation; False: the paper's plain sum"),

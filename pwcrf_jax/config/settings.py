@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from pwcrf_jax import dense_crf
@@ -17,12 +18,31 @@ def crf_relations(config: ConfigDict) -> tuple[str, ...]:
     return tuple(config.crf.relations or config.model.relations)
 
 
+def relation_weights(config: ConfigDict) -> dict[str, float]:
+    """config.crf.weights, by name of the relations that inference uses."""
+    names, weights = crf_relations(config), config.crf.weights
+    return dict(zip(names, weights if len(weights) == len(names) else weights * len(names), strict=True))
+
+
+def label_weights(config: ConfigDict) -> dict[str, np.ndarray]:
+    """config.crf.label_weights as float32 [K, K], label of p first, by name of the relation; empty where it is ()."""
+    given = config.crf.label_weights
+    pairs = [np.outer(*(np.array(labels, np.float32) for labels in ends)) for ends in given]
+    return dict(zip(crf_relations(config), pairs, strict=True)) if given else {}
+
+
+def message_weights(config: ConfigDict, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights of relations, numbers that may be traced, times those of labels: numbers, or where there are [K, K]."""
+    of_labels = label_weights(config)
+    return {name: weight * of_labels[name] if of_labels else weight for name, weight in weights.items()}
+
+
 def crf_settings(config: ConfigDict) -> Settings:
     """Settings of inference, from config.crf; weights by name of all relations that it uses."""
-    names, crf = crf_relations(config), config.crf
-    weights = crf.weights if len(crf.weights) == len(names) else crf.weights * len(names)
+    crf = config.crf
     return Settings(
-        weights=dict(zip(names, weights, strict=True)),
+        weights=message_weights(config, relation_weights(config)),
+        unary_temperature=crf.unary_temperature,
         num_iterations=crf.num_iterations,
         damping=crf.damping,
         average_messages=crf.average_messages,

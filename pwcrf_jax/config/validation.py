@@ -97,8 +97,10 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
             f"config.crf.weights = {config.crf.weights} must hold one number for all relations or one for each of "
             f"{crf_relations(config)}"
         )
+    _validate_label_weights(config)
     build_model(config)
     _validate_objective(config)
+    _validate_evidence(config)
     check_edges(config, "data.eval_size")
     # Last, as it starts the devices, which takes a while on some.
     devices = num_devices or device_count()
@@ -115,6 +117,30 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
             f"device (config.train.batch_size = {size}, {devices} devices); use a divisor, or a batch size that is a "
             f"multiple of {parts}"
         )
+
+
+def _validate_label_weights(config: ConfigDict) -> None:
+    names, num_classes = crf_relations(config), config.data.num_classes
+    sizes = [tuple(map(len, ends)) for ends in config.crf.label_weights]
+    if sizes and sizes != [(num_classes, num_classes)] * len(names):
+        raise ConfigError(
+            f"config.crf.label_weights, of sizes {sizes}, must be () or hold two tuples of {num_classes} numbers, one "
+            f"for each class, for each of {names}"
+        )
+
+
+def _validate_evidence(config: ConfigDict) -> None:
+    """Noise of the evidence is refused where no relation is given any."""
+    kinds = {
+        config.relations[name].parameterisation or config.model.parameterisation for name in config.model.relations
+    }
+    for key in losses.EVIDENCE_NOISE:
+        value, default = config.loss[key], keys.KEYS[f"loss.{key}"].default
+        if value != default and "residual" not in kinds:
+            raise ConfigError(
+                f"config.loss.{key} = {value} needs a relation of parameterisation 'residual', there is none; set it "
+                f"to {default}"
+            )
 
 
 def _validate_objective(config: ConfigDict) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -22,6 +22,8 @@ CLASSES = "classes.json"
 
 TUNED = "tuned.json"
 """The values that `pwcrf tune` chose."""
+
+_TUNED_OF_CRF = ("crf.weights", "crf.label_weights", "crf.unary_temperature", "crf.num_iterations")
 
 Palette = Sequence[Sequence[int]]
 
@@ -110,7 +112,8 @@ def load_classes(workdir: str) -> tuple[tuple[str, ...], tuple[tuple[int, ...], 
 
 def tuning_conditions(config: ConfigDict) -> dict[str, Any]:
     """Values beside the tuned ones that decide how good those are, flat and as JSON."""
-    names = ("crf.num_iterations", "crf.damping", "crf.average_messages", "refine.num_iterations")
+    names = ("crf.num_iterations", "crf.unary_temperature", "crf.damping", "crf.average_messages",
+             "refine.num_iterations")  # fmt: skip
     flat = dict(keys.flat(config))
     return {"crf.relations": list(crf_relations(config))} | {key: flat[key] for key in names}
 
@@ -140,7 +143,7 @@ def apply_tuned(config: ConfigDict, workdir: str) -> dict[str, Any] | None:
                 raise ValueError(f"{name!r} is no {kind.__name__}")
         for key, value in result["config"].items():
             entry = keys.of(key)
-            if not entry or not key.startswith(("crf.weights", "crf.num_iterations", "refine.")):
+            if not entry or not (key in _TUNED_OF_CRF or key.startswith("refine.")):
                 raise KeyError(key)
             if not entry.kind.accepts(value):
                 raise ValueError(f"{key} = {value!r} must be {entry.kind.wanted}")
@@ -153,10 +156,15 @@ def apply_tuned(config: ConfigDict, workdir: str) -> dict[str, Any] | None:
         return None
     except files.FileError as error:
         raise ConfigError(str(error)) from None
-    for key, value in result["config"].items():
+    apply_values(config, result["config"])
+    return result
+
+
+def apply_values(config: ConfigDict, values: Mapping[str, Any]) -> None:
+    """Sets keys of a config to what JSON keeps of their values; values: {SECTION.NAME: value}."""
+    for key, value in values.items():
         section, name = key.split(".")
         config[section][name] = _tuples(value)
-    return result
 
 
 def _tuples(x: Any) -> Any:

@@ -1,9 +1,10 @@
 """Search of message weights and refinement parameters on validation images: `pwcrf tune`.
 
-Two stages, by mean IoU. First the weights of the mean-field messages, relation by relation, and the number of
-iterations, all candidates of a pass over the split decoded from the same potentials. Then, on the log marginals kept
-from the first stage, the two kernels of the dense CRF: a coarse grid, then number by number. Every trial is written
-down at once under WORKDIR/tuning, so that a search that was stopped goes on where it was.
+Two stages. First, by mean IoU, the weights of the mean-field messages, relation by relation, and the number of
+iterations, all candidates of a pass over the split decoded from the same potentials; or, by likelihood, what
+`pwcrf_jax.evaluation.calibration` seeks. Then, by mean IoU, on the log marginals kept from the first stage, the two
+kernels of the dense CRF: a coarse grid, then number by number. Every trial is written down at once under
+WORKDIR/tuning, so that a search that was stopped goes on where it was; a calibration, when it is through.
 """
 
 import contextlib
@@ -20,12 +21,15 @@ import numpy as np
 
 from pwcrf_jax import config as configs
 from pwcrf_jax import metrics
-from pwcrf_jax.evaluation import evaluate, evaluators
+from pwcrf_jax.evaluation import calibration, evaluate, evaluators
 from pwcrf_jax.evaluation import steps as eval_steps
 from pwcrf_jax.model import decode
 from pwcrf_jax.prediction import refinement, restore
 from pwcrf_jax.runtime import files, parallel
 from pwcrf_jax.runtime.logs import OTHER_SHAPE, bar, log
+
+METHODS = ("miou", *calibration.METHODS)
+"""Of the first stage: a grid of weights and iterations by mean IoU, or calibration by likelihood."""
 
 WEIGHT_FACTORS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 ITERATIONS = (1, 2, 3, 5, 10, 20)
@@ -35,7 +39,9 @@ COARSE = ((0.25, 1.0), (0.25, 0.25), (1.0, 0.25), (1 / 16, 1.0), (0.25, 0.5), (1
 KERNELS = ("smoothness_compat", "appearance_compat", "appearance_srgb", "appearance_sxy", "smoothness_sxy")
 
 
-def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: int, row: str = "") -> dict:
+def tune(
+    config, workdir: str, which: str, split: str, mode: str, max_trials: int, row: str = "", *, method: str = "miou"
+) -> dict:
     """Searches, and writes the best values to WORKDIR/tuned.json, which `pwcrf eval` reads.
 
     split: of the data set, "" for config.data.eval_split; a test split is refused.
@@ -45,11 +51,13 @@ def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: in
       weights.
     row: of the table, whose marginals the second stage refines, "all" or "convs"; "" for the model's last one, which is
       what `pwcrf eval` refines: for another one nothing is written.
+    method: of the first stage, one of `METHODS`.
 
     Returns:
       What was written: {"config": {dotted key: value}, "conditions": {dotted key: value} under which they were chosen,
-      "split", "classes" (scored), "step", "mode", "miou_before", "miou_messages", "miou_after"}, the last three as the
-      config has it, with the best weights and number of iterations, and refined with the best parameters.
+      "split", "classes" (scored), "step", "mode", "method", "miou_before", "miou_messages", "miou_after"}, the last
+      three as the config has it, with what the first stage chose, and refined with the best parameters. Of calibration
+      also the figures of `calibration.Calibration`.
     """
     split = split or config.data.eval_split
     for part in split.split("+"):
@@ -67,31 +75,62 @@ def tune(config, workdir: str, which: str, split: str, mode: str, max_trials: in
     files.make_folder(folder, inside=workdir)
     log.info("tuning on %s (%d images), checkpoint of step %d, notes in %s", split, len(dataset.source(split)), step,
              folder)  # fmt: skip
-    best, before, messages = _tune_messages(config, model, params, dataset, split, folder)
-    *weights, iterations = best
+    first = _by_miou if method == "miou" else functools.partial(_by_likelihood, method=method)
+    chosen, figures = first(config, model, params, dataset, split, folder)
+    decoding = config.copy_and_resolve_references()
+    configs.apply_values(decoding, chosen)
     row = row or configs.final_row(config)
-    marginals = _marginals(config, model, params, dataset, split, folder=folder, messages=best, row=row)
+    marginals = _marginals(decoding, model, params, dataset, split, folder=folder, row=row)
     notes = os.path.dirname(marginals[0])  # trials of these marginals, not of others
     settings, after = tune_kernels(config, dataset, split, notes, marginals, mode, max_trials)
-    chosen = {"crf.weights": weights, "crf.num_iterations": iterations} if weights and iterations else {}
-    chosen |= {f"refine.{name}": getattr(settings.params, name) for name in _searched(mode)}
     result = dict(
-        config=chosen,
-        conditions=configs.tuning_conditions(config) | {"crf.num_iterations": iterations},
+        config=chosen | {f"refine.{name}": getattr(settings.params, name) for name in _searched(mode)},
+        conditions=configs.tuning_conditions(decoding),
         split=split,
         classes=list(config.eval.classes),
         step=step,
         mode=mode,
-        miou_before=before,
-        miou_messages=messages,
+        method=method,
         miou_after=after,
+        **figures,
     )
-    log.info("mean IoU on %s: %.2f as configured, %.2f with the best messages, %.2f refined", split, 100 * before,
-             100 * messages, 100 * after)  # fmt: skip
+    log.info("mean IoU on %s: %.2f as configured, %.2f with the best messages, %.2f refined", split,
+             100 * result["miou_before"], 100 * result["miou_messages"], 100 * after)  # fmt: skip
     if row == configs.final_row(config):
         configs.write_tuned(result, workdir)
         log.info("wrote %s", os.path.join(workdir, configs.TUNED))
     return result
+
+
+def _by_miou(config, model, params, dataset, split, folder):
+    """(values that the search of weights and iterations chose, {"miou_before", "miou_messages"})."""
+    best, before, messages = _tune_messages(config, model, params, dataset, split, folder)
+    *weights, iterations = best
+    chosen = {"crf.weights": weights, "crf.num_iterations": iterations} if weights and iterations else {}
+    given = {"crf.unary_temperature": config.crf.unary_temperature, "crf.label_weights": config.crf.label_weights}
+    chosen |= {key: value for key, value in given.items() if value not in (1.0, ())}  # the weights belong to them
+    return chosen, dict(miou_before=before, miou_messages=messages)
+
+
+def _by_likelihood(config, model, params, dataset, split, folder, method):
+    """(values that calibration chose, its figures with "miou_before" and "miou_messages")."""
+    path = os.path.join(folder, f"{method}.json")
+    try:
+        chosen, figures = files.read_json(path, "delete it, tune again", lambda found: (dict(found[0]), dict(found[1])))
+    except FileNotFoundError:
+        found = calibration.calibrate(config, model, params, dataset, split, method)
+        chosen = found.config | {"crf.num_iterations": config.crf.num_iterations}
+        calibrated = config.copy_and_resolve_references()
+        configs.apply_values(calibrated, chosen)
+        every = [configs.crf_settings(c) for c in (config, calibrated)]
+        before, after = _score(_count_decoded(model, every), config, params, dataset, split, "mean IoU")
+        nll = {name: value for name, value in found._asdict().items() if name != "config"}
+        figures = nll | dict(miou_before=before, miou_messages=after)
+        files.write_json(path, [chosen, figures])
+    said = ", ".join(f"{key} = {value}" for key, value in chosen.items() if key != "crf.label_weights")
+    log.info("NLL on %s: %.4f of the unary alone, %.4f as configured, %.4f with %s", split, figures["nll_unary"],
+             figures["nll_before"], figures["nll_after"], said)  # fmt: skip
+    return chosen, figures
 
 
 def _searched(mode):
@@ -143,10 +182,10 @@ class _Trials:
 
 def _tune_messages(config, model, params, dataset, split, folder):
     """(best weights and number of iterations, mean IoU as configured, mean IoU of the best)."""
-    crf = configs.crf_settings(config)
-    relations = tuple(crf.weights)
+    given = configs.relation_weights(config)
+    relations = tuple(given)
     names = (*relations, "num_iterations")
-    configured = best = (*crf.weights.values(), crf.num_iterations)
+    configured = best = (*given.values(), config.crf.num_iterations)
     trials = _Trials(os.path.join(folder, "messages.jsonl"), names)
 
     def score(candidates, what):
@@ -182,12 +221,32 @@ def _named(names, values):
 def _score_messages(config, model, params, dataset, split, candidates, what):
     """Mean IoU of each candidate, weights and number of iterations, in one pass over the split."""
     groups = {n: [c[:-1] for c in candidates if c[-1] == n] for *_, n in candidates}
-    fn, total = parallel.pmap_eval(_count_messages(config, model, groups)), 0
+    scores = _score(_count_messages(config, model, groups), config, params, dataset, split, what)
+    order = [(*weights, n) for n, group in groups.items() for weights in group]
+    found = dict(zip(order, scores, strict=True))
+    return [found[c] for c in candidates]
+
+
+def _score(step, config, params, dataset, split, what):
+    """Mean IoU of each of the confusion matrices that step(params, batch) gives, in one pass over the split."""
+    fn, total = parallel.pmap_eval(step), 0
     for batch in bar(evaluate.batches_of(config, dataset, split), what):
         total = total + np.asarray(fn(params, evaluate.inputs_of(batch)), np.int64)
-    order = [(*weights, n) for n, group in groups.items() for weights in group]
-    found = dict(zip(order, (mean_iou(x, config, dataset, split) for x in total), strict=True))
-    return [found[c] for c in candidates]
+    return [mean_iou(x, config, dataset, split) for x in total]
+
+
+def _count_decoded(model, every):
+    """Builds step(params, batch) -> int32 [settings, K, K], of each of some settings of mean field."""
+
+    def step(params, batch):
+        potentials = model.apply({"params": params}, batch["image"])._replace(refinement_logits=None)
+        size = batch["label"].shape[1:3]
+        decoded = [decode.decode(potentials, batch["valid_box"], size, settings) for settings in every]
+        labels = [decode.frame_labels(x, size) for x in decoded]
+        counts = [metrics.confusion_matrix(x, batch["label"], model.num_classes) for x in labels]
+        return jax.lax.psum(jnp.stack(counts), parallel.AXIS)
+
+    return step
 
 
 def _count_messages(config, model, groups):
@@ -215,24 +274,21 @@ def _count_messages(config, model, groups):
 def _with_messages(config, values):
     """Settings of inference with other message weights, one a relation, and the number of iterations after them."""
     *weights, num_iterations = values
-    names = configs.crf_relations(config)
-    weights = dict(zip(names, weights, strict=True))
+    weights = configs.message_weights(config, dict(zip(configs.crf_relations(config), weights, strict=True)))
     return dataclasses.replace(configs.crf_settings(config), weights=weights, num_iterations=num_iterations)
 
 
-def _marginals(config, model, params, dataset, split, *, folder, messages, row):
-    """File names of the log marginals of a row with these messages, of every image, in the folder or computed into it.
-
-    messages: of `_with_messages`.
-    """
-    digest = hashlib.sha256(json.dumps([*messages, row]).encode()).hexdigest()[:8]
+def _marginals(config, model, params, dataset, split, *, folder, row):
+    """File names of the log marginals of a row of the config, of every image, in the folder or computed into it."""
+    question = json.dumps([config.crf.to_dict(), row], sort_keys=True)
+    digest = hashlib.sha256(question.encode()).hexdigest()[:8]
     home = os.path.join(folder, f"marginals-{digest}")
     files.make_folder(home, inside=folder)
     paths = [os.path.join(home, f"{i:06d}.npy") for i in range(len(dataset.source(split)))]
     if all(map(os.path.exists, paths)):
         return paths
     rows = {"all": configs.crf_relations(config)}
-    step = eval_steps.make_eval_step(model, rows, _with_messages(config, messages), keep=(row,))
+    step = eval_steps.make_eval_step(model, rows, configs.crf_settings(config), keep=(row,))
     fn = parallel.pmap_eval(step, per_image=True)
     for number, batch in enumerate(bar(evaluate.batches_of(config, dataset, split), "marginals")):
         mine = paths[number * config.eval.batch_size :][: config.eval.batch_size]

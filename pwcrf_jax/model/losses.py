@@ -5,6 +5,7 @@ An objective is data, one of `OBJECTIVES`: its terms, their weights, its stages,
 
 import abc
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -25,6 +26,9 @@ TRAINED_FACTORS = ("unary", "pairwise")
 UNARY_TERMS = ("unary", "label_smoothing", "dice")
 """Terms of the unary's factors; the last two are there where `Settings` asks for them."""
 
+EVIDENCE_NOISE = ("evidence_temperature", "evidence_dropout")
+"""Names of `Settings` that `with_evidence_noise` reads."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -40,6 +44,8 @@ class Settings:
       chunk_edges: edges whose scores are held at a time; None: chosen from the shapes.
       label_smoothing: share of the unary's targets that is uniform over the classes, 0 <= x < 1.
       dice_weight: of 1 - soft Dice of the unary's marginals, beside its cross-entropy, at least 0.
+      evidence_temperature: (low, high) of `with_evidence_noise`, above 0.
+      evidence_dropout: share of the nodes whose evidence it makes uniform, 0 <= x < 1.
     """
 
     reduction: str = "mean"
@@ -50,6 +56,13 @@ class Settings:
     chunk_edges: int | None = None
     label_smoothing: float = 0.0
     dice_weight: float = 0.0
+    evidence_temperature: tuple[float, float] = (1.0, 1.0)
+    evidence_dropout: float = 0.0
+
+    @property
+    def has_evidence_noise(self) -> bool:
+        """Whether `with_evidence_noise` changes anything."""
+        return tuple(self.evidence_temperature) != (1.0, 1.0) or self.evidence_dropout > 0
 
 
 DEFAULT_SETTINGS, DEFAULT_INFERENCE = Settings(), mean_field.DEFAULT_SETTINGS
@@ -99,6 +112,40 @@ def piecewise_terms(
         weights = _balance(fine, num_classes, settings.balance_power)
         terms["refinement_convs"] = piecewise.unary_log_likelihood(scores, fine, node_weights=weights)
     return terms
+
+
+def with_evidence_noise(potentials: Potentials, keys: jax.Array, settings: Settings) -> Potentials:
+    """Potentials whose residual relations train beside a unary that is less sure than it is.
+
+        e'_p = log softmax(e_p / T),    log T ~ uniform(log low, log high), one of each image
+        e'_p = -log K                   with the probability of evidence_dropout, each node by itself
+
+    e: `unary_log_probs` (`pwcrf_jax.potentials`). A unary is surer of the images that it trained on than of others.
+
+    Args:
+      potentials: of a `Segmenter`; those of relations without unary_log_probs stay what they are.
+      keys: a JAX random key for each image, [B]: its noise is the same for all relations, whatever its batch.
+      settings: evidence_temperature and evidence_dropout.
+
+    Returns:
+      `Potentials`; the unary is what it was.
+    """
+    low, high = map(math.log, settings.evidence_temperature)
+
+    def noisy(evidence: jax.Array, key: jax.Array) -> jax.Array:
+        of_temperature, of_nodes = jax.random.split(key)
+        temperature = jnp.exp(jax.random.uniform(of_temperature, minval=low, maxval=high))
+        cooled = jax.nn.log_softmax(evidence / temperature, axis=-1)
+        dropped = jax.random.bernoulli(of_nodes, settings.evidence_dropout, evidence.shape[:-1])
+        return jnp.where(dropped[..., None], -math.log(evidence.shape[-1]), cooled)
+
+    pairwise = {
+        name: potential
+        if potential.unary_log_probs is None
+        else dataclasses.replace(potential, unary_log_probs=jax.vmap(noisy)(potential.unary_log_probs, keys))
+        for name, potential in potentials.pairwise.items()
+    }
+    return potentials._replace(pairwise=pairwise)
 
 
 def _balance(grid: jax.Array, num_classes: int, power: float) -> jax.Array | None:
@@ -199,7 +246,7 @@ class Joint(Objective):
     def unused(self) -> tuple[str, ...]:
         # The unary's own terms train where it has a stage of its own.
         of_unary = () if self.staged else ("label_smoothing", "dice_weight")
-        return "sampled_offsets", "pairwise_weight", "pairwise_balance_power", *of_unary
+        return "sampled_offsets", "pairwise_weight", "pairwise_balance_power", *EVIDENCE_NOISE, *of_unary
 
     def term_names(self, potentials: Potentials) -> tuple[str, ...]:
         return "unary", self.term

@@ -119,7 +119,6 @@ def export_predictor(config, workdir: str, file: str, which: str = "best", size:
     log.info("%s checkpoint of step %d, images up to %d x %d", which, step, height, width)
     exported = lower(make_predictor(config, model, jax.device_get(params), (height, width)), (height, width))
     data = exported.serialize()
-    crf = configs.crf_settings(config)
     info = dict(
         format="jax.export",
         input=[f"images uint8 [b, {height}, {width}, 3], RGB", "valid_size int32 [b, 2], height and width of each"],
@@ -128,8 +127,10 @@ def export_predictor(config, workdir: str, file: str, which: str = "best", size:
         batch="any",
         load=[line.format(file=path.name, height=height, width=width) for line in LOAD],
         classes=[{"name": name, "colour": list(map(int, c))} for name, c in zip(class_names, palette, strict=True)],
-        message_weights=crf.weights,
-        num_iterations=crf.num_iterations,
+        message_weights=configs.relation_weights(config),
+        label_weights=config.crf.label_weights,
+        unary_temperature=config.crf.unary_temperature,
+        num_iterations=config.crf.num_iterations,
         checkpoint=which,
         step=step,
         platforms=list(exported.platforms),

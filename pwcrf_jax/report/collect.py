@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from pwcrf_jax import config as configs
-from pwcrf_jax import piecewise
+from pwcrf_jax import mean_field, piecewise
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.evaluation.evaluators import Seen, inside, without_devices
 from pwcrf_jax.report.parts import Pixels, last_update, make_figures, pixels_of
@@ -203,7 +203,7 @@ class Report:
         return dict(
             grid=[rows, cols],
             truth=_packed(cut(figures["truth"][i]), 1),
-            unary=percent(jax.nn.log_softmax(unary)),
+            unary=percent(jax.nn.log_softmax(mean_field.tempered(unary, self._crf)[0])),
             sent=_packed(cut(before).argmax(-1), 1),
             after=percent(after),
             messages={name: _packed(cut(x), 100) for name, x in added.items()},
@@ -228,6 +228,8 @@ class Report:
                 tuned_on=result.get("tuned_on"),
                 iterations=crf.num_iterations,
                 damping=crf.damping,
+                unary_temperature=c.crf.unary_temperature,
+                label_weights=bool(c.crf.label_weights),
                 average_messages=crf.average_messages,
                 frame=list(c.data.eval_size),
                 grid=list(self._grid),
@@ -265,10 +267,11 @@ class Report:
         kernel, bias = (np.asarray(layer[k], np.float64) for k in ("last_kernel", "last_bias"))
         *total, edges = self._hidden[name]
         scores = np.einsum("m,mkl->kl", np.array(total) / max(edges, 1), kernel) + bias
+        scores = scores * configs.label_weights(self._config).get(name, 1.0)
         kind = self._config.relations[name].parameterisation or self._config.model.parameterisation
         return dict(
             name=name,
-            weight=self._crf.weights[name],
+            weight=configs.relation_weights(self._config)[name],
             parameterisation=kind,
             offsets=self._boxes[name],
             edges=int(edges),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pwcrf_jax import mean_field, piecewise
+from pwcrf_jax import inputs, mean_field, piecewise
 from pwcrf_jax.messages import compute_messages
 from pwcrf_jax.model import decode
 from pwcrf_jax.potentials import factored_pairwise
@@ -88,14 +88,16 @@ def last_update(unary, parts, mask, last_layers, boxes, crf):
     """
     unary, mask = unary[None], mask[None]
     if not crf.num_iterations or not crf.weights:
-        return mean_field.init(unary)[0], mean_field.init(unary)[0], {}, {}
+        alone = mean_field.init(mean_field.tempered(unary, crf)[0])[0]
+        return alone, alone, {}, {}
     chosen = {n: factored_pairwise(*(x[None] for x in parts[n]), *last_layers[n], boxes[n]) for n in crf.weights}
     earlier = dataclasses.replace(crf, num_iterations=crf.num_iterations - 1)
     before, _ = mean_field.run(unary, chosen, earlier, node_mask=mask)
     after, _ = mean_field.step(before, unary, chosen, crf, node_mask=mask)
     added, counts = {}, {}
-    for name, potential in chosen.items():
+    potentials, weights = inputs.relations(chosen, crf.weights)
+    for name, potential, weight in zip(chosen, potentials, weights, strict=True):
         message, count = compute_messages(potential, jnp.exp(before), node_mask=mask, chunk_edges=crf.chunk_edges)
         message = message / jnp.maximum(count, 1.0)[..., None] if crf.average_messages else message
-        added[name], counts[name] = crf.weights[name] * message[0], count[0]
+        added[name], counts[name] = weight * message[0], count[0]
     return before[0], after[0], added, counts

@@ -1,6 +1,7 @@
 """The training step, per device (see `pwcrf_jax.runtime.parallel`), without jit."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from pwcrf_jax.model import losses
 from pwcrf_jax.runtime.parallel import AXIS
 from pwcrf_jax.training.averaging import OFF, Averaging
 
-_DROPOUT = 0x64726F70  # folded into the key of a step; small numbers are those of relations
+_DROPOUT, _EVIDENCE = 0x64726F70, 0x65766964  # folded into the key of a step; small numbers are those of relations
 
 
 @flax.struct.dataclass
@@ -96,7 +97,8 @@ def make_train_step(
       objective: of `losses.OBJECTIVES`.
       settings: of the loss.
       inference: settings of mean field, for objectives that contain inference; see `losses.Objective.terms`.
-      seed: of the sampled offsets and of dropout, which follow from it and from the number of the step alone.
+      seed: of the sampled offsets, of dropout and of the evidence's noise, which follow from it and from the number of
+        the step alone.
       trained: a stage of the objective.
       accumulate: parts that a device's images are done in, one after the other; it divides their number. The step is
         that of all of them at once, up to rounding.
@@ -148,14 +150,16 @@ class _Loss:
     accumulate: int
 
     def with_keys(self, batch: Batch, step: jax.Array) -> Batch:
-        """The batch, with a key for the dropout of each image where there is dropout."""
-        if not self.model.dropout:
-            return batch
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), step), _DROPOUT)
-        # By the place in the batch of all devices: neither their number nor that of parts changes anything.
-        count = batch["image"].shape[0]
-        places = jax.lax.axis_index(AXIS) * count + jnp.arange(count)
-        return batch | {"dropout_keys": jax.vmap(lambda place: jax.random.fold_in(key, place))(places)}
+        """The batch, with a key of each image for dropout and one for the noise of evidence, where there is such."""
+        kinds = {"dropout_keys": _DROPOUT} if self.model.dropout else {}
+        kinds |= {"evidence_keys": _EVIDENCE} if self.settings.has_evidence_noise else {}
+        for name, kind in kinds.items():
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), step), kind)
+            # By the place in the batch of all devices: neither their number nor that of parts changes anything.
+            count = batch["image"].shape[0]
+            places = jax.lax.axis_index(AXIS) * count + jnp.arange(count)
+            batch = batch | {name: jax.vmap(functools.partial(jax.random.fold_in, key))(places)}
+        return batch
 
     def gradient(self, params: Any, batch: Batch, step: jax.Array) -> tuple[jax.Array, losses.Terms, Any]:
         """(loss, terms, gradient), counts summed over the devices, the rest this device's share."""
@@ -197,6 +201,8 @@ class _Loss:
         of_stage = self.objective if "pairwise" in self.trained else losses.Piecewise()
         if "pairwise" not in self.trained:
             potentials = potentials._replace(pairwise={}, refinement_logits=None)
+        if "evidence_keys" in batch:
+            potentials = losses.with_evidence_noise(potentials, batch["evidence_keys"], self.settings)
         if "unary" not in self.trained:
             potentials = potentials._replace(unary=jax.lax.stop_gradient(potentials.unary))
         key = jax.random.fold_in(jax.random.key(self.seed), step)

@@ -20,6 +20,14 @@ UINT8, INT32 = np.uint8, np.int32
 MODELS = {
     "relations": ({"crf.weights": (0.3,)}, (96, 128)),
     "several scales, an odd frame": ({"model.scales": (1.2, 0.7), "crf.weights": (0.3,)}, (101, 131)),
+    "a temperature and weights of labels": (
+        {
+            "crf.weights": (0.3,),
+            "crf.unary_temperature": 2.5,
+            "crf.label_weights": (((0.5, 1.0, 2.0, 1.0, 0.1, 1.0), (1.0, 3.0, 1.0, 0.2, 1.0, 0.0)),) * 2,
+        },
+        (96, 128),
+    ),
     "no relation": ({"model.relations": (), "crf.num_iterations": 0}, (101, 131)),
     "refinement convolutions, a map finer than the image": (
         {"model.scales": (2.6,), "model.refinement_convs.layers": ("conv1",), "model.refinement_convs.width": 4},

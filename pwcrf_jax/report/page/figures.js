@@ -12,6 +12,7 @@
         : `Mean field: ${a.iterations} iterations, message weights ${weights}, damping ${a.damping}, messages ${a.average_messages ? "averaged" : "summed"} over a cell's neighbours.`
       : "No relations are used, so there is no mean field: the answer is the unary network's.",
   );
+  if (a.unary_temperature !== 1) parts.push(`The unary's scores are divided by a temperature of ${a.unary_temperature}.`);
   if (a.tuned_on) parts.push(`Weights were tuned on ${a.tuned_on}.`);
   byId("about").textContent = parts.join(" ");
   const whole = DATA.changes.find((c) => c.from === FIRST && c.to === LAST);

@@ -39,7 +39,7 @@ function whereWord(offsets) {
     body.append(el("h3", { text: r.name }), el("p", {}, el("label", { for: select.id, text: "Show" }), " ", select), el("div", { class: "columns" }, node, el("div", {}, list,
       el("p", { class: "caption", text:
         `Row: label of a cell. Column: label of a neighbour in its box, which reaches over rows ${rowsFrom} to ${rowsTo} and columns ${colsFrom} to ${colsTo} from the cell ` +
-        `(negative: above, left). Each number is the score z of that pair of labels, as the network gives it, in nats: its mean over all ` +
+        `(negative: above, left). Each number is the score z of that pair of labels, as the network gives it${DATA.about.label_weights ? ", times the weights of the two labels" : ""}, in nats: its mean over all ` +
         `${count(r.edges)} pairs of a cell and a neighbour, in all ${count(DATA.about.images)} images of the split, whatever their labels are. ` +
         "A constant added to all pairs changes nothing, so the mean of all is taken off; the first view takes off the means of rows and columns too. Blue: the pair is encouraged, orange: discouraged. " +
         (r.parameterisation === "residual"

@@ -98,6 +98,7 @@ def test_the_file_gives_the_labels_of_eval_without_the_package(workdir, tmp_path
     assert done.stdout.splitlines()[:-1] == about["load"] and len(about["load"]) == 4
     assert about["platforms"] == ["cpu", "cuda", "tpu"] and about["step"] == 7 and about["size"] == list(SIZE)
     assert about["classes"][2] == {"name": "class 2", "colour": [80, 0, 255]}
+    assert about["unary_temperature"] == 1.0 and about["label_weights"] == []
     assert about["message_weights"] == {"surrounding": 8.0, "above_below": 8.0}
     assert about["versions"]["jax"] == jax.__version__ and about["calling_convention_version"] >= 9
 

@@ -287,6 +287,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path, monkeypatch
     caplog.set_level("INFO", logger="pwcrf_jax")
     config.model.dropout, config.data.jitter, config.optimizer.ema_decay = 0.3, (0.3, 0.3, 0.3, 0.05), 0.7
     config.train.patience, config.train.hook, config.eval.panel = 5, "own_hook:log", 0
+    config.loss.evidence_temperature, config.loss.evidence_dropout = (1.0, 4.0), 0.3
     config.model.relations = ("surrounding",)
     whole, stopped, evaluated = tmp_path / "whole", tmp_path / "stopped", _score_by_params(monkeypatch)
     loop.train_and_evaluate(config, str(whole))

@@ -287,9 +287,8 @@ def test_the_kept_marginals_are_those_of_the_chosen_weights(searched):
     weights = (0.0, 3.0)
     model, params, _, dataset = restore.load(config, str(workdir), "best", "val[:8]")
     (workdir / "kept").mkdir()
-    options = dict(folder=str(workdir / "kept"), messages=(*weights, 2), row="all")
-    files = tuning._marginals(config, model, params, dataset, "val[:8]", **options)
     config.crf.weights, config.crf.num_iterations = weights, 2
+    files = tuning._marginals(config, model, params, dataset, "val[:8]", folder=str(workdir / "kept"), row="all")
     config.refine.num_iterations = 0
     plain = evaluate.evaluate(config, str(workdir), split="val[:8]")
     score = tuning._score_kernels(config, dataset, "val[:8]", files, configs.refine_settings(config, "full"), "")

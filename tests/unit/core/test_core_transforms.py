@@ -140,10 +140,12 @@ CASES = {
     ),
     "factored_pairwise": grid,
     "to_table": table,
+    "weighted": lambda v: potentials.weighted(grid(v), v["bias"]),
     "last_layer": lambda v: potentials.last_layer(v["hidden_p"], v["kernel"], v["bias"]),
     "guarded_last_layer": lambda v: potentials.guarded_last_layer(v["hidden_p"], v["kernel"], v["bias"]),
     "sum_over_neighbours": lambda v: potentials.sum_over_neighbours(v["weights"], grid(v).offsets),
     "init": lambda v: mean_field.init(v["unary"]),
+    "tempered": lambda v: mean_field.tempered(v["unary"], of(v, unary_temperature=1 + v["damping"])),
     "step": lambda v: mean_field.step(
         mean_field.init(v["unary_log_probs"]),
         v["unary"],
