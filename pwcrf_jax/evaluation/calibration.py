@@ -3,9 +3,8 @@
     NLL(T, w, a, b) = - mean_i log Q_i(y_i),     Q: mean field of z / T and the scores w_r a_r[k] b_r[l] z_pq[k, l]
 
 over the cells of a split that have a label, without class weights. The nets are frozen: what they say of the images is
-computed once and kept in memory. The gradient goes through all iterations of `pwcrf_jax.mean_field`. BFGS (Nocedal and
-Wright, Numerical Optimization, 2006, algorithm 6.1) takes the steps, as few numbers are sought and each value, with its
-gradient, is a pass over the split.
+computed once and kept in memory. The gradient goes through all iterations of `pwcrf_jax.mean_field`. L-BFGS takes the
+steps: each value, with its gradient, is a pass over the split.
 """
 
 import dataclasses
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.optimize
 
 from pwcrf_jax import config as configs
 from pwcrf_jax import piecewise
@@ -35,7 +35,7 @@ CACHE_BYTES = 4 * 2**30
 RIDGE = 1e-3
 """Times the sum of the squared logarithms of labels' weights, in nats: few cells of a split show a rare label."""
 
-TOLERANCE = 1e-5  # nats; a search ends where the next step is expected to gain less
+TOLERANCE = 1e-5  # nats; a search ends where a step gained less
 PASSES = 60  # of a search, at most
 SUBSET = 4  # of so many batches one is taken to come near, where there are at least twice as many
 
@@ -55,6 +55,10 @@ class Values(NamedTuple):
     log_temperature: Any
     weights: Any
     log_labels: Any
+
+
+LARGEST = Values(np.log(100.0), 1000.0, np.log(1000.0))
+"""Sizes of values that are tried. Where the unary says nothing, no temperature is too high."""
 
 
 class Calibration(NamedTuple):
@@ -102,9 +106,10 @@ def calibrate(config, model, params, dataset, split: str, method: str) -> Calibr
     start = configured(config, model.num_classes, labels=labels)
     before, _ = mean(start, batches)
     log.info("NLL %.4f, of the unary alone %.4f", before, unary)
-    found, inverse = _flat(start), None
+    found = _flat(start)
+    largest = _flat(Values(*(np.full(np.shape(x), limit) for x, limit in zip(start, LARGEST, strict=True))))
     for some in [batches[::SUBSET]] * (len(batches) >= 2 * SUBSET) + [batches]:
-        found, after, inverse = minimise(_Objective(mean, start, some, names), found, inverse)
+        found, after = minimise(_Objective(mean, start, some, names), found, largest)
     values = _shaped(found, start)
     after -= _penalty(values)
     if not after <= before:  # a part of the batches led astray
@@ -235,41 +240,20 @@ class _Objective:
 
 
 def minimise(
-    function: Callable[[np.ndarray], tuple[float, np.ndarray]], x: np.ndarray, inverse: np.ndarray | None = None
-) -> tuple[np.ndarray, float, np.ndarray]:
-    """A local minimum by BFGS with backtracking (Nocedal and Wright, 2006, algorithms 6.1 and 3.1).
+    function: Callable[[np.ndarray], tuple[float, np.ndarray]], x: np.ndarray, largest: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """A local minimum by L-BFGS-B (Byrd, Lu, Nocedal and Zhu, 1995), of SciPy.
 
     Args:
-      function: x -> (value, gradient), float64 [n]; called `PASSES` times at most.
+      function: x -> (value, gradient), float64 [n]; called about `PASSES` times at most.
       x: float64 [n], to begin at.
-      inverse: of the second derivatives there, an estimate, float64 [n, n]; None: of nothing known.
+      largest: float64 [n], of the sizes of x that are tried.
 
     Returns:
-      (x, value, inverse): no value lies above that of the first x.
+      (x, value): no value lies above that of the first x.
     """
-    known, (value, slope) = inverse is not None, function(x)
-    inverse = np.eye(len(x)) if inverse is None else inverse
-    passes = 1
-    while passes < PASSES:
-        direction = -inverse @ slope
-        gain = -slope @ direction
-        if not gain / 2 > TOLERANCE:
-            break
-        share = 1.0 if known else min(1.0, 1.0 / np.abs(direction).max())  # a first step knows no scale
-        moved = None
-        while moved is None and passes < PASSES and share * gain > TOLERANCE / 100:
-            tried = x + share * direction
-            passes, (new, slope_there) = passes + 1, function(tried)
-            if new <= value - 1e-4 * share * gain:
-                moved = tried - x
-            share /= 3 if np.isfinite(new) else 10
-        if moved is None:
-            break
-        bend = slope_there - slope
-        x, value, slope = tried, new, slope_there
-        if (curvature := moved @ bend) > 1e-12:
-            inverse = inverse if known else np.eye(len(x)) * curvature / (bend @ bend)
-            known = True
-            part = np.eye(len(x)) - np.outer(moved, bend) / curvature
-            inverse = part @ inverse @ part.T + np.outer(moved, moved) / curvature
-    return x, value, inverse
+    options = {"maxfun": PASSES, "ftol": TOLERANCE, "gtol": 0.0}
+    found = scipy.optimize.minimize(
+        function, x, jac=True, method="L-BFGS-B", bounds=[*zip(-largest, largest, strict=True)], options=options
+    )
+    return found.x, float(found.fun)

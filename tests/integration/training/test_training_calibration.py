@@ -119,24 +119,6 @@ def test_what_is_found_is_a_minimum_of_the_oracles_likelihood(tmp_path, monkeypa
     np.testing.assert_allclose(weights * np.ones((K, K)), weight * np.outer(*of_labels[0]), rtol=1e-5)
 
 
-def test_the_minimum_of_an_ill_scaled_function_is_found_without_rising():
-    scale, best, seen = np.array([1.0, 30.0, 1000.0]), np.array([3.0, -0.2, 0.5]), []
-
-    def function(x):
-        d = x - best
-        value = np.sum(scale * np.log(np.cosh(d))) if np.abs(d).max() < 3.3 else np.nan
-        seen.append(value)
-        return value, scale * np.tanh(d)
-
-    x, value, inverse = calibration.minimise(function, np.zeros(3))
-    np.testing.assert_allclose(x, best, atol=2e-3)
-    assert value == min(seen) < 1e-4 < seen[0] and len(seen) < calibration.PASSES
-    before = len(seen)
-    again, _, _ = calibration.minimise(function, x + 1e-2, inverse)
-    np.testing.assert_allclose(again, best, atol=2e-3)
-    assert len(seen) - before <= 6
-
-
 def test_what_does_not_fit_or_has_nothing_to_seek_is_refused_before_the_nets_run(tmp_path, monkeypatch):
     class Split:
         source = staticmethod(lambda split: range(1000))
