@@ -7,8 +7,8 @@
 The folder is described in docs/your-data.md. The number of classes, the sizes of crops and frames and the steps are
 those that the second command prints, unless named, such as --config.data.crop_size="(320,320)".
 
-Where classes are objects, --config.model.efficientnet_lite.output=stage6_0 takes the whole backbone: 15 points better on
-animals, 9 worse on street scenes, a step 1.7 times as long (docs/experiments/own-images.md).
+Where classes are objects, --config.model.efficientnet_lite.output=stage6_0 takes the whole backbone: 15 points better
+on animals, 9 worse on street scenes, a step 1.7 times as long (docs/experiments/own-images.md).
 """
 
 from pwcrf_jax.configs import default

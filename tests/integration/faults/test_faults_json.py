@@ -10,7 +10,7 @@ import small
 from faults import states
 
 from pwcrf_jax import config as configs
-from pwcrf_jax.data import DataError, label_guard, load_dataset, prepare
+from pwcrf_jax.data import DataError, label_guard, load_dataset, prepare, splits
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.runtime import checkpoint, files, logs
 from pwcrf_jax.runtime.files import FileError
@@ -172,7 +172,7 @@ def test_a_prepared_set_whose_description_is_damaged(name, make, prepared, tmp_p
         (copy / name).symlink_to(make) if make.startswith("/dev") else (copy / name).write_text(make)
     with pytest.raises(DataError, match="of the prepared data set cannot be read .*; delete this folder") as error:
         found = load_dataset("synthetic", data_dir=str(tmp_path), image_size=(128, 192), num_train=3, num_val=2)
-        prepare._reopened(found.folder, "train")  # as workers do, which read all of it
+        prepare._reopened(found.folder, (splits.Part("train"),))  # as workers do, which read all of it
     assert str(copy.parent) in str(error.value) and "\n" not in str(error.value)
 
 
