@@ -24,6 +24,7 @@ def compiled(caplog):
     return [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling")]
 
 
+@pytest.mark.full
 def test_frames_change_nothing():
     log_p, image = problem(0, 67, 70)
     framed, info = dense_crf.refine(log_p, image, BOTH, 3)
