@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 import small
+from rows import full_but
 
 from pwcrf_jax import config as configs
 from pwcrf_jax.evaluation import calibration, evaluate, tuning
 from pwcrf_jax.prediction import restore
 from reference import crf_oracle, random_problems
-from rows import full_but
 
 K, GRID, SIZE = 3, (2, 3), (32, 48)
 
