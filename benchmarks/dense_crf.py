@@ -31,13 +31,13 @@ import os
 import statistics
 import sys
 from functools import partial
-from pathlib import Path
 
 import dense_crf_sizes
 import jax
 import jax.numpy as jnp
 import numpy as np
 import timing
+from dense_crf_sizes import made_up_photograph, read_images
 from PIL import Image
 
 from pwcrf_jax import config as configs
@@ -55,7 +55,6 @@ except ImportError:
 ITERATIONS = 10
 SIZE = (375, 500)
 PARAMS = dense_crf.DEFAULT_PARAMS
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
 
 
 def theirs(log_probs, image, params=PARAMS, num_iterations=ITERATIONS):
@@ -95,13 +94,6 @@ def ours(log_probs, image, params=PARAMS, num_iterations=ITERATIONS, **options):
 def compare(a, b):
     """(share of pixels with the same label, mean |difference|)."""
     return float((a.argmax(-1) == b.argmax(-1)).mean()), float(np.abs(a - b).mean())
-
-
-def read_images(folder):
-    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not paths:
-        sys.exit(f"{folder}: no image ({', '.join(sorted(SUFFIXES))})")
-    return paths
 
 
 def spread(items, count):
@@ -167,17 +159,8 @@ def samples_of(args):
             paths = [p for p, size in zip(paths, sizes, strict=True) if size == statistics.mode(sizes)]
         pictures = (np.array(Image.open(p).convert("RGB")) for p in spread(paths, count))
         return [(f"{args.images}, colour classes as unaries", ((colour_classes(x, 21), x) for x in pictures))]
-    pictures = (made_up_photograph(seed) for seed in range(count))
+    pictures = (made_up_photograph(seed, SIZE) for seed in range(count))
     return [("made-up images, colour classes as unaries", ((colour_classes(x, 21), x) for x in pictures))]
-
-
-def made_up_photograph(seed, size=SIZE):
-    """Smooth shading, hard edges and noise: about as many lattice vertices as a photograph has."""
-    rng = np.random.default_rng(seed)
-    coarse = jnp.asarray(rng.uniform(0, 255, (6, 8, 3)), jnp.float32)
-    smooth = np.asarray(jax.image.resize(coarse, (*size, 3), "cubic"))
-    steps = np.asarray(jax.image.resize(jnp.asarray(rng.uniform(-60, 60, (9, 12, 3))), (*size, 3), "nearest"))
-    return (smooth + steps + rng.normal(0, 4, (*size, 3))).clip(0, 255).astype(np.uint8)
 
 
 def agreement(args, kept):
@@ -266,7 +249,7 @@ def speed(args, kept):
     """Ratios by what is compared, seconds interleaved."""
     image = next((x for _, x in kept if x.shape[:2] in (SIZE, SIZE[::-1])), None)
     where = "a sample image" if image is not None else "a made-up image"
-    image = made_up_photograph(0) if image is None else image
+    image = made_up_photograph(0, SIZE) if image is None else image
     ratios = {}
     print(f"\nspeed on {where} of {image.shape[1]} x {image.shape[0]}, medians of {args.repeats} interleaved calls")
     for num_classes in (21, 60):

@@ -21,6 +21,7 @@ from PIL import Image
 
 CELL = 8  # pixels along a side that share their unary, as those of a network do before upsampling
 ITERATIONS = 10
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
 
 
 def store(photographs, folder, num_classes=21):
@@ -85,11 +86,18 @@ def main(calls, folder, output, asked):
     np.savez(output, seconds=time.time() - asked - reading, **found)
 
 
+def read_images(folder):
+    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not paths:
+        sys.exit(f"{folder}: no image ({', '.join(sorted(SUFFIXES))})")
+    return paths
+
+
 def photographs_of_many_sizes(paths, count):
     """RGB uint8 [H, W, 3], `count` of as many sizes: of the files, evenly spaced by area; without files, drawn."""
     if not paths:
         sizes = [(500 - 4 * i, 375 - 3 * (i * 7 % 40)) for i in range(count)]
-        return [_drawn(i, size[:: 1 if i % 4 == 0 else -1]) for i, size in enumerate(sizes)]
+        return [made_up_photograph(i, size[:: 1 if i % 4 == 0 else -1]) for i, size in enumerate(sizes)]
     sizes = {}
     for path in paths:
         with Image.open(path) as image:
@@ -99,8 +107,8 @@ def photographs_of_many_sizes(paths, count):
     return [np.array(Image.open(every[i]).convert("RGB")) for i in chosen]
 
 
-def _drawn(seed, size):
-    """Smooth shading, hard edges and noise, [H, W, 3]."""
+def made_up_photograph(seed, size):
+    """Smooth shading, hard edges and noise, RGB uint8 [H, W, 3]: about as many lattice vertices as a photograph has."""
     rng = np.random.default_rng(seed)
     shading, steps = (rng.integers(0, 255, (*n, 3)).astype(np.uint8) for n in ((6, 8), (9, 12)))
     stretched = lambda x, how: np.asarray(Image.fromarray(x).resize(size[::-1], how), np.float32)

@@ -26,12 +26,14 @@ def of_classes(matrices):
     return np.stack([np.diagonal(matrices, axis1=-2, axis2=-1), matrices.sum(-1), matrices.sum(-2)], axis=-2)
 
 
-def counts_of_images(config, workdir, refined="", split=EVAL_SPLIT):
+def counts_of_images(config, workdir, refined="", split=EVAL_SPLIT, params=None):
     """{row: int64 [images, 1 + bands, 3, K]}: hits, pixels of the truth, pixels predicted; and the images' ids.
 
     refined: a row, "all" or "convs"; the dense CRF on it is one more row, "refined".
+    params: in place of those that the run is evaluated with.
     """
-    model, params, _, dataset = restore.load(config, str(workdir), "latest", split)
+    model, stored, _, dataset = restore.load(config, str(workdir), "latest", split)
+    params = stored if params is None else params
     step = evaluate.make_eval_fn(config, model, keep=[refined or "all"], devices=jax.devices()[:1])
     counts, ids = {}, []
     for batch in _one_by_one(config, dataset, split, workdir):

@@ -36,8 +36,6 @@ import timing
 
 from pwcrf_jax import config as configs
 from pwcrf_jax.configs import image_folder
-from pwcrf_jax.data import eval_batches
-from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.prediction import restore
 from pwcrf_jax.runtime import checkpoint, compilation, logs, parallel
 from pwcrf_jax.training import loop, steps
@@ -106,17 +104,9 @@ def on(config, backbone, init_from=""):
     return config
 
 
-def counts_of_images(config, model, params, dataset, split):
-    """int64 [images, 1 + bands, 3, K], as ladder_counts.of_classes."""
-    step = evaluate.make_eval_fn(config, model, devices=jax.devices()[:1])
-    batches = eval_batches(dataset, split, batch_size=1, size=config.data.eval_size)
-    sums = (step(params, evaluate.inputs_of(batch, 1))[0] for batch in batches)
-    return np.stack([ladder_counts.of_classes(np.asarray(each.confusion["all"], np.int64)) for each in sums])
-
-
-def write(args, name, config, dataset, counts, **about):
+def write(args, name, config, classes, counts, **about):
     """A run's figures, and a line of them."""
-    index = configs.scored_classes(config, dataset.class_names) or list(range(len(dataset.class_names)))
+    index = configs.scored_classes(config, classes) or list(range(len(classes)))
     figures = {row: ladder_table.scores(x.sum(0), index)["miou"] for row, x in counts.items()}
     print(f"{args.set} {name}: " + ", ".join(f"{row} {value:.2f}" for row, value in figures.items()), flush=True)
     figures = {row: round(float(value), 3) for row, value in figures.items()}
@@ -129,9 +119,10 @@ def path_of(args, name):
     return args.results / f"own_{args.set}_{name}.json"
 
 
-def last_params(config, model, workdir):
+def last_params(config, workdir):
     """The trained parameters of a run that evaluation takes averaged ones of."""
     tx, averaging = make_optimizer(config.optimizer, config.model, config.train.steps), Averaging(DECAY)
+    model = configs.build_model(config)
     start = lambda: steps.TrainState.create(restore.init_params(model, 0), tx, averaging)
     with checkpoint.Store(str(workdir / "checkpoints"), configs.identity(config)) as store:
         return steps.TrainState.from_trees(store.restore(jax.eval_shape(start).trees())[0]).params
@@ -151,10 +142,11 @@ def recipe(args):
         workdir = Path(args.runs, f"{args.set}-{name}")
         loop.train_and_evaluate(config, str(workdir))
         config = configs.load(workdir / "config.json")
-        model, averaged, _, dataset = restore.load(config, str(workdir), "latest", scored)
-        both = {"last": last_params(config, model, workdir), "averaged": averaged}
-        counts = {row: counts_of_images(config, model, p, dataset, scored) for row, p in both.items()}
-        write(args, name, config, dataset, counts, kind="recipe", parts=parts)
+        both, counts = {"last": last_params(config, workdir), "averaged": None}, {}
+        for row, params in both.items():
+            found, _, classes = ladder_counts.counts_of_images(config, workdir, split=scored, params=params)
+            counts[row] = found["all"]
+        write(args, name, config, classes, counts, kind="recipe", parts=parts)
 
 
 class Step:
@@ -209,19 +201,20 @@ def backbones(args):
             workdir = Path(args.runs, f"{args.set}-{name}")
             loop.train_and_evaluate(config, str(workdir))
             config = configs.load(workdir / "config.json")
-            model, params, _, dataset = restore.load(config, str(workdir), "latest", scored)
-            counts = {"unary": counts_of_images(config, model, params, dataset, scored)}
+            counts, _, classes = ladder_counts.counts_of_images(config, workdir, split=scored)
             about = dict(kind="held out" if args.held_out else "backbone", backbone=backbone, seed=seed, seconds=taken)
-            write(args, name, config, dataset, counts, **about)
+            write(args, name, config, classes, {"unary": counts["all"]}, **about)
 
 
-def effect(runs, has, first="averaged", second="averaged"):
-    """Difference of mean IoU of two groups of runs and its interval over images."""
-    of = lambda side, row: [ladder_table.unpack(r["counts"])[row] for r in runs if has(r) == side]
-    found = ladder_table.bootstrap(
-        of(False, first), of(True, second), runs[0]["class_indices"], np.random.default_rng(0)
-    )
-    return [round(float(x), 2) for x in found]
+def gain(first, second, row, out, key, **options):
+    """Prints and keeps the difference of mean IoU of two groups of runs, or of two rows (first, second) of a group."""
+    rows = row if isinstance(row, tuple) else (row, row)
+    counts = [
+        [ladder_table.unpack(r["counts"])[row] for r in runs] for row, runs in zip(rows, (first, second), strict=True)
+    ]
+    found = ladder_table.bootstrap(*counts, first[0]["class_indices"], np.random.default_rng(0), **options)
+    out[key] = value, low, high = [round(float(x), 2) for x in found]
+    print(f"  {key}: {value:+.2f} [{low:+.2f}, {high:+.2f}]")
 
 
 def summary(args):
@@ -230,36 +223,26 @@ def summary(args):
     for name in SETS:
         of_set = [r for r in results if r.get("set") == name]
         by_parts = {tuple(r["parts"]): r for r in of_set if r["kind"] == "recipe"}
-        runs = [by_parts[parts] for parts in DESIGN if parts in by_parts]
+        if runs := [by_parts[parts] for parts in DESIGN if parts in by_parts]:
+            print(
+                f"\n{name}, recipe: "
+                + ", ".join(f"{'+'.join(parts) or 'none'} {r['miou']}" for parts, r in by_parts.items())
+            )
         if len(runs) == len(DESIGN):
-            print(f"\n{name}, recipe: " + ", ".join(f"{'+'.join(r['parts']) or 'none'} {r['miou']}" for r in runs))
             for part in PARTS:
-                out[f"{name} {part}"] = gain = effect(runs, lambda r, part=part: part in r["parts"])
-                print(f"  {part:10s} {gain[0]:+.2f} [{gain[1]:+.2f}, {gain[2]:+.2f}]")
+                groups = ([r for r in runs if (part in r["parts"]) == there] for there in (False, True))
+                gain(*groups, "averaged", out, f"{name} {part}")
             for (part,) in (parts for parts in by_parts if len(parts) == 1):
-                pair = [by_parts[()], by_parts[(part,)]]
-                out[f"{name} {part} alone"] = gain = effect(pair, lambda r, part=part: part in r["parts"])
-                print(f"  {part + ' alone':10s} {gain[0]:+.2f} [{gain[1]:+.2f}, {gain[2]:+.2f}]")
-            packed = [ladder_table.unpack(r["counts"]) for r in runs]
-            gain = ladder_table.bootstrap(
-                [p["last"] for p in packed], [p["averaged"] for p in packed], runs[0]["class_indices"],
-                np.random.default_rng(0),
-            )  # fmt: skip
-            out[f"{name} averaged"] = gain = [round(float(x), 2) for x in gain]
-            print(f"  {'averaged':10s} {gain[0]:+.2f} [{gain[1]:+.2f}, {gain[2]:+.2f}]")
+                gain([by_parts[()]], [by_parts[(part,)]], "averaged", out, f"{name} {part} alone")
+            gain(runs, runs, ("last", "averaged"), out, f"{name} averaged")
         for kind in ("held out", "backbone"):
             by_seed = {b: {r["seed"]: r for r in of_set if r["kind"] == kind and r["backbone"] == b} for b in BACKBONES}
             for other in (b for b in BACKBONES if b != FIRST):
                 if seeds := sorted(by_seed[FIRST].keys() & by_seed[other].keys()):
                     first, second = ([by_seed[b][s] for s in seeds] for b in (FIRST, other))
-                    counts = [[ladder_table.unpack(r["counts"])["unary"] for r in side] for side in (first, second)]
-                    rng, classes = np.random.default_rng(0), first[0]["class_indices"]
-                    gain = ladder_table.bootstrap(*counts, classes, rng, over_seeds=True)
-                    out[f"{name} {kind} {other}"] = gain = [round(float(x), 2) for x in gain]
                     values = [[r["miou"]["unary"] for r in side] for side in (first, second)]
-                    said = f"{name}, {kind}, unary at equal time, seeds {seeds}"
-                    print(f"\n{said}: {FIRST} {values[0]}, {other} {values[1]}")
-                    print(f"  {other} over {FIRST}: {gain[0]:+.2f} [{gain[1]:+.2f}, {gain[2]:+.2f}]")
+                    print(f"\n{name}, {kind}, seeds {seeds}: {FIRST} {values[0]}, {other} {values[1]}")
+                    gain(first, second, "unary", out, f"{name} {kind} {other}", over_seeds=True)
     print(json.dumps(out))
 
 

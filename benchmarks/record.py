@@ -26,7 +26,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD, RESULTS = ROOT / "benchmarks/record", ROOT / "benchmarks/RESULTS.md"
-MAX_LINES = 150
+MAX_LINES, MAX_WIDTH = 150, 200
+LONG_COMMAND = 80  # characters, beyond which it stands below the table
 TOPIC = {"title": str, "note": str, "order": int, "rows": list}
 FIELDS = ("claim", "value", "interval", "seeds", "hardware", "commit", "date", "command")
 UNKNOWN = "not yet measured"  # the value of a row that needs neither machine nor commit nor date
@@ -91,7 +92,7 @@ def rendered(found):
     """The text of RESULTS.md.
 
     Raises:
-      SystemExit: it would be longer than a reader reads.
+      SystemExit: it, or a line of it, would be longer than a reader reads.
     """
     machines = list(dict.fromkeys(row["hardware"] for _, topic in found for row in topic["rows"] if row["hardware"]))
     letter = {machine: letters(i) for i, machine in enumerate(machines)}
@@ -101,15 +102,22 @@ def rendered(found):
         note = textwrap.wrap(topic["note"], 120, break_long_words=False, break_on_hyphens=False)
         lines += [*note, ""] * bool(note)
         lines += ["| claim | value | seeds | machine, date, commit | command |", "|---|---|---|---|---|"]
-        before = ""
+        before, below = "", []
         for row in topic["rows"]:
             value = f"{row['value']} {row['interval']}".strip()
             commit = f"`{row['commit']}`" if row["commit"] else ""
             where = ", ".join(filter(None, (letter.get(row["hardware"], ""), row["date"], commit)))
             command = "as above" if row["command"] == before else f"`{row['command']}`"
+            if row["command"] != before and len(row["command"]) > LONG_COMMAND:
+                below.append(f"{len(below) + 1}. {command}")
+                command = f"{len(below)}, below"
             before = row["command"]
             cells = (cell.replace("|", r"\|") for cell in (row["claim"], value, row["seeds"], where, command))
             lines.append(f"| {' | '.join(cells)} |")
+            if len(lines[-1]) > MAX_WIDTH:
+                raise SystemExit(f"{row['claim']!r} would take {len(lines[-1])} characters of RESULTS.md, at most "
+                                 f"{MAX_WIDTH}: say it shorter")  # fmt: skip
+        lines += ["", *below] * bool(below)
     text = "\n".join(lines) + "\n"
     if (count := text.count("\n")) > MAX_LINES:
         raise SystemExit(f"RESULTS.md would have {count} lines, at most {MAX_LINES}: move what is superseded from "

@@ -16,7 +16,7 @@ the same scales, pooling, heads, frozen layers, class balance, clipping and Adam
   filled compilation cache. Our first two calls of each step are given beside it.
 
 Each number of cores has a process of its own that sees no others. --compiled adds torch.compile as one more rival,
-which needs a C++ compiler. Needs `pip install -e ".[benchmarks]"`. Ends with one line of JSON: images a second, and
+which needs a C++ compiler. Needs `pip install -e ".[bench-torch]"`. Ends with one line of JSON: images a second, and
 ratios; one above 1 means that ours is faster.
 """
 
@@ -242,7 +242,7 @@ def parsed():
             parser.error(f"--cores {cores}: this process may use 1 to {there}")
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
-        parser.error(f"{', '.join(missing)} not installed: pip install 'pwcrf_jax[benchmarks]'")
+        parser.error(f"{', '.join(missing)} not installed: pip install 'pwcrf_jax[bench-torch]'")
     return args
 
 

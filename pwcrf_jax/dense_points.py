@@ -17,9 +17,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from pwcrf_jax import arrays, permutohedral
-
-NORMALIZATIONS = ("symmetric", "before", "after", "none")
-"""Normalisations of a kernel's filter; see `dense_crf.refine`."""
+from pwcrf_jax.dense_crf import NORMALIZATIONS
 
 # Points at a time. On a CPU their values should stay in the cache for all their corners, and for the softmax that
 # follows (500 x 375 pixels, 21 labels, one core: 1.0 s for 10 iterations with 8192 sliced at a time, 0.84 s with 2048).
@@ -66,7 +64,7 @@ def prepare(
     Args:
       features: float32 [d, P], in units of the kernel's standard deviation; P of `frame_size`, 0 beyond the points.
       num_points: int [], the first of them are points.
-      normalization: one of `NORMALIZATIONS`.
+      normalization: one of `dense_crf.NORMALIZATIONS`.
       capacity: of `permutohedral.build`; static. None: a quarter of the frame, more for small ones. Photographs with
         the usual parameters need half of that, and small tables stay in the cache.
 

@@ -144,6 +144,18 @@ def test_wrong_topics_are_named(page):
             page(*words)
 
 
+def test_lines_can_be_read(page, record):
+    long = ROW | dict(claim="b", command="python x.py " + "-" * record.LONG_COMMAND)
+    rows = [ROW, long, long | dict(claim="c"), ROW | dict(claim="d")]
+    write(page.folder / "first.json", title="First", note="", order=1, rows=rows)
+    text = page()
+    cells = [line.split(" | ")[-1] for line in text.splitlines() if line.startswith(("| b |", "| c |", "| d |"))]
+    assert cells == ["1, below |", "as above |", "`python x.py` |"] and f"\n\n1. `{long['command']}`\n" in text
+    write(page.folder / "first.json", title="First", note="", order=1, rows=[ROW | dict(value="1" * 200)])
+    with pytest.raises(SystemExit, match="'a' would take 2.. characters of RESULTS.md, at most 200: say it shorter"):
+        page()
+
+
 def test_a_page_that_nobody_reads_is_refused(page):
     before = page()
     rows = [ROW | dict(claim=str(i)) for i in range(150)]

@@ -41,7 +41,7 @@ def test_without_pytorch_it_says_what_to_install(training, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         training.main()
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.endswith("error: torch, timm not installed: pip install 'pwcrf_jax[benchmarks]'")
+    assert last.endswith("error: torch, timm not installed: pip install 'pwcrf_jax[bench-torch]'")
 
 
 def test_full_sizes_and_cores_are_the_default(training, monkeypatch):
