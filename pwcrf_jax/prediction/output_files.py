@@ -3,7 +3,7 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -21,17 +21,18 @@ TOLD = 20
 """Lines about files that are no images."""
 
 
-def claim(output: str, overwrite: bool) -> None:
+def claim(output: str, overwrite: bool, besides: Collection[str] = ()) -> None:
     """Makes the output folder, and clears what writers that were killed left there.
 
     overwrite: it may hold something.
+    besides: names that it may hold in any case.
 
     Raises:
       DataError, FileError: it holds something, or cannot be written.
     """
     folder = Path(output)
     try:
-        if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        if folder.is_dir() and any(path.name not in besides for path in folder.iterdir()) and not overwrite:
             raise DataError(f"--output={shown(output)}: the folder is not empty; name another one, or add --overwrite")
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
