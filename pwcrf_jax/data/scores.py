@@ -114,7 +114,7 @@ def form(files: Mapping[str, Path], sizes: Mapping[str, Size], layout: str = "au
     likely = [way for way in ways if ranks[way] == max(ranks.values())]
     first = next(iter(files))
     if ranks[likely[0]] < 0:  # no layout fits all: what is wrong is told of the one that is best for the first file
-        likely = sorted(ways, key=lambda way: -_rank(way, {first: shapes[first]}, sizes, num_classes))
+        likely = sorted(ways, key=lambda way: -_rank(way, {first: shapes[first]}, sizes, 0))
     elif len(likely) > 1:
         raise ScoresError(
             f"{files[first]}: shape {shapes[first]} may be [H, W, classes] or [classes, H, W]; add --layout hwc or "

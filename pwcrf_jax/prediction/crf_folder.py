@@ -86,8 +86,7 @@ def claimed(output: str, asked: Mapping[str, Any], overwrite: bool) -> Iterator[
     output_files.claim(output, overwrite or known is not None, besides=(lock.WRITING.file,))
     with lock.held(output, lock.WRITING):
         if overwrite:
-            with contextlib.suppress(FileNotFoundError), files.naming(os.path.join(output, DONE), "cannot be deleted"):
-                os.unlink(os.path.join(output, DONE))
+            files.write(os.path.join(output, DONE), "")
         before = known if known and not overwrite else {}
         files.write_json(path, {key: before.get(key, "") if value == "" else value for key, value in asked.items()})
         yield
