@@ -206,12 +206,20 @@ def _parts(folder: score_folder.Folder, options: flags.FlagValues, chosen_on: di
         return _Parts([], scoring.unseen(labelled, chosen_on) if options.evaluate else [], 0.0)
     share = options.tune_share or (0.5 if options.evaluate else 1.0)
     tuned, others = scoring.divide(labelled, share)
-    log.info(
-        "parameters are chosen on %d of the %d images with a mask (--tune_share %g, those whose names have the least "
-        "SHA-256)%s", len(tuned), len(labelled), share,
-        f", and the other {len(others)} are reported" if options.evaluate else "",
-    )  # fmt: skip
     return _Parts(tuned, others if options.evaluate else [], share)
+
+
+def _tell(folder: score_folder.Folder, parts: _Parts, output: str) -> None:
+    """Says what is done, of which images and scores."""
+    log.info("%d images with %s of %d classes (%s) into %s", len(folder.items), folder.kind, folder.num_classes,
+             folder.layout, output)  # fmt: skip
+    output_files.tell(folder.found)
+    if parts.tuned:
+        log.info(
+            "parameters are chosen on %d of the %d images with a mask (--tune_share %g, those whose names have the "
+            "least SHA-256)%s", len(parts.tuned), len(folder.labelled()), parts.share,
+            f", and the other {len(parts.reported)} are reported" if parts.reported else "",
+        )  # fmt: skip
 
 
 def main(chosen_on: dict[str, str]) -> None:
@@ -231,9 +239,7 @@ def main(chosen_on: dict[str, str]) -> None:
     wanted = crf_folder.Wanted(options.overlays, options.precision if options.probabilities else "")
     asked = crf_folder.question(folder, settings, wanted, tuning)
     with crf_folder.claimed(output, asked, options.overwrite):
-        log.info("%d images with %s of %d classes (%s) into %s", len(folder.items), folder.kind, folder.num_classes,
-                 folder.layout, output)  # fmt: skip
-        output_files.tell(folder.found)
+        _tell(folder, parts, output)
         about: dict[str, Any] = {}
         if options.tune:
             settings, found = scoring.tune(
