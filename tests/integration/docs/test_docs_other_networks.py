@@ -5,7 +5,6 @@ SegFormer, of `predict` of segmentation_models_pytorch, and the files of nnU-Net
 """
 
 import contextlib
-import inspect
 import re
 import sys
 import types
@@ -111,13 +110,11 @@ def test_labels_of_mmsegmentation(tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_hugging_face(tmp_path, monkeypatch, dtype):
-    shown = []
-
     def processor(images, return_tensors):
-        shown.append(next(name for name, size in SIZES.items() if size[::-1] == images.size))
-        return {"pixel_values": None}
+        return {"pixel_values": next(name for name, size in SIZES.items() if size[::-1] == images.size)}
 
-    model = lambda pixel_values: types.SimpleNamespace(logits=Tensor(logits(shown[-1], 1, K, 32, 32, dtype=dtype)))
+    # The processor makes each image 128 x 128; the map has a quarter of that.
+    model = lambda pixel_values: types.SimpleNamespace(logits=Tensor(logits(pixel_values, 1, K, 32, 32, dtype=dtype)))
     loaded = lambda what: types.SimpleNamespace(from_pretrained=lambda name: what)
     auto = dict(AutoImageProcessor=loaded(processor), AutoModelForSemanticSegmentation=loaded(model))
     run("Hugging Face", monkeypatch, tmp_path, torch=dict(no_grad=contextlib.nullcontext), transformers=auto)
@@ -125,21 +122,22 @@ def test_hugging_face(tmp_path, monkeypatch, dtype):
         same(found, logits(name, 1, K, 32, 32, dtype=dtype)[0])
 
 
-def test_half_precision_as_it_is(tmp_path):
-    np.save(tmp_path / "a.npy", logits("a", 1, K, 10, 16, dtype=np.float16))
-    same(scores.read(tmp_path / "a.npy", size=SIZES["a"]), logits("a", 1, K, 10, 16, dtype=np.float16)[0])
+def test_half_precision_as_it_is_and_a_long_image(tmp_path):
+    given = logits("a", 1, K, 32, 32, dtype=np.float16)
+    np.save(tmp_path / "a.npy", given)
+    same(scores.read(tmp_path / "a.npy", size=(128, 200)), given[0])
+    with pytest.raises(scores.ScoresError, match="--layout chw"):
+        scores.read(tmp_path / "a.npy", size=(128, 400))
+    same(scores.read(tmp_path / "a.npy", "chw", size=(128, 400)), given[0])
 
 
 def test_segmentation_models(tmp_path, monkeypatch):
-    def predict(x):
-        assert x.array.dtype == np.float32 and x.array.shape[:2] == (1, 3)
-        height, width = x.array.shape[2:]
-        assert height % 32 == width % 32 == 0
-        name = {64: "a", 50 + 14: "a"}[width] if height == 64 and width == 64 and len(seen) == 0 else "b"
-        seen.append(name)
-        return Tensor(logits(name, 1, K, height, width))
+    names = iter(SIZES)
 
-    seen = []
+    def predict(x):
+        assert x.array.dtype == np.float32 and x.array.shape == (1, 3, 64, 64)  # which 32 divides
+        return Tensor(logits(next(names), 1, K, 64, 64))
+
     smp = dict(Unet=lambda encoder, classes: types.SimpleNamespace(predict=predict))
     run(
         "segmentation_models_pytorch", monkeypatch, tmp_path, torch=dict(from_numpy=Tensor),
@@ -194,4 +192,3 @@ def test_the_table_has_every_call_of_pydensecrf():
     known = {"Unary", "NormalizationType", "KernelType", "MatrixXf", "VectorXf"}  # of what calls take and return
     assert {"addPairwiseBilateral", "klDivergence", "NORMALIZE_AFTER", "create_pairwise_gaussian"} <= names
     assert not {n for n in names - known if not re.search(rf"\b{n}\b", table)}
-    assert inspect.isclass(densecrf.DenseCRF2D)
