@@ -94,8 +94,9 @@ class EfficientNetLite(nn.Module):
       variant: 0, 1 or 2.
       stride: 16, or 8; kernels behind the strides that are left out are spread.
       output: the layer returned; the default `stage5_0_expand` has 672 channels (variant 2: 720).
-      deep: a block at the published stride of 32, "stage5_0" to "stage6_0", or "conv_head"; its activation is resized
-        bilinearly to the cells of the output, a layer before, and joined to its channels. "": none.
+      deep: a block at the published stride of 32, "stage5_0" to "stage6_0", or "conv_head"; its activation, brought to
+        a root mean square of 1 in each cell, is resized bilinearly to the cells of the output, a layer before, and
+        joined to its channels (Liu et al., "ParseNet", 2015: else the larger of two layers drowns the other). "": none.
       depthwise: "shifted", "grouped" or "auto"; see `DepthwiseConv`. All compute the same.
       freeze_until: a block's name, such as "stage3_0"; no gradient passes to the layers before that block, so
           they need no backward pass. "" trains everything.
@@ -171,8 +172,9 @@ class EfficientNetLite(nn.Module):
                 break
         if not self.deep:
             return x
-        output = kept[self.output]
-        deep = jax.image.resize(x.astype(jnp.float32), (*output.shape[:3], x.shape[3]), "bilinear")
+        output, x = kept[self.output], x.astype(jnp.float32)
+        x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+        deep = jax.image.resize(x, (*output.shape[:3], x.shape[3]), "bilinear")
         return jnp.concatenate([output, deep.astype(self.dtype)], axis=-1)
 
     def _activations(self, images: jax.Array) -> Iterator[tuple[str, jax.Array]]:

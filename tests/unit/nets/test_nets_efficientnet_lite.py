@@ -98,6 +98,7 @@ def test_deep_features_are_of_the_published_strides():
         jnp.clip(conv(jnp.clip(conv(x, "stage5_1_expand"), 0, 6), "stage5_1_depthwise"), 0, 6), "stage5_1_project"
     )
     assert x.shape == (1, 3, 2, 192)
+    x /= np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(joined[..., 672:], jax.image.resize(x, (1, 5, 3, 192), "bilinear"), atol=1e-4)
     deepest = shapes_of(EfficientNetLite(variant=2, deep="conv_head", output="stage3_1"), (1, 64, 48, 3))
     assert deepest[0].shape == (1, 4, 3, 88 + 1280) and set(deepest[1]["params"]) == set(layer_names(2))
