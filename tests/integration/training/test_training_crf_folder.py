@@ -276,8 +276,8 @@ def test_a_search_that_was_stopped_goes_on(here, run, refined, monkeypatch):
     assert len(notes.read_text().splitlines()) == 3
     chosen = (here / "out/parameters.json").read_bytes()
     del refined[:]
-    run("--tune", "--masks=masks", "--trials=3")
-    assert not refined and (here / "out/parameters.json").read_bytes() == chosen
+    run("--tune", "--masks=masks", "--trials=3", "--probabilities")
+    assert len(refined) == 6 and (here / "out/parameters.json").read_bytes() == chosen
 
 
 def test_the_division_is_by_name_alone():
@@ -389,6 +389,7 @@ SPOILED = {
     "confidence": (_sound, ("--confidence=0.5",), "--confidence is of label images"),
     "number of classes": (_sound, ("--num_classes=4",), "has 3 classes .*, and 4 were asked for"),
     "a value of a key": (_sound, ("--config.refine.appearance_srgb=-1",), "config.refine.appearance_srgb = -1.0 must"),
+    "a class": (_sound, ("--config.eval.classes=('cat',)",), "config.eval.classes .*'cat'"),
     "a key of training": (_sound, ("--config.train.steps=1",), "train"),
 }
 
