@@ -17,7 +17,9 @@ def problem(seed=0):
     features, unary = (rng.standard_normal((2, H, W, n)).astype(np.float32) for n in (D, K))
     labels = np.where(rng.random((2, H, W)) < 0.2, 255, rng.integers(0, K, (2, H, W)))
     params = pw.pairwise_init(jax.random.key(seed), D, M, K, zero_last=False)
-    return features, unary, labels, params | {"last_bias": rng.standard_normal((K, K)).astype(np.float32)}
+    biases = rng.standard_normal(M).astype(np.float32), rng.standard_normal((K, K)).astype(np.float32)
+    first_p = params["first_p"] | {"bias": biases[0]}
+    return features, unary, labels, params | {"first_p": first_p, "last_bias": biases[1]}
 
 
 def test_scores_are_those_of_two_layers_on_both_ends():
