@@ -227,7 +227,7 @@ def public_functions(*modules):
 
 # Static geometry, costs and figures on the host: nothing to trace.
 HOST = {"replaced", "frame_side", "resolve_method", "offsets", "edge_list", "validity_mask", "scores", "radius_of"}
-HOST |= {"taps", "frame_taps", *public_functions(costs, plan)}
+HOST |= {"offsets_on", "taps", "frame_taps", *public_functions(costs, plan)}
 
 
 def test_every_public_function_is_in_the_battery():
