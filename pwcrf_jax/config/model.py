@@ -33,6 +33,15 @@ def build_model(config: ConfigDict) -> Segmenter:
         raise featmap.refused(config, error) from None
 
 
+def with_grouped_depthwise(config: ConfigDict) -> ConfigDict:
+    """The config with depthwise convolutions as one operation, unless it says how they are computed."""
+    config = config.copy_and_resolve_references()
+    options = config.model.get(config.model.backbone, {})
+    if options.get("depthwise") == "auto":
+        options.depthwise = "grouped"
+    return config
+
+
 def identity(config: ConfigDict) -> dict[str, Any]:
     """Values that make a model the model it is, flat and as JSON: a checkpoint means nothing under others.
 
