@@ -33,12 +33,14 @@ def build_model(config: ConfigDict) -> Segmenter:
         raise featmap.refused(config, error) from None
 
 
-def with_grouped_depthwise(config: ConfigDict) -> ConfigDict:
-    """The config with depthwise convolutions as one operation, unless it says how they are computed."""
+def portable(config: ConfigDict) -> ConfigDict:
+    """The config with "auto" as runtimes other than XLA do well: depthwise convolutions in one, no stored scores."""
     config = config.copy_and_resolve_references()
     options = config.model.get(config.model.backbone, {})
     if options.get("depthwise") == "auto":
         options.depthwise = "grouped"
+    if config.crf.algorithm == "auto":
+        config.crf.algorithm = "factored"
     return config
 
 

@@ -143,7 +143,7 @@ def export_onnx(
     except ImportError:
         raise configs.ConfigError('--format onnx needs the package onnx: pip install "pwcrf_jax[onnx]"') from None
     request = export.check_request(config, file, size, overwrite)
-    config = configs.with_grouped_depthwise(config)
+    config = configs.portable(config)
     predict.class_info(config, workdir)  # refuses what it cannot read
     model, params, step = restore.restore_params(config, workdir, which)
     log.info("%s checkpoint of step %d, images up to %d x %d", which, step, *request.size)

@@ -81,7 +81,7 @@ def test_the_file_gives_labels_and_marginals_of_evaluation(keys, runtime):
     config = tiny(**keys)
     model, row, batch = configs.build_model(config), configs.final_row(config), framed(twenty(np.random.default_rng(1)))
     params = random_params(model)
-    grouped = configs.build_model(configs.with_grouped_depthwise(config))
+    grouped = configs.build_model(configs.portable(config))
     proto = onnx_export.convert(onnx_export.make_predictor(config, grouped, params, SIZE), SIZE, batch=4)
     session = runtime.InferenceSession(proto.SerializeToString(), onnx_export._quiet(runtime))
     sizes = batch["valid_box"][:, 2:]
