@@ -89,7 +89,7 @@ def _scan(graph: Graph, eqn: Any, inputs: list[Value]) -> list[Value]:
     params, length = eqn.params, eqn.params["length"]
     if params["reverse"]:
         raise NoRule("scan in reverse")
-    jaxpr, num_outer, num_state = params["jaxpr"], params["num_consts"], params["num_carry"]
+    jaxpr, (num_outer, num_state) = params["jaxpr"], _numbers(params, len(inputs))
     inner = jaxpr.jaxpr
     outer, state, rows = inputs[:num_outer], inputs[num_outer:][:num_state], inputs[num_outer + num_state :]
     shapes = [shape_of(v) for v in eqn.invars]
@@ -104,3 +104,11 @@ def _scan(graph: Graph, eqn: Any, inputs: list[Value]) -> list[Value]:
         # What a body gives must be made in it.
         ends = [graph.add("Identity", [x], x.shape, x.dtype) for x in (going, *found)]
     return graph.loop(length, state, Body(nodes, [number, going, *within], ends, num_state))
+
+
+def _numbers(params: dict[str, Any], number: int) -> tuple[int, int]:
+    """How many of a scan's inputs are the same each time, and how many are its state."""
+    if "ft_in" not in params:  # JAX 0.10
+        return params["num_consts"], params["num_carry"]
+    outer, state, _ = params["ft_in"].update(list(range(number))).unpack()
+    return len(list(outer)), len(list(state))
