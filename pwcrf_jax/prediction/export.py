@@ -99,6 +99,11 @@ def export_predictor(config, workdir: str, file: str, which: str = "best", size:
         raise configs.ConfigError("export is done by one process; start it on one host alone")
     if configs.augments(config):
         raise configs.ConfigError("config.tta is not part of an exported predictor; leave it at its default")
+    if config.model.unary == "scores":
+        raise configs.ConfigError(
+            "config.model.unary = 'scores': an exported predictor takes images alone; label images with pwcrf predict, "
+            "which takes scores too"
+        )
     try:
         import flatbuffers  # noqa: F401  jax.export writes with it
     except ImportError:
