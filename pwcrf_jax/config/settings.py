@@ -158,8 +158,10 @@ def score_files(config: ConfigDict) -> ScoreFiles | None:
 def given_scores(config: ConfigDict, size: Sequence[int], per_cell: int = 1) -> GivenScores | None:
     """`score_files` on the grid of a frame of this size, so many a side of a cell."""
     files = score_files(config)
+    if files is None:
+        return None
     height, width = grid(config, size)
-    return files and GivenScores(files, (per_cell * height, per_cell * width))
+    return GivenScores(files, (per_cell * height, per_cell * width))
 
 
 def scored_classes(config: ConfigDict, class_names: Sequence[str]) -> list[int] | None:

@@ -149,8 +149,8 @@ def _validate_given_scores(config: ConfigDict) -> None:
     if config.model.unary != "scores":
         if config.data.scores.dir:
             raise ConfigError(
-                f"config.data.scores.dir = {config.data.scores.dir!r} is read with config.model.unary = 'scores' alone; "
-                "set both, or neither"
+                f"config.data.scores.dir = {config.data.scores.dir!r} is read with config.model.unary = 'scores' "
+                "alone; set both, or neither"
             )
         return
     none = {"model.refinement_convs.layers": (), "loss.label_smoothing": 0.0, "loss.dice_weight": 0.0}

@@ -5,8 +5,6 @@ scores go: a place in the image is told in shares of its height and width, 0 to 
 """
 
 import dataclasses
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +13,6 @@ import numpy as np
 from pwcrf_jax.data import scores
 from pwcrf_jax.data.prepare import Dataset
 from pwcrf_jax.data.readers.image_io import VOID, DataError
-
-log = logging.getLogger(__name__)
 
 Span = tuple[float, float]
 """First and last edge of what is shown of an image, in shares of its height or width; may lie beyond 0 and 1, and is
@@ -60,7 +56,7 @@ class ScoreFiles:
         )  # fmt: skip
 
     def check(self, sizes: dict[str, tuple[int, int]]) -> None:
-        """DataError where images {name: (height, width)} have no scores, or by the headers of the files none of theirs."""
+        """DataError where images {name: (height, width)} have no scores, or by their headers not such scores."""
         missing = [name for name in sizes if name not in self.found]
         if missing:
             more = f", and {len(missing) - 1} more images have none" if len(missing) > 1 else ""
@@ -76,15 +72,12 @@ class ScoreFiles:
         self.check({source.id(i): source.image_size(i) for i in range(len(source))})
 
     def _named(self, function: Any, *given: Any, **options: Any) -> Any:
-        """function(*given), its errors with the keys of a config in place of flags."""
+        """function(*given); where an error names flags, with the keys that a config has for them."""
         try:
             return function(*given, **options)
         except scores.ScoresError as error:
-            text = str(error)
-            for name in ("layout", "kind"):
-                text = text.replace(f"--{name} ", f"--config.data.scores.{name}=")
-                text = text.replace(f"--{name}", f"--config.data.scores.{name}")
-            raise DataError(text) from None
+            keys = "; in a config these are data.scores.layout and data.scores.kind" * ("--" in str(error))
+            raise DataError(f"{error}{keys}") from None
 
 
 class GivenScores(NamedTuple):
@@ -157,13 +150,21 @@ def accuracy(dataset: Dataset, split: str, files: ScoreFiles) -> tuple[float, in
     return right / max(count, 1), len(chosen)
 
 
-def warnings(dataset: Dataset, train: str, held_out: str, files: ScoreFiles) -> Iterator[str]:
-    """A warning of scores of images that their network was trained on; says both accuracies in the log."""
+def compared(dataset: Dataset, train: str, held_out: str, files: ScoreFiles) -> tuple[str, tuple[str, ...]]:
+    """(pixel accuracies of the scores on two splits in words, a warning or none).
+
+    It warns of scores of images that their network was trained on.
+
+    Raises:
+      DataError: of `ScoreFiles.check_split`.
+    """
+    for split in (train, held_out):
+        files.check_split(dataset, split)
     (seen, some), (other, others) = (accuracy(dataset, split, files) for split in (train, held_out))
     told = f"{100 * seen:.1f} % on {some} images of {train!r}, {100 * other:.1f} % on {others} of {held_out!r}"
-    log.info("pixel accuracy of the scores: %s", told)
-    if seen - other > FAR_ABOVE:
-        yield (
-            f"scores are right on {told}: their network has seen the training images, so relations trained on them "
-            "learn to change nothing; take scores of images that it has not seen, such as by folds (docs/relations-on-scores.md)"
-        )
+    warning = (
+        "scores are much better on training images than on held-out ones: their network has seen those, and relations "
+        "trained on them learn to change nothing; take scores of images that it has not seen, such as by folds "
+        "(docs/relations-on-scores.md)"
+    )
+    return f"pixel accuracy of the scores: {told}", (warning,) * (seen - other > FAR_ABOVE)

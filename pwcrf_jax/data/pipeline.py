@@ -208,7 +208,9 @@ def train_batches(
     # Shuffling indices, not records, keeps Grain's part to the order and ours to the content.
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     custom = augment.Custom(augment_by, len(dataset.class_names)) if augment_by else None
-    made = _Augment(crop_size, (low, high), flip, seed, pad_value, strengths=tuple(jitter), custom=custom, scores=scores)
+    made = _Augment(
+        crop_size, (low, high), flip, seed, pad_value, strengths=tuple(jitter), custom=custom, scores=scores
+    )
     view = _TrainView(order, source, host, batch_size, local, made)
     return TrainBatches(view, batch_size, local, start_step, num_threads, num_workers)
 

@@ -1,6 +1,6 @@
 """Decoding, the only way from potentials to labels.
 
-    potentials -> mean field -> refinement convolutions, or a finer unary, where there are such -> log marginals of cells
+    potentials -> mean field -> a finer unary or refinement convolutions, where there are -> log marginals of cells
                -> bilinear interpolation -> log-probabilities and labels of pixels
 
 Where an image lies inside its frame is its valid box, int32 [4]: top, left, bottom and right in pixels, the last two
@@ -87,8 +87,8 @@ def with_fine_unary(
     Returns:
       `Decoded` of the finer grid.
     """
-    fine = potentials.fine_unary
-    alone, given = (mean_field.tempered(scores, settings)[0] for scores in (potentials.unary, fine))
+    assert potentials.fine_unary is not None
+    alone, given = (mean_field.tempered(x, settings)[0] for x in (potentials.unary, potentials.fine_unary))
     said = decoded.log_marginals - jax.nn.log_softmax(alone, axis=-1)
     grid = given.shape[1:3]
     log_marginals = jax.nn.log_softmax(given + upsample(said, grid, decoded.mask), axis=-1)

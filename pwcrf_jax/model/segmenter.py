@@ -51,8 +51,9 @@ class Segmenter(nn.Module):
 
     Call: images [B, H, W, 3], RGB 0..255, uint8 or float -> `Potentials` on the grid of FeatMap-Net. In training with
     dropout_keys, a JAX random key for each image, [B], and dropped, the kinds of heads whose features are dropped.
-    With unary "scores" also scores, log-probabilities float32 [B, n h, n w, K] on n times the grid's cells a side; None:
-    uniform ones, for the sake of shapes. Parameters: `featmap`, `unary`, `pairwise_NAME` for each relation, `featmap_pairwise`, `refinement_convs`.
+    With unary "scores" also scores, log-probabilities float32 [B, n h, n w, K] on n times the grid's cells a side;
+    None: uniform ones, for the sake of shapes. Parameters: `featmap`, `unary`, `pairwise_NAME` for each relation,
+    `featmap_pairwise`, `refinement_convs`.
 
     Attributes:
       num_classes: K.

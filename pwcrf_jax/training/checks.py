@@ -41,11 +41,10 @@ def load_and_validate(config: ConfigDict, workdir: str = "") -> Any:
     dataset.source(config.data.train_split)  # unknown and empty splits are refused here
     check_sizes(dataset, config.data.eval_split, config.data.eval_size)
     evaluate.check_scored(config, dataset, config.data.eval_split)
-    files, of_scores = configs.score_files(config), iter(())
-    if files:
-        for split in (config.data.train_split, config.data.eval_split):
-            files.check_split(dataset, split)
-        of_scores = given_scores.warnings(dataset, config.data.train_split, config.data.eval_split, files)
+    of_scores: tuple[str, ...] = ()
+    if files := configs.score_files(config):
+        told, of_scores = given_scores.compared(dataset, config.data.train_split, config.data.eval_split, files)
+        log.info("%s", told)
     for warning in (
         *of_scores,
         *advice.of_split(dataset, config.data.eval_split),

@@ -106,10 +106,10 @@ def make_train_step(
       averaging: that of the state's `averaged`, where it has them.
 
     Returns:
-      step. batch: image uint8 [B, H, W, 3], label uint8 [B, H, W], for a model that is given scores these as it takes
-      them and, where it may hold padding, valid_box int32 [B, 4] of `losses.Objective.terms`. metrics: loss, grad_norm, and nll_NAME of every term, -1 where a step
-      has no factor of this kind; skipped: loss or gradient are not finite, the state, its step too, is what it was;
-      finite: all of the new state is.
+      step. batch: image uint8 [B, H, W, 3], label uint8 [B, H, W], the scores of a model that is given them and, where
+      it may hold padding, valid_box int32 [B, 4] of `losses.Objective.terms`. metrics: loss, grad_norm, and nll_NAME of
+      every term, -1 where a step has no factor of this kind; skipped: loss or gradient are not finite, the state, its
+      step too, is what it was; finite: all of the new state is.
     """
     loss_fn = _Loss(model, objective, settings, inference, seed, trained, accumulate)
 

@@ -183,6 +183,9 @@ def files(tmp_path_factory):
     own_folder(root / "image_folder", rng)
     for name in PHOTOS:
         photo(root / "photos" / name, rng, (60, 90))
+    for name in (*map(str, range(10)), *(name.removesuffix(".jpg") for name in PHOTOS)):
+        (root / "scores" / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(root / f"scores/{name}.npy", rng.normal(0, 2, (12, 20 if name.isdigit() else 18, 5)))
     mobilenet_file(root / MOBILENET, rng)
     efficientnet_package(root.parent / "site", rng)
     write_keras(root / VGG, {name: (0.02 * kernel, 0 * bias) for name, (kernel, bias) in vgg_layers().items()})
@@ -196,7 +199,14 @@ def checkout(tmp_path, files):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     for name in ("train.py", "eval.py"):
         shutil.copy(ROOT / name, tmp_path)
-    for name, target in {"PATH": "", "mine": "image_folder", "photos": "photos", MOBILENET: MOBILENET}.items():
+    for name, target in {
+        "PATH": "",
+        "mine": "image_folder",
+        "photos": "photos",
+        "scores": "scores",
+        "photo_scores": "scores",
+        MOBILENET: MOBILENET,
+    }.items():
         (tmp_path / name).symlink_to(files / target)
     return tmp_path
 
