@@ -81,11 +81,11 @@ def with_fine_unary(
 
     Args:
       decoded: `Decoded` of the unary's grid.
-      potentials: with fine_unary.
+      potentials: with fine_unary, float32 [B, h', w', K].
       valid_box, size, settings: of `decode`.
 
     Returns:
-      `Decoded` of the finer grid.
+      `Decoded` of the finer grid, float32 [B, h', w', K].
     """
     assert potentials.fine_unary is not None
     alone, given = (mean_field.tempered(x, settings)[0] for x in (potentials.unary, potentials.fine_unary))

@@ -41,7 +41,17 @@ class Potentials(NamedTuple):
 
 
 def potentials_of(model: Any, params: Any, batch: Mapping[str, jax.Array], **options: Any) -> Potentials:
-    """The `Potentials` of a batch: of its image and, where they are given, its scores; options: of the model's call."""
+    """The potentials of a batch: of its images and, where they are given, its scores.
+
+    Args:
+      model: a `Segmenter`.
+      params: its parameters, a tree of float32 arrays.
+      batch: image [B, H, W, 3] and, for a model with unary "scores", scores float32 [B, n h, n w, K].
+      options: of the model's call.
+
+    Returns:
+      `Potentials`.
+    """
     given = (batch["scores"],) if "scores" in batch else ()
     return model.apply({"params": params}, batch["image"], *given, **options)
 

@@ -8,8 +8,8 @@ from PIL import Image
 from pwcrf_jax import config as configs
 from pwcrf_jax.cli import check
 from pwcrf_jax.configs import scores
-from pwcrf_jax.data import DataError
-from pwcrf_jax.evaluation import evaluate, tuning
+from pwcrf_jax.data import DataError, load_dataset
+from pwcrf_jax.evaluation import evaluate, evaluators, tuning
 from pwcrf_jax.model import decode
 from pwcrf_jax.prediction import export, predict, predictor, restore
 from pwcrf_jax.report import collect
@@ -157,6 +157,13 @@ def test_with_weights_of_0_labels_are_those_of_the_scores(root, workdir):
     views = predictor.Predictor(changed(config, {"tta.flip": True}), model, params)
     ((_, _, marginals),) = views(given[:1])
     assert (marginals.labels() == alone(root, "0")).mean() > 0.999
+    # In the table's row of views each image has its own scores.
+    (batch,) = evaluate.batches_of(config, load_dataset(**configs.dataset_options(config)), "val")
+    seen = evaluators.Seen(0, batch, None, {"all": np.zeros((1, K, K))}, {}, {})
+    evaluators.ImageByImage(views, "all", None, scores=files).add(seen)
+    shown = [(i, x, files(batch["id"][i], x.shape[:2])) for i, x in seen.images()]
+    found = [(x.labels(), batch["label"][i][: x.size[0], : x.size[1]]) for i, _, x in views(shown)]
+    assert np.trace(seen.confusion["tta"][0]) == sum((labels == truth).sum() for labels, truth in found)
 
 
 @pytest.mark.full

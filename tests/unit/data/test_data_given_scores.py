@@ -1,5 +1,6 @@
 """Scores that go with their images: on which cells they come to lie, and which files are refused."""
 
+import pickle
 import types
 
 import jax
@@ -81,7 +82,7 @@ def folder(tmp_path):
 
 
 def test_files_are_read_by_the_names_of_images(folder):
-    files = ScoreFiles(folder, 3)
+    files = pickle.loads(pickle.dumps(ScoreFiles(folder, 3)))  # as processes that read have them
     assert files("a", (20, 30)).shape == (20, 30, 3) and files("street/b", (20, 30)).shape == (5, 8, 3)
     shown = GivenScores(files, (2, 3)).shown("a", (20, 30), WHOLE, WHOLE)
     assert shown.shape == (2, 3, 3) and shown.dtype == np.float32
