@@ -68,6 +68,7 @@ DESIGN = ((), ("jitter", "dice"), ("dropout", "dice"), ("jitter", "dropout"))
 DECAY = 0.99
 BACKBONES = {
     "efficientnet_lite": {},
+    "efficientnet_lite_deep": {"model.efficientnet_lite.deep": "stage6_0"},
     "efficientnet_lite_whole": {"model.efficientnet_lite.output": "stage6_0"},
     "mobilenet_v2": {"model.backbone": "mobilenet_v2", "model.mobilenet_v2.freeze_until": "block_6"},
     "mobilenet_v2_whole": {
