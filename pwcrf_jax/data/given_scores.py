@@ -5,6 +5,7 @@ scores go: a place in the image is told in shares of its height and width, 0 to 
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,10 +51,23 @@ class ScoreFiles:
           DataError: there are none, or none of this form.
         """
         self.check({name: size})
-        return self._named(
-            scores.read,
-            self.found[name], self.layout, self.kind, self.num_classes, size=size, confidence=self.confidence,
-        )  # fmt: skip
+        return self._named(self._read, self.found[name], size)
+
+    def _read(self, path: Path, size: tuple[int, int]) -> np.ndarray:
+        if path.suffix.lower() == ".png":
+            return scores.read(path, num_classes=self.num_classes, confidence=self.confidence)
+        values = scores.read_values(path, self.layout, self.num_classes, size=size)
+        if self.kind == "auto":
+            scores.check_kind(values, self._kind_of_first, path)
+        return scores.log_probabilities(values, self._kind_of_first, path)
+
+    @functools.cached_property
+    def _kind_of_first(self) -> str:
+        """The kind of all files, by the first of them: one alone may look like another kind by chance."""
+        first = next(iter(self.found.values()))
+        if self.kind != "auto":
+            return self.kind
+        return scores.kind_of(scores.read_values(first, self.layout, self.num_classes), first)
 
     def check(self, sizes: dict[str, tuple[int, int]]) -> None:
         """DataError where images {name: (height, width)} have no scores, or by their headers not such scores."""
@@ -96,14 +110,17 @@ class GivenScores(NamedTuple):
 
 
 def on_grid(log_probs: np.ndarray, grid: tuple[int, int], rows: Span, cols: Span) -> np.ndarray:
-    """Mean probabilities of the cells of a frame, as log; on a finer grid than theirs, interpolated linearly.
+    """Scores of an image on the cells of a frame that shows it.
+
+    A cell has the mean of the probabilities in it; on a finer grid than theirs log-probabilities are interpolated, as
+    for labels of pixels.
 
     Args:
       log_probs: float32 [h, w, K] of a whole image.
       grid: cells of the frame, which covers rows and cols of the image.
 
     Returns:
-      float32 [*grid, K]; uniform where a cell lies beside the image.
+      Log-probabilities float32 [*grid, K]; uniform where a cell lies beside the image.
     """
     num_classes = log_probs.shape[-1]
     down, across = (
@@ -113,13 +130,17 @@ def on_grid(log_probs: np.ndarray, grid: tuple[int, int], rows: Span, cols: Span
     if not (used[0].size and used[1].size):
         return np.full((*grid, num_classes), -np.log(num_classes), np.float32)
     y, x = (slice(at[0], at[-1] + 1) for at in used)
-    probs = np.exp(log_probs[y, x])
-    height, width = probs.shape[:2]
-    mean = (down[:, y] @ probs.reshape(height, -1)).reshape(grid[0], width, num_classes)
+    sides = zip((rows, cols), grid, log_probs.shape[:2], strict=True)
+    finer = all(abs(last - first) * n <= cells for (first, last), cells, n in sides)
+    values = log_probs[y, x] if finer else np.exp(log_probs[y, x])
+    height, width = values.shape[:2]
+    mean = (down[:, y] @ values.reshape(height, -1)).reshape(grid[0], width, num_classes)
     mean = across[:, x] @ mean
-    total = mean.sum(-1, keepdims=True)
-    mean = np.where(total > 0, mean, 1.0)
-    return np.log(np.maximum(mean, np.finfo(np.float32).tiny)) - np.log(mean.sum(-1, keepdims=True))
+    if not finer:
+        beside = ~mean.any(-1, keepdims=True)
+        mean = np.log(np.maximum(np.where(beside, 1.0, mean), np.finfo(np.float32).tiny))
+    mean -= mean.max(-1, keepdims=True)
+    return mean - np.log(np.exp(mean).sum(-1, keepdims=True))
 
 
 def _weights(first: float, last: float, cells: int, source: int) -> np.ndarray:

@@ -23,7 +23,7 @@ SUFFIXES = (*array_files.SUFFIXES, ".png")
 LAYOUTS = ("hwc", "chw")
 KINDS = ("logits", "probabilities", "log_probabilities")
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
-_ASPECT = 2.5  # a map's sides are never so much out of proportion to its image's
+_ASPECT = 2.5  # of the sides of an image that is made square for a network, at most
 
 Size = tuple[int, int]  # (height, width)
 
@@ -54,7 +54,11 @@ def find(folder: str | Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     if not root.is_dir():
         raise ScoresError(f"{root}: is no folder; name the folder of the scores")
-    for place, folders, names in os.walk(root):
+    seen: set[str] = set()
+    for place, folders, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # links in a circle
+            folders[:], names = [], []
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for file in (Path(place, name) for name in sorted(names) if not name.startswith(".")):
             if file.suffix.lower() not in SUFFIXES:
@@ -109,22 +113,20 @@ def form(files: Mapping[str, Path], sizes: Mapping[str, Size], layout: str = "au
     ranks = {way: _rank(way, shapes, sizes, num_classes) for way in ways}
     likely = [way for way in ways if ranks[way] == max(ranks.values())]
     first = next(iter(files))
-    if len(likely) > 1 and ranks[likely[0]] < 0:  # no layout fits all: what is wrong is told of the best for the first
-        likely = sorted(likely, key=lambda way: -_rank(way, {first: shapes[first]}, sizes, num_classes))
+    if ranks[likely[0]] < 0:  # no layout fits all: what is wrong is told of the one that is best for the first file
+        likely = sorted(ways, key=lambda way: -_rank(way, {first: shapes[first]}, sizes, 0))
     elif len(likely) > 1:
         raise ScoresError(
             f"{files[first]}: shape {shapes[first]} may be [H, W, classes] or [classes, H, W]; add --layout hwc or "
             "--layout chw, or --num_classes"
         )
     wanted = num_classes or _axes(shapes[first], likely[0])[2]
-    if (one := next((name for name, shape in shapes.items() if 1 in (shape[0], shape[2])), None)) and ranks[
-        likely[0]
-    ] < 0:
-        raise ScoresError(
-            f"{files[one]}: has one map (shape {shapes[one]}); save one a class, of two classes p and 1 - p"
-        )
     for name, shape in shapes.items():
         *grid, count = _axes(shape, likely[0])
+        if ranks[likely[0]] < 0 and 1 in (shape[0], shape[2]):
+            raise ScoresError(
+                f"{files[name]}: has one map (shape {shape}); save one a class, of two classes p and 1 - p"
+            )
         if count != wanted:
             where = "were asked for" if num_classes else f"are in {files[first]}"
             raise ScoresError(
@@ -217,6 +219,22 @@ def kind_of(values: np.ndarray, path: Path) -> str:
     return "logits"
 
 
+def check_kind(values: np.ndarray, kind: str, path: Path) -> None:
+    """Refuses scores that are another kind than those of the files before, whose kind was found out.
+
+    Raises:
+      ScoresError: naming the file and what it holds.
+    """
+    try:
+        found = kind_of(values, path)
+    except ScoresError:
+        if kind == "probabilities" or not values.any():
+            raise
+        return  # logits that happen to lie in 0..1
+    if (found == "probabilities") != (kind == "probabilities"):
+        raise ScoresError(f"{path}: holds {found}, the files before it {kind}; save one kind, or add --kind")
+
+
 def log_probabilities(values: np.ndarray, kind: str, path: Path) -> np.ndarray:
     """Log-probabilities float32 [h, w, K] of scores float32 [h, w, K] of a kind; "auto": of `kind_of`.
 
@@ -238,13 +256,12 @@ def log_probabilities(values: np.ndarray, kind: str, path: Path) -> np.ndarray:
 
 def _rounding(values: np.ndarray) -> tuple[float, float]:
     """(how far probabilities may be from a sum of 1, the least one) by the type that float32 values were rounded to."""
-    if not (values.view(np.uint32) & 0xFFFF).any():
-        return 2e-2, float(np.finfo(np.float32).tiny)  # bfloat16
     with np.errstate(over="ignore"):
         half = values.astype(np.float16)
     if (half == values).all():
-        return 1e-2, float(np.finfo(np.float16).smallest_subnormal)
-    return 1e-3, float(np.finfo(np.float32).tiny)
+        return 2e-2, float(np.finfo(np.float16).smallest_subnormal)
+    bfloat16 = not (values.view(np.uint32) & 0xFFFF).any()
+    return 2e-2 if bfloat16 else 1e-3, float(np.finfo(np.float32).tiny)
 
 
 def _log_sum_exp(x: np.ndarray) -> np.ndarray:
@@ -302,7 +319,7 @@ def _axes(shape: tuple[int, ...], layout: str) -> tuple[int, int, int]:
 
 
 def _rank(layout: str, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, Size], num_classes: int) -> int:
-    """How well a layout fits: 2 the images' own sizes, 1 those by a stride, 0 it may be, -1 or less it cannot be."""
+    """How well a layout fits: 2 the images' own sizes, 1 those by a stride, 0 squares; less: none that is guessed."""
     counts = {_axes(shape, layout)[2] for shape in shapes.values()}
     if len(counts | ({num_classes} if num_classes else set())) > 1:
         return -2
@@ -320,8 +337,7 @@ def _rank_of_map(grid: Size, size: Size | None) -> int:
         return -1
     if _by_stride(grid, size):
         return 1
-    stretched = (grid[0] * size[1]) / (grid[1] * size[0])
-    return 0 if 1 / _ASPECT < stretched < _ASPECT else -1
+    return 0 if grid[0] == grid[1] and max(size) < _ASPECT * min(size) else -1  # images made square for the network
 
 
 def _by_stride(grid: Size, size: Size) -> bool:

@@ -127,10 +127,8 @@ class EfficientNetLite(nn.Module):
         if self.deep:
             outputs = self._check_deep(outputs)
         if self.output not in outputs:
-            raise ValueError(
-                f"{own}: output {self.output!r} is not a layer at stride {self.stride}{', before deep' * bool(self.deep)}"
-                f"; known: {', '.join(outputs)}"
-            )
+            where = f"at stride {self.stride}{', before deep' if self.deep else ''}"
+            raise ValueError(f"{own}: output {self.output!r} is not a layer {where}; known: {', '.join(outputs)}")
         if self.depthwise not in METHODS:
             raise ValueError(f"{own}: depthwise must be auto, shifted or grouped, got {self.depthwise!r}")
         names = [block.name for block in blocks(self.variant, self.stride)] + ["conv_head"]

@@ -112,7 +112,7 @@ def small(words):
         return [*kept, *(f"--config.{key}={value}" for key, value in values.items() if key not in given)]
     if words[1] == "check":
         return [*source(words, words[2]), "--partial"]
-    if words[1] == "tune" and "--trials" not in words:  # a flag is given once
+    if (words[1] == "tune" or "--tune" in words) and "--trials" not in words:  # a flag is given once
         return [*words, "--trials=2"]
     if words[1] == "benchmarks/diagnose.py":
         return [*words, "--weights=1,2"]
@@ -148,6 +148,13 @@ def own_folder(root, rng, count=10):
     (root / "classes.txt").write_text("road\nstreet lamp\nsky\ntree\ncar\n")
 
 
+def score_files(root, names, rng, size=(6, 10)):
+    """Logits of a network of stride 8 for images, if not told otherwise of `own_folder`, [classes, height, width]."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(root / f"{name}.npy", rng.normal(0, 3, (5, *size)).astype(np.float16))
+
+
 def mobilenet_file(path, rng):
     """A Keras MobileNetV2 file of the right layout with random values."""
     shapes = jax.eval_shape(MobileNetV2(output="Conv_1").init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
@@ -181,11 +188,10 @@ def files(tmp_path_factory):
     for layout in (camvid, voc, pascal_context):
         layout.make(root / layout.__name__.removeprefix("layouts."), rng)
     own_folder(root / "image_folder", rng)
+    score_files(root / "scores", map(str, range(10)), rng)
+    score_files(root / "photo_scores", [name.removesuffix(".jpg") for name in PHOTOS], rng, (8, 12))
     for name in PHOTOS:
         photo(root / "photos" / name, rng, (60, 90))
-    for name in (*map(str, range(10)), *(name.removesuffix(".jpg") for name in PHOTOS)):
-        (root / "scores" / name).parent.mkdir(parents=True, exist_ok=True)
-        np.save(root / f"scores/{name}.npy", rng.normal(0, 2, (12, 20 if name.isdigit() else 18, 5)))
     mobilenet_file(root / MOBILENET, rng)
     efficientnet_package(root.parent / "site", rng)
     write_keras(root / VGG, {name: (0.02 * kernel, 0 * bias) for name, (kernel, bias) in vgg_layers().items()})
@@ -204,7 +210,7 @@ def checkout(tmp_path, files):
         "mine": "image_folder",
         "photos": "photos",
         "scores": "scores",
-        "photo_scores": "scores",
+        "photo_scores": "photo_scores",
         MOBILENET: MOBILENET,
     }.items():
         (tmp_path / name).symlink_to(files / target)
@@ -244,7 +250,7 @@ def check_outputs(words, text, folder):
         assert [path.name for path in workdir.iterdir()] == ["dry_run.png"]
     elif words[1] == "train":
         assert (workdir / "checkpoints/2").is_dir() and (workdir / "best/2").is_dir()
-    elif words[1] in ("eval", "predict", "tune", "export", "benchmarks/diagnose.py"):
+    elif words[1] in ("eval", "predict", "tune", "export", "crf", "benchmarks/diagnose.py"):
         assert json.loads(text.splitlines()[-1])
     elif words[1] == "check":
         assert "to train: --config.data.num_classes=" in text
@@ -252,7 +258,8 @@ def check_outputs(words, text, folder):
         assert Image.open(folder / words[3]).format == "PNG"
     if "--images" in words:
         labels = {str(path.relative_to(folder)) for path in (folder / flag(words, "output") / "labels").rglob("*.png")}
-        assert labels == {f"{flag(words, 'output')}/labels/{name}".replace(".jpg", ".png") for name in PHOTOS}
+        names = (f"{i}.png" for i in range(10)) if words[1] == "crf" else PHOTOS
+        assert labels == {f"{flag(words, 'output')}/labels/{name}".replace(".jpg", ".png") for name in names}
     elif flag(words, "output"):
         assert (folder / flag(words, "output")).exists()
     if "--report" in words:

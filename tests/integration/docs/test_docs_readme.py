@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from pwcrf_jax import config as configs
-from pwcrf_jax.cli import check, command
+from pwcrf_jax.cli import check, command, crf
 from pwcrf_jax.data import DATASETS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -241,6 +241,12 @@ def test_commands_are_accepted(path, monkeypatch):
     for words in commands(path.read_text()):
         if words[:2] == ["pwcrf", "check"]:
             assert check.parser().parse_args(words[2:]).dataset in DATASETS
+            continue
+        if words[:2] == ["pwcrf", "crf"]:
+            values = flags.FlagValues()
+            crf.define_flags(values)
+            command.parse(["pwcrf crf", *words[2:]], values)
+            crf.check_flags(values)
             continue
         if words[1].startswith(("examples/", "scripts/")):
             assert (ROOT / words[1]).is_file()  # run by test_docs_examples and test_docs_commands

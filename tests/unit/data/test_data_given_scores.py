@@ -24,15 +24,17 @@ def log_probs(rng, *shape):
 
 
 def test_cells_have_the_mean_probability_of_their_pixels():
-    """On the scores' own grid they are the scores; on a finer one interpolated, to the same mean."""
+    """On the scores' own grid they are the scores; on a finer one they are interpolated."""
     scores = log_probs(np.random.default_rng(0), 6, 8, 3)
     np.testing.assert_allclose(on_grid(scores, (6, 8), WHOLE, WHOLE), scores, atol=1e-6)
     blocks = np.exp(scores).reshape(3, 2, 2, 4, 3).mean((1, 3))
     np.testing.assert_allclose(np.exp(on_grid(scores, (3, 2), WHOLE, WHOLE)), blocks, atol=1e-6)
     # Linearly between centres, which lie at 0.5, 1.5, ...: a cell of half a row has a quarter of the next one.
     line = np.log(np.array([[0.2, 0.8], [0.6, 0.4]], np.float32))[None]
-    finer = np.exp(on_grid(line, (1, 4), WHOLE, WHOLE))[0, :, 0]
-    np.testing.assert_allclose(finer, [0.2, 0.3, 0.5, 0.6], atol=1e-6)
+    finer = on_grid(line, (1, 4), WHOLE, WHOLE)[0]
+    (low, high), shares = line[0] @ [1, -1], np.array([0, 0.25, 0.75, 1])
+    np.testing.assert_allclose(finer @ [1, -1], low + shares * (high - low), atol=1e-6)
+    np.testing.assert_allclose(np.exp(finer).sum(-1), 1, atol=1e-6)
     mirrored = on_grid(scores, (3, 2), WHOLE, (1.0, 0.0))
     np.testing.assert_allclose(mirrored, on_grid(scores, (3, 2), WHOLE, WHOLE)[:, ::-1], atol=1e-6)
 
