@@ -174,13 +174,12 @@ def evaluate_model(config, model, params, dataset, split: str, *, refine: str = 
     report: a `pwcrf_jax.report.collect.Report` that collects what it shows.
     """
     predictor = inference.Predictor(config, model, params) if configs.augments(config) else None
-    files = configs.score_files(config)
     final, settings = configs.final_row(config), configs.refine_settings(config, refine)
     more: list[evaluators.Evaluator] = []
     options = report.start(config, model, params, dataset) if report else {}
     if predictor or (report and settings):
         watch = report.watch if report else None
-        more.append(evaluators.ImageByImage(predictor, final, settings, watch, files))
+        more.append(evaluators.ImageByImage(predictor, final, settings, watch, configs.score_files(config)))
     elif settings:
         more.append(evaluators.Refined(final, settings))
     eval_fn = make_eval_fn(config, model, **options)

@@ -146,7 +146,9 @@ def _folder(config, workdir, params, dataset, split, step):
         split=split,
         step=step,
     )
-    about |= {"scores": config.data.scores.to_dict()} if config.model.unary == "scores" else {}
+    if given := configs.score_files(config):
+        times = {name: file.stat().st_mtime_ns for name, file in given.found.items()}
+        about |= {"scores": [config.data.scores.to_dict(), times]}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
     return os.path.join(workdir, "tuning", digest)
 

@@ -42,8 +42,8 @@ def load_and_validate(config: ConfigDict, workdir: str = "") -> Any:
     check_sizes(dataset, config.data.eval_split, config.data.eval_size)
     evaluate.check_scored(config, dataset, config.data.eval_split)
     of_scores: tuple[str, ...] = ()
-    if files := configs.score_files(config):
-        told, of_scores = given_scores.compared(dataset, config.data.train_split, config.data.eval_split, files)
+    if given := configs.score_files(config):
+        told, of_scores = given_scores.compared(dataset, config.data.train_split, config.data.eval_split, given)
         log.info("%s", told)
     for warning in (
         *of_scores,
