@@ -230,6 +230,7 @@ def main(chosen_on: dict[str, str]) -> None:
     parameters.check_crf(config)
     given = score_folder.Given(options.layout, options.kind, options.num_classes, options.confidence, options.classes)
     folder = score_folder.scan(images, score_files, output, given, options.masks, config.data.max_pixels)
+    configs.check_scored(config, folder.class_names)
     scored = configs.scored_classes(config, folder.class_names)
     parts, settings = _parts(folder, options, chosen_on), configs.refine_settings(config, "full")
     assert settings

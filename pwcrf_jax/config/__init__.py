@@ -26,7 +26,7 @@ from pwcrf_jax.config.settings import (
     table_rows,
     unary_steps,
 )
-from pwcrf_jax.config.validation import check_classes, check_keys, unknown, validate
+from pwcrf_jax.config.validation import check_classes, check_keys, check_scored, unknown, validate
 from pwcrf_jax.config.workdir import (
     CLASSES,
     CONFIG,
@@ -57,6 +57,7 @@ __all__ = [
     "check_classes",
     "check_edges",
     "check_keys",
+    "check_scored",
     "check_tuned",
     "crf_relations",
     "crf_settings",

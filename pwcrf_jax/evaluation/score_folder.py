@@ -80,7 +80,8 @@ def tune(
     Raises:
       DataError: a file cannot be used, or no mask has a pixel of a class.
     """
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+    about = {key: value for key, value in asked.items() if key not in ("palette", "probabilities")}
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
     notes = os.path.join(output, _NOTES, digest)
     files.make_folder(notes, inside=output)
     table = coded_masks.table_of(folder.coding)

@@ -111,7 +111,7 @@ class Folder(NamedTuple):
 
 
 def scan(images: str, score_folder: str, output: str, given: Given, masks: str, max_pixels: float) -> Folder:
-    """Finds images, scores and masks, and checks all that headers show; of the first scores the values, too.
+    """Finds images, scores and masks, and checks masks and all that headers show; of the first scores the values.
 
     masks: folder; "": there are none.
     output: earlier results in there are no images.
@@ -140,7 +140,8 @@ def scan(images: str, score_folder: str, output: str, given: Given, masks: str, 
     names, palette, coding = _classes(given)
     form = scores.form(files, sizes, given.layout, len(names) or given.num_classes)
     _check_number(form.num_classes, next(iter(files.values())))
-    truth = _masks(masks, found.images, sizes) if masks else {}
+    coding = coding or coded_masks.indices(form.num_classes)
+    truth = _masks(masks, found.images, sizes, coding, max_pixels) if masks else {}
     kind = _kind(files, form, given)
     return Folder(
         {name: Item(name, found.images[name], files[name], truth.get(name), sizes[name]) for name in sorted(files)},
@@ -152,7 +153,7 @@ def scan(images: str, score_folder: str, output: str, given: Given, masks: str, 
         given.confidence,
         names or tuple(f"class_{k}" for k in range(form.num_classes)),
         palette or voc_palette(form.num_classes),
-        coding or coded_masks.indices(form.num_classes),
+        coding,
         max_pixels,
     )
 
@@ -201,16 +202,19 @@ def _kind(files: Mapping[str, Path], form: scores.Form, given: Given) -> str:
     return kind
 
 
-def _masks(folder: str, images: Mapping[str, Path], sizes: Mapping[str, tuple[int, int]]) -> dict[str, Path]:
-    """{name: mask} of the images that have one."""
+def _masks(
+    folder: str, images: Mapping[str, Path], sizes: Mapping[str, scores.Size], coding: Coding, max_pixels: float
+) -> dict[str, Path]:
+    """{name: mask} of the images that have one; each is read once, as a wrong one would stop the report at the end."""
     root = Path(folder)
     if not root.is_dir():
         raise DataError(f"{root}: is no folder; name the folder of the masks")
     found = {name: root / f"{name}.png" for name in images if os.path.lexists(root / f"{name}.png")}
     if not found:
         raise DataError(f"{root}: holds no mask of any image; masks are PNG files, {next(iter(images))}.png and so on")
+    table = coded_masks.table_of(coding)
     for name, path in found.items():
-        if (size := image_size(read_image_file(path), str(path))) != sizes[name]:
+        if (size := coded_masks.read_mask(path, coding, table, max_pixels).shape) != sizes[name]:
             raise DataError(
                 f"{path}: has {size[0]} x {size[1]} pixels, its image {sizes[name][0]} x {sizes[name][1]} (height x "
                 "width); make the mask for this image"
