@@ -52,7 +52,7 @@ def _ours(doc: str, values: flags.FlagValues) -> str:
     return "\n".join(lines)
 
 
-def _keys(known: Collection[str]) -> str:
+def _keys(known: Collection[str] = ()) -> str:
     """The keys of a configuration, each with its default, the values that it takes and its meaning."""
     entries = keys.KEYS | {f"relations.NAME.{name}": entry for name, entry in keys.RELATION.items()}
     entries = {name: entry for name, entry in entries.items() if not known or name in known}

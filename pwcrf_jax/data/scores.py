@@ -319,7 +319,7 @@ def _axes(shape: tuple[int, ...], layout: str) -> tuple[int, int, int]:
 
 
 def _rank(layout: str, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, Size], num_classes: int) -> int:
-    """How well a layout fits: 2 the images' own sizes, 1 those by a stride, 0 squares; less: none that is guessed."""
+    """How well a layout fits: 3 the images' own sizes, 2 those by a whole stride, 1 by any, 0 squares; less: not."""
     counts = {_axes(shape, layout)[2] for shape in shapes.values()}
     if len(counts | ({num_classes} if num_classes else set())) > 1:
         return -2
@@ -332,12 +332,22 @@ def _rank_of_map(grid: Size, size: Size | None) -> int:
     if size is None:
         return 0
     if grid == size:
-        return 2
+        return 3
     if any(cells > pixels for cells, pixels in zip(grid, size, strict=True)):
         return -1
+    if _by_whole_stride(grid, size):
+        return 2
     if _by_stride(grid, size):
         return 1
     return 0 if grid[0] == grid[1] and max(size) < _ASPECT * min(size) else -1  # images made square for the network
+
+
+def _by_whole_stride(grid: Size, size: Size) -> bool:
+    """Whether a map has one cell for so many whole pixels, the last one of a side perhaps cut or left out."""
+    least, most = size[0] // (grid[0] + 1), size[0] // max(grid[0] - 1, 1)
+    sides = [*zip(grid, size, strict=True)]
+    strides = range(max(least, 1), most + 2)
+    return any(all(cells in (pixels // s, -(-pixels // s)) for cells, pixels in sides) for s in strides)
 
 
 def _by_stride(grid: Size, size: Size) -> bool:

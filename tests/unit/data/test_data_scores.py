@@ -86,6 +86,8 @@ def test_a_probability_of_zero_is_the_least_that_its_type_holds(tmp_path):
         ((6, 6, 8), (6, 8), "chw"),  # as many classes as rows
         ((6, 8, 8), (6, 8), "hwc"),
         ((19, 1, 1), (32, 32), "chw"),  # one cell
+        ((5, 6, 10), (48, 80), "chw"),  # stride 8, where 5 x 6 would be one of 11 to 12
+        ((24, 32, 19), (375, 500), "hwc"),  # stride 16, padded
         ((150, 128, 128), (375, 500), "chw"),
         ((8, 8, 8), (8, 8), None),
         ((8, 8, 8), (64, 64), None),
