@@ -2,7 +2,7 @@
 
 from pwcrf_jax.config.featmap import featmap_net, grid
 from pwcrf_jax.config.keys import defaults, flat, relation
-from pwcrf_jax.config.model import build_model, identity
+from pwcrf_jax.config.model import build_model, identity, portable
 from pwcrf_jax.config.offsets import check_edges, keep_offsets, relations
 from pwcrf_jax.config.settings import (
     RefineSettings,
@@ -79,6 +79,7 @@ __all__ = [
     "loss_settings",
     "message_weights",
     "objective",
+    "portable",
     "refine_settings",
     "relation",
     "relation_weights",
