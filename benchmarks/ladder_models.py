@@ -154,6 +154,10 @@ def config_of(args, rung, seed, split, unary="multiscale", share=1.0):
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, config.train.steps // 4)
     if rung in ("baseline", "pyramid", "multiscale"):
         config.model.relations = ()
+    if rung not in ("contextual", "joint", "joint_features"):  # others have no pieces that this is of
+        own = configs.defaults().loss
+        config.loss.evidence_temperature, config.loss.evidence_dropout = own.evidence_temperature, own.evidence_dropout
+        config.loss.sampled_offsets = own.sampled_offsets
     if rung in ON_UNARY:
         config.loss.objective, config.loss.unary_share = ON_UNARY[rung], 0.0
         config.train.steps = sizes["pair_steps"]

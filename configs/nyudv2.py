@@ -6,7 +6,8 @@
 
 PATH is a folder of the layout of docs/your-data.md with train.txt, or test.txt, and whole images of 480 x 640 pixels;
 masks are void outside of the official crop. One run trains the unary and then, on its features, the relations and the
-refinement convolutions. Nothing is chosen by images of test: benchmarks/ladder.py chooses on held-out blocks of train.
+refinement convolutions: some 90 minutes on two idle cores. Nothing is chosen by images of test, all of it on held-out
+blocks of train (docs/experiments/nyudv2.md; benchmarks/ladder.py).
 """
 
 from pwcrf_jax.configs import image_folder
@@ -26,9 +27,14 @@ def get_config():
     config.relations.surrounding.rows = config.relations.surrounding.cols = (-8, 8)
     config.relations.above_below.rows, config.relations.above_below.cols = (-12, -1), (-6, 6)
     config.loss.objective = "piecewise_staged"
-    config.loss.unary_share = 0.75
+    config.loss.unary_share = 0.82
+    # As the unary's Dice does, more balance keeps relations from frequent classes.
+    config.loss.pairwise_balance_power = 0.7
+    config.loss.evidence_temperature = (1.0, 3.0)
+    config.loss.sampled_offsets = 6
+    config.crf.weights = (0.5,)
     config.train.batch_size = 8
-    config.train.steps = 1800
+    config.train.steps = 2800
     config.train.eval_every = 0
     config.eval.each_relation = False
     return config

@@ -73,9 +73,12 @@ def test_the_ladder_is_that_of_its_config(ladder):
     differs = lambda config: {k for k, v in configs.flat(config) if same[k] != v}
     assert differs(pairs) == {"train.steps", "loss.unary_share"}
     relations = {"model.relations", "model.refinement_convs.layers", "loss.objective", "loss.unary_share"}
+    relations |= {"loss.pairwise_balance_power", "loss.evidence_temperature", "loss.sampled_offsets"}
     assert differs(unary) == {"train.steps"} | relations
     baseline = ladder.config_of(args, "baseline", 7, trains)
     assert differs(baseline) == {"train.steps", "model.scales", "model.pyramid_windows"} | relations
+    for config in (unary, pairs, baseline, ladder.config_of(args, "unrolled", 7, trains)):
+        configs.validate(config)
     final = ladder.final_config(args, 7)
     same["data.train_split"] = "train"
     assert differs(final) == {"data.eval_split"} and final.data.eval_split == whole.data.eval_split
