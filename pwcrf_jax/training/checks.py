@@ -100,13 +100,13 @@ def check_new(workdir: str, latest: checkpoint.Store, best: checkpoint.Store) ->
     """A run does not begin over what is left of one whose checkpoints are gone, or over files of another program."""
     told, file = last_step(workdir), os.path.join(workdir, configs.CONFIG)
     # The save of a step is through when the next one begins, whose step may be told by then.
-    stored = configs.load_checked(workdir) if os.path.lexists(file) else None  # refuses another program's
+    stored = configs.load_checked(workdir) if files.exists(file) else None  # refuses another program's
     saved = told and stored and told > 2 * stored.train.checkpoint_every
     left = [f"{best.folder} holds a model"] if best.latest is not None else []
     left += [f"{latest.folder} holds {', '.join(latest.damaged)}"] if latest.damaged else []
     left += [f"{os.path.join(workdir, METRICS)} tells of {told} steps"] if saved else []
     others = [] if stored else [os.path.join(workdir, name) for name in (METRICS, configs.CLASSES)]
-    left += [f"{path} is there without a {configs.CONFIG}" for path in others if os.path.lexists(path)]
+    left += [f"{path} is there without a {configs.CONFIG}" for path in others if files.exists(path)]
     if left:
         raise checkpoint.CheckpointError(
             f"{left[0]}, but {latest.folder} has no whole checkpoint, so the run cannot go on; put one there, use "
