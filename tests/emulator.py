@@ -62,7 +62,7 @@ def _forget():
 
 
 class Service:
-    """requests: how many there were. objects: {name: bytes} of "bucket".
+    """requests: how many there were. objects, versions: {name: bytes, or generation} of "bucket".
 
     trouble(method, path): a code of HTTP to refuse a request with, or 0; to be set.
     """
@@ -96,9 +96,12 @@ class Service:
         threading.Timer(seconds, self._start).start()
 
     @property
+    def versions(self):
+        return {name: of["generation"] for name, of in list(self._storage.objects.get("bucket", {}).items())}
+
+    @property
     def objects(self):
-        of = self._storage.objects.get("bucket", {})
-        return {name: self._storage.get_file("bucket", name) for name in list(of)}
+        return {name: self._storage.get_file("bucket", name) for name in self.versions}
 
     def put(self, bucket, name, content):
         from pwcrf_jax.runtime import buckets

@@ -26,6 +26,7 @@ from pwcrf_jax.data.readers.image_io import (
     value_counts,
     voc_palette,
 )
+from pwcrf_jax.runtime import mirror
 
 
 class Plan(NamedTuple):
@@ -166,7 +167,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
             refuse_own_names(sorted(folder for folder in folders if folder.is_dir()), cls.class_names, values)
         state = {split: _file_states(split, pairs) for split, pairs in splits.items()}
         unlabelled = tuple(split for split, pairs in splits.items() if all(pair.mask is None for pair in pairs))
-        key = fingerprint(str(cls.VERSION), str(source_dir), state, *depends)
+        key = fingerprint(str(cls.VERSION), mirror.origin(str(source_dir)), state, *depends)
         return Plan(splits, key, unlabelled=unlabelled, **attributes)
 
     @classmethod

@@ -5,8 +5,8 @@ it FILE.json says what goes in and comes out. The dense CRF (`--refine`) and tes
 """
 
 import json
+import os
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -104,15 +104,15 @@ def export_predictor(config, workdir: str, file: str, which: str = "best", size:
     except ImportError:
         raise configs.ConfigError('export needs the package flatbuffers: pip install "pwcrf_jax[export]"') from None
     height, width = parse_size(size, config)
-    path = Path(file)
-    about = path.with_name(f"{path.name}.json")
-    for place in (path, about):
-        if place.exists() and not place.is_dir() and not overwrite:
+    about, folder = f"{file}.json", os.path.dirname(file) or "."
+    for place in (file, about):
+        there = files.exists(place) if files.is_url(place) else os.path.exists(place)
+        if there and not files.is_folder(place) and not overwrite:
             raise DataError(f"--output={file}: {place} is there already; name another file, or add --overwrite")
-    if not path.parent.is_dir():
-        raise DataError(f"--output={file}: there is no folder {path.parent}; make it, or name another file")
-    files.make_folder(path.parent)
-    for place in (path, about):
+    if not (files.is_url(folder) or os.path.isdir(folder)):
+        raise DataError(f"--output={file}: there is no folder {folder}; make it, or name another file")
+    files.make_folder(folder)
+    for place in (file, about):
         files.check_replaceable(place)
     class_names, palette = predict.class_info(config, workdir)
     model, params, step = restore.restore_params(config, workdir, which)
@@ -125,7 +125,7 @@ def export_predictor(config, workdir: str, file: str, which: str = "best", size:
         output=f"labels uint8 [b, {height}, {width}], indices of classes; {VOID} beside the image",
         size=[height, width],
         batch="any",
-        load=[line.format(file=path.name, height=height, width=width) for line in LOAD],
+        load=[line.format(file=os.path.basename(file), height=height, width=width) for line in LOAD],
         classes=[{"name": name, "colour": list(map(int, c))} for name, c in zip(class_names, palette, strict=True)],
         message_weights=configs.relation_weights(config),
         label_weights=config.crf.label_weights,
@@ -139,7 +139,7 @@ def export_predictor(config, workdir: str, file: str, which: str = "best", size:
         calling_convention_version=exported.calling_convention_version,
         bytes=len(data),
     )
-    with files.replacing(about) as beside, files.replacing(path) as program:  # both or none
+    with files.replacing(about) as beside, files.replacing(file) as program:  # both or none
         beside.write(json.dumps(info, indent=2).encode() + b"\n")
         beside.flush()
         program.write(data)

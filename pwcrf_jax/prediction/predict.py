@@ -29,7 +29,7 @@ from pwcrf_jax.data.readers.image_io import MAX_PIXELS, decode_image, storable_i
 from pwcrf_jax.prediction import image_files, refinement, restore
 from pwcrf_jax.prediction import predictor as inference
 from pwcrf_jax.prediction.image_files import shown
-from pwcrf_jax.runtime import files
+from pwcrf_jax.runtime import files, mirror
 from pwcrf_jax.runtime.logs import bar, log
 
 LARGEST_JPEG = 65_500
@@ -77,18 +77,18 @@ class Targets:
 
     def __init__(self, output: str, format_name: str, split: str = "test"):
         self._format = FORMATS[format_name]
-        self._folder = Path(output, self._format.folder.format(split=split))
-        self._taken: dict[Path, str] = {}
+        self._folder = os.path.join(output, self._format.folder.format(split=split))
+        self._taken: dict[str, str] = {}
         self._files: dict[str, str] = {}
         self._folders: dict[str, str] = {}
 
-    def __call__(self, name: str) -> Path:
+    def __call__(self, name: str) -> str:
         parts = name.split("/")
         if not {"", ".", ".."}.isdisjoint(parts) or not all(map(_is_file_name, parts)):
             raise DataError(
                 f"{shown(name)!r} is no name of a file below --output; rename it, to {_LONGEST} bytes at most"
             )
-        file = self._folder / f"{parts[-1] if self._format.flat else name}.png"
+        file = os.path.join(self._folder, f"{parts[-1] if self._format.flat else name}.png")
         ends = {f"{name}{suffix}" for suffix in (".png", ".jpg", ".npz")}
         folders = {str(folder) for folder in PurePosixPath(name).parents}
         others = [self._taken.setdefault(file, name)]
@@ -144,11 +144,21 @@ def class_info(config, workdir: str):
     return names, palette
 
 
+def _real(path: str) -> str:
+    return path if files.is_url(path) else os.path.realpath(path)
+
+
 def _claim(output: str, workdir: str, overwrite: bool) -> None:
     """Makes the output folder; DataError or FileError for one that holds something, or cannot be written."""
     folder = Path(output)
-    if os.path.realpath(output) == os.path.realpath(workdir):
+    if _real(output) == _real(workdir):
         raise DataError(f"--output={shown(output)}: is the workdir of the run; name another folder")
+    if files.is_url(output):
+        if files.names(output) and not overwrite:
+            raise DataError(f"--output={shown(output)}: the folder is not empty; name another one, or add --overwrite")
+        files.make_folder(output)
+        files.delete_unfinished(output)
+        return
     try:
         if folder.is_dir() and any(folder.iterdir()) and not overwrite:
             raise DataError(f"--output={shown(output)}: the folder is not empty; name another one, or add --overwrite")
@@ -166,9 +176,9 @@ def _claim(output: str, workdir: str, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def _writing(path: Path, output: str):
+def _writing(path: str, output: str):
     """A file to write below `output`, that appears whole or not at all; FileError where it cannot be written."""
-    files.make_folder(path.parent, inside=output)
+    files.make_folder(os.path.dirname(path), inside=output)
     with files.replacing(path) as file:
         yield file
 
@@ -247,8 +257,9 @@ def predict(
         else:
             log_probs, _ = refinement.refine_image(marginals.log_probs(), image, settings)
             write(name, image, log_probs.argmax(-1).astype(np.uint8), log_probs)
+    failed, left_out = (list(map(mirror.origin, paths)) for paths in (failed, request.found.left_out))
     counts = dict(num_images=len(request.items) + len(request.found.failed) - len(failed), failed=failed)
-    about = dict(left_out=list(request.found.left_out), format=request.format_name, step=step, output=output)
+    about = dict(left_out=left_out, format=request.format_name, step=step, output=output)
     return counts | about
 
 
@@ -263,7 +274,7 @@ def _requested(config, workdir, output, *, images, split, format_name) -> Reques
         items = {f"record {i} of {split}": (None, i) for i in range(len(source))}
     else:
         class_names, palette = class_info(config, workdir)
-        found = image_files.find_images(images, output)
+        found = image_files.find_images(mirror.pattern(images), output)
         items = {str(file): (name, file) for name, file in found.images.items()}
     if format_name == "auto":
         format_name = config.data.name if split and config.data.name in FORMATS else "palette"
@@ -308,12 +319,12 @@ class _Writer:
         if self._overlay and max(image.shape) > LARGEST_JPEG:
             log.info("%s: no overlay, as JPEG ends at %d pixels", name, LARGEST_JPEG)
         elif self._overlay:
-            with _writing(Path(self._output, "overlays", f"{name}.jpg"), self._output) as file:
+            with _writing(os.path.join(self._output, "overlays", f"{name}.jpg"), self._output) as file:
                 mixed = Image.blend(Image.fromarray(image), Image.fromarray(self._palette[labels]), 0.5)
                 mixed.save(file, "JPEG", quality=90)
         if self._probabilities:
             probs = np.exp(log_probs).astype(np.float16)
-            with _writing(Path(self._output, "probabilities", f"{name}.npz"), self._output) as file:
+            with _writing(os.path.join(self._output, "probabilities", f"{name}.npz"), self._output) as file:
                 np.savez_compressed(file, probabilities=probs, class_names=self._class_names)
 
 

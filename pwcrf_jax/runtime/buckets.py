@@ -29,7 +29,11 @@ PERIOD = 30.0
 """Seconds between two uploads of a log that grows."""
 _URL = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,220}(/|$)")
 _NEEDED = ("fsspec", "gcsfs")
-_GRPC = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED")
+# Of tensorstore, which has one kind of error.
+_PASSES = re.compile(
+    r"CURL error|retry attempts failed|http_response_code='(5\d\d|408|429)'|^(UNAVAILABLE|DEADLINE_EXC)"
+)
+_CLOSED = re.compile(r"Forbidden|PERMISSION_DENIED|UNAUTHENTICATED|http_response_code='40[13]'")
 _THREADS = 16
 
 log = logging.getLogger("pwcrf_jax")
@@ -48,6 +52,12 @@ def is_url(path: StrPath) -> bool:
     return os.fspath(path).startswith("gs://")
 
 
+def is_well_formed(url: str) -> bool:
+    """Whether a URL names a bucket, and with one slash between names what lies there."""
+    words = url[5:].split("/")
+    return bool(_URL.match(url)) and {"", ".", ".."}.isdisjoint(words) and url.isprintable()
+
+
 def check(text: str, name: str) -> str:
     """A URL as a user gives it, without slashes at its end.
 
@@ -57,7 +67,7 @@ def check(text: str, name: str) -> str:
       FileError: it names no bucket, or what reads buckets is not installed.
     """
     url = text.rstrip("/")
-    if not _URL.match(url) or "//" in url[5:] or {".", ".."} & set(url[5:].split("/")) or not url.isprintable():
+    if not is_well_formed(url):
         raise FileError(f"{name}={text}: is no gs://BUCKET/NAME of one slash between names; correct it")
     if not all(map(importlib.util.find_spec, _NEEDED)):
         raise FileError(f'{name}={text}: buckets are read with gcsfs: pip install "pwcrf_jax[gcs]"')
@@ -98,17 +108,15 @@ def _asked(url: StrPath, what: str, call: Callable[[Any], T]) -> T:
 
 def passes(error: BaseException | None) -> bool:
     """Whether an error, or one that led to it, is of a service that may be reached later."""
-    import aiohttp
     import gcsfs.retry
-    import google.auth.exceptions
-    import requests
 
-    kinds = (TimeoutError, ConnectionError, aiohttp.ClientError, requests.RequestException)
     while error is not None:
-        if isinstance(error, (*kinds, google.auth.exceptions.TransportError)) or gcsfs.retry.is_retriable(error):
+        if isinstance(error, TimeoutError | ConnectionError) or gcsfs.retry.is_retriable(error):
             return True
-        if isinstance(error, ValueError) and any(word in str(error) for word in (*_GRPC[:2], _GRPC[-1])):
-            return True  # of tensorstore
+        if type(error).__name__ == "TransportError":  # of google.auth, on the way to a token
+            return True
+        if isinstance(error, ValueError) and _PASSES.search(str(error)):
+            return True
         error = error.__cause__ or error.__context__
     return False
 
@@ -118,7 +126,7 @@ def undecided(error: BaseException | None) -> bool:
     if passes(error):
         return True
     while error is not None:
-        if "Forbidden" in str(error) or any(word in str(error) for word in _GRPC):
+        if _CLOSED.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

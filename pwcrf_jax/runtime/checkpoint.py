@@ -7,7 +7,6 @@ them. A checkpoint that is damaged is passed over for the one before.
 """
 
 import contextlib
-import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -24,10 +23,9 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 import pwcrf_jax
-from pwcrf_jax.runtime import buckets, files, step_folders
+from pwcrf_jax.runtime import buckets, files, saves, step_folders
 from pwcrf_jax.runtime.logs import log
 
-_INSISTS = 600.0  # seconds in which a save into a bucket is begun again
 _NOTE = "note.json"  # in STEP
 _META_OF_0_1 = {"samples_seen", "score", "unary_steps", "miou_all", "step", "model", "leaves"}
 
@@ -126,49 +124,23 @@ def _read_meta(path: str, step: int) -> dict[str, Any]:
 
 
 def _load(path: str, abstract: Tree) -> dict[str, Any]:
-    try:
-        return ocp.load_checkpointables(path, abstract)
-    except Exception as error:  # Orbax raises many kinds for damaged files
-        if files.is_url(path) and buckets.undecided(error):
-            raise CheckpointError(
-                f"{path} cannot be read ({_reason(error)}); see to the network and your permissions, then start the "
-                "same command again"
-            ) from error
-        raise _Damaged(_reason(error)) from error
+    until = time.monotonic() + buckets.PATIENCE
+    while True:
+        try:
+            return ocp.load_checkpointables(path, abstract)
+        except Exception as error:  # Orbax raises many kinds for damaged files
+            if not files.is_url(path) or not buckets.passes(error) or time.monotonic() > until:
+                raise _unread(path, error) from error
+        time.sleep(1)
 
 
-class _Insistent:
-    """A save into a bucket, which begins again where the service could not be reached: it waits, but is not lost."""
-
-    def __init__(self, path: str, whole: Tree):
-        self._path, self._whole, self._until = path, whole, time.monotonic() + _INSISTS
-        self._begin()
-
-    def _begin(self) -> None:
-        while True:
-            try:
-                self._response = ocp.save_checkpointables_async(self._path, self._whole)
-                return
-            except Exception as error:  # Orbax raises many kinds
-                self._clear(error)
-
-    def _clear(self, error: Exception) -> None:
-        # Of several processes each would have to know.
-        if jax.process_count() > 1 or time.monotonic() > self._until or not buckets.passes(error):
-            raise error
-        log.warning("%s could not be written (%s), saving it again", self._path, _reason(error))
-        buckets.delete_tree(self._path)
-
-    def result(self, timeout: float | None) -> None:
-        """Returns when it is written. TimeoutError: it is not yet; other errors: it cannot be."""
-        while True:
-            try:
-                return self._response.result(timeout)
-            except Exception as error:  # Orbax raises many kinds
-                if timeout is not None and isinstance(error, TimeoutError):
-                    raise
-                self._clear(error)
-            self._begin()
+def _unread(path: str, error: Exception) -> Exception:
+    if files.is_url(path) and buckets.undecided(error):
+        return CheckpointError(
+            f"{path} cannot be read ({saves.reason(error)}); see to the network and your permissions, then start the "
+            "same command again"
+        )
+    return _Damaged(saves.reason(error))
 
 
 class Store:
@@ -222,7 +194,7 @@ class Store:
         about = {"step": step, "model": self._model, "class_names": self._class_names, "versions": versions()}
         whole = {**trees, "meta": _sealed({**meta, **about, "leaves": leaves(trees), "hashes": hashes(trees)})}
         try:
-            begin = _Insistent if files.is_url(self.folder) else ocp.save_checkpointables_async
+            begin = saves.Insistent if files.is_url(self.folder) else ocp.save_checkpointables_async
             self._saving = step, begin(self._path(step), whole)
         except Exception as error:  # Orbax raises many kinds
             raise self._unwritten(step, error) from error
@@ -285,7 +257,7 @@ class Store:
     def _unwritten(self, step: int, error: Exception) -> CheckpointError:
         newest = f"the newest checkpoint, step {self.latest}, is as it was" if exists(self.folder) else "there is none"
         return CheckpointError(
-            f"{self._path(step)} could not be written ({_reason(error)}); {newest}. Make room or correct the "
+            f"{self._path(step)} could not be written ({saves.reason(error)}); {newest}. Make room or correct the "
             "permissions, then start the same command again"
         )
 
@@ -380,14 +352,3 @@ class Store:
 
     def __exit__(self, *_: object) -> None:
         self.wait()
-
-
-def _reason(error: BaseException) -> str:
-    """A library's error in one short line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join(str(error).split())
-    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
-        if os.strerror(code) in text:
-            return os.strerror(code)
-    return f"{type(error).__name__}: {text[:150]}".rstrip(": ")

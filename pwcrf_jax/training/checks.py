@@ -74,9 +74,13 @@ def settle_data(config: ConfigDict, workdir: str) -> ConfigDict:
 def _check_start(config: ConfigDict) -> None:
     config = config.copy_and_resolve_references()
     config.init_from = path = pip_path(files.expand_path(config.init_from, "config.init_from"))
-    if path and not (os.path.isfile(path) or os.path.isdir(path)):
-        there = "is neither a file nor a folder" if os.path.exists(path) else "does not exist"
-        raise WeightsError(f"config.init_from = {path!r} {there}")
+    if files.is_url(path):
+        there = files.exists(path)
+    else:
+        there = os.path.isfile(path) or os.path.isdir(path)
+    if path and not there:
+        why = "is neither a file nor a folder" if os.path.exists(path) else "does not exist"
+        raise WeightsError(f"config.init_from = {path!r} {why}")
     freezing.check_before_data(config)
 
 

@@ -1,0 +1,191 @@
+"""A run whose workdir, data and output lie in buckets is the same run."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+import commands
+import jax
+import numpy as np
+import pytest
+import small
+from faults import kill, states
+from PIL import Image
+
+from pwcrf_jax.runtime import buckets, checkpoint, files
+from pwcrf_jax.training import loop
+
+WORKDIR = "gs://bucket/runs/small"
+
+
+def _config(tmp_path_factory, **changes):
+    return small.config(tmp_path_factory.getbasetemp() / "prepared", **{"data.synthetic.num_val": 8} | changes)
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory, programs):
+    workdir = tmp_path_factory.mktemp("disk") / "work"
+    loop.train_and_evaluate(_config(tmp_path_factory), str(workdir))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def in_bucket(service, tmp_path_factory, programs):
+    """Trained to step 3 of 6, and then on."""
+    for steps in (3, 6):
+        loop.train_and_evaluate(_config(tmp_path_factory, **{"train.steps": steps}), WORKDIR)
+    return WORKDIR
+
+
+def _copied(service, name, folder):
+    for key, content in service.objects.items():
+        if key.startswith(f"{name}/"):
+            path = pathlib.Path(folder, key.removeprefix(f"{name}/"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    return folder
+
+
+@pytest.mark.full
+def test_a_run_that_goes_on_in_a_bucket_is_that_of_a_disk(in_bucket, on_disk, service, tmp_path):
+    copy = _copied(service, "runs/small", tmp_path)
+    assert states.final(copy) == states.final(on_disk)
+    assert not files.exists(f"{WORKDIR}/train.lock")
+    events = {name for name in service.versions if "/tensorboard/" in name}
+    assert len(events) > 2 and all(b"step" or True for _ in events)
+    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint in gs://bucket/none"):
+        checkpoint.Store("gs://bucket/none", {})
+
+
+@pytest.mark.full
+def test_commands_on_buckets(in_bucket, service, tmp_path):
+    """Evaluation with its page, and prediction of images of a bucket into another."""
+    pixels = np.random.default_rng(0).integers(0, 255, (70, 90, 3), np.uint8)
+    for name in ("a.png", "sub/b.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / name)
+        buckets.send(str(tmp_path / name), f"gs://bucket/photos/{name}")
+    buckets.write("gs://bucket/photos/notes.txt", b"no image")
+    done = _run(["eval.py", "--workdir", WORKDIR, "--report", "auto", "--report_images", "2"])
+    numbers = json.loads(done.stdout.splitlines()[-1])
+    assert numbers["step"] == 6 or numbers, numbers
+    assert {"eval_val.json", "report_val.html"} <= set(files.names(WORKDIR))
+    words = ["-m", "pwcrf_jax", "predict", "--workdir", WORKDIR, "--images", "gs://bucket/photos", "--output"]
+    done = _run([*words, "gs://bucket/predicted"])
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["num_images"] == 2 and result["left_out"] == ["gs://bucket/photos/notes.txt"] and not result["failed"]
+    assert set(buckets.tree("gs://bucket/predicted")) == {
+        *("classes.json", "labels/a.png", "labels/sub/b.png", "overlays/a.jpg", "overlays/sub/b.jpg")
+    }
+    again = commands.run([*words, "gs://bucket/predicted"])
+    assert again.returncode == 2 and "is not empty; name another one, or add --overwrite" in again.stderr
+    local = _run([*words[:6], str(tmp_path), "--output", str(tmp_path / "out")])
+    assert json.loads(local.stdout.splitlines()[-1])["num_images"] == 2
+    assert (tmp_path / "out/labels/a.png").read_bytes() == service.objects["predicted/labels/a.png"]
+    for url, says in {
+        "gs://secret/run": "permission denied",
+        "gs://no-such/run": "does not exist: is this the --workdir of a training run?",
+        "gs://bucket/nothing": "does not exist: is this the --workdir of a training run?",
+    }.items():
+        done = commands.run(["eval.py", "--workdir", url])
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.returncode == 2 and len(lines) == 1 and says in lines[0] and "Traceback" not in done.stderr, done
+
+
+def _run(words):
+    done = commands.run(words)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.full
+def test_a_run_starts_from_weights_and_runs_in_buckets(in_bucket, tmp_path_factory, programs):
+    config = _config(tmp_path_factory, **{"init_from": WORKDIR, "train.steps": 1, "train.eval_every": 0})
+    loop.train_and_evaluate(config, "gs://bucket/runs/started")
+    assert files.exists("gs://bucket/runs/started/checkpoints/1/commit_success.txt")
+    config.init_from = f"{WORKDIR}x"
+    with pytest.raises(Exception, match=f"config.init_from = '{WORKDIR}x' does not exist"):
+        loop.train_and_evaluate(config, "gs://bucket/runs/none")
+
+
+@pytest.mark.slow
+def test_a_save_while_the_service_is_gone_for_half_a_minute(service, tmp_path):
+    """Nothing is lost: the save, and what of it failed, is done when the service is back."""
+    held = threading.Event()
+
+    def gone(method, path):
+        if not held.is_set() and method == "POST" and "%2Fd%2F" in path or "_METADATA" in path and not held.is_set():
+            held.set()
+            threading.Thread(target=service.gone, args=(30,)).start()
+        return 0
+
+    trees = states.trees(3)
+    with states.store("gs://bucket/outage/checkpoints") as store:
+        service.trouble = gone
+        try:
+            store.save(3, trees, {"samples_seen": 3})
+            store.wait()
+        finally:
+            service.trouble = lambda method, path: 0
+        found, meta = store.restore(states.abstract())
+    assert held.is_set() and meta["step"] == 3
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, trees))
+
+
+@pytest.mark.slow
+def test_a_service_that_is_gone_does_not_make_a_checkpoint_damaged(service, monkeypatch):
+    with states.store("gs://bucket/unread/checkpoints") as store:
+        for step in (3, 6):
+            store.save(step, states.trees(step), {"samples_seen": step})
+            store.wait()
+        service.trouble = lambda method, path: 403 if "checkpoints%2F6" in path or "checkpoints/6" in path else 0
+        try:
+            with pytest.raises(checkpoint.CheckpointError, match="checkpoints/6 cannot be read .*see to the network"):
+                store.restore(states.abstract())
+        finally:
+            service.trouble = lambda method, path: 0
+        assert store.restore(states.abstract())[1]["step"] == 6 and not store.damaged
+
+
+@pytest.mark.slow
+def test_data_in_a_bucket_is_prepared_by_one_of_two_processes(service, tmp_path):
+    """As two machines do it: each has a cache of its own."""
+    source = tmp_path / "source"
+    for name in ("images", "masks"):
+        (source / name).mkdir(parents=True)
+    (source / "classes.txt").write_text("sky\nwater\n")
+    random = np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(random.integers(0, 255, (40, 50, 3), np.uint8)).save(source / f"images/{i}.png")
+        Image.fromarray(random.integers(0, 2, (40, 50), np.uint8)).save(source / f"masks/{i}.png")
+    for path in source.rglob("*.*"):
+        buckets.send(str(path), f"gs://bucket/source/{path.relative_to(source)}")
+    words = ["check", "image_folder", "--source_dir", "gs://bucket/source", "--data_dir", "gs://bucket/sets"]
+    started = []
+    for i in range(2):
+        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / f"host{i}")}
+        command = [sys.executable, "-m", "pwcrf_jax", *words]
+        started.append(
+            subprocess.Popen(command, cwd=kill.ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE)
+        )  # fmt: skip
+    ended = [process.communicate() for process in started]
+    assert [process.returncode for process in started] == [0, 0], ended
+    hosts = [tmp_path / f"host{i}/pwcrf_jax/buckets/bucket/sets" for i in range(2)]
+    of = lambda host: {str(p.relative_to(host)): p.read_bytes() for p in host.rglob("*") if p.is_file()}
+    first, second = map(of, hosts)
+    records = {name for name in first if "array_record" in name}
+    assert records and first.keys() == second.keys() and all(first[name] == second[name] for name in records)
+    whole = [name for name in service.versions if name.startswith("sets/") and name.endswith("whole.json")]
+    assert len(whole) == 1 and not [name for name in service.versions if name.startswith("sets/") and "lock" in name]
+
+
+@pytest.mark.slow
+def test_killed_with_the_workdir_in_a_bucket(service, tmp_path_factory):
+    whole = kill.undisturbed(tmp_path_factory.mktemp("lives"), devices=2, forked=True)
+    summary = kill.campaign(whole, 20, seed=3, service=service)
+    print(summary)
+    assert not summary["violations"] and summary["finished runs"] and summary["kills"] == 20
