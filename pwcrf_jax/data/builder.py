@@ -59,8 +59,9 @@ class Pair(NamedTuple):
 
 
 def fingerprint(*parts: Any) -> str:
-    """16 hex digits that change when any of the (JSON-able) parts changes."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    """16 hex digits that change when any of the (JSON-able) parts changes; of paths in a copy of a bucket its URLs."""
+    text = mirror.origin(json.dumps(parts, sort_keys=True))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def pairs_in(images: Path, masks: Path | None, pattern: str) -> list[Pair]:
@@ -167,7 +168,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
             refuse_own_names(sorted(folder for folder in folders if folder.is_dir()), cls.class_names, values)
         state = {split: _file_states(split, pairs) for split, pairs in splits.items()}
         unlabelled = tuple(split for split, pairs in splits.items() if all(pair.mask is None for pair in pairs))
-        key = fingerprint(str(cls.VERSION), mirror.origin(str(source_dir)), state, *depends)
+        key = fingerprint(str(cls.VERSION), str(source_dir), state, *depends)
         return Plan(splits, key, unlabelled=unlabelled, **attributes)
 
     @classmethod

@@ -23,7 +23,6 @@ from pwcrf_jax.data.readers.classes import refuse_other_names
 from pwcrf_jax.data.readers.files import DataError, present
 from pwcrf_jax.data.readers.image_io import VOID, encode_png
 from pwcrf_jax.data.sets.siftflow import relabel
-from pwcrf_jax.runtime import mirror
 
 FILES = ("nyu_depth_v2_labeled.mat", "splits.mat", "classMapping40.mat")
 CROP = (slice(45, 470), slice(40, 600))
@@ -79,7 +78,7 @@ class NyuDv2(SegmentationBuilder):
         train, test = _numbers(splits, count)
         table = _table(mapping, len(cls.class_names))
         items = {split: [Frame(n, labeled, table) for n in ns] for split, ns in (("train", train), ("test", test))}
-        stats = [(mirror.origin(str(path)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
         return Plan(items, fingerprint(str(cls.VERSION), stats))
 
     def _example(self, item: Frame) -> tuple[str, bytes, np.ndarray]:

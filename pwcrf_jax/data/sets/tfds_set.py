@@ -29,7 +29,6 @@ from pwcrf_jax.data.prepare import _locked, _quiet
 from pwcrf_jax.data.readers.disk import refusal, unwritable
 from pwcrf_jax.data.readers.files import present
 from pwcrf_jax.data.readers.image_io import VOID, DataError, decode_label, encode_png, open_image, storable_image
-from pwcrf_jax.runtime import mirror
 
 
 class _Options(NamedTuple):
@@ -110,7 +109,7 @@ class TfdsSet(SegmentationBuilder):
             raise DataError(f"{folder}: has no split with records; prepare it again")
         names = _class_names(o, images[o.label_key])
         state = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.iterdir())]
-        key = fingerprint(str(cls.VERSION), mirror.origin(str(folder)), state, *o[1:])
+        key = fingerprint(str(cls.VERSION), str(folder), state, *o[1:])
         _table(o, len(names))  # before any record is read
         splits = {split: _Records(folder, split, size, o) for split, size in sizes.items()}
         return Plan(splits, key, class_names=names, coding=o)
