@@ -50,7 +50,7 @@ def held(url: str, lost: Say, say: Say, waits: str = "") -> Iterator[None]:
         yield
     finally:
         stop.set()
-        renewal.join()
+        renewal.join(5)  # it may wait for a service that is gone; what it still writes has the condition not to
         with contextlib.suppress(FileError):  # it is left alone then
             found = _read(url)
             if found and found[1] == mine:
@@ -90,12 +90,13 @@ def _renew(url: str, mine: str, generation: str, stop: threading.Event, lost: Sa
         try:
             generation = buckets.write_over(url, mine.encode(), generation)
         except FileExistsError:
-            found = _read(url)
-            if found and found[1] == mine:  # a request that was sent twice
-                generation = found[0]
-            elif not stop.is_set():
-                lost(_holder(found[1] if found else "").get("name", "unknown"))
-                return
+            with contextlib.suppress(FileError):
+                found = _read(url)
+                if found and found[1] == mine:  # a request that was sent twice
+                    generation = found[0]
+                elif not stop.is_set():
+                    lost(_holder(found[1] if found else "").get("name", "unknown"))
+                    return
         except FileError:
             continue  # it may be reached later
 
