@@ -1,4 +1,4 @@
-"""What programs read from a disk alone, fetched from a bucket once a machine: `$XDG_CACHE_HOME/pwcrf_jax/buckets`.
+"""What programs read from a disk alone, fetched from a bucket once a machine, into `$XDG_CACHE_HOME/pwcrf_jax`.
 
 A copy has the names below its bucket and the times of the objects, so the fingerprint of a data set is the same on each
 machine. What has changed in the bucket is fetched again, what was deleted there is deleted.
@@ -11,7 +11,6 @@ import glob
 import hashlib
 import logging
 import os
-import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,7 +19,7 @@ from pwcrf_jax.runtime.buckets import Entry
 from pwcrf_jax.runtime.errors import FileError
 
 _THREADS = 16
-_STATE = ".state"  # beside a copy: {name: its `Entry`}
+_TREES, _FILES, _STATES = "buckets", "bucket_files", "bucket_states"  # in the cache: copies of folders, of single files
 _TOLD = 2**26  # bytes from which on a line says what is fetched
 
 log = logging.getLogger("pwcrf_jax")
@@ -35,27 +34,26 @@ def local(path: str) -> str:
     if not files.is_url(path):
         return path
     if entries := buckets.tree(path):
-        return _copied(path, place(path), entries)
+        return _copied(path, place(path), entries, path)
     try:
         entry = buckets.entry(path)
     except FileNotFoundError:
         raise FileError(f"{path} does not exist; correct the name, or ask for access to its bucket") from None
     folder, name = os.path.split(path)
-    # A folder for each file, so that a copy of one is not taken for a copy of all.
-    return os.path.join(_copied(folder, place(f"{folder}/.{_digest(name)}"), {name: entry}), name)
+    home = os.path.join(files.cache_folder(_FILES), folder.removeprefix("gs://"))
+    return os.path.join(_copied(folder, home, {name: entry}, path), name)
 
 
 def place(url: str) -> str:
     """The folder on the disk that a copy of a URL has."""
-    return os.path.join(files.cache_folder("buckets"), url.removeprefix("gs://"))
+    return os.path.join(files.cache_folder(_TREES), url.removeprefix("gs://"))
 
 
 def origin(text: str) -> str:
     """A text with the URLs of what lies in copies of `local`, in place of the paths there; other paths as they are."""
     with contextlib.suppress(FileError):  # no home, no copies
-        home = re.escape(files.cache_folder("buckets"))
-        text = re.sub(rf"{home}/([^\s:,;']*/)?\.[0-9a-f]{{16}}/", r"gs://\1", text)
-        text = re.sub(f"{home}/", "gs://", text)
+        for name in (_TREES, _FILES):
+            text = text.replace(f"{files.cache_folder(name)}/", "gs://")
     return text
 
 
@@ -66,12 +64,13 @@ def pattern(path: str) -> str:
     return os.path.join(local("/".join(parts[:first])), *parts[first:]) if files.is_url(path) else path
 
 
-def _copied(url: str, folder: str, entries: Mapping[str, Entry]) -> str:
+def _copied(url: str, folder: str, entries: Mapping[str, Entry], asked: str) -> str:
+    state = os.path.join(files.cache_folder(_STATES), _digest(asked))  # {name: `Entry`} of what was fetched for this
     for name in entries:
         if not {"", ".", ".."}.isdisjoint(name.split("/")) or "\0" in name:
             raise FileError(f"{url}/{name!r} is no name of a file; rename that object")
-    with files.naming(folder, "cannot be written"), locked(folder):
-        known = _known(folder)
+    with files.naming(folder, "cannot be written"), _locked(state):
+        known = _known(state)
         here = {name for name in entries if os.path.isfile(os.path.join(folder, name))}
         wanted = {name: entry for name, entry in entries.items() if name not in here or known.get(name) != entry}
         size = sum(entry.size for entry in wanted.values())
@@ -81,24 +80,24 @@ def _copied(url: str, folder: str, entries: Mapping[str, Entry]) -> str:
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(folder, name))
         with ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(lambda item: _fetch(url, folder, *item), wanted.items()))
+            list(pool.map(lambda item: _fetch(url, folder, state, *item), wanted.items()))
         if wanted or known.keys() != entries.keys():
-            files.write_json(folder + _STATE, entries)
+            files.write_json(f"{state}.json", entries)
     return folder
 
 
-def _known(folder: str) -> dict[str, Entry]:
+def _known(state: str) -> dict[str, Entry]:
     try:
         return files.read_json(
-            folder + _STATE, "it is written again", lambda found: {name: Entry(*entry) for name, entry in found.items()}
+            f"{state}.json", "it is written again", lambda found: {name: Entry(*entry) for name, entry in found.items()}
         )
     except OSError:
         return {}
 
 
-def _fetch(url: str, folder: str, name: str, entry: Entry) -> None:
+def _fetch(url: str, folder: str, state: str, name: str, entry: Entry) -> None:
     path = os.path.join(folder, name)
-    partial = f"{folder}{_STATE}-{_digest(name)}"
+    partial = f"{state}-{_digest(name)}"
     os.makedirs(os.path.dirname(path), exist_ok=True)
     _fetch_one(f"{url}/{name}", partial)
     if (size := os.path.getsize(partial)) != entry.size:
@@ -113,10 +112,10 @@ def _digest(name: str) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: str) -> Iterator[None]:
-    """Keeps other processes of this machine from fetching into a folder, which is made; they wait. Raises OSError."""
-    os.makedirs(folder, exist_ok=True)
-    number = os.open(f"{folder}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+def _locked(state: str) -> Iterator[None]:
+    """Keeps other processes of this machine from fetching the same; they wait. Raises OSError."""
+    os.makedirs(os.path.dirname(state), exist_ok=True)
+    number = os.open(f"{state}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         with contextlib.suppress(OSError):  # no locks on that disk
             fcntl.flock(number, fcntl.LOCK_EX)

@@ -19,6 +19,7 @@ from distributed.test_distributed import finished, start, trained
 from faults import kill, states
 from PIL import Image
 
+from pwcrf_jax.data import load_dataset
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.runtime import buckets, checkpoint, files
 from pwcrf_jax.training import loop
@@ -155,19 +156,49 @@ def test_a_service_that_is_gone_does_not_make_a_checkpoint_damaged(service, monk
         assert store.restore(states.abstract())[1]["step"] == 6 and not store.damaged
 
 
-@pytest.mark.slow
-def test_data_in_a_bucket_is_prepared_by_one_of_two_processes(service, tmp_path):
-    """As two machines do it: each has a cache of its own."""
+def _images(tmp_path, url, count=12):
+    """A folder of images and masks, as objects."""
     source = tmp_path / "source"
     for name in ("images", "masks"):
         (source / name).mkdir(parents=True)
     (source / "classes.txt").write_text("sky\nwater\n")
     random = np.random.default_rng(0)
-    for i in range(12):
+    for i in range(count):
         Image.fromarray(random.integers(0, 255, (40, 50, 3), np.uint8)).save(source / f"images/{i}.png")
         Image.fromarray(random.integers(0, 2, (40, 50), np.uint8)).save(source / f"masks/{i}.png")
     for path in source.rglob("*.*"):
-        buckets.send(str(path), f"gs://bucket/source/{path.relative_to(source)}")
+        buckets.send(str(path), f"{url}/{path.relative_to(source)}")
+
+
+@pytest.mark.full
+def test_data_in_a_bucket_is_prepared_once(service, tmp_path, monkeypatch):
+    """Each machine has a cache of its own."""
+    _images(tmp_path, "gs://bucket/own/source")
+    found = []
+    for machine in ("a", "b"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / machine))
+        dataset = load_dataset("image_folder", source_dir="gs://bucket/own/source", data_dir="gs://bucket/own/sets")
+        found.append([dataset.source("train")[i] for i in range(len(dataset.source("train")))])
+        assert dataset.folder.startswith(str(tmp_path / machine)) and dataset.label_report()["splits"]
+    for one, other in zip(*found, strict=True):
+        assert one["id"] == other["id"] and np.array_equal(one["image"], other["image"])
+    versions = {name: version for name, version in service.versions.items() if name.startswith("own/sets/")}
+    assert len([name for name in versions if name.endswith("/whole.json")]) == 1
+    # A machine that was stopped between preparing and sending sends.
+    for name in versions:
+        buckets.delete(f"gs://bucket/{name}")
+    load_dataset("image_folder", source_dir="gs://bucket/own/source", data_dir="gs://bucket/own/sets")
+    assert {name for name in service.versions if name.startswith("own/sets/")} == set(versions)
+    with pytest.raises(files.FileError, match="gs://read-only/sets/.*cannot be written .permission denied"):
+        load_dataset("image_folder", source_dir="gs://bucket/own/source", data_dir="gs://read-only/sets")
+    with pytest.raises(files.FileError, match="gs://bucket/own/none does not exist"):
+        load_dataset("image_folder", source_dir="gs://bucket/own/none", data_dir="gs://bucket/own/sets")
+
+
+@pytest.mark.slow
+def test_data_in_a_bucket_is_prepared_by_one_of_two_processes(service, tmp_path):
+    """As two machines do it at once: each has a cache of its own."""
+    _images(tmp_path, "gs://bucket/source")
     words = ["check", "image_folder", "--source_dir", "gs://bucket/source", "--data_dir", "gs://bucket/sets"]
     started = []
     for i in range(2):
