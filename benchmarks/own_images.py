@@ -66,17 +66,21 @@ PARTS = {
 DESIGN = ((), ("jitter", "dice"), ("dropout", "dice"), ("jitter", "dropout"))
 """Each part is on in half of the runs, and there each other part in half."""
 DECAY = 0.99
-BACKBONES = {
-    "efficientnet_lite": {},
-    "efficientnet_lite_whole": {"model.efficientnet_lite.output": "stage6_0"},
-    "mobilenet_v2": {"model.backbone": "mobilenet_v2", "model.mobilenet_v2.freeze_until": "block_6"},
-    "mobilenet_v2_whole": {
-        "model.backbone": "mobilenet_v2",
-        "model.mobilenet_v2.freeze_until": "block_6",
-        "model.mobilenet_v2.output": "block_16",
-    },
+CUT = {"model.efficientnet_lite.deep": "", "model.block6": ((3, 192),)}
+MOBILENET = {
+    "model.backbone": "mobilenet_v2",
+    "model.mobilenet_v2.freeze_until": "block_6",
+    "model.block6": ((3, 192),),
 }
-"""The backbones that are compared, up to the layers of stride 16 that the published strides leave, or as a whole."""
+BACKBONES = {
+    "efficientnet_lite": CUT,
+    "efficientnet_lite_whole": CUT | {"model.efficientnet_lite.output": "stage6_0"},
+    "efficientnet_lite_deep": {},
+    "mobilenet_v2": MOBILENET,
+    "mobilenet_v2_whole": MOBILENET | {"model.mobilenet_v2.output": "block_16"},
+}
+"""The backbones that are compared: up to the layers of stride 16 that the published strides leave, or as a whole; deep:
+as configs/image_folder.py has it, both, the second at its own stride."""
 FIRST = "efficientnet_lite"
 
 

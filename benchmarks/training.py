@@ -3,7 +3,7 @@
     python benchmarks/training.py [--networks mobilenet_v2 efficientnet_lite0] [--cores 2 1] [--quick]
 
 Networks: the unary of configs/camvid_mobilenet_v2.py, and that of configs/image_folder.py (EfficientNet-Lite0), both
-with CamVid's 11 classes. PyTorch has torchvision's and timm's backbones, BatchNorm folded, cut at the same layer, and
+with CamVid's 11 classes. PyTorch has torchvision's and timm's backbones, BatchNorm folded, of the same layers, and
 the same scales, pooling, heads, frozen layers, class balance, clipping and AdamW (training_torch.py).
 
 * agreement, before anything is timed: numbers of parameters, shapes, and with our parameters carried over and

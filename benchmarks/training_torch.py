@@ -1,7 +1,7 @@
 """The other side of `training.py`: the same network and the same steps in PyTorch, as fast as a user would have them.
 
-torchvision's MobileNetV2 and timm's tf_efficientnet_lite0, BatchNorm folded into the convolutions as ours has it, cut
-at the layer that ours ends with; channels last, frozen layers without a gradient, fused AdamW, inference mode.
+torchvision's MobileNetV2 and timm's tf_efficientnet_lite0, BatchNorm folded into the convolutions as ours has it, up
+to the layers that ours ends with; channels last, frozen layers without a gradient, fused AdamW, inference mode.
 """
 
 import itertools
@@ -56,12 +56,29 @@ def _mobilenet_v2(freeze_until):
 
 
 def _efficientnet_lite0(freeze_until):
-    """(frozen, trained) layers up to stage5_0_expand."""
-    net = _fold(timm.create_model("tf_efficientnet_lite0", output_stride=16))
+    """(frozen, trained) layers up to stage5_0_expand, and beside it stage6_0 at its own stride."""
+    net = _fold(timm.create_model("tf_efficientnet_lite0"))
     first = int(re.fullmatch(r"stage(\d)_0", freeze_until)[1])
-    last = net.blocks[5][0]
+    last, *later = net.blocks[5]
     frozen = nn.Sequential(net.conv_stem, net.bn1, *net.blocks[:first])
-    return frozen, nn.Sequential(*net.blocks[first:5], last.conv_pw, last.bn1)
+    output = nn.Sequential(*net.blocks[first:5], last.conv_pw, last.bn1)
+    return frozen, _Joined(
+        output, nn.Sequential(last.conv_dw, last.bn2, last.conv_pwl, last.bn3, *later, net.blocks[6])
+    )
+
+
+class _Joined(nn.Module):
+    """Features of an output and of later layers, these at a root mean square of 1 in each cell."""
+
+    def __init__(self, output, later):
+        super().__init__()
+        self.output, self.later = output, later
+
+    def forward(self, x):
+        x = self.output(x)
+        deep = self.later(x)
+        deep = deep * torch.rsqrt(deep.square().mean(1, keepdim=True) + 1e-6)
+        return torch.cat([x, _resize(deep, x.shape[2:])], dim=1)
 
 
 BACKBONES = {"mobilenet_v2": _mobilenet_v2, "efficientnet_lite": _efficientnet_lite0}
@@ -79,7 +96,8 @@ class Net(nn.Module):
         self.scales, self.windows = m.scales, sorted(m.pyramid_windows)
         self.frozen, self.trained = BACKBONES[m.backbone](getattr(m, m.backbone).freeze_until)
         self.frozen.requires_grad_(False)
-        channels = [x for x in self.trained.modules() if isinstance(x, nn.Conv2d)][-1].out_channels
+        parts = (self.trained.output, self.trained.later) if m.backbone == "efficientnet_lite" else (self.trained,)
+        channels = sum([x for x in part.modules() if isinstance(x, nn.Conv2d)][-1].out_channels for part in parts)
         self.block6 = nn.ModuleList(self._block6(m.block6, channels) for _ in self.scales)
         self.width = m.block6[-1][1] * (1 + len(self.windows))
         self.first = nn.Linear(len(self.scales) * self.width, m.hidden)

@@ -142,6 +142,9 @@ KEYS = {
     "model.efficientnet_lite.variant": Key(Number(int, 0, 2), 0, "EfficientNet-Lite 0, 1 or 2"),
     "model.efficientnet_lite.stride": _STRIDE,
     "model.efficientnet_lite.output": Key(Text(), "stage5_0_expand", "the layer whose features are taken"),
+    "model.efficientnet_lite.deep": Key(
+        Text(), "", "a later block, such as stage6_0, whose features at stride 32 are joined to these; '': none"
+    ),
     "model.efficientnet_lite.depthwise": _DEPTHWISE,
     "model.efficientnet_lite.freeze_until": _FREEZE,
     "model.mobilenet_v2.output": Key(Text(), "block_13_expand", "the layer whose features are taken"),

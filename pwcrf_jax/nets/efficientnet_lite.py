@@ -5,7 +5,7 @@ devices: no squeeze-and-excitation, and relu6 for swish.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -94,6 +94,9 @@ class EfficientNetLite(nn.Module):
       variant: 0, 1 or 2.
       stride: 16, or 8; kernels behind the strides that are left out are spread.
       output: the layer returned; the default `stage5_0_expand` has 672 channels (variant 2: 720).
+      deep: a block at the published stride of 32, "stage5_0" to "stage6_0", or "conv_head"; its activation, brought to
+        a root mean square of 1 in each cell, is resized bilinearly to the cells of the output, a layer before, and
+        joined to its channels (Liu et al., "ParseNet", 2015: else the larger of two layers drowns the other). "": none.
       depthwise: "shifted", "grouped" or "auto"; see `DepthwiseConv`. All compute the same.
       freeze_until: a block's name, such as "stage3_0"; no gradient passes to the layers before that block, so
           they need no backward pass. "" trains everything.
@@ -101,12 +104,14 @@ class EfficientNetLite(nn.Module):
       dtype: computed in, float32 or bfloat16.
 
     Raises:
-      ValueError: another variant or stride, an unknown `output`, `depthwise`, `freeze_until` or layer in `skip_layers`.
+      ValueError: another variant or stride, an unknown `output`, `deep`, `depthwise`, `freeze_until` or layer in
+        `skip_layers`; `deep` at stride 8, or with an output that is not before it at stride 16.
     """
 
     variant: int = 0
     stride: int = 16
     output: str = "stage5_0_expand"
+    deep: str = ""
     depthwise: str = "auto"
     freeze_until: str = ""
     skip_layers: tuple[str, ...] = ()
@@ -119,10 +124,11 @@ class EfficientNetLite(nn.Module):
         if self.stride not in (8, 16):
             raise ValueError(f"{own}: stride must be 16 or 8, got {self.stride}")
         outputs = output_names(self.variant, self.stride)
+        if self.deep:
+            outputs = self._check_deep(outputs)
         if self.output not in outputs:
-            raise ValueError(
-                f"{own}: output {self.output!r} is not a layer at stride {self.stride}; known: {', '.join(outputs)}"
-            )
+            where = f"at stride {self.stride}{', before deep' if self.deep else ''}"
+            raise ValueError(f"{own}: output {self.output!r} is not a layer {where}; known: {', '.join(outputs)}")
         if self.depthwise not in METHODS:
             raise ValueError(f"{own}: depthwise must be auto, shifted or grouped, got {self.depthwise!r}")
         names = [block.name for block in blocks(self.variant, self.stride)] + ["conv_head"]
@@ -136,6 +142,17 @@ class EfficientNetLite(nn.Module):
         check_skip_layers(own, self.skip_layers, [n for n in before if n in skip_layer_names(self.variant)])
         super().__post_init__()
 
+    def _check_deep(self, outputs: tuple[str, ...]) -> tuple[str, ...]:
+        """The outputs that `deep` goes with."""
+        known = [name for name in output_names(self.variant, 32) if name == "conv_head" or name.count("_") == 1]
+        if self.deep not in known:
+            raise ValueError(
+                f"efficientnet_lite: deep {self.deep!r} is not a block at stride 32; known: {', '.join(known)}"
+            )
+        if self.stride != 16:
+            raise ValueError(f"efficientnet_lite: deep needs stride 16, got {self.stride}")
+        return outputs[: outputs.index("stage5_0_expand") + 1]
+
     @property
     def frozen_layers(self) -> tuple[str, ...]:
         """Those before freeze_until."""
@@ -147,16 +164,28 @@ class EfficientNetLite(nn.Module):
 
     @nn.compact
     def _run(self, images: jax.Array, kept: dict[str, jax.Array]) -> jax.Array:
+        for name, x in self._activations(images):
+            kept[name] = x
+            if name == (self.deep or self.output):
+                break
+        if not self.deep:
+            return x
+        output, x = kept[self.output], x.astype(jnp.float32)
+        x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+        deep = jax.image.resize(x, (*output.shape[:3], x.shape[3]), "bilinear")
+        return jnp.concatenate([output, deep.astype(self.dtype)], axis=-1)
+
+    def _activations(self, images: jax.Array) -> Iterator[tuple[str, jax.Array]]:
+        """(name, activation) of one layer or block after another."""
         own = partial(conv, dtype=self.dtype)
         x = nn.relu6(own(32, 3, stride=2, name="conv_stem")(images.astype(self.dtype)))
-        for block in blocks(self.variant, self.stride):
+        for block in blocks(self.variant, 32 if self.deep else self.stride):
             name, before = block.name, x
             if name == self.freeze_until:
                 x = before = jax.lax.stop_gradient(x)
             if block.expand:
-                x = kept[f"{name}_expand"] = nn.relu6(own(block.expand, 1, name=f"{name}_expand")(x))
-                if self.output == f"{name}_expand":
-                    return x
+                x = nn.relu6(own(block.expand, 1, name=f"{name}_expand")(x))
+                yield f"{name}_expand", x
             x = nn.relu6(
                 DepthwiseConv(
                     window=block.kernel,
@@ -167,17 +196,14 @@ class EfficientNetLite(nn.Module):
                     name=f"{name}_depthwise",
                 )(x)
             )
-            if self.output == f"{name}_depthwise":
-                return x
+            yield f"{name}_depthwise", x
             x = own(block.project, 1, name=f"{name}_project")(x)
-            if self.output == f"{name}_project":
-                return x
+            yield f"{name}_project", x
             x = before + x if block.residual else x
-            if self.output == name:
-                return x
+            yield name, x
         if self.freeze_until == "conv_head":
             x = jax.lax.stop_gradient(x)
-        return nn.relu6(own(1280, 1, name="conv_head")(x))
+        yield "conv_head", nn.relu6(own(1280, 1, name="conv_head")(x))
 
 
 def _timm_names(variant: int) -> dict[str, tuple[str, str]]:

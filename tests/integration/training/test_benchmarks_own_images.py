@@ -43,6 +43,9 @@ def test_the_unary_of_own_images_on_each_backbone(script, which):
         assert config.model[section].output == (output or own.model[section].output)
         assert config.init_from == ("FILE" if name.startswith("mobilenet") else own.init_from)
         assert config.loss.dice_weight == own.loss.dice_weight > 0 and not config.model.relations
+        cut = name in ("efficientnet_lite", "efficientnet_lite_whole")
+        assert config.model.block6 == (((3, 192),) if cut else own.model.block6)
+        assert config.model.efficientnet_lite.deep == ("" if cut else "stage6_0")
         configs.build_model(config)
 
 

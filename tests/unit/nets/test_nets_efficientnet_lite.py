@@ -76,9 +76,41 @@ def test_skip_layers_and_frozen_ones():
     assert {name for name, leaves in grads.items() if not leaves["kernel"].any()} == set(net.frozen_layers)
 
 
+@pytest.mark.full
+def test_deep_features_are_of_the_published_strides():
+    """Oracle: the rest of the network by plain convolutions, from the expansion on."""
+    net = EfficientNetLite(deep="stage5_1", skip_layers=("stage4_2_expand",), freeze_until="stage5_0")
+    x = jax.random.normal(jax.random.key(0), (1, 80, 48, 3))
+    params = jax.jit(net.init)(jax.random.key(1), x)
+    joined, kept = jax.jit(net.apply)(params, x)
+    output = jax.jit(EfficientNetLite().apply)(params, x)
+    assert joined.shape == (1, 5, 3, 672 + 192) and kept["stage4_2_expand"].shape == (1, 5, 3, 672)
+    np.testing.assert_allclose(joined[..., :672], output, atol=1e-4)
+
+    def conv(x, layer, stride=1):
+        kernel, bias = (np.asarray(params["params"][layer][part]) for part in ("kernel", "bias"))
+        groups = x.shape[-1] if kernel.shape[2] == 1 else 1
+        dimensions = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups)
+        return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", **dimensions) + bias
+
+    x = conv(jnp.clip(conv(joined[..., :672], "stage5_0_depthwise", 2), 0, 6), "stage5_0_project")
+    x += conv(
+        jnp.clip(conv(jnp.clip(conv(x, "stage5_1_expand"), 0, 6), "stage5_1_depthwise"), 0, 6), "stage5_1_project"
+    )
+    assert x.shape == (1, 3, 2, 192)
+    x /= np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(joined[..., 672:], jax.image.resize(x, (1, 5, 3, 192), "bilinear"), atol=1e-4)
+    deepest = shapes_of(EfficientNetLite(variant=2, deep="conv_head", output="stage3_1"), (1, 64, 48, 3))
+    assert deepest[0].shape == (1, 4, 3, 88 + 1280) and set(deepest[1]["params"]) == set(layer_names(2))
+
+
 @pytest.mark.parametrize(
     "options, told",
     [
+        ({"deep": "stage4_0"}, "deep 'stage4_0' is not a block at stride 32; known: stage5_0, stage5_1"),
+        ({"deep": "stage6_0", "stride": 8}, "deep needs stride 16, got 8"),
+        ({"deep": "stage6_0", "output": "stage5_0"}, "not a layer at stride 16, before deep; known: .*stage5_0_expand"),
+        ({"deep": "stage6_0", "freeze_until": "stage5_1"}, "past the output"),
         ({"variant": 3}, "variant must be 0, 1 or 2"),
         ({"stride": 32}, "stride must be 16 or 8"),
         ({"output": "stage2_0"}, "not a layer at stride 16; known: stage3_0_depthwise"),
