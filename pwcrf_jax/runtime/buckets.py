@@ -205,7 +205,8 @@ def is_object(url: StrPath) -> bool:
 
 def is_folder(url: StrPath) -> bool:
     """Whether an object has a name below this. FileError."""
-    return bool(next(_pages(url, maxResults=1, delimiter="/"), {}).keys() & {"items", "prefixes"} and names(url))
+    pages, prefix = _pages(url, maxResults=2), _prefix(url)  # an object of that name itself stands for the folder
+    return any(item["name"] != prefix for page in pages for item in page.get("items", ()))
 
 
 def entry(url: StrPath) -> Entry:
