@@ -29,6 +29,7 @@ PERIOD = 30.0
 """Seconds between two uploads of a log that grows."""
 _URL = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,220}(/|$)")
 _NEEDED = ("fsspec", "gcsfs")
+_MISSING = 'buckets are read with gcsfs: pip install "pwcrf_jax[gcs]"'
 # Of tensorstore, which has one kind of error.
 _PASSES = re.compile(
     r"CURL error|retry attempts failed|http_response_code='(5\d\d|408|429)'|^(UNAVAILABLE|DEADLINE_EXC)"
@@ -69,13 +70,19 @@ def check(text: str, name: str) -> str:
     url = text.rstrip("/")
     if not is_well_formed(url):
         raise FileError(f"{name}={text}: is no gs://BUCKET/NAME of one slash between names; correct it")
-    if not all(map(importlib.util.find_spec, _NEEDED)):
-        raise FileError(f'{name}={text}: buckets are read with gcsfs: pip install "pwcrf_jax[gcs]"')
+    if not _installed():
+        raise FileError(f"{name}={text}: {_MISSING}")
     return url
+
+
+def _installed() -> bool:
+    return all(map(importlib.util.find_spec, _NEEDED))
 
 
 @functools.cache
 def _system() -> Any:
+    if not _installed():
+        raise FileError(_MISSING)
     import fsspec
 
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of what it raises anyway
