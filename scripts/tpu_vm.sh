@@ -4,8 +4,7 @@
 #     scripts/tpu_vm.sh NAME ZONE --config configs/voc_vgg16.py --workdir /mnt/shared/runs/voc ...
 #
 # NAME and ZONE are those of the slice; all that follows goes to train.py. The repository must lie in ~/pwcrf_jax on each
-# host, with its requirements installed for ~/pwcrf_jax/.venv, and --workdir and data.data_dir on a disk that they share
-# or in a bucket, gs://BUCKET/NAME (pip install "pwcrf_jax[gcs]").
+# host, with its requirements installed for ~/pwcrf_jax/.venv, and --workdir and data.data_dir on a disk that they share.
 # Started again, also on another slice, the run goes on.
 set -euo pipefail
 if [ "$#" -lt 3 ]; then
