@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from pwcrf_jax import config as configs
 from pwcrf_jax.data import eval_batches
-from pwcrf_jax.evaluation import evaluate, tuning
+from pwcrf_jax.evaluation import evaluate, kernel_search, tuning
 from pwcrf_jax.model import decode
 from pwcrf_jax.model.counts import confusions
 from pwcrf_jax.prediction import refinement, restore
@@ -76,7 +76,7 @@ def tune_ensemble(config, workdirs, split, folder, trials):
     notes.mkdir(exist_ok=True)
     settings, after = tuning.tune_kernels(config, dataset, split, str(notes), paths, "full", trials)
     before = tuning.mean_iou(total, config, dataset, split)
-    chosen = {f"refine.{name}": getattr(settings.params, name) for name in tuning.KERNELS}
+    chosen = {f"refine.{name}": getattr(settings.params, name) for name in kernel_search.KERNELS}
     return dict(config=chosen, split=split, miou_before=before, miou_messages=before, miou_after=after)
 
 

@@ -8,6 +8,7 @@ from pwcrf_jax import (
     costs,
     dense_crf,
     gaussian,
+    heads,
     likelihood,
     mean_field,
     messages,
@@ -15,16 +16,26 @@ from pwcrf_jax import (
     objectives,
     permutohedral,
     piecewise,
+    pixels,
     potentials,
     relations,
 )
+from pwcrf_jax.heads import pairwise_apply, pairwise_init
 from pwcrf_jax.likelihood import pairwise_log_likelihood, sample_offsets
 from pwcrf_jax.mean_field import MeanFieldInfo
 from pwcrf_jax.messages import compute_messages, prepare_messages
 from pwcrf_jax.metrics import confusion_matrix, scores
 from pwcrf_jax.model.plan import Plan, plan
 from pwcrf_jax.objectives import exact_log_likelihood, pseudo_log_likelihood, unrolled_log_likelihood
-from pwcrf_jax.piecewise import balance_weights, grid_labels, soft_dice, unary_log_likelihood, uniform_log_likelihood
+from pwcrf_jax.piecewise import (
+    balance_weights,
+    grid_labels,
+    piecewise_loss,
+    soft_dice,
+    unary_log_likelihood,
+    uniform_log_likelihood,
+)
+from pwcrf_jax.pixels import Decoded, decode
 from pwcrf_jax.potentials import FactoredPairwise, GridScores, PairwiseTable, factored_pairwise, to_table
 from pwcrf_jax.relations import ABOVE_BELOW, SURROUNDING, EdgeList, Relation, edge_list, offsets, validity_mask
 
@@ -32,6 +43,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "ABOVE_BELOW",
+    "Decoded",
     "EdgeList",
     "FactoredPairwise",
     "GridScores",
@@ -44,21 +56,27 @@ __all__ = [
     "compute_messages",
     "confusion_matrix",
     "costs",
+    "decode",
     "dense_crf",
     "edge_list",
     "exact_log_likelihood",
     "factored_pairwise",
     "gaussian",
     "grid_labels",
+    "heads",
     "likelihood",
     "mean_field",
     "messages",
     "metrics",
     "objectives",
     "offsets",
+    "pairwise_apply",
+    "pairwise_init",
     "pairwise_log_likelihood",
     "permutohedral",
     "piecewise",
+    "piecewise_loss",
+    "pixels",
     "plan",
     "potentials",
     "prepare_messages",

@@ -9,14 +9,19 @@ No inference, no partition function of the graph: each factor is a classifier of
 means is wrong as soon as void pixels are spread unevenly.
 """
 
+import dataclasses
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from pwcrf_jax import inputs
 from pwcrf_jax.arrays import as_array, batch_spec, compiled
 from pwcrf_jax.labels import VOID, checked, split
-from pwcrf_jax.likelihood import Sums
+from pwcrf_jax.likelihood import Sums, pairwise_log_likelihood
+from pwcrf_jax.potentials import GridScores, PairwiseTable, Potential
 
 
 def unary_log_likelihood(
@@ -139,6 +144,92 @@ def _dice_sums(scores: jax.Array, labels: jax.Array) -> Sums:
     shown = over_nodes(true) > 0
     dice = 2.0 * over_nodes(probs * true) / jnp.where(shown, over_nodes(probs + true), 1.0)
     return jnp.sum(jnp.where(shown, dice, 0.0)), jnp.sum(shown, dtype=jnp.float32)
+
+
+def piecewise_loss(
+    unary: ArrayLike,
+    potentials: inputs.Potentials,
+    labels: ArrayLike,
+    *,
+    residual: bool = True,
+    pairwise_weight: float = 1.0,
+    balance_power: float = 0.0,
+    chunk_edges: int | None = None,
+    void: int | None = VOID,
+) -> jax.Array:
+    """The loss of piecewise training, as `pwcrf train` computes it: means over nodes and over each relation's edges.
+
+        L = -(1 / N_U) sum_p log P_U(y_p | x) - c sum_r (1 / N_r) sum_(p,q) log P_V(y_p, y_q | x)
+
+    N: the number of factors that count, or the sum of their weights. Under `jit` over devices the means are those of
+    the whole batch. Where each device has a program of its own (`pmap`, `shard_map`), add the sums and counts of
+    `unary_log_likelihood` and `pwcrf_jax.pairwise_log_likelihood` over devices instead, and divide then.
+
+    Args:
+      unary: scores z, float [..., H, W, K], or [..., num_nodes, K] for tables; leading axes are images.
+      potentials: `FactoredPairwise` or `PairwiseTable`, one a relation: a sequence, a mapping of names, or one alone.
+        May be empty: the unary's cross-entropy.
+      labels: int, those of the nodes, [..., H, W] or [..., num_nodes]; or of the image [..., height, width] that a grid
+        covers, no side shorter than the grid's, which are read at the centres of the cells (`grid_labels`).
+      residual: potentials without unary_log_probs get the unary's, without its gradient, so that the pairwise networks
+        learn what labels say about each other (docs/math.md, "Residual and free scores"); False: as they are, the
+        paper's free form.
+      pairwise_weight: c, float at least 0.
+      balance_power: float, of `balance_weights`; 0: every node weighs 1.
+      chunk_edges: int, of `pwcrf_jax.pairwise_log_likelihood`; None: chosen from the shapes.
+      void: the label of nodes that count for nothing, int outside 0..K-1.
+
+    Returns:
+      float32 scalar. Differentiable in unary and potentials. Nothing that counts: 0.
+
+    Raises:
+      TypeError: what is no potential; `GridScores`, which are for inference.
+      ValueError: labels of neither nodes nor image, or neither class nor void where they can be seen; potentials of
+        another grid or number of classes than the unary; grids and tables mixed.
+
+    Examples:
+      >>> chain = pw.PairwiseTable(jnp.zeros((2, 3, 3)), p=jnp.array([0, 1]), q=jnp.array([1, 2]))
+      >>> round(float(pw.piecewise_loss(jnp.zeros((3, 3)), chain, jnp.array([0, 2, 1]))), 3)  # log 3 + log 9
+      3.296
+    """
+    scores, found, _ = inputs.model(unary, potentials)
+    if any(isinstance(p, GridScores) for p in found):
+        raise TypeError("GridScores are for messages: give the FactoredPairwise that they were made from")
+    classes, of_tables = scores.shape[-1], any(isinstance(p, PairwiseTable) for p in found)
+    nodes = as_array(labels)
+    if not of_tables and _is_image(nodes.shape, scores.shape[:-1]):
+        nodes = grid_labels(nodes, *scores.shape[-3:-1])
+    weights = None
+    if balance_power and of_tables:
+        weights = balance_weights(nodes[..., None], classes, void=void, power=balance_power)[..., 0]
+    elif balance_power:
+        weights = balance_weights(nodes, classes, void=void, power=balance_power)
+    total, count = unary_log_likelihood(scores, nodes, void=void, node_weights=weights)
+    loss = -total / jnp.maximum(count, 1.0)
+    for potential in found:
+        if residual:
+            potential = _beside(potential, scores)
+        total, count = pairwise_log_likelihood(
+            potential, nodes, void=void, node_weights=weights, chunk_edges=chunk_edges
+        )
+        loss -= pairwise_weight * total / jnp.maximum(count, 1.0)
+    return loss
+
+
+def _is_image(labels: tuple[int, ...], nodes: tuple[int, ...]) -> bool:
+    """Whether labels of this shape are those of pixels around a grid of nodes: no side is shorter."""
+    same_axes = len(labels) == len(nodes) >= 2 and labels[:-2] == nodes[:-2]
+    return same_axes and labels != nodes and all(map(operator.ge, labels[-2:], nodes[-2:]))
+
+
+def _beside(potential: Potential, unary: jax.Array) -> Potential:
+    """The potential with the unary's log-probabilities, their gradient stopped, unless it has some."""
+    if isinstance(potential, GridScores) or potential.unary_log_probs is not None:
+        return potential
+    log_probs = jax.lax.stop_gradient(jax.nn.log_softmax(unary.astype(jnp.float32), axis=-1))
+    if isinstance(potential, PairwiseTable):
+        return potential._replace(unary_log_probs=log_probs)
+    return dataclasses.replace(potential, unary_log_probs=log_probs)
 
 
 def balance_weights(

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
 import jax
@@ -28,8 +28,8 @@ from pwcrf_jax.runtime.errors import ConfigError
 from pwcrf_jax.runtime.wire import FAILED, REFUSED
 from pwcrf_jax.training.guard import NonFiniteError
 
-PATHS = ("config", "workdir", "picture", "images", "output", "report", "config.init_from", "config.data.source_dir",
-         "config.data.data_dir")  # fmt: skip
+PATHS = ("config", "workdir", "picture", "images", "output", "report", "scores", "masks", "classes", "parameters",
+         "config.init_from", "config.data.source_dir", "config.data.data_dir")  # fmt: skip
 """Flags that name a file or a folder."""
 MOVED = {"tune-refinement": "tune", "export": "export", "export_size": "export"}
 """Flags that became commands."""
@@ -145,6 +145,7 @@ def run(
     before_parsing: Callable[[list[str]], Any] | None = None,
     before_main: Callable[[], object] | None = None,
     interrupted: str = "stopped by Ctrl-C",
+    config_keys: Collection[str] = (),
 ) -> NoReturn:
     """app.run for a main whose refusals end in one line and exit code 2.
 
@@ -152,13 +153,14 @@ def run(
     define_flags(values): defines the flags. doc: how the command is used, which --help shows before them.
     before_parsing(argv): defines flags that depend on the command line. before_main(): what comes before all else.
     interrupted: the line that Ctrl-C ends with; the exit code is then 130.
+    config_keys: that --config has; (): all of `pwcrf_jax.config.keys`.
     """
 
     def flags_parser(argv: list[str]) -> Any:
         logs.setup()
         try:
             define(define_flags, flags.FLAGS)
-            if text := usage.asked(argv, doc or ""):
+            if text := usage.asked(argv, doc or "", known=config_keys):
                 with streams.naming_stdout():
                     print(text)
                 sys.exit(0)

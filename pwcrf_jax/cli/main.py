@@ -15,6 +15,7 @@ COMMANDS = {
     "tune": "choose message weights, iterations and the dense CRF on a validation split",
     "export": "write the predictor, image to labels, as one file for JAX without this package",
     "check": "check the images and labels of a data set",
+    "crf": "refine the scores of any network, in files, by the dense CRF",
 }
 USAGE = "\n".join(
     [

@@ -60,16 +60,16 @@ def define_config(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> di
     Returns:
       What `configs.apply_tuned` read; None where nothing of it is used.
     """
-    workdir = _early(argv[1:], "workdir", "")
+    workdir = early(argv[1:], "workdir", "")
     config = configs.load_checked(workdir) if workdir else ConfigDict()
-    wanted = "tuned" in values and _early(argv[1:], "tuned", "true").lower() in _YES
+    wanted = "tuned" in values and early(argv[1:], "tuned", "true").lower() in _YES
     wanted = wanted and not {"--notuned", "-notuned"} & set(argv)
     tuned = configs.apply_tuned(config, workdir) if workdir and wanted else None
     config_flags.DEFINE_config_dict("config", config, flag_values=values, lock_config=True)
     return tuned
 
 
-def _early(argv: list[str], name: str, default: str) -> str:
+def early(argv: list[str], name: str, default: str) -> str:
     """A flag that is needed before the others are parsed, as the config lies in the workdir."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(f"--{name}", f"-{name}", default=default, nargs="?", const="true")

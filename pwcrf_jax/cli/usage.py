@@ -6,6 +6,7 @@ The help text of a flag ends with "Example: ...", which is shown on a line of it
 import shlex
 import sys
 import textwrap
+from collections.abc import Collection
 
 from absl import flags
 
@@ -14,11 +15,14 @@ from pwcrf_jax.config import keys
 _SHORT, _FULL = {"--help", "-help", "-h", "--helpshort", "-helpshort"}, {"--helpfull", "-helpfull"}
 
 
-def asked(argv: list[str], doc: str, values: flags.FlagValues = flags.FLAGS) -> str | None:
-    """The text to print where the command line asks for help, else None; doc: how the command is used."""
+def asked(argv: list[str], doc: str, values: flags.FlagValues = flags.FLAGS, known: Collection[str] = ()) -> str | None:
+    """The text to print where the command line asks for help, else None.
+
+    doc: how the command is used. known: keys of its --config; (): all.
+    """
     words = set(argv[1 : argv.index("--")] if "--" in argv else argv[1:])
     if words & _FULL:
-        return "\n".join([_ours(doc, values), _keys(), _of_libraries(values)])
+        return "\n".join([_ours(doc, values), _keys(known), _of_libraries(values)])
     if words & _SHORT:
         return (
             f"{_ours(doc, values)}\n\n--helpfull lists the keys of --config.KEY=VALUE too, and the flags of libraries."
@@ -48,9 +52,10 @@ def _ours(doc: str, values: flags.FlagValues) -> str:
     return "\n".join(lines)
 
 
-def _keys() -> str:
+def _keys(known: Collection[str] = ()) -> str:
     """The keys of a configuration, each with its default, the values that it takes and its meaning."""
     entries = keys.KEYS | {f"relations.NAME.{name}": entry for name, entry in keys.RELATION.items()}
+    entries = {name: entry for name, entry in entries.items() if not known or name in known}
     lines = ["", "Keys of the configuration, with defaults:", ""]
     for name, entry in entries.items():
         lines.append(f"  --config.{name}={shlex.quote(str(entry.default).replace(' ', ''))}")

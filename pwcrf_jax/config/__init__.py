@@ -2,7 +2,7 @@
 
 from pwcrf_jax.config.featmap import featmap_net, grid
 from pwcrf_jax.config.keys import defaults, flat, relation
-from pwcrf_jax.config.model import build_model, identity
+from pwcrf_jax.config.model import build_model, identity, portable
 from pwcrf_jax.config.offsets import check_edges, keep_offsets, relations
 from pwcrf_jax.config.settings import (
     RefineSettings,
@@ -24,7 +24,7 @@ from pwcrf_jax.config.settings import (
     table_rows,
     unary_steps,
 )
-from pwcrf_jax.config.validation import check_classes, check_keys, unknown, validate
+from pwcrf_jax.config.validation import check_classes, check_keys, check_scored, unknown, validate
 from pwcrf_jax.config.workdir import (
     CLASSES,
     CONFIG,
@@ -55,6 +55,7 @@ __all__ = [
     "check_classes",
     "check_edges",
     "check_keys",
+    "check_scored",
     "check_tuned",
     "crf_relations",
     "crf_settings",
@@ -75,6 +76,7 @@ __all__ = [
     "loss_settings",
     "message_weights",
     "objective",
+    "portable",
     "refine_settings",
     "relation",
     "relation_weights",

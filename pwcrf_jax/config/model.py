@@ -33,6 +33,17 @@ def build_model(config: ConfigDict) -> Segmenter:
         raise featmap.refused(config, error) from None
 
 
+def portable(config: ConfigDict) -> ConfigDict:
+    """The config with "auto" as runtimes other than XLA do well: depthwise convolutions in one, no stored scores."""
+    config = config.copy_and_resolve_references()
+    options = config.model.get(config.model.backbone, {})
+    if options.get("depthwise") == "auto":
+        options.depthwise = "grouped"
+    if config.crf.algorithm == "auto":
+        config.crf.algorithm = "factored"
+    return config
+
+
 def identity(config: ConfigDict) -> dict[str, Any]:
     """Values that make a model the model it is, flat and as JSON: a checkpoint means nothing under others.
 

@@ -179,4 +179,9 @@ def check_classes(config: ConfigDict, class_names: Sequence[str]) -> None:
             f"config.data.num_classes = {config.data.num_classes}, but {config.data.name} has {len(class_names)} "
             f"classes ({', '.join(class_names)}); set --config.data.num_classes={len(class_names)}"
         )
+    check_scored(config, class_names)
+
+
+def check_scored(config: ConfigDict, class_names: Sequence[str]) -> None:
+    """The names of the classes that means are taken over against those that there are."""
     _choose("eval.classes", config.eval.classes, class_names, "class")

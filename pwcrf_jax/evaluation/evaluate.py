@@ -104,6 +104,8 @@ def row_title(row: str) -> str:
         "convs": "+ skip layers",
         "tta": "+ augmentation",
         "refined": "+ refinement",
+        "scores": "scores",
+        "crf": "+ dense CRF",
     }
     return titles.get(row, f"+ {row}")
 

@@ -158,7 +158,7 @@ class ImageByImage:
             labels, largest = self._labels(i, image, marginals)
             change = np.maximum(change, largest)
             for row in rows:
-                counts[row] += _counted(labels[row], seen.batch["label"][i], seen.batch["valid_box"][i], num_classes)
+                counts[row] += counted(labels[row], seen.batch["label"][i], seen.batch["valid_box"][i], num_classes)
         seen.confusion |= {row: parallel.sum_over_hosts(x) for row, x in counts.items()}
         seen.change |= {"refined": change} if self._settings else {}
 
@@ -192,7 +192,7 @@ class ImageByImage:
         return ()
 
 
-def _counted(labels, truth, box, num_classes):
+def counted(labels: np.ndarray, truth: np.ndarray, box: np.ndarray, num_classes: int) -> np.ndarray:
     """`confusions` of one image whose truth [H, W] lies in a frame, by one program for images of all sizes."""
     framed = np.zeros_like(truth)
     inside(framed, box)[:] = labels

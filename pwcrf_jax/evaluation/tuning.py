@@ -7,7 +7,6 @@ kernels of the dense CRF: a coarse grid, then number by number. Every trial is w
 WORKDIR/tuning, so that a search that was stopped goes on where it was; a calibration, when it is through.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -21,22 +20,18 @@ import numpy as np
 
 from pwcrf_jax import config as configs
 from pwcrf_jax import metrics
-from pwcrf_jax.evaluation import calibration, evaluate, evaluators
+from pwcrf_jax.evaluation import calibration, evaluate, evaluators, kernel_search
 from pwcrf_jax.evaluation import steps as eval_steps
 from pwcrf_jax.model import decode
 from pwcrf_jax.prediction import refinement, restore
 from pwcrf_jax.runtime import files, parallel
-from pwcrf_jax.runtime.logs import OTHER_SHAPE, bar, log
+from pwcrf_jax.runtime.logs import bar, log
 
 METHODS = ("miou", *calibration.METHODS)
 """Of the first stage: a grid of weights and iterations by mean IoU, or calibration by likelihood."""
 
 WEIGHT_FACTORS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 ITERATIONS = (1, 2, 3, 5, 10, 20)
-WORTH = 2e-4  # of mean IoU, that a step of the second stage must gain: below it is noise
-# Factors of the compatibilities, of the colours' width.
-COARSE = ((0.25, 1.0), (0.25, 0.25), (1.0, 0.25), (1 / 16, 1.0), (0.25, 0.5), (1 / 16, 0.25), (1.0, 0.5), (1 / 16, 0.5))
-KERNELS = ("smoothness_compat", "appearance_compat", "appearance_srgb", "appearance_sxy", "smoothness_sxy")
 
 
 def tune(
@@ -84,7 +79,7 @@ def tune(
     notes = os.path.dirname(marginals[0])  # trials of these marginals, not of others
     settings, after = tune_kernels(config, dataset, split, notes, marginals, mode, max_trials)
     result = dict(
-        config=chosen | {f"refine.{name}": getattr(settings.params, name) for name in _searched(mode)},
+        config=chosen | {f"refine.{name}": getattr(settings.params, name) for name in kernel_search.searched(mode)},
         conditions=configs.tuning_conditions(decoding),
         split=split,
         classes=list(config.eval.classes),
@@ -133,10 +128,6 @@ def _by_likelihood(config, model, params, dataset, split, folder, method):
     return chosen, figures
 
 
-def _searched(mode):
-    return [name for name in KERNELS if mode == "full" or name.startswith("smoothness")]
-
-
 def _folder(config, workdir, params, dataset, split, step):
     """One folder for each question: other data, parameters or inference settings start another search.
 
@@ -162,35 +153,13 @@ def _folder(config, workdir, params, dataset, split, step):
     return os.path.join(home, digest)
 
 
-class _Trials:
-    """{values tried: mean IoU}, kept in a file of one JSON object a line."""
-
-    def __init__(self, path, names):
-        self.path, self.names, self.scores = path, names, {}
-        kept, lines = [], files.read_lines(path)
-        for line in lines:
-            with contextlib.suppress(*OTHER_SHAPE):  # it is tried again
-                trial = json.loads(line)
-                values = tuple(float(trial[name]) for name in names)
-                self.scores[values] = float(trial["miou"])
-                kept += [line] if line.endswith("\n") else []
-        if kept != lines:
-            files.write(path, "".join(kept))
-
-    def add(self, values, miou):
-        self.scores[tuple(values)] = miou
-        line = json.dumps(dict(zip(self.names, values, strict=True)) | {"miou": miou})
-        with files.naming(self.path, "cannot be written"), files.append(self.path) as file:
-            file.write(f"{line}\n".encode())
-
-
 def _tune_messages(config, model, params, dataset, split, folder):
     """(best weights and number of iterations, mean IoU as configured, mean IoU of the best)."""
     given = configs.relation_weights(config)
     relations = tuple(given)
     names = (*relations, "num_iterations")
     configured = best = (*given.values(), config.crf.num_iterations)
-    trials = _Trials(os.path.join(folder, "messages.jsonl"), names)
+    trials = kernel_search.Trials(os.path.join(folder, "messages.jsonl"), names)
 
     def score(candidates, what):
         missing = [c for c in dict.fromkeys(candidates) if c not in trials.scores]
@@ -213,13 +182,9 @@ def _tune_messages(config, model, params, dataset, split, folder):
         best = best if best == before else together((0.5, 2.0))  # many iterations take their time
     if searched:
         log.info("messages with weights and number of iterations %s: mean IoU %.2f (as configured, %s: %.2f)",
-                 _named(names, best), 100 * trials.scores[best], _named(names, configured),
+                 kernel_search.named(names, best), 100 * trials.scores[best], kernel_search.named(names, configured),
                  100 * trials.scores[configured])  # fmt: skip
     return best, trials.scores[configured], trials.scores[best]
-
-
-def _named(names, values):
-    return ", ".join(f"{name} {value:g}" for name, value in zip(names, values, strict=True))
 
 
 def _score_messages(config, model, params, dataset, split, candidates, what):
@@ -312,47 +277,10 @@ def tune_kernels(config, dataset, split, folder, marginals, mode, max_trials):
     marginals: file names of the log marginals float32 [h, w, K] of each image of the split, in order.
     mode, max_trials: of `tune`.
     """
-    names = _searched(mode)
-    trials = _Trials(os.path.join(folder, f"refine-{mode}.jsonl"), names)
     base = configs.refine_settings(config, mode)
-    of = lambda values: base._replace(params=base.params._replace(**dict(zip(names, values, strict=True))))
-    tried = set()  # in this search: those of an earlier one count as well, so that a stopped search ends where it would
-
-    def score(values):
-        if values not in tried and len(tried) == max_trials:
-            return -1.0
-        tried.add(values)
-        if values not in trials.scores:
-            trials.add(values, _score_kernels(config, dataset, split, marginals, of(values), f"trial {len(tried)}"))
-        return trials.scores[values]
-
-    best = tuple(float(getattr(base.params, n)) for n in names)
-    best_score = score(best)
-    log.info("refined with %s: mean IoU %.2f", _named(names, best), 100 * best_score)
-
-    def better(candidate):
-        nonlocal best, best_score
-        got = score(candidate)
-        if got < best_score + WORTH:
-            return False
-        best, best_score = candidate, got
-        log.info("trial %d of at most %d: %s, mean IoU %.2f", len(tried), max_trials, _named(names, best),
-                 100 * best_score)  # fmt: skip
-        return True
-
-    # How strong the kernels are and how near colours have to be decide most, and together: a kernel that smooths over
-    # weak edges helps only when it is weak. So these come first, in large steps; then each number by itself.
-    first = best
-    for strength, colours in COARSE if mode == "full" else [(strength, 1.0) for strength, c in COARSE if c == 1.0]:
-        factors = {"smoothness_compat": strength, "appearance_compat": strength, "appearance_srgb": colours}
-        better(tuple(round(v * factors.get(name, 1.0), 6) for name, v in zip(names, first, strict=True)))
-    for factor in (2.0, 2.0, 2**0.5):
-        for i in range(len(names)):
-            for direction in (1 / factor, factor):
-                going = True
-                while going and best[i]:  # a compatibility of zero stays zero
-                    going = better((*best[:i], round(best[i] * direction, 6), *best[i + 1 :]))
-    return of(best), best_score
+    trials = kernel_search.Trials(os.path.join(folder, f"refine-{mode}.jsonl"), kernel_search.searched(mode))
+    score = lambda settings, what: _score_kernels(config, dataset, split, marginals, settings, what)
+    return kernel_search.search(score, base, trials, mode, max_trials)
 
 
 def _score_kernels(config, dataset, split, marginals, settings, what):

@@ -4,7 +4,8 @@
                -> bilinear interpolation -> log-probabilities and labels of pixels
 
 Where an image lies inside its frame is its valid box, int32 [4]: top, left, bottom and right in pixels, the last two
-exclusive. Cells beyond it are padding: they send and receive no message and lend nothing to any pixel.
+exclusive. Cells beyond it are padding: they send and receive no message and lend nothing to any pixel. What reads
+cells at pixels is `pwcrf_jax.pixels`, for networks of your own too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,20 +13,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pwcrf_jax import mean_field
-from pwcrf_jax.arrays import as_array, level
 from pwcrf_jax.model.segmenter import Potentials
-
-Array = jax.Array | np.ndarray
-"""Of a device or of the host, on which images of any size are put together."""
-
-Taps = tuple[np.ndarray, np.ndarray]
-"""Positions along an axis of a map: (index int32 [n], fraction float32 [n]) of `taps`."""
-
-# Stands for minus infinity while `read` interpolates; and less than any share of a cell that is not 0, of two axes.
-_LOWEST, _LEAST_SHARE = -1e30, 1e-15
+from pwcrf_jax.pixels import Array, Taps, frame_taps, grid_mask, read, upsample
 
 
 class Decoded(NamedTuple):
@@ -33,7 +24,7 @@ class Decoded(NamedTuple):
 
     Attributes:
       log_marginals: float32 [B, h, w, K]; after refinement convolutions on their finer grid, and not normalised.
-      mask: bool [B, h, w], cells on the image, of `grid_mask`.
+      mask: bool [B, h, w], cells on the image, of `pwcrf_jax.pixels.grid_mask`.
       change: float32 [num_iterations, B], the largest change of a marginal in each iteration; None: not known.
     """
 
@@ -94,7 +85,7 @@ def apply_refinement(log_marginals: Array, refinement_logits: Array, node_mask: 
     Args:
       log_marginals: float32 [B, h, w, K].
       refinement_logits: float32 [B, h', w', K], of `Potentials`.
-      node_mask: of `upsample`.
+      node_mask: of `pwcrf_jax.pixels.upsample`.
 
     Returns:
       float32 [B, h', w', K], not normalised.
@@ -107,7 +98,7 @@ def log_probs(decoded: Decoded, rows: Taps, cols: Taps) -> jax.Array:
 
     Args:
       decoded: `Decoded`, of a batch or of one image.
-      rows, cols: of `read`, as `frame_taps` gives them.
+      rows, cols: of `pwcrf_jax.pixels.read`, as `frame_taps` of that module gives them.
 
     Returns:
       float32 [..., n, m, K].
@@ -122,7 +113,7 @@ def labels(decoded: Decoded, rows: Taps, cols: Taps) -> jax.Array:
 
     Args:
       decoded: `Decoded`, of a batch or of one image.
-      rows, cols: of `read`, as `frame_taps` gives them.
+      rows, cols: of `pwcrf_jax.pixels.read`, as `frame_taps` of that module gives them.
 
     Returns:
       uint8 [..., n, m].
@@ -141,99 +132,3 @@ def frame_labels(decoded: Decoded, size: Sequence[int]) -> jax.Array:
       uint8 [..., height, width].
     """
     return labels(decoded, *frame_taps(decoded.log_marginals.shape[-3:-1], size))
-
-
-def upsample(log_marginals: Array, size: Sequence[int], node_mask: Array | None = None) -> jax.Array:
-    """Bilinear upsampling of a map to a frame: `read` at all its pixels.
-
-    Args:
-      log_marginals: float32 [..., h, w, K].
-      size: (height, width) of the frame; static.
-      node_mask: of `read`; None: all valid.
-
-    Returns:
-      float32 [..., height, width, K].
-    """
-    grid = log_marginals.shape[-3:-1]
-    mask = jnp.ones(grid, bool) if node_mask is None else node_mask
-    return read(log_marginals, mask, *frame_taps(grid, size))
-
-
-def frame_taps(grid: Sequence[int], size: Sequence[int]) -> tuple[Taps, Taps]:
-    """The taps of all pixels of a frame.
-
-    Args:
-      grid: (h, w) in cells of the map that covers the frame.
-      size: (height, width) of the frame in pixels.
-
-    Returns:
-      (rows, cols) for `read`, each (int32 [n], float32 [n]) of `taps`.
-    """
-    rows, cols = (taps((np.arange(n) + 0.5) * (cells / n) - 0.5, cells) for n, cells in zip(size, grid, strict=True))
-    return rows, cols
-
-
-def taps(positions: np.ndarray, num_cells: int) -> Taps:
-    """Where `read` reads along an axis.
-
-    Args:
-      positions: float [n], in cells; the centre of cell i is i.
-      num_cells: of the map along this axis.
-
-    Returns:
-      (index int32 [n], fraction float32 [n]): between which cells a position lies, and where between them.
-    """
-    index = np.clip(np.floor(positions), -1, num_cells - 1)
-    return (index + 1).astype(np.int32), (positions - index).astype(np.float32)
-
-
-def read(log_marginals: Array, node_mask: Array, rows: Taps, cols: Taps) -> jax.Array:
-    """Log marginals of cells, bilinearly interpolated at pixels; all labels of pixels are read by it.
-
-    Args:
-      log_marginals: float32 [..., h, w, K].
-      node_mask: bool [..., h, w]; masked cells (padding) lend nothing to the pixels beside them: the weights of the
-        others are scaled up, as at the border of the map.
-      rows, cols: of `taps`, n and m positions.
-
-    Returns:
-      float32 [..., n, m, K]. Pixels that no valid cell reaches get zeros; a label that a cell rules out (-inf) is
-      ruled out at all pixels that it reaches.
-    """
-    border = lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 3) + ((1, 1), (1, 1), (0, 0)))  # weights are 0 there
-
-    def mix(x: jax.Array) -> jax.Array:
-        for axis, (index, fraction), rest in ((-3, rows, (1, 2)), (-2, cols, (0, 2))):
-            near, far = jnp.take(x, index, axis), jnp.take(x, index + 1, axis)
-            near, far, share = level(near, far, jnp.expand_dims(fraction, rest))
-            x = near * (1 - share) + far * share
-        return x
-
-    log_marginals, valid = level(as_array(log_marginals), as_array(node_mask)[..., None])
-    # Minus infinity times a share of 0 would be NaN. A select within `mix` would make programs round differently.
-    finite = jnp.maximum(log_marginals, _LOWEST)
-    weight = mix(border(valid.astype(jnp.float32)))
-    out = mix(border(jnp.where(valid, finite, 0.0))) / jnp.maximum(weight, 1e-6)
-    return jnp.where(out < _LOWEST * _LEAST_SHARE, -jnp.inf, out)
-
-
-def grid_mask(valid_box: Array, grid: Sequence[int], size: Sequence[int]) -> jax.Array:
-    """Which cells lie on the image and not on its padding.
-
-    Args:
-      valid_box: int [B, 4], top, left, bottom and right of each image in its frame, the last two exclusive.
-      grid: (h, w) of the map; static.
-      size: (height, width) of the frame in pixels; static.
-
-    Returns:
-      bool [B, h, w]: true where the cell's centre lies inside. An image so thin that it meets no centre has the row or
-      column of cells that its first pixel lies in, unless it is empty.
-    """
-    axes = []
-    for axis, (cells, pixels) in enumerate(zip(grid, size, strict=True)):
-        first, end = valid_box[:, axis, None], valid_box[:, 2 + axis, None]
-        centres = (jnp.arange(cells) + 0.5) * (pixels / cells)
-        inside = (centres >= first) & (centres < end)
-        thin = ~jnp.any(inside, axis=1, keepdims=True) & (end > first)
-        axes.append(inside | (thin & (jnp.arange(cells) == first * cells // pixels)))
-    return axes[0][:, :, None] & axes[1][:, None, :]

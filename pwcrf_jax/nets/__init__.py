@@ -3,6 +3,7 @@
 from pwcrf_jax.nets.convnext import ConvNeXtTiny
 from pwcrf_jax.nets.efficientnet_lite import EfficientNetLite
 from pwcrf_jax.nets.featmap_net import BACKBONES, FeatMapNet, grid_size
+from pwcrf_jax.nets.heads import NNXPairwiseHead, PairwiseHead
 from pwcrf_jax.nets.mobilenet_v2 import MobileNetV2
 from pwcrf_jax.nets.pooling import max_pool_2x2, max_pool_same, sliding_pyramid
 from pwcrf_jax.nets.potentials import PairwiseNet, PairwiseParts, UnaryNet, drop_channels
@@ -23,6 +24,8 @@ __all__ = [
     "FeatMapNet",
     "LoadReport",
     "MobileNetV2",
+    "NNXPairwiseHead",
+    "PairwiseHead",
     "PairwiseNet",
     "PairwiseParts",
     "RefinementConvs",

@@ -2,11 +2,13 @@
 
 The labels are those of `pwcrf predict`, CRF included, as StableHLO for CPU, CUDA and TPU, parameters baked in. Beside
 it FILE.json says what goes in and comes out. The dense CRF (`--refine`) and test-time augmentation are not in it.
+`pwcrf_jax.prediction.onnx_export` writes the same for ONNX.
 """
 
 import json
-import os
 import re
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +34,10 @@ LOAD = (
 )
 
 
-def make_predictor(config, model, params, size):
-    """Builds predict(images, valid_size) -> labels, of frames of one size.
+def make_decoder(config, model, params, size):
+    """Builds decoded(images, valid_size) -> (`decode.Decoded`, valid bool [b, H, W]: what lies on an image).
 
-    images: uint8 [b, H, W, 3], RGB, each image in the upper left corner of its frame; what lies beside it is not read.
-    valid_size: int32 [b, 2], height and width of each image, at least 1. labels: uint8 [b, H, W], 255 beside the image.
-
-    config, model, params: of `restore.load`, or `restore.restore_params`. size: (H, W).
+    All of `make_predictor` but the labels, and of all images at once.
     """
     settings, names = configs.crf_settings(config), configs.crf_relations(config)
     # Relations that inference does not use would only make the file larger.
@@ -47,14 +46,35 @@ def make_predictor(config, model, params, size):
     model = model.clone(relations=tuple(r for r, _ in used), parameterisation=tuple(kind for _, kind in used))
     params = {k: v for k, v in params.items() if not k.startswith("pairwise_") or k.removeprefix("pairwise_") in names}
 
-    def one(image, valid_size):
-        valid_box = jnp.concatenate([jnp.zeros_like(valid_size), valid_size])[None]
+    def decoded(images, valid_size):
+        valid_box = jnp.concatenate([jnp.zeros_like(valid_size), valid_size], axis=-1)
         valid = decode.grid_mask(valid_box, size, size)
-        image = jnp.where(valid[..., None], image[None], jnp.array(MEAN_COLOUR, jnp.uint8))
-        decoded = decode.decode(model.apply({"params": params}, image), valid_box, size, settings)
-        return jnp.where(valid, decode.frame_labels(decoded, size), jnp.uint8(VOID))[0]
+        images = jnp.where(valid[..., None], images, jnp.array(MEAN_COLOUR, jnp.uint8))
+        return decode.decode(model.apply({"params": params}, images), valid_box, size, settings), valid
+
+    return decoded
+
+
+def make_predictor(config, model, params, size):
+    """Builds predict(images, valid_size) -> labels, of frames of one size.
+
+    images: uint8 [b, H, W, 3], RGB, each image in the upper left corner of its frame; what lies beside it is not read.
+    valid_size: int32 [b, 2], height and width of each image, at least 1. labels: uint8 [b, H, W], 255 beside the image.
+
+    config, model, params: of `restore.load`, or `restore.restore_params`. size: (H, W).
+    """
+    decoded = make_decoder(config, model, params, size)
+
+    def one(image, valid_size):
+        found, valid = decoded(image[None], valid_size[None])
+        return frame_labels(found, valid, size)[0]
 
     return jax.vmap(one)
+
+
+def frame_labels(decoded, valid, size):
+    """Labels at the pixels of frames, uint8 [b, H, W], 255 beside the images; decoded, valid: of `make_decoder`."""
+    return jnp.where(valid, decode.frame_labels(decoded, size), jnp.uint8(VOID))
 
 
 def lower(predictor, size):
@@ -85,6 +105,65 @@ def parse_size(text: str, config) -> tuple[int, int]:
     return height, width
 
 
+class Request(NamedTuple):
+    """What is to be written: size (height, width) of frames, path of the program, and about, that of what it is."""
+
+    size: tuple[int, int]
+    path: Path
+    about: Path
+
+
+def check_request(config, file: str, size: str, overwrite: bool) -> Request:
+    """Refuses what no exported predictor can be, and places that cannot be written, before anything is computed.
+
+    Raises:
+      ConfigError, DataError, FileError: each in one line.
+    """
+    configs.validate(config, batches=())
+    if jax.process_count() > 1:
+        raise configs.ConfigError("export is done by one process; start it on one host alone")
+    if configs.augments(config):
+        raise configs.ConfigError("config.tta is not part of an exported predictor; leave it at its default")
+    files.check_local(file, "--output")
+    frame, path = parse_size(size, config), Path(file)
+    about = path.with_name(f"{path.name}.json")
+    for place in (path, about):
+        if place.exists() and not place.is_dir() and not overwrite:
+            raise DataError(f"--output={file}: {place} is there already; name another file, or add --overwrite")
+    if not path.parent.is_dir():
+        raise DataError(f"--output={file}: there is no folder {path.parent}; make it, or name another file")
+    files.make_folder(path.parent)
+    for place in (path, about):
+        files.check_replaceable(place)
+    return Request(frame, path, about)
+
+
+def describe(config, workdir: str, which: str, step: int) -> dict:
+    """What a predictor does, whatever the format: classes, settings of inference, and where it comes from."""
+    class_names, palette = predict.class_info(config, workdir)
+    return dict(
+        classes=[{"name": name, "colour": list(map(int, c))} for name, c in zip(class_names, palette, strict=True)],
+        message_weights=configs.relation_weights(config),
+        label_weights=config.crf.label_weights,
+        unary_temperature=config.crf.unary_temperature,
+        num_iterations=config.crf.num_iterations,
+        checkpoint=which,
+        step=step,
+    )
+
+
+def write_both(request: Request, info: dict, data: bytes) -> None:
+    """Writes the program, and what it is; both or none.
+
+    Raises:
+      FileError: a file cannot be written.
+    """
+    with files.replacing(request.about) as beside, files.replacing(request.path) as program:
+        beside.write(json.dumps(info, indent=2).encode() + b"\n")
+        beside.flush()
+        program.write(data)
+
+
 def export_predictor(config, workdir: str, file: str, which: str = "best", size: str = "", overwrite=False) -> dict:
     """Writes the predictor of a trained workdir to `file`, and what it is to `file`.json; returns the latter.
 
@@ -94,30 +173,16 @@ def export_predictor(config, workdir: str, file: str, which: str = "best", size:
       ConfigError, DataError, CheckpointError: before anything is computed.
       FileError: a file cannot be written.
     """
-    configs.validate(config, batches=())
-    if jax.process_count() > 1:
-        raise configs.ConfigError("export is done by one process; start it on one host alone")
-    if configs.augments(config):
-        raise configs.ConfigError("config.tta is not part of an exported predictor; leave it at its default")
     try:
         import flatbuffers  # noqa: F401  jax.export writes with it
     except ImportError:
         raise configs.ConfigError('export needs the package flatbuffers: pip install "pwcrf_jax[export]"') from None
-    height, width = parse_size(size, config)
-    about, folder = f"{file}.json", os.path.dirname(file) or "."
-    for place in (file, about):
-        there = files.exists(place) if files.is_url(place) else os.path.exists(place)
-        if there and not files.is_folder(place) and not overwrite:
-            raise DataError(f"--output={file}: {place} is there already; name another file, or add --overwrite")
-    if not (files.is_url(folder) or os.path.isdir(folder)):
-        raise DataError(f"--output={file}: there is no folder {folder}; make it, or name another file")
-    files.make_folder(folder)
-    for place in (file, about):
-        files.check_replaceable(place)
-    class_names, palette = predict.class_info(config, workdir)
+    request = check_request(config, file, size, overwrite)
+    height, width = request.size
+    predict.class_info(config, workdir)  # refuses what it cannot read
     model, params, step = restore.restore_params(config, workdir, which)
     log.info("%s checkpoint of step %d, images up to %d x %d", which, step, height, width)
-    exported = lower(make_predictor(config, model, jax.device_get(params), (height, width)), (height, width))
+    exported = lower(make_predictor(config, model, jax.device_get(params), request.size), request.size)
     data = exported.serialize()
     info = dict(
         format="jax.export",
@@ -125,22 +190,13 @@ def export_predictor(config, workdir: str, file: str, which: str = "best", size:
         output=f"labels uint8 [b, {height}, {width}], indices of classes; {VOID} beside the image",
         size=[height, width],
         batch="any",
-        load=[line.format(file=os.path.basename(file), height=height, width=width) for line in LOAD],
-        classes=[{"name": name, "colour": list(map(int, c))} for name, c in zip(class_names, palette, strict=True)],
-        message_weights=configs.relation_weights(config),
-        label_weights=config.crf.label_weights,
-        unary_temperature=config.crf.unary_temperature,
-        num_iterations=config.crf.num_iterations,
-        checkpoint=which,
-        step=step,
+        load=[line.format(file=request.path.name, height=height, width=width) for line in LOAD],
+        **describe(config, workdir, which, step),
         platforms=list(exported.platforms),
         needs=f"JAX {jax.__version__} or later, and flatbuffers",
         versions={"jax": jax.__version__, "pwcrf_jax": pwcrf_jax.__version__},
         calling_convention_version=exported.calling_convention_version,
         bytes=len(data),
     )
-    with files.replacing(about) as beside, files.replacing(file) as program:  # both or none
-        beside.write(json.dumps(info, indent=2).encode() + b"\n")
-        beside.flush()
-        program.write(data)
+    write_both(request, info, data)
     return info

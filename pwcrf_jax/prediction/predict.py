@@ -11,30 +11,25 @@ set. In the format of a benchmark (`FORMATS`) the labels lie where its
 server wants them, coded as it wants them, instead of in labels/.
 """
 
-import contextlib
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from PIL import Image
 
 from pwcrf_jax import config as configs
 from pwcrf_jax.data import DataError, load_dataset, prepare
 from pwcrf_jax.data.readers.files import read_image_file
 from pwcrf_jax.data.readers.image_io import MAX_PIXELS, decode_image, storable_image, voc_palette
-from pwcrf_jax.prediction import image_files, refinement, restore
+from pwcrf_jax.prediction import image_files, output_files, refinement, restore
 from pwcrf_jax.prediction import predictor as inference
 from pwcrf_jax.prediction.image_files import shown
 from pwcrf_jax.runtime import files, mirror
 from pwcrf_jax.runtime.logs import bar, log
 
-LARGEST_JPEG = 65_500
 _LONGEST = 251  # bytes of a name without its suffix, as file systems have it
-_TOLD = 20  # lines about files that are no images
 
 
 class Format(NamedTuple):
@@ -89,7 +84,7 @@ class Targets:
                 f"{shown(name)!r} is no name of a file below --output; rename it, to {_LONGEST} bytes at most"
             )
         file = os.path.join(self._folder, f"{parts[-1] if self._format.flat else name}.png")
-        ends = {f"{name}{suffix}" for suffix in (".png", ".jpg", ".npz")}
+        ends = {f"{name}{suffix}" for suffix in (".png", ".jpg", ".npy", ".npz")}
         folders = {str(folder) for folder in PurePosixPath(name).parents}
         others = [self._taken.setdefault(file, name)]
         others += [self._folders[x] for x in ends & self._folders.keys()]
@@ -142,53 +137,6 @@ def class_info(config, workdir: str):
             f"({', '.join(names)}); start without this flag"
         )
     return names, palette
-
-
-def _real(path: str) -> str:
-    return path if files.is_url(path) else os.path.realpath(path)
-
-
-def _claim(output: str, workdir: str, overwrite: bool) -> None:
-    """Makes the output folder; DataError or FileError for one that holds something, or cannot be written."""
-    folder = Path(output)
-    if _real(output) == _real(workdir):
-        raise DataError(f"--output={shown(output)}: is the workdir of the run; name another folder")
-    if files.is_url(output):
-        if files.names(output) and not overwrite:
-            raise DataError(f"--output={shown(output)}: the folder is not empty; name another one, or add --overwrite")
-        files.make_folder(output)
-        files.delete_unfinished(output)
-        return
-    try:
-        if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-            raise DataError(f"--output={shown(output)}: the folder is not empty; name another one, or add --overwrite")
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise DataError(
-            f"--output={shown(output)}: cannot be written ({error.strerror or error}); name another folder"
-        ) from None
-    files.delete_unfinished(output)
-    for name in image_files.WRITTEN:
-        files.check_folder(folder / name, inside=output)
-        for place, _, _ in os.walk(folder / name):
-            files.delete_unfinished(place)
-
-
-@contextlib.contextmanager
-def _writing(path: str, output: str):
-    """A file to write below `output`, that appears whole or not at all; FileError where it cannot be written."""
-    files.make_folder(os.path.dirname(path), inside=output)
-    with files.replacing(path) as file:
-        yield file
-
-
-def _label_image(labels, codes, palette):
-    if codes is not None:
-        return Image.fromarray(codes[labels])
-    image = Image.fromarray(labels)
-    image.putpalette(palette.tobytes())
-    return image
 
 
 class Request(NamedTuple):
@@ -244,10 +192,13 @@ def predict(
     request = _requested(config, workdir, output, images=images, split=split, format_name=format_name)
     model, params, step = restore.restore_params(config, workdir, which)
     predictor, settings = inference.Predictor(config, model, params), configs.refine_settings(config, refine)
-    _claim(output, workdir, overwrite)
+    real = lambda path: path if files.is_url(path) else os.path.realpath(path)
+    if real(output) == real(workdir):
+        raise DataError(f"--output={shown(output)}: is the workdir of the run; name another folder")
+    output_files.claim(output, overwrite)
     log.info("%s checkpoint of step %d, %d images into %s", which, step, len(request.items), output)
     configs.save_classes(request.class_names, request.palette, output)
-    _tell(request.found)
+    output_files.tell(request.found)
     failed = list(request.found.failed)
     write = _Writer(output, request, probabilities=probabilities, overlay=overlay)
     predicted = predictor(_readable(request, config.data.max_pixels, failed))
@@ -314,24 +265,10 @@ class _Writer:
 
     def __call__(self, name, image, labels, log_probs):
         """labels: uint8 [H, W]. log_probs: float32 [H, W, K], for the probabilities."""
-        with _writing(self._target(name), self._output) as file:
-            _label_image(labels, self._codes, self._palette).save(file, "PNG")
-        if self._overlay and max(image.shape) > LARGEST_JPEG:
-            log.info("%s: no overlay, as JPEG ends at %d pixels", name, LARGEST_JPEG)
-        elif self._overlay:
-            with _writing(os.path.join(self._output, "overlays", f"{name}.jpg"), self._output) as file:
-                mixed = Image.blend(Image.fromarray(image), Image.fromarray(self._palette[labels]), 0.5)
-                mixed.save(file, "JPEG", quality=90)
+        output_files.write_labels(self._target(name), labels, self._palette, self._output, self._codes)
+        if self._overlay:
+            output_files.write_overlay(name, image, labels, self._palette, self._output)
         if self._probabilities:
             probs = np.exp(log_probs).astype(np.float16)
-            with _writing(os.path.join(self._output, "probabilities", f"{name}.npz"), self._output) as file:
+            with output_files.writing(os.path.join(self._output, "probabilities", f"{name}.npz"), self._output) as file:
                 np.savez_compressed(file, probabilities=probs, class_names=self._class_names)
-
-
-def _tell(found):
-    for why in found.failed.values():
-        log.info("error: %s", shown(why))
-    for path, why in list(found.left_out.items())[:_TOLD]:
-        log.info("left out: %s: %s", shown(path), why)
-    if len(found.left_out) > _TOLD:
-        log.info("left out: %d more, no images or seen under another name", len(found.left_out) - _TOLD)

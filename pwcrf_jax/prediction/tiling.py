@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pwcrf_jax.model import decode
 from pwcrf_jax.nets import grid_size
+from pwcrf_jax.pixels import Taps
+from pwcrf_jax.pixels import taps as taps_at
 
 SHARPNESS = 4  # of the weights: cells near the border of a tile, which saw little around them, should count little
 
@@ -122,14 +123,14 @@ def _pair(numbers: Sequence[int]) -> tuple[int, int]:
     return int(first), int(second)
 
 
-def taps(pixels: np.ndarray, num_pixels: int, layout: Layout, axis: int, mirrored: bool = False) -> decode.Taps:
+def taps(pixels: np.ndarray, num_pixels: int, layout: Layout, axis: int, mirrored: bool = False) -> Taps:
     """Where pixels of an image of `num_pixels` rows or columns lie on a grid that saw it scaled to layout.size.
 
     pixels: integers along `axis`, 0 rows, 1 columns. mirrored: the grid saw the image mirrored along the axis.
-    Returns `pwcrf_jax.model.decode.taps` of the pixels.
+    Returns `pwcrf_jax.pixels.taps` of the pixels.
     """
     pixels = np.asarray(pixels)
     pixels = num_pixels - 1 - pixels if mirrored else pixels
     scaled = (pixels + 0.5) * (layout.size[axis] / num_pixels)
     position = scaled * (layout.grid[axis] / layout.canvas[axis]) - 0.5
-    return decode.taps(position, layout.grid[axis])
+    return taps_at(position, layout.grid[axis])

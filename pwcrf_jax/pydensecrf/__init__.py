@@ -4,7 +4,7 @@
     from pwcrf_jax.pydensecrf.utils import unary_from_softmax
 
 or, for a program that imports `pydensecrf`, `pwcrf_jax.pydensecrf.install()` before it does. What differs is listed in
-docs/dense-crf.md.
+docs/from-pydensecrf.md.
 """
 
 import sys

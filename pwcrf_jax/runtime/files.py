@@ -36,7 +36,7 @@ _REMEDIES = {
     errno.ELOOP: "it is a link: delete the link, or name another place",
 }
 _URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]+:/")  # one slash is what is left of two where paths were normalised
-_LOCAL = ("config",)  # flags that name what Python runs
+_LOCAL = ("config", "scores", "masks", "classes", "parameters")  # flags that take no URL
 _LARGEST_JSON = 2**26  # bytes; no file of ours comes near
 _UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.partial")
 
@@ -88,6 +88,12 @@ def expand_path(text: StrPath, name: str) -> str:
             f"{name}={text}: {who} no home folder here; write the path in full (./~ is a folder of that name)"
         )
     return os.path.expanduser(text)
+
+
+def check_local(path: str, name: str) -> None:
+    """Refuses a URL where only a local path can be used; name: of the flag. FileError."""
+    if is_url(path):
+        raise FileError(f"{name}={path}: only local paths can be used here; mount it or copy it, and name that folder")
 
 
 def absolute(path: StrPath) -> str:

@@ -27,7 +27,7 @@ LIBRARIES = {
     "data": {"numpy", "PIL", "grain", "tensorflow_datasets", "array_record", "scipy", "h5py", "yaml", "pycocotools",
              "importlib_resources", "tqdm", "etils"},
     "config": {"ml_collections"},
-    "prediction": {"flatbuffers"},
+    "prediction": {"flatbuffers", "onnx", "onnxruntime"},
     "evaluation": set(),
     "report": set(),
     "training": {"optax"},

@@ -2,13 +2,14 @@
 
 import importlib.util
 import math
+import re
 from pathlib import Path
 
 import pytest
 
 from pwcrf_jax import config as configs
 from pwcrf_jax.cli import usage
-from pwcrf_jax.config import keys, kinds
+from pwcrf_jax.config import keys, kinds, parameters
 from pwcrf_jax.nets import BACKBONES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +40,12 @@ def test_help_lists_every_key():
     for name, entry in ENTRIES.items():
         assert f"  --config.{name}=" in text
         assert entry.meaning in " ".join(text.split())
+
+
+def test_help_of_a_part_lists_its_keys_alone():
+    shown = re.findall(r"--config\.([\w.]+)=", usage._keys(parameters.KEYS))
+    assert sorted(shown) == sorted(parameters.KEYS) == sorted(dict(keys.flat(parameters.crf_defaults())))
+    assert "refine.appearance_srgb" in shown and "train.steps" not in shown
 
 
 def test_the_page_is_the_table():

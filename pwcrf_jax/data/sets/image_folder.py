@@ -39,8 +39,8 @@ from typing import Any
 
 import numpy as np
 
+from pwcrf_jax.data import coded_masks
 from pwcrf_jax.data.builder import Pair, Plan, SegmentationBuilder, check_options, require_source_dir
-from pwcrf_jax.data.label_guard import bad_value
 from pwcrf_jax.data.readers.classes import Coding, binary_lines, read_classes
 from pwcrf_jax.data.readers.files import FOREIGN_REMEDY, DataError, present, read_image_file, split_lists
 from pwcrf_jax.data.readers.folder_files import (
@@ -52,7 +52,7 @@ from pwcrf_jax.data.readers.folder_files import (
     refuse_splits_by_folder,
 )
 from pwcrf_jax.data.readers.folder_forms import Reading, read_folder
-from pwcrf_jax.data.readers.image_io import VOID, decode_colour_label, decode_label, mask_palette, not_png, value_counts
+from pwcrf_jax.data.readers.image_io import decode_colour_label, decode_label, mask_palette, not_png, value_counts
 
 log = logging.getLogger(__name__)
 LAYOUT = (
@@ -148,35 +148,19 @@ class ImageFolder(SegmentationBuilder):
     @functools.cached_property
     def _table(self) -> np.ndarray:
         """Class, or -1, of each value or colour."""
-        classes, colours = self._plan.coding
-        table = np.full(1 << 24 if colours else 256, -1, np.int16)
-        table[list(classes)] = list(classes.values())
-        return table
+        return coded_masks.table_of(self._plan.coding)
 
     def _label(self, mask: Path, image: Path) -> np.ndarray:
         if not isinstance(self._plan.coding, Coding):  # outlines
             return self._plan.coding(mask, image, self.max_pixels)
         data, where = self._read(mask), str(mask)
-        if self._plan.coding.colours:
-            colours = decode_colour_label(data, where, self.max_pixels).astype(np.int32)
-            label = self._table[colours[..., 0] << 16 | colours[..., 1] << 8 | colours[..., 2]]
-            if label.min() < 0:
-                raise _bad_colour(where, colours, label < 0)
-            return label.astype(np.uint8)
-        values = decode_label(data, where, self.max_pixels)
-        label = self._table[values]
-        if label.min() < 0:
-            stored = sorted(v for v, k in self._plan.coding.classes.items() if k != VOID)
-            void = ", ".join(str(v) for v, k in self._plan.coding.classes.items() if k == VOID)
-            first, last = stored[0], stored[-1]
-            known = f"{first}..{last}" if last - first < len(stored) else ", ".join(map(str, stored))
-            raise bad_value(
-                where, values, self._table >= 0, f"neither a class ({known}) nor void ({void})",
-                "correct the mask, or complete classes.txt (a line 'void VALUE' makes a value void)",
-            )  # fmt: skip
-        self._values |= value_counts(values) > 0
-        self._compare_palette(mask, data, values)
-        return label.astype(np.uint8)
+        decode = decode_colour_label if self._plan.coding.colours else decode_label
+        values = decode(data, where, self.max_pixels)
+        label = coded_masks.to_classes(values, self._plan.coding, self._table, where)
+        if not self._plan.coding.colours:
+            self._values |= value_counts(values) > 0
+            self._compare_palette(mask, data, values)
+        return label
 
     def _void_to_255(self, label: np.ndarray, path: Path) -> np.ndarray:
         del path
@@ -242,17 +226,3 @@ def _refuse_binary_without_classes(root: Path) -> None:
     if np.flatnonzero(values).tolist() == [0, 255]:
         raise DataError(f"{root / 'classes.txt'}: is missing; write one class a line; the masks hold 0 and 255, for "
                         f"which it needs these two lines: {binary_lines()}")  # fmt: skip
-
-
-def _bad_colour(where: str, colours: np.ndarray, bad: np.ndarray) -> DataError:
-    y, x = np.argwhere(bad)[0]
-    colour = tuple(colours[y, x].tolist())
-    if len(set(colour)) == 1:
-        remedy = "if its grey values are class numbers, take the colours out of classes.txt; "
-    else:
-        remedy = "if the mask was resized or smoothed, make it again with nearest neighbour; "
-    return DataError(
-        f"{where}: colour {colour} is not in classes.txt, first at row {y}, column {x}, in all {bad.sum()} pixels with "
-        f"{len(np.unique(colours[bad], axis=0))} such colours; {remedy}else correct classes.txt (a line 'void R G B' "
-        "makes a colour void)"
-    )

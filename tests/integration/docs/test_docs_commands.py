@@ -116,7 +116,7 @@ def small(words):
         return [*kept, *(f"--config.{key}={value}" for key, value in values.items() if key not in given)]
     if words[1] == "check":
         return [*source(words, words[2]), "--partial"]
-    if words[1] == "tune" and "--trials" not in words:  # a flag is given once
+    if (words[1] == "tune" or "--tune" in words) and "--trials" not in words:  # a flag is given once
         return [*words, "--trials=2"]
     if words[1] == "benchmarks/diagnose.py":
         return [*words, "--weights=1,2"]
@@ -152,6 +152,13 @@ def own_folder(root, rng, count=10):
     (root / "classes.txt").write_text("road\nstreet lamp\nsky\ntree\ncar\n")
 
 
+def score_files(root, rng, count=10):
+    """Logits of a network of stride 8 for the images of `own_folder`, [classes, height, width]."""
+    root.mkdir()
+    for i in range(count):
+        np.save(root / f"{i}.npy", rng.normal(0, 3, (5, 6, 10)).astype(np.float16))
+
+
 def mobilenet_file(path, rng):
     """A Keras MobileNetV2 file of the right layout with random values."""
     shapes = jax.eval_shape(MobileNetV2(output="Conv_1").init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
@@ -185,6 +192,7 @@ def files(tmp_path_factory):
     for layout in (camvid, voc, pascal_context):
         layout.make(root / layout.__name__.removeprefix("layouts."), rng)
     own_folder(root / "image_folder", rng)
+    score_files(root / "scores", rng)
     for name in PHOTOS:
         photo(root / "photos" / name, rng, (60, 90))
     mobilenet_file(root / MOBILENET, rng)
@@ -200,7 +208,13 @@ def checkout(tmp_path, files):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     for name in ("train.py", "eval.py"):
         shutil.copy(ROOT / name, tmp_path)
-    for name, target in {"PATH": "", "mine": "image_folder", "photos": "photos", MOBILENET: MOBILENET}.items():
+    for name, target in {
+        "PATH": "",
+        "mine": "image_folder",
+        "photos": "photos",
+        "scores": "scores",
+        MOBILENET: MOBILENET,
+    }.items():
         (tmp_path / name).symlink_to(files / target)
     return tmp_path
 
@@ -238,7 +252,7 @@ def check_outputs(words, text, folder):
         assert [path.name for path in workdir.iterdir()] == ["dry_run.png"]
     elif words[1] == "train":
         assert (workdir / "checkpoints/2").is_dir() and (workdir / "best/2").is_dir()
-    elif words[1] in ("eval", "predict", "tune", "export", "benchmarks/diagnose.py"):
+    elif words[1] in ("eval", "predict", "tune", "export", "crf", "benchmarks/diagnose.py"):
         assert json.loads(text.splitlines()[-1])
     elif words[1] == "check":
         assert "to train: --config.data.num_classes=" in text
@@ -246,7 +260,8 @@ def check_outputs(words, text, folder):
         assert Image.open(folder / words[3]).format == "PNG"
     if "--images" in words:
         labels = {str(path.relative_to(folder)) for path in (folder / flag(words, "output") / "labels").rglob("*.png")}
-        assert labels == {f"{flag(words, 'output')}/labels/{name}".replace(".jpg", ".png") for name in PHOTOS}
+        names = (f"{i}.png" for i in range(10)) if words[1] == "crf" else PHOTOS
+        assert labels == {f"{flag(words, 'output')}/labels/{name}".replace(".jpg", ".png") for name in names}
     elif flag(words, "output"):
         assert (folder / flag(words, "output")).exists()
     if "--report" in words:

@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from pwcrf_jax import config as configs
-from pwcrf_jax.cli import check, command
+from pwcrf_jax.cli import check, command, crf
 from pwcrf_jax.data import DATASETS
 from pwcrf_jax.runtime import buckets
 
@@ -134,12 +134,13 @@ def test_readme_examples_run():
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_dense_crf_example_runs():
-    code, with_calls_of_pydensecrf = blocks((ROOT / "docs/dense-crf.md").read_text(), "python")
+    (code,) = blocks((ROOT / "docs/dense-crf.md").read_text(), "python")
     scope = {}
     with jax.default_device(jax.devices("cpu")[0]):
         exec(compile(code, "dense-crf.md", "exec"), scope)
     assert scope["labels"].shape == (2, 40, 60) and jax.numpy.isfinite(scope["to_crf"]) and scope["to_crf"] != 0
-    exec(compile(with_calls_of_pydensecrf, "dense-crf.md", "exec"), scope)
+    (with_calls_of_pydensecrf,) = blocks((ROOT / "docs/from-pydensecrf.md").read_text(), "python")
+    exec(compile(with_calls_of_pydensecrf, "from-pydensecrf.md", "exec"), scope)
     labels, probs = scope["labels"], scope["softmax"]
     assert labels.shape == (12, 18) and (labels != probs.argmax(0)).any() and len(set(labels.flat)) > 1
 
@@ -147,7 +148,8 @@ def test_dense_crf_example_runs():
 @pytest.mark.usefixtures("quick_compilation")
 def test_examples_of_other_pages_run(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))  # its example is tested with the hook
-    pages = [path for path in DOCS if path.name not in ("README.md", "tutorial.md", "dense-crf.md")]
+    own_tests = "README.md", "tutorial.md", "dense-crf.md", "from-pydensecrf.md", "behind-other-networks.md"
+    pages = [path for path in DOCS if path.name not in own_tests]
     run = 0
     for path in pages:
         for code in blocks(path.read_text(), "python"):
@@ -243,6 +245,12 @@ def test_commands_are_accepted(path, monkeypatch):
     for words in commands(path.read_text()):
         if words[:2] == ["pwcrf", "check"]:
             assert check.parser().parse_args(words[2:]).dataset in DATASETS
+            continue
+        if words[:2] == ["pwcrf", "crf"]:
+            values = flags.FlagValues()
+            crf.define_flags(values)
+            command.parse(["pwcrf crf", *words[2:]], values)
+            crf.check_flags(values)
             continue
         if words[1].startswith(("examples/", "scripts/")):
             assert (ROOT / words[1]).is_file()  # run by test_docs_examples and test_docs_commands

@@ -19,7 +19,8 @@ from pwcrf_jax import nets
 
 ROOT = Path(__file__).resolve().parents[3]
 MODULES = (
-    *("costs", "dense_crf", "gaussian", "mean_field", "metrics", "objectives", "permutohedral", "piecewise"),
+    *("costs", "dense_crf", "gaussian", "heads", "mean_field", "metrics", "objectives", "permutohedral", "piecewise"),
+    "pixels",
     *("potentials", "messages", "likelihood", "relations", "model.plan", "model.segmenter", "model.decode"),
 )
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)

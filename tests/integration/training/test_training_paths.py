@@ -53,6 +53,14 @@ def test_buckets(text, monkeypatch):
         expand_path(text, "--workdir")
 
 
+@pytest.mark.parametrize("flag", ["config", "scores", "masks", "classes", "parameters"])
+def test_flags_that_take_no_bucket(flag):
+    with pytest.raises(FileError, match=f"--{flag}=gs://bucket/x: only local paths can be used"):
+        expand_path("gs://bucket/x", f"--{flag}")
+    with pytest.raises(FileError, match="--output=gs://bucket/x: only local paths can be used here"):
+        files.check_local("gs://bucket/x", "--output")
+
+
 @pytest.mark.parametrize("text", ["gs://", "gs://b", "gs:///a", "gs://Bucket/a", "gs://bucket//a", "gs://bucket/../a",
                                   "gs://bucket/a\nb", "gs://bucket/./a"])  # fmt: skip
 def test_urls_that_name_no_bucket(text):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pwcrf_jax import config as configs
 from pwcrf_jax.data import DataError
-from pwcrf_jax.prediction import predict, restore
+from pwcrf_jax.prediction import output_files, predict, restore
 from pwcrf_jax.prediction import predictor as inference
 from pwcrf_jax.runtime.files import FileError
 
@@ -117,14 +117,14 @@ def test_a_key_sets_the_largest_image(run, tmp_path, monkeypatch, form):
 
 
 def test_files_that_are_no_images_are_told_up_to_a_number(run, tmp_path, monkeypatch, caplog):
-    for i in range(predict._TOLD + 5):
+    for i in range(output_files.TOLD + 5):
         (tmp_path / "in" / f"{i}.txt").write_text("")
     monkeypatch.setattr(predict.log, "propagate", True)
     with caplog.at_level("INFO", logger=predict.log.name):
         result = run()
-    assert not result["failed"] and len(result["left_out"]) == predict._TOLD + 5
+    assert not result["failed"] and len(result["left_out"]) == output_files.TOLD + 5
     told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("left out: ")]
-    assert len(told) == predict._TOLD + 1 and told[-1].startswith("left out: 5 more")
+    assert len(told) == output_files.TOLD + 1 and told[-1].startswith("left out: 5 more")
 
 
 # --- out ---------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from rows import full_row
 
 from pwcrf_jax import config as configs
 from pwcrf_jax import dense_crf
-from pwcrf_jax.evaluation import evaluate, tuning
+from pwcrf_jax.evaluation import evaluate, kernel_search, tuning
 from pwcrf_jax.evaluation import steps as eval_steps
 from pwcrf_jax.prediction import refinement, restore
 from pwcrf_jax.runtime import checkpoint
@@ -200,9 +200,10 @@ def test_kernels_tried_again_are_no_trials(config, tmp_path, monkeypatch, max_tr
     calls = []
 
     def score(config, dataset, split, marginals, settings, what):
-        calls.append(tuple(getattr(settings.params, name) for name in tuning.KERNELS))
+        calls.append(tuple(getattr(settings.params, name) for name in kernel_search.KERNELS))
         assert what == f"trial {len(calls)}"
-        return 0.9 - 0.05 * sum(abs(np.log(getattr(settings.params, name) / target[name])) for name in tuning.KERNELS)
+        off = (abs(np.log(getattr(settings.params, name) / target[name])) for name in kernel_search.KERNELS)
+        return 0.9 - 0.05 * sum(off)
 
     monkeypatch.setattr(tuning, "_score_kernels", score)
     found, miou = tuning.tune_kernels(config, None, "val", str(tmp_path), [], "full", max_trials)

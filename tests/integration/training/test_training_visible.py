@@ -357,10 +357,10 @@ def test_help_of_a_process(words):
 @pytest.mark.parametrize(
     ("flag", "of"),
     [
-        ("trials", "tune"),
+        ("trials", "tune, crf"),
         ("export_size", "export"),
         ("tune-refinement", "tune"),
-        ("noprobabilities", "predict"),
+        ("noprobabilities", "predict, crf"),
         ("dry-run", "train"),
         ("split", "eval, tune"),
         ("nothing", None),

@@ -13,6 +13,7 @@ from pwcrf_jax import (
     costs,
     dense_crf,
     gaussian,
+    heads,
     likelihood,
     mean_field,
     messages,
@@ -20,6 +21,7 @@ from pwcrf_jax import (
     objectives,
     permutohedral,
     piecewise,
+    pixels,
     potentials,
     relations,
 )
@@ -47,6 +49,7 @@ def inputs(seed):
             relation_weights=np.float32(WEIGHTS),
             damping=np.float32(rng.uniform(0, 0.9)),
             key=jax.random.key(seed),
+            box=np.int32([seed % 2, 1, 2 * H - seed % 2, 3 * W - 3]),
             colours=rng.uniform(2, 255, (H, W, 3)).astype(np.float32),
             sigmas=rng.uniform(0.5, 2, 2).astype(np.float32),
         ),
@@ -57,6 +60,10 @@ def grid(v, residual=True):
     return pw.factored_pairwise(
         v["hidden_p"], v["hidden_q"], v["kernel"], v["bias"], BOX, v["unary_log_probs"] if residual else None
     )
+
+
+def own_head(v):
+    return heads.pairwise_apply(heads.pairwise_init(v["key"], M, M, K, zero_last=False), v["hidden_p"], BOX)
 
 
 def table(v, residual=True):
@@ -139,6 +146,21 @@ CASES = {
         table(v), jax.nn.softmax(nodes(v, "unary")), node_mask=nodes(v, "mask")
     ),
     "factored_pairwise": grid,
+    "pairwise_init": lambda v: heads.pairwise_init(v["key"], M, M, K, zero_last=False),
+    "pairwise_apply": lambda v: own_head(v),
+    "piecewise_loss": lambda v: piecewise.piecewise_loss(
+        v["unary"], [own_head(v), grid(v, False)], v["labels"], balance_power=0.5
+    ),
+    "piecewise_loss-table": lambda v: piecewise.piecewise_loss(
+        nodes(v, "unary"), table(v, False), nodes(v, "labels"), balance_power=0.5
+    ),
+    "decode": lambda v: pixels.decode(v["unary"], [grid(v)], of(v, weights=None), (2 * H, 3 * W)),
+    "decode-box": lambda v: pixels.decode(
+        v["unary"], [grid(v)], size=(2 * H, 3 * W), valid_box=v["box"], num_iterations=1
+    ),
+    "upsample": lambda v: pixels.upsample(v["unary"], (2 * H, 3 * W), v["mask"]),
+    "read": lambda v: pixels.read(v["unary"], v["mask"], *pixels.frame_taps((H, W), (5, 7))),
+    "grid_mask": lambda v: pixels.grid_mask(v["box"], (H, W), (2 * H, 3 * W)),
     "to_table": table,
     "weighted": lambda v: potentials.weighted(grid(v), v["bias"]),
     "last_layer": lambda v: potentials.last_layer(v["hidden_p"], v["kernel"], v["bias"]),
@@ -205,14 +227,14 @@ def public_functions(*modules):
 
 # Static geometry, costs and figures on the host: nothing to trace.
 HOST = {"replaced", "frame_side", "resolve_method", "offsets", "edge_list", "validity_mask", "scores", "radius_of"}
-HOST |= {*public_functions(costs, plan)}
+HOST |= {"offsets_on", "taps", "frame_taps", *public_functions(costs, plan)}
 
 
 def test_every_public_function_is_in_the_battery():
     covered = {name.split("-")[0] for name in CASES} | HOST
     modules = (
         relations, costs, potentials, likelihood, messages, piecewise, objectives, mean_field, metrics, plan,
-        permutohedral, gaussian, dense_crf,
+        permutohedral, gaussian, dense_crf, heads, pixels,
     )  # fmt: skip
     assert set(public_functions(*modules)) == covered
     exported = {n for n in pw.__all__ if callable(v := getattr(pw, n)) and not isinstance(v, type)}
@@ -232,7 +254,8 @@ MORE = {
     "pairwise_log_likelihood-table", "pairwise_log_likelihood-chunked-sample", "pairwise_log_likelihood-masked",
     "prepare_messages-factored", "prepare_messages-table", "compute_messages-chunks",
     "compute_messages-stored", "run-factored", "run-table", "run-PairwiseTable", "refine-exact", "spatial-matrix",
-    "apply-points",
+    "apply-points", "piecewise_loss-table", "decode-box", "upsample", "pairwise_init", "read", "grid_mask",
+    "piecewise_loss", "decode",
 }  # fmt: skip
 assert set(CASES) > MORE
 
