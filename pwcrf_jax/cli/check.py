@@ -1,8 +1,9 @@
 """Checks a data set's images and labels, as training would when it prepares it.
 
-    pwcrf check image_folder --source_dir DIR [--data_dir DIR] [--partial] [--option seed=1]
+    pwcrf check image_folder --source_dir DIR [--data_dir DIR] [--partial] [--option seed=1] [--scores DIR]
 
-prepares the data set and prints what the label guard saw. Exit code 2: data, a flag or a path is refused.
+prepares the data set and prints what the label guard saw; with --scores also whether each image of train and val has
+scores of its classes, and how right these are. Exit code 2: data, a flag or a path is refused.
 """
 
 import argparse
@@ -12,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from pwcrf_jax.data import DataError, advice, label_guard, load_dataset
+from pwcrf_jax.data import DataError, advice, given_scores, label_guard, load_dataset
+from pwcrf_jax.data.scores import KINDS, LAYOUTS
 from pwcrf_jax.runtime import files
 from pwcrf_jax.runtime.streams import naming_stdout, say
 from pwcrf_jax.runtime.wire import REFUSED
@@ -45,6 +47,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--partial", action="store_true", help="accept splits without the official number of images")
     parser.add_argument("--option", action="append", default=[], type=_option, metavar="KEY=VALUE",
                         help="an option of the data set")  # fmt: skip
+    parser.add_argument("--scores", default="", help="folder of score files, one an image, for the config scores")
+    parser.add_argument("--layout", default="auto", choices=("auto", *LAYOUTS), help="axes of a score file")
+    parser.add_argument("--kind", default="auto", choices=("auto", *KINDS), help="what a score file holds")
+    parser.add_argument("--confidence", default=0.0, type=float, help="of label images as scores, above 0, below 1")
     return parser
 
 
@@ -64,13 +70,20 @@ def main(arguments: Sequence[str]) -> int:
         )
         report = data.label_report()
         report["warnings"] += advice.of_split(data, "val") if "val" in data.splits else ()
+        told = ""
+        if args.scores:
+            folder = files.expand_path(args.scores, "--scores")
+            of = given_scores.ScoreFiles(folder, data.num_classes, args.layout, args.kind, args.confidence)
+            told, warnings = given_scores.compared(data, "train", "val", of)
+            report["warnings"] += warnings
     except (DataError, files.FileError) as e:
         say(f"refused: {e}")
         return REFUSED
     finally:
         log.setLevel(level)
     read_as = f"read as: {data.form}, {sum(data.splits.values())} images\n" if data.form else ""
-    say(f"{args.dataset}, prepared in {data.folder}\n{read_as}{label_guard.format_report(report)}")
+    said = label_guard.format_report(report) + f"\n{told}" * bool(told)
+    say(f"{args.dataset}, prepared in {data.folder}\n{read_as}{said}")
     return 0
 
 

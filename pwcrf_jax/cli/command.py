@@ -29,7 +29,7 @@ from pwcrf_jax.runtime.wire import FAILED, REFUSED
 from pwcrf_jax.training.guard import NonFiniteError
 
 PATHS = ("config", "workdir", "picture", "images", "output", "report", "scores", "masks", "classes", "parameters",
-         "config.init_from", "config.data.source_dir", "config.data.data_dir")  # fmt: skip
+         "config.init_from", "config.data.source_dir", "config.data.data_dir", "config.data.scores.dir")  # fmt: skip
 """Flags that name a file or a folder."""
 MOVED = {"tune-refinement": "tune", "export": "export", "export_size": "export"}
 """Flags that became commands."""

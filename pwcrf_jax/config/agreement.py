@@ -23,7 +23,8 @@ from pwcrf_jax.runtime import checkpoint, files
 
 Facts = dict[str, Any]
 
-_LOCAL = ("data.source_dir", "data.data_dir")  # each host may have data of its own: what lies there is compared
+# Each host may have data of its own: what lies there, but for scores, is compared.
+_LOCAL = ("data.source_dir", "data.data_dir", "data.scores.dir")
 _LOCAL_FLAGS = ("config", "distributed", "coordinator", "num_processes", "process_id", "heartbeat")
 _PACKAGES = ("grain", "array_record", "pillow", "scipy")  # beside those of a checkpoint: they make the batches
 _NUMERICS = (  # of jax.config

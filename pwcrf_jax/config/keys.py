@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 
 from pwcrf_jax.config.kinds import Choice, ChoiceOrOwn, Flag, Function, Kind, Number, Pair, Path, Text, Tuple
 from pwcrf_jax.data import DATASETS
+from pwcrf_jax.data.scores import KINDS, LAYOUTS
 from pwcrf_jax.messages import ALGORITHMS
 from pwcrf_jax.model.losses import OBJECTIVES
-from pwcrf_jax.model.segmenter import PAIRWISE_FEATURES, PARAMETERISATIONS
+from pwcrf_jax.model.segmenter import PAIRWISE_FEATURES, PARAMETERISATIONS, UNARIES
 from pwcrf_jax.nets import BACKBONES, INPUT_SCALINGS
 from pwcrf_jax.nets.depthwise import METHODS
 from pwcrf_jax.nets.vit import PATCHES
@@ -46,6 +47,7 @@ SECTIONS = {
     "data.synthetic": "The built-in set",
     "data.image_folder": "Your own folder, where it has no lists",
     "data.tfds": "A set of the TFDS catalogue",
+    "data.scores": "Scores of a network of yours, for model.unary = scores, see docs/relations-on-scores.md",
     "model": "The model",
     "model.efficientnet_lite": "The backbone efficientnet_lite",
     "model.mobilenet_v2": "The backbone mobilenet_v2",
@@ -135,6 +137,17 @@ KEYS = {
     "data.tfds.class_names": Key(_NAMES, (), "names of the classes; (): the set's own, or class_0, class_1, ..."),
     "data.tfds.num_classes": Key(Number(int, low=0, high=255), 3, "number of classes; 0: as many as there are names"),
     "data.tfds.max_side": Key(_COUNT, 0, "longest side, to which larger images are shrunk; 0: none is"),
+    "data.scores.dir": Key(
+        Path(in_bucket=False), "", "folder of score files, one an image, by the names of the images"
+    ),
+    "data.scores.layout": Key(Choice(("auto", *LAYOUTS)), "auto", "axes of a file; auto: by its shape"),
+    "data.scores.kind": Key(Choice(("auto", *KINDS)), "auto", "what a file holds; auto: by its values"),
+    "data.scores.confidence": Key(
+        Number(float, low=0, below=1), 0.0, "of label images: probability that a label is right; 0: they are refused"
+    ),
+    "data.scores.per_cell": Key(
+        Number(int, 1, 64), 4, "scores a side of a cell that labels of pixels are made of; training has one a cell"
+    ),
     "model.backbone": Key(ChoiceOrOwn(BACKBONES), "vgg16", "the network below FeatMap-Net, or one of your own"),
     "model.factory_options": Key(
         Tuple(Text(empty=False)), (), "arguments of a backbone of your own, such as ('width=64',)"
@@ -164,6 +177,9 @@ KEYS = {
     ),
     "model.pyramid_windows": Key(Tuple(_WINDOW), (5, 9), "windows of sliding pyramid pooling; (): off"),
     "model.hidden": Key(_WIDTH, 512, "hidden units of Unary-Net and Pairwise-Nets"),
+    "model.unary": Key(
+        Choice(UNARIES), "net", "scores of the unary: of a Unary-Net, or those of data.scores, which nothing trains"
+    ),
     "model.relations": Key(_NAMES, ("surrounding", "above_below"), "names of sections of relations; (): unary only"),
     "model.parameterisation": Key(
         Choice(PARAMETERISATIONS), "residual", "pair scores: free (the paper's), or residual beside the unary"

@@ -73,15 +73,16 @@ class Text(Kind):
 
 
 class Path(Text):
-    """The path of a local file or folder, or one in a bucket; "" where none is meant."""
+    """The path of a local file or folder, or one that may lie in a bucket; "" where none is meant."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_bucket: bool = True) -> None:
         super().__init__()
-        self.wanted = "the path of a local file or folder, in a home that is known, or gs://BUCKET/NAME"
+        self.in_bucket, others = in_bucket, ", or gs://BUCKET/NAME" * in_bucket
+        self.wanted = f"the path of a local file or folder, in a home that is known{others}"
 
     def accepts(self, x: Any) -> bool:
         if isinstance(x, str) and files.is_url(x):  # whether it can be read is asked where it is
-            return buckets.is_well_formed(x.rstrip("/"))
+            return self.in_bucket and buckets.is_well_formed(x.rstrip("/"))
         try:
             return super().accepts(x) and files.expand_path(x, "") is not None
         except files.FileError:

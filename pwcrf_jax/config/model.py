@@ -28,6 +28,7 @@ def build_model(config: ConfigDict) -> Segmenter:
             refinement_width=m.refinement_convs.width,
             dtype=m.dtype,
             dropout=m.dropout,
+            unary=m.unary,
         )
     except (ValueError, TypeError) as error:
         raise featmap.refused(config, error) from None

@@ -8,7 +8,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from pwcrf_jax import dense_crf
+from pwcrf_jax.config.featmap import grid
 from pwcrf_jax.config.keys import flat
+from pwcrf_jax.data.given_scores import GivenScores, ScoreFiles
 from pwcrf_jax.mean_field import Settings
 from pwcrf_jax.model import losses
 
@@ -143,6 +145,23 @@ def dataset_options(config: ConfigDict) -> dict[str, Any]:
     return dict(
         name=d.name, source_dir=d.source_dir, data_dir=d.data_dir, partial=d.partial, max_pixels=d.max_pixels, **options
     )
+
+
+def score_files(config: ConfigDict) -> ScoreFiles | None:
+    """The files of given scores; None where the model has a Unary-Net. Raises DataError where there are none."""
+    s = config.data.scores
+    if config.model.unary != "scores":
+        return None
+    return ScoreFiles(s.dir, config.data.num_classes, s.layout, s.kind, s.confidence)
+
+
+def given_scores(config: ConfigDict, size: Sequence[int], per_cell: int = 1) -> GivenScores | None:
+    """`score_files` on the grid of a frame of this size, so many a side of a cell."""
+    files = score_files(config)
+    if files is None:
+        return None
+    height, width = grid(config, size)
+    return GivenScores(files, (per_cell * height, per_cell * width))
 
 
 def scored_classes(config: ConfigDict, class_names: Sequence[str]) -> list[int] | None:

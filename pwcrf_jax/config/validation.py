@@ -100,6 +100,7 @@ def validate(config: ConfigDict, num_devices: int | None = None, batches: tuple[
     _validate_label_weights(config)
     build_model(config)
     _validate_objective(config)
+    _validate_given_scores(config)
     _validate_evidence(config)
     check_edges(config, "data.eval_size")
     # Last, as it starts the devices, which takes a while on some.
@@ -141,6 +142,30 @@ def _validate_evidence(config: ConfigDict) -> None:
                 f"config.loss.{key} = {value} needs a relation of parameterisation 'residual', there is none; set it "
                 f"to {default}"
             )
+
+
+def _validate_given_scores(config: ConfigDict) -> None:
+    """Given scores have no parameters: what would train them, or stand on them alone, is refused."""
+    if config.model.unary != "scores":
+        if config.data.scores.dir:
+            raise ConfigError(
+                f"config.data.scores.dir = {config.data.scores.dir!r} is read with config.model.unary = 'scores' "
+                "alone; set both, or neither"
+            )
+        return
+    none = {"model.refinement_convs.layers": (), "loss.label_smoothing": 0.0, "loss.dice_weight": 0.0}
+    of_stages = [name for name, other in losses.OBJECTIVES.items() if other.staged]
+    wrong = {key: f"set it to {value}" for key, value in none.items() if dict(keys.flat(config))[key] != value}
+    wrong |= {} if config.model.relations else {"model.relations": "name some, there is nothing else to train"}
+    wrong |= {"loss.objective": "take one without stages"} if config.loss.objective in of_stages else {}
+    shared = config.model.pairwise_features == "shared" and not config.model.pairwise_trains_features
+    wrong |= {"model.pairwise_trains_features": "set it to True, nothing else trains the features"} if shared else {}
+    wrong |= {"data.augment": "set it to '', it cannot move scores"} if config.data.augment else {}
+    for key, remedy in wrong.items():
+        raise ConfigError(
+            f"config.{key} = {dict(keys.flat(config))[key]!r} does not go with config.model.unary = 'scores', which "
+            f"nothing trains; {remedy}"
+        )
 
 
 def _validate_objective(config: ConfigDict) -> None:

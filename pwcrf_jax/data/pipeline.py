@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from pwcrf_jax.data import augment
+from pwcrf_jax.data.given_scores import GivenScores
 from pwcrf_jax.data.prepare import Dataset, Source
 from pwcrf_jax.data.readers.image_io import MEAN_COLOUR, VOID, DataError
 from pwcrf_jax.data.workers import Workers
@@ -35,7 +36,7 @@ class _TrainView:
 
 
 class _Augment:
-    """Random scale, flip and crop of sample number g; image and label go through the same geometry.
+    """Random scale, flip and crop of sample number g; image, label and scores go through the same geometry.
 
     Only the crop is made: it is found in the scaled image first, and resized from the part of the original it shows.
     Before that comes a function of the user's own, after it the jitter of colours.
@@ -51,8 +52,9 @@ class _Augment:
         *,
         strengths: augment.Strengths = (0.0, 0.0, 0.0, 0.0),
         custom: augment.Custom | None = None,
+        scores: GivenScores | None = None,
     ):
-        self._strengths, self._custom = strengths, custom
+        self._strengths, self._custom, self._scores = strengths, custom, scores
         self._crop_size, self._scale_range, self._flip = crop_size, scale_range, flip
         self._seed = seed
         self._padding = np.full((*crop_size, 3), pad_value, np.uint8)
@@ -89,7 +91,12 @@ class _Augment:
         out_image[rows, cols] = augment.jitter(shows, rng, self._strengths) if any(self._strengths) else shows
         out_label[rows, cols] = label.take(nearest_y, 0).take(nearest_x, 1)
         valid_box = np.array([rows.start, cols.start, rows.stop, cols.stop], np.int32)
-        return {"image": out_image, "label": out_label, "valid_box": valid_box, "id": sample["id"]}
+        out = {"image": out_image, "label": out_label, "valid_box": valid_box, "id": sample["id"]}
+        if self._scores:
+            down, across = ((at / n, (at + c) / n) for at, c, n, _ in axes)
+            across = (1 - across[0], 1 - across[1]) if flipped else across
+            out["scores"] = self._scores.shown(sample["id"], label.shape, down, across)
+        return out
 
 
 def _window(array: np.ndarray, top: int, left: int, size: tuple[int, int], fill: Any) -> np.ndarray:
@@ -125,12 +132,8 @@ class TrainBatches(Iterator):
     def __next__(self) -> dict[str, Any]:
         samples = [next(self._samples) for _ in range(self._local)]
         self.step += 1
-        return {
-            "image": np.stack([s["image"] for s in samples]),
-            "label": np.stack([s["label"] for s in samples]),
-            "valid_box": np.stack([s["valid_box"] for s in samples]),
-            "id": [s["id"] for s in samples],
-        }
+        columns = {key: [s[key] for s in samples] for key in samples[0]}
+        return {key: column if key == "id" else np.stack(column) for key, column in columns.items()}
 
     def close(self) -> None:
         """Stops the reading threads and processes."""
@@ -156,6 +159,7 @@ def train_batches(
     pad_value: tuple[int, int, int] = MEAN_COLOUR,
     jitter: augment.Strengths = (0.0, 0.0, 0.0, 0.0),
     augment_by: str = "",
+    scores: GivenScores | None = None,
 ) -> TrainBatches:
     """Endless shuffled and augmented batches; every epoch is a new permutation of the split.
 
@@ -173,10 +177,12 @@ def train_batches(
       pad_value: RGB colour of padding; its label is void (255).
       jitter: strengths of `augment.jitter`, which what a crop shows of its image goes through.
       augment_by: "module:function" of an `augment.Custom`, called on each whole image; "": none.
+      scores: given with the images, on a grid that covers a crop; not with augment_by, which moves them nowhere.
 
     Returns:
       Iterator of {"image": uint8 [b, h, w, 3], "label": uint8 [b, h, w], "valid_box": int32 [b, 4] (top, left, bottom,
-      right of what is not padding, the last two exclusive), "id": list of b str}.
+      right of what is not padding, the last two exclusive), "id": list of b str}; with scores also "scores", float32
+      [b, *grid, K].
 
     Raises:
       DataError: an argument out of range, or an unknown or empty split; while iterating, a damaged record, what
@@ -196,27 +202,45 @@ def train_batches(
         raise DataError(f"data.num_workers: {num_workers} is negative; 0 reads in threads of this process")
     if start_step < 0:
         raise DataError(f"start_step: {start_step} is negative; a fresh run starts at 0")
+    if scores and augment_by:
+        raise DataError(f"data.augment: {augment_by!r} cannot move the scores of data.scores.dir too; set it to ''")
     source = dataset.source(split)
     # Shuffling indices, not records, keeps Grain's part to the order and ours to the content.
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     custom = augment.Custom(augment_by, len(dataset.class_names)) if augment_by else None
-    made = _Augment(crop_size, (low, high), flip, seed, pad_value, strengths=tuple(jitter), custom=custom)
+    made = _Augment(
+        crop_size, (low, high), flip, seed, pad_value, strengths=tuple(jitter), custom=custom, scores=scores
+    )
     view = _TrainView(order, source, host, batch_size, local, made)
     return TrainBatches(view, batch_size, local, start_step, num_threads, num_workers)
 
 
 class _EvalView:
-    """Position p of this host -> (global index, sample), or (global index, None) beyond the end."""
+    """Position p of this host -> (global index, sample), or (global index, None) beyond the end.
 
-    def __init__(self, source: Source, host: int, batch_size: int, local: int):
+    scores: of samples, on the grid of a frame of this size.
+    """
+
+    def __init__(
+        self, source: Source, host: int, batch_size: int, local: int, *, size: Any, scores: GivenScores | None
+    ):
         self._source, self._host, self._batch_size, self._local = source, host, batch_size, local
+        self._size, self.scores = size, scores
 
     def __len__(self) -> int:
         return -(-len(self._source) // self._batch_size) * self._local
 
     def __getitem__(self, p: int) -> tuple[int, dict[str, Any] | None]:
         g = p // self._local * self._batch_size + self._host * self._local + p % self._local
-        return g, (self._source[g] if g < len(self._source) else None)
+        return g, (self._read(g) if g < len(self._source) else None)
+
+    def _read(self, g: int) -> dict[str, Any]:
+        sample = self._source[g]
+        if not self.scores:
+            return sample
+        shape = sample["label"].shape
+        rows, cols = ((0.0, n / m) for n, m in zip(self._size, shape, strict=True))
+        return sample | {"scores": self.scores.shown(sample["id"], shape, rows, cols)}
 
 
 def eval_batches(
@@ -228,6 +252,7 @@ def eval_batches(
     host: int = 0,
     hosts: int = 1,
     num_threads: int = 2,
+    scores: GivenScores | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One pass over a split in stored order, nothing scaled, every batch full.
 
@@ -239,10 +264,12 @@ def eval_batches(
       size: (height, width) to pad to. None pads to the largest height and width of the global batch,
         rounded up to multiples of 32; shapes then vary between batches (a compiled step compiles again).
       num_threads: reading threads; 0 reads in the calling thread.
+      scores: given with the images, on a grid that covers a frame of `size`, which must be given too.
 
     Returns:
       Iterator of {"image": uint8 [b, H, W, 3], "label": uint8 [b, H, W], "valid_box": int32 [b, 4]
-      as in `train_batches`, here (0, 0, height, width), "id": list of b str}.
+      as in `train_batches`, here (0, 0, height, width), "id": list of b str}; with scores also "scores", float32
+      [b, *grid, K].
 
     Raises:
       DataError: an argument out of range, or an unknown or empty split; while iterating, a damaged record
@@ -251,8 +278,10 @@ def eval_batches(
     local = _per_host(batch_size, host, hosts, num_threads)
     if size is not None:
         size = _check_size("data.eval_size", size)
+    elif scores:
+        raise DataError("data.eval_size: scores lie on the grid of a frame of one size; name it")
     source = dataset.source(split)
-    view = _EvalView(source, host, batch_size, local)
+    view = _EvalView(source, host, batch_size, local, size=size, scores=scores)
     return _eval_iterator(source, view, batch_size, local, size, num_threads)
 
 
@@ -280,7 +309,7 @@ def _eval_iterator(
         for step in range(len(view) // local):
             entries = [next(samples)[1] for _ in range(local)]
             shape = size or _common_size(source, range(step * batch_size, (step + 1) * batch_size))
-            yield _eval_batch(entries, shape)
+            yield _eval_batch(entries, shape, view.scores)
     finally:
         samples.close()
 
@@ -292,14 +321,17 @@ def _common_size(source: Source, indices: range) -> tuple[int, int]:
     return height, width
 
 
-def _eval_batch(read: list[dict[str, Any] | None], shape: tuple[int, int]) -> dict[str, Any]:
+def _eval_batch(
+    read: list[dict[str, Any] | None], shape: tuple[int, int], scores: GivenScores | None
+) -> dict[str, Any]:
     empty: dict[str, Any] = {"image": np.zeros((0, 0, 3), np.uint8), "label": np.zeros((0, 0), np.uint8), "id": ""}
     entries = [entry or empty for entry in read]
     for entry in entries:
         height, width = entry["label"].shape
         if height > shape[0] or width > shape[1]:
             _too_large(entry["id"], (height, width), shape)
-    return {
+    given = {"scores": np.stack([e["scores"] if e["id"] else scores.empty() for e in entries])} if scores else {}
+    return given | {
         "image": np.stack([_window(e["image"], 0, 0, shape, MEAN_COLOUR) for e in entries]),
         "label": np.stack([_window(e["label"], 0, 0, shape, VOID) for e in entries]),
         "valid_box": np.array([(0, 0, *e["label"].shape) for e in entries], np.int32),

@@ -21,7 +21,7 @@ from pwcrf_jax import piecewise
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.labels import VOID
 from pwcrf_jax.model import decode
-from pwcrf_jax.model.segmenter import Potentials
+from pwcrf_jax.model.segmenter import Potentials, potentials_of
 from pwcrf_jax.potentials import factored_pairwise
 from pwcrf_jax.runtime import parallel
 from pwcrf_jax.runtime.logs import bar, log
@@ -151,7 +151,7 @@ def _outputs(config, model, params, dataset, split) -> tuple[list[Batch], float]
     dtype = _kept_dtype(config, model, len(dataset.source(split)), split)
 
     def step(params, batch):
-        potentials = model.apply({"params": params}, batch["image"])
+        potentials = potentials_of(model, params, batch)
         labels = piecewise.grid_labels(batch["label"], *grid)
         pairs = {name: potentials.pairwise[name] for name in names}
         parts = {name: (x.hidden_p.astype(dtype), x.hidden_q.astype(dtype)) for name, x in pairs.items()}

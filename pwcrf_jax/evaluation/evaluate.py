@@ -44,12 +44,13 @@ def batches_of(config, dataset, split: str):
         host=jax.process_index(),
         hosts=jax.process_count(),
         num_threads=config.data.num_threads,
+        scores=configs.given_scores(config, config.data.eval_size, config.data.scores.per_cell),
     )
 
 
 def inputs_of(batch, num_devices: int | None = None):
-    """What the evaluation step reads of a batch, an axis of devices first."""
-    return parallel.split({k: batch[k] for k in ("image", "label", "valid_box")}, num_devices)
+    """What a step reads of a batch, an axis of devices first."""
+    return parallel.split({k: batch[k] for k in batch if k != "id"}, num_devices)
 
 
 def evaluate_params(eval_fn, params, dataset, split: str, config, more: Sequence[evaluators.Evaluator] = ()) -> dict:
@@ -178,7 +179,7 @@ def evaluate_model(config, model, params, dataset, split: str, *, refine: str = 
     options = report.start(config, model, params, dataset) if report else {}
     if predictor or (report and settings):
         watch = report.watch if report else None
-        more.append(evaluators.ImageByImage(predictor, final, settings, watch))
+        more.append(evaluators.ImageByImage(predictor, final, settings, watch, configs.score_files(config)))
     elif settings:
         more.append(evaluators.Refined(final, settings))
     eval_fn = make_eval_fn(config, model, **options)

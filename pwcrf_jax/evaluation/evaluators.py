@@ -138,6 +138,7 @@ class ImageByImage:
     predictor: whose marginals are taken; None: those of `row`, which the step keeps, and there is no row "tta".
     settings: of `Refined`; None: no row "refined".
     watch: called with (position in the batch, row, log-probabilities float32 [H, W, K]) of each row of each image.
+    scores: the predictor's `pwcrf_jax.data.given_scores.ScoreFiles`, of a model that is given scores.
     """
 
     def __init__(
@@ -146,8 +147,10 @@ class ImageByImage:
         row: str,
         settings: RefineSettings | None,
         watch: Callable[[int, str, np.ndarray], None] | None = None,
+        scores: Callable[[str, tuple[int, int]], np.ndarray] | None = None,
     ):
         self._predictor, self._row, self._settings, self._watch = predictor, row, settings, watch
+        self._scores = scores
 
     def add(self, seen: Seen) -> None:
         change = np.zeros(self._settings.num_iterations if self._settings else 0, np.float32)
@@ -165,7 +168,9 @@ class ImageByImage:
     def _marginals(self, seen):
         """(position in the batch, image, `Marginals`) of each image."""
         if self._predictor:
-            yield from self._predictor(seen.images())
+            read, ids = self._scores, seen.batch["id"]
+            given = lambda i, image: (read(ids[i], image.shape[:2]),) if read else ()
+            yield from self._predictor((i, image, *given(i, image)) for i, image in seen.images())
             return
         log_marginals, size = seen.log_marginals(self._row), seen.batch["label"].shape[1:]
         for i, image in seen.images():

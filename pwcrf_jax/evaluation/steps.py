@@ -11,7 +11,7 @@ from pwcrf_jax import mean_field
 from pwcrf_jax.model import decode
 from pwcrf_jax.model.counts import confusions
 from pwcrf_jax.model.losses import piecewise_terms
-from pwcrf_jax.model.segmenter import Potentials
+from pwcrf_jax.model.segmenter import Potentials, potentials_of
 from pwcrf_jax.runtime.parallel import AXIS
 
 
@@ -54,7 +54,7 @@ def make_eval_step(
 ) -> Callable[[Any, dict], tuple[Sums, PerImage]]:
     """Builds step(params, batch) -> (`Sums`, `PerImage`).
 
-    batch: image, label and valid_box as of `pwcrf_jax.data.eval_batches`.
+    batch: image, label, valid_box and, where they are given, scores as of `pwcrf_jax.data.eval_batches`.
 
     Args:
       model: a `Segmenter`. With refinement convolutions there is one row more, "convs": "all" with these on top.
@@ -66,7 +66,7 @@ def make_eval_step(
     """
 
     def step(params, batch):
-        potentials = model.apply({"params": params}, batch["image"])
+        potentials = potentials_of(model, params, batch)
         size = batch["label"].shape[1:3]
         decoded = decode_rows(potentials, rows, settings, batch["valid_box"], size)
         labels = {row: decode.frame_labels(found, size) for row, found in decoded.items()}

@@ -23,6 +23,7 @@ from pwcrf_jax import metrics
 from pwcrf_jax.evaluation import calibration, evaluate, evaluators, kernel_search
 from pwcrf_jax.evaluation import steps as eval_steps
 from pwcrf_jax.model import decode
+from pwcrf_jax.model.segmenter import potentials_of
 from pwcrf_jax.prediction import refinement, restore
 from pwcrf_jax.runtime import files, parallel
 from pwcrf_jax.runtime.logs import bar, log
@@ -148,6 +149,9 @@ def _folder(config, workdir, params, dataset, split, step):
         split=split,
         step=step,
     )
+    if given := configs.score_files(config):
+        times = {name: file.stat().st_mtime_ns for name, file in given.found.items()}
+        about |= {"scores": [config.data.scores.to_dict(), times]}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
     home = files.cache_folder("tuning") if files.is_url(workdir) else os.path.join(workdir, "tuning")
     return os.path.join(home, digest)
@@ -208,7 +212,7 @@ def _count_decoded(model, every):
     """Builds step(params, batch) -> int32 [settings, K, K], of each of some settings of mean field."""
 
     def step(params, batch):
-        potentials = model.apply({"params": params}, batch["image"])._replace(refinement_logits=None)
+        potentials = potentials_of(model, params, batch)._replace(refinement_logits=None)
         size = batch["label"].shape[1:3]
         decoded = [decode.decode(potentials, batch["valid_box"], size, settings) for settings in every]
         labels = [decode.frame_labels(x, size) for x in decoded]
@@ -223,7 +227,7 @@ def _count_messages(config, model, groups):
     names = configs.crf_relations(config)
 
     def step(params, batch):
-        potentials = model.apply({"params": params}, batch["image"])._replace(refinement_logits=None)
+        potentials = potentials_of(model, params, batch)._replace(refinement_logits=None)
         size = batch["label"].shape[1:3]
 
         def count(weights, num_iterations):

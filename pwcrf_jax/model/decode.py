@@ -1,6 +1,6 @@
 """Decoding, the only way from potentials to labels.
 
-    potentials -> mean field -> refinement convolutions, where there are some -> log marginals of cells
+    potentials -> mean field -> a finer unary or refinement convolutions, where there are -> log marginals of cells
                -> bilinear interpolation -> log-probabilities and labels of pixels
 
 Where an image lies inside its frame is its valid box, int32 [4]: top, left, bottom and right in pixels, the last two
@@ -34,7 +34,7 @@ class Decoded(NamedTuple):
 
 
 def decode(potentials: Potentials, valid_box: Array, size: Sequence[int], settings: mean_field.Settings) -> Decoded:
-    """Mean field over the unary and the relations, then the refinement convolutions.
+    """Mean field over the unary and the relations, then the finer unary, then the refinement convolutions.
 
     Args:
       potentials: of a `pwcrf_jax.model.segmenter.Segmenter`; with refinement_logits None nothing is refined.
@@ -56,7 +56,34 @@ def decode(potentials: Potentials, valid_box: Array, size: Sequence[int], settin
         chosen = {name: chosen[name] for name in settings.weights}
     log_marginals, info = mean_field.run(potentials.unary, chosen, settings, node_mask=mask)
     decoded = Decoded(log_marginals, mask, info.change)
+    if potentials.fine_unary is not None:
+        decoded = with_fine_unary(decoded, potentials, valid_box, size, settings)
     return with_refinement_convs(decoded, potentials.refinement_logits, valid_box, size)
+
+
+def with_fine_unary(
+    decoded: Decoded, potentials: Potentials, valid_box: Array, size: Sequence[int], settings: mean_field.Settings
+) -> Decoded:
+    """Adds what relations said of the cells to the scores of a finer grid, so that no detail of these is lost.
+
+        log q = log softmax(s / T + up(log q_cells - log softmax(z / T)))
+
+    z: unary; s: fine_unary. Without messages the labels are those of s.
+
+    Args:
+      decoded: `Decoded` of the unary's grid.
+      potentials: with fine_unary, float32 [B, h', w', K].
+      valid_box, size, settings: of `decode`.
+
+    Returns:
+      `Decoded` of the finer grid, float32 [B, h', w', K].
+    """
+    assert potentials.fine_unary is not None
+    alone, given = (mean_field.tempered(x, settings)[0] for x in (potentials.unary, potentials.fine_unary))
+    said = decoded.log_marginals - jax.nn.log_softmax(alone, axis=-1)
+    grid = given.shape[1:3]
+    log_marginals = jax.nn.log_softmax(given + upsample(said, grid, decoded.mask), axis=-1)
+    return decoded._replace(log_marginals=log_marginals, mask=grid_mask(valid_box, grid, size))
 
 
 def with_refinement_convs(

@@ -207,7 +207,7 @@ def _check(model, image_size, batch_size, inference, num_sampled_offsets, chunk_
 def _nets_rows(
     nets: Nets, potentials: dict[str, Any], params: Any, batch_size: int, grids: Sequence[tuple[int, int]]
 ) -> list[Row]:
-    heads = [Row("unary head", _head(params["unary"], batch_size, grids))]
+    heads = [Row("unary head", _head(params.get("unary", {}), batch_size, grids))]
     heads += [Row(f"first layers {name}", _head(params[f"pairwise_{name}"], batch_size, grids)) for name in potentials]
     parts = [(p.hidden_p, p.hidden_q) for p in potentials.values()]
     unary = [p.unary_log_probs for p in potentials.values() if p.unary_log_probs is not None][:1]  # of all relations

@@ -124,6 +124,11 @@ def check_request(config, file: str, size: str, overwrite: bool) -> Request:
         raise configs.ConfigError("export is done by one process; start it on one host alone")
     if configs.augments(config):
         raise configs.ConfigError("config.tta is not part of an exported predictor; leave it at its default")
+    if config.model.unary == "scores":
+        raise configs.ConfigError(
+            "config.model.unary = 'scores': an exported predictor takes images alone; label images with pwcrf predict, "
+            "which takes scores too"
+        )
     files.check_local(file, "--output")
     frame, path = parse_size(size, config), Path(file)
     about = path.with_name(f"{path.name}.json")

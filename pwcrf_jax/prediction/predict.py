@@ -187,6 +187,7 @@ def predict(
     """
     configs.validate(config, batches=())
     output, images = files.expand_path(output, "--output"), files.expand_path(images, "--images")
+    scores = configs.score_files(config)
     if jax.process_count() > 1:
         raise configs.ConfigError("predictions are written by one process; start it on one host alone")
     request = _requested(config, workdir, output, images=images, split=split, format_name=format_name)
@@ -201,7 +202,7 @@ def predict(
     output_files.tell(request.found)
     failed = list(request.found.failed)
     write = _Writer(output, request, probabilities=probabilities, overlay=overlay)
-    predicted = predictor(_readable(request, config.data.max_pixels, failed))
+    predicted = predictor(_readable(request, config.data.max_pixels, failed, scores))
     for name, image, marginals in bar(predicted, "predict", len(request.items), "image"):
         if settings is None:
             write(name, image, marginals.labels(), marginals.log_probs() if probabilities else None)
@@ -222,6 +223,8 @@ def _requested(config, workdir, output, *, images, split, format_name) -> Reques
         dataset = load_dataset(**configs.dataset_options(config))
         configs.check_classes(config, dataset.class_names)
         class_names, palette, source = dataset.class_names, dataset.palette, dataset.source(split)
+        if scores := configs.score_files(config):
+            scores.check_split(dataset, split)
         items = {f"record {i} of {split}": (None, i) for i in range(len(source))}
     else:
         class_names, palette = class_info(config, workdir)
@@ -241,18 +244,22 @@ def _requested(config, workdir, output, *, images, split, format_name) -> Reques
     return Request(items, source, found, class_names, palette, format_name, target)
 
 
-def _readable(request, max_pixels, failed):
-    """(name, image) of each item that can be read and has a name for its files; others are told and go to `failed`."""
+def _readable(request, max_pixels, failed, scores):
+    """(name, image) of each item that can be read and has a name for its files; others are told and go to `failed`.
+
+    With scores, `pwcrf_jax.data.given_scores.ScoreFiles`, also those of the image.
+    """
     for title, (name, where) in request.items.items():
         try:
             source = request.source
             record = source[where] if source is not None else {"id": name, "image": read_image(where, max_pixels)}
             request.target(record["id"])
+            given = [scores(record["id"], record["image"].shape[:2])] if scores else []
         except DataError as error:
             failed.append(title)
             log.info("error: %s", shown(error))
         else:
-            yield record["id"], record["image"]
+            yield record["id"], record["image"], *given
 
 
 class _Writer:

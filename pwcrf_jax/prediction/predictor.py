@@ -16,9 +16,10 @@ import numpy as np
 from PIL import Image
 
 from pwcrf_jax import config as configs
+from pwcrf_jax.data import given_scores
 from pwcrf_jax.data.readers.image_io import MEAN_COLOUR
 from pwcrf_jax.model import decode
-from pwcrf_jax.model.segmenter import Potentials
+from pwcrf_jax.model.segmenter import Potentials, potentials_of
 from pwcrf_jax.potentials import factored_pairwise
 from pwcrf_jax.prediction import tiling
 from pwcrf_jax.runtime import parallel
@@ -44,6 +45,7 @@ class Predictor:
         self._scales, self._frame = config.model.scales, config.data.eval_size
         self._tile = config.tiles.size or tuple(3 * n for n in config.data.eval_size)
         self._overlap, self._stride = config.tiles.overlap, configs.featmap_net(config).stride
+        self._per_cell = config.data.scores.per_cell
         flips = (False, True) if config.tta.flip else (False,)
         self._kinds = tuple(itertools.product(config.tta.scales, flips))
         # Refused here rather than at the first large image.
@@ -61,10 +63,13 @@ class Predictor:
         self._decode = jax.jit(decode_one, static_argnames="canvas")
 
     def __call__(self, images):
-        """Predicts (key, image uint8 [H, W, 3]) pairs in turn: yields (key, image, `Marginals`) of each, in order."""
+        """Predicts (key, image uint8 [H, W, 3]) pairs in turn: yields (key, image, `Marginals`) of each, in order.
+
+        With a model that is given scores, (key, image, log-probabilities float32 [h, w, K] of the image).
+        """
         waiting, tiles = collections.deque(), []
-        for key, image in images:
-            views = [self._view(image, scale, mirrored) for scale, mirrored in self._kinds]
+        for key, image, *scores in images:
+            views = [self._view(image, *kind, *scores) for kind in self._kinds]
             waiting.append((key, image, views))
             for view in views:
                 for corner in view.layout.corners:
@@ -88,18 +93,24 @@ class Predictor:
         except ValueError as error:
             raise configs.ConfigError(f"config.tiles with config.model.scales = {self._scales}: {error}") from None
 
-    def _view(self, image, scale, mirrored):
+    def _view(self, image, scale, mirrored, scores=None):
         size = tuple(max(1, round(n * scale)) for n in image.shape[:2])
         if size != image.shape[:2]:
             image = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
-        return _View(image[:, ::-1] if mirrored else image, self._layout(size), mirrored)
+        layout = self._layout(size)
+        if scores is not None:
+            rows, cols = ((0.0, whole / n) for n, whole in zip(size, layout.canvas, strict=True))
+            cols = (1.0, 1.0 - cols[1]) if mirrored else cols
+            scores = given_scores.on_grid(scores, tuple(self._per_cell * n for n in layout.grid), rows, cols)
+        return _View(image[:, ::-1] if mirrored else image, layout, mirrored, scores)
 
     def _run(self, tiles):
         """The networks on at most as many tiles as there are devices, all of one size."""
-        batch = np.stack([view.pixels(corner) for view, corner in tiles])
+        inputs = [view.inputs(corner) for view, corner in tiles]
         # Devices without a tile of their own work on the last one again.
-        batch = np.pad(batch, [(0, len(self._devices) - len(tiles))] + [(0, 0)] * 3, "edge")
-        _, maps = self._networks(self._params, parallel.split({"image": batch}, len(self._devices)))
+        inputs += inputs[-1:] * (len(self._devices) - len(tiles))
+        batch = {key: np.stack([one[key] for one in inputs]) for key in inputs[0]}
+        _, maps = self._networks(self._params, parallel.split(batch, len(self._devices)))
         for i, (view, corner) in enumerate(tiles):
             view.add(corner, jax.tree.map(lambda x, i=i: x[i, 0], maps))
 
@@ -114,27 +125,40 @@ class Predictor:
         return key, image, Marginals(image.shape[:2], read)
 
 
-def _decode(unary, parts, refinement_logits, last_layers, valid_box, *, boxes, settings, canvas):
+def _decode(unary, parts, refinement_logits, fine_unary, last_layers, valid_box, *, boxes, settings, canvas):
     """`decode.Decoded` of one image, without its axis, from what the networks say of its canvas."""
     pairs = {
         name: factored_pairwise(p[None], q[None], *last_layers[name], boxes[name]) for name, (p, q) in parts.items()
     }
     one = lambda x: None if x is None else x[None]
-    decoded = decode.decode(Potentials(unary[None], pairs, one(refinement_logits)), valid_box, canvas, settings)
+    potentials = Potentials(unary[None], pairs, one(refinement_logits), one(fine_unary))
+    decoded = decode.decode(potentials, valid_box, canvas, settings)
     return decode.Decoded(decoded.log_marginals[0], decoded.mask[0])
 
 
 class _View:
-    """One view of an image on its way through the networks; holds sums over the tiles that were seen so far."""
+    """One view of an image on its way through the networks; holds sums over the tiles that were seen so far.
 
-    def __init__(self, image, layout, mirrored):
+    scores: of the canvas, float32 [n h, n w, K] on n times the cells of the grid a side, or None.
+    """
+
+    def __init__(self, image, layout, mirrored, scores=None):
+        self._scores = scores
         self.layout, self.mirrored = layout, mirrored
         self.waiting = len(layout.corners)
         self._image = image
         self._sums, self._dtypes = None, None
         self._weight = np.zeros(layout.grid, np.float32)
 
-    def pixels(self, corner):
+    def inputs(self, corner):
+        """What the networks see of a tile: its pixels, and its scores where there are some."""
+        if self._scores is None:
+            return {"image": self._pixels(corner)}
+        n = self._scores.shape[0] // self.layout.grid[0]
+        rows, cols = (slice(n * cells.start, n * cells.stop) for cells in self.layout.cells(corner))
+        return {"image": self._pixels(corner), "scores": self._scores[rows, cols]}
+
+    def _pixels(self, corner):
         """A tile, uint8 [height, width, 3]; what lies outside of the image has the mean colour."""
         out = np.empty((*self.layout.tile, 3), np.uint8)
         out[:] = MEAN_COLOUR
@@ -240,14 +264,15 @@ def _labels(maps, rows, cols):
 
 
 def make_potentials_step(model, names):
-    """Builds step(params, {"image": uint8 [B, H, W, 3]}) -> ((), (unary [B, h, w, K], {relation: (p, q)}, logits)).
+    """Builds step(params, {"image": uint8 [B, H, W, 3]}) -> ((), (unary [B, h, w, K], {relation: (p, q)}, logits,
+    fine)).
 
-    p, q: hidden_p and hidden_q [B, h, w, M] of the potentials of the named relations. logits: refinement_logits of
-    `pwcrf_jax.model.segmenter.Potentials`.
+    p, q: hidden_p and hidden_q [B, h, w, M] of the potentials of the named relations. logits, fine: refinement_logits
+    and fine_unary of `pwcrf_jax.model.segmenter.Potentials`. "scores" beside the image: of a model that takes them.
     """
 
     def step(params, batch):
-        unary, pairs, logits = model.apply({"params": params}, batch["image"])
-        return (), (unary, {name: (pairs[name].hidden_p, pairs[name].hidden_q) for name in names}, logits)
+        unary, pairs, logits, fine = potentials_of(model, params, batch)
+        return (), (unary, {name: (pairs[name].hidden_p, pairs[name].hidden_q) for name in names}, logits, fine)
 
     return step

@@ -33,6 +33,8 @@ def load(config, workdir: str, which: str, split: str):
         store.meta()  # refuses other classes than those of the checkpoint
     dataset.check_labelled(split)
     check_sizes(dataset, split, config.data.eval_size)
+    if given := configs.score_files(config):
+        given.check_split(dataset, split)
     distributed.agree(lambda: {"the step": step} | agreement.of_data(dataset) | agreement.of_arrays({"params": params}))
     return model, params, step, dataset
 

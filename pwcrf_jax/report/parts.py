@@ -39,7 +39,7 @@ def make_figures(rows, names):
 
     def figures(potentials, batch, decoded):
         size, grid = batch["label"].shape[1:3], potentials.unary.shape[1:3]
-        mask = decoded["unary"].mask
+        mask = decode.grid_mask(batch["valid_box"], grid, size)
         pairs = {name: potentials.pairwise[name] for name in names}
         scores = {row: decode.upsample(decoded[row].log_marginals, size, decoded[row].mask) for row in rows}
         return dict(

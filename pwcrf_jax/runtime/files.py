@@ -36,7 +36,7 @@ _REMEDIES = {
     errno.ELOOP: "it is a link: delete the link, or name another place",
 }
 _URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]+:/")  # one slash is what is left of two where paths were normalised
-_LOCAL = ("config", "scores", "masks", "classes", "parameters")  # flags that take no URL
+_LOCAL = ("config", "scores", "masks", "classes", "parameters", "config.data.scores.dir")  # flags that take no URL
 _LARGEST_JSON = 2**26  # bytes; no file of ours comes near
 _UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.partial")
 

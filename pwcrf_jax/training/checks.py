@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from pwcrf_jax import config as configs
-from pwcrf_jax.data import advice, check_sizes, load_dataset
+from pwcrf_jax.data import advice, check_sizes, given_scores, load_dataset
 from pwcrf_jax.data.prepare import builder_class
 from pwcrf_jax.data.sizes import proposed
 from pwcrf_jax.evaluation import evaluate
@@ -41,7 +41,12 @@ def load_and_validate(config: ConfigDict, workdir: str = "") -> Any:
     dataset.source(config.data.train_split)  # unknown and empty splits are refused here
     check_sizes(dataset, config.data.eval_split, config.data.eval_size)
     evaluate.check_scored(config, dataset, config.data.eval_split)
+    of_scores: tuple[str, ...] = ()
+    if given := configs.score_files(config):
+        told, of_scores = given_scores.compared(dataset, config.data.train_split, config.data.eval_split, given)
+        log.info("%s", told)
     for warning in (
+        *of_scores,
         *advice.of_split(dataset, config.data.eval_split),
         *advice.of_crops(dataset, config.data.train_split, config.data.crop_size),
     ):

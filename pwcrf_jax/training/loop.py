@@ -196,7 +196,7 @@ class Run:
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
         """One step on this process' share of a batch; returns its metrics."""
-        arrays = parallel.split({k: batch[k] for k in ("image", "label", "valid_box")})
+        arrays = evaluate.inputs_of(batch)
         self.state, metrics = self._steps[self._stage()](self.state, arrays)
         self.step, self.samples_seen = self.step + 1, self.samples_seen + self.config.train.batch_size
         self._guard.add(self.step, batch["id"], metrics)
@@ -314,6 +314,7 @@ def batches_from(config: ConfigDict, dataset: Any, step: int) -> Any:
         num_workers=config.data.num_workers,
         jitter=config.data.jitter,
         augment_by=config.data.augment,
+        scores=configs.given_scores(config, config.data.crop_size),
     )
 
 

@@ -13,6 +13,7 @@ import optax
 from pwcrf_jax import config as configs
 from pwcrf_jax import mean_field
 from pwcrf_jax.model import losses
+from pwcrf_jax.model.segmenter import potentials_of
 from pwcrf_jax.runtime.parallel import AXIS
 from pwcrf_jax.training.averaging import OFF, Averaging
 
@@ -105,10 +106,10 @@ def make_train_step(
       averaging: that of the state's `averaged`, where it has them.
 
     Returns:
-      step. batch: image uint8 [B, H, W, 3], label uint8 [B, H, W] and, where it may hold padding, valid_box int32
-      [B, 4] of `losses.Objective.terms`. metrics: loss, grad_norm, and nll_NAME of every term, -1 where a step
-      has no factor of this kind; skipped: loss or gradient are not finite, the state, its step too, is what it was;
-      finite: all of the new state is.
+      step. batch: image uint8 [B, H, W, 3], label uint8 [B, H, W], the scores of a model that is given them and, where
+      it may hold padding, valid_box int32 [B, 4] of `losses.Objective.terms`. metrics: loss, grad_norm, and nll_NAME of
+      every term, -1 where a step has no factor of this kind; skipped: loss or gradient are not finite, the state, its
+      step too, is what it was; finite: all of the new state is.
     """
     loss_fn = _Loss(model, objective, settings, inference, seed, trained, accumulate)
 
@@ -195,7 +196,7 @@ class _Loss:
     def _terms(self, params: Any, batch: Batch, step: jax.Array) -> tuple[losses.Terms, dict[str, float]]:
         """(sum, count) of each kind of factor, those that this stage does not train too, and the weights of its own."""
         dropout = {"dropout_keys": batch["dropout_keys"], "dropped": self.trained} if "dropout_keys" in batch else {}
-        potentials = self.model.apply({"params": params}, batch["image"], **dropout)
+        potentials = potentials_of(self.model, params, batch, **dropout)
         names = self.objective.term_names(potentials)
         # The unary alone has one likelihood, whatever comes after it.
         of_stage = self.objective if "pairwise" in self.trained else losses.Piecewise()

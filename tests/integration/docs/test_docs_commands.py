@@ -152,11 +152,11 @@ def own_folder(root, rng, count=10):
     (root / "classes.txt").write_text("road\nstreet lamp\nsky\ntree\ncar\n")
 
 
-def score_files(root, rng, count=10):
-    """Logits of a network of stride 8 for the images of `own_folder`, [classes, height, width]."""
-    root.mkdir()
-    for i in range(count):
-        np.save(root / f"{i}.npy", rng.normal(0, 3, (5, 6, 10)).astype(np.float16))
+def score_files(root, names, rng, size=(6, 10)):
+    """Logits of a network of stride 8 for images, if not told otherwise of `own_folder`, [classes, height, width]."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(root / f"{name}.npy", rng.normal(0, 3, (5, *size)).astype(np.float16))
 
 
 def mobilenet_file(path, rng):
@@ -192,7 +192,8 @@ def files(tmp_path_factory):
     for layout in (camvid, voc, pascal_context):
         layout.make(root / layout.__name__.removeprefix("layouts."), rng)
     own_folder(root / "image_folder", rng)
-    score_files(root / "scores", rng)
+    score_files(root / "scores", map(str, range(10)), rng)
+    score_files(root / "photo_scores", [name.removesuffix(".jpg") for name in PHOTOS], rng, (8, 12))
     for name in PHOTOS:
         photo(root / "photos" / name, rng, (60, 90))
     mobilenet_file(root / MOBILENET, rng)
@@ -213,6 +214,7 @@ def checkout(tmp_path, files):
         "mine": "image_folder",
         "photos": "photos",
         "scores": "scores",
+        "photo_scores": "photo_scores",
         MOBILENET: MOBILENET,
     }.items():
         (tmp_path / name).symlink_to(files / target)
