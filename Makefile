@@ -43,9 +43,9 @@ test-jax:
 	$(VENV)-newest/bin/python -m pytest $(CORE)
 	@cat $(VENV)-oldest/jax $(VENV)-newest/jax
 
-# The report is tried in Chromium, if there is one on the PATH.
+# The report is tried in Chromium, if there is one on the PATH, and buckets in an emulator of Google Cloud Storage.
 test-slow: $(VENV)/installed
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[browser]" >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[browser,test-gcs]" >&2
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/installed

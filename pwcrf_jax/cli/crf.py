@@ -24,6 +24,7 @@ from pwcrf_jax.data import scores
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.evaluation import score_folder as scoring
 from pwcrf_jax.prediction import crf_folder, image_files, output_files, score_folder
+from pwcrf_jax.runtime import files
 from pwcrf_jax.runtime.logs import log
 from pwcrf_jax.runtime.streams import say
 from pwcrf_jax.runtime.wire import FAILED
@@ -227,6 +228,8 @@ def main(chosen_on: dict[str, str]) -> None:
     config, options = command.require("config"), flags.FLAGS
     images, score_files, output = (command.require(name) for name in ("images", "scores", "output"))
     check_flags(options)
+    for name, path in (("images", images), ("output", output)):
+        files.check_local(path, f"--{name}")
     parameters.check_crf(config)
     given = score_folder.Given(options.layout, options.kind, options.num_classes, options.confidence, options.classes)
     folder = score_folder.scan(images, score_files, output, given, options.masks, config.data.max_pixels)

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 import pwcrf_jax
 from pwcrf_jax.config.keys import flat
 from pwcrf_jax.data import Dataset
-from pwcrf_jax.runtime import checkpoint
+from pwcrf_jax.runtime import checkpoint, files
 
 Facts = dict[str, Any]
 
@@ -49,7 +49,7 @@ def of_start(config: ConfigDict) -> Facts:
     facts: Facts = {"the program": os.path.basename(sys.argv[0])}
     facts |= {f"--{flag.name}": flag.value for flag in own if flag.name not in _LOCAL_FLAGS}
     if "--workdir" in facts:
-        facts["--workdir"] = os.path.abspath(os.path.expanduser(facts["--workdir"] or ""))
+        facts["--workdir"] = files.absolute(os.path.expanduser(facts["--workdir"] or ""))
     facts |= {f"config.{key}": value for key, value in flat(config) if key not in _LOCAL}
     return facts | of_environment()
 

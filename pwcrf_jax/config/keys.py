@@ -137,7 +137,9 @@ KEYS = {
     "data.tfds.class_names": Key(_NAMES, (), "names of the classes; (): the set's own, or class_0, class_1, ..."),
     "data.tfds.num_classes": Key(Number(int, low=0, high=255), 3, "number of classes; 0: as many as there are names"),
     "data.tfds.max_side": Key(_COUNT, 0, "longest side, to which larger images are shrunk; 0: none is"),
-    "data.scores.dir": Key(Path(), "", "folder of score files, one an image, by the names of the images"),
+    "data.scores.dir": Key(
+        Path(in_bucket=False), "", "folder of score files, one an image, by the names of the images"
+    ),
     "data.scores.layout": Key(Choice(("auto", *LAYOUTS)), "auto", "axes of a file; auto: by its shape"),
     "data.scores.kind": Key(Choice(("auto", *KINDS)), "auto", "what a file holds; auto: by its values"),
     "data.scores.confidence": Key(

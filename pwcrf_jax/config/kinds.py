@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pwcrf_jax import user_functions
-from pwcrf_jax.runtime import files
+from pwcrf_jax.runtime import buckets, files
 
 _LARGEST: dict[type, int | float] = {int: 2**31 - 1, float: 3.4e38}  # what int32 and float32 hold
 
@@ -73,13 +73,16 @@ class Text(Kind):
 
 
 class Path(Text):
-    """The path of a local file or folder; "" where none is meant."""
+    """The path of a local file or folder, or one that may lie in a bucket; "" where none is meant."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_bucket: bool = True) -> None:
         super().__init__()
-        self.wanted = "the path of a local file or folder, in a home that is known"
+        self.in_bucket, others = in_bucket, ", or gs://BUCKET/NAME" * in_bucket
+        self.wanted = f"the path of a local file or folder, in a home that is known{others}"
 
     def accepts(self, x: Any) -> bool:
+        if isinstance(x, str) and files.is_url(x):  # whether it can be read is asked where it is
+            return self.in_bucket and buckets.is_well_formed(x.rstrip("/"))
         try:
             return super().accepts(x) and files.expand_path(x, "") is not None
         except files.FileError:

@@ -1,7 +1,6 @@
 """Files of a workdir beside its checkpoints: config.json, classes.json, tuned.json."""
 
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,7 +80,7 @@ def _restored(stored: Any) -> ConfigDict:
 def save_classes(class_names: Sequence[str], palette: Palette, folder: str) -> None:
     """Writes FOLDER/classes.json, whole or not at all."""
     named = [{"name": name, "colour": list(colour)} for name, colour in zip(class_names, palette, strict=True)]
-    files.write_json(pathlib.Path(folder, CLASSES), named)
+    files.write_json(os.path.join(folder, CLASSES), named)
 
 
 def load_classes(workdir: str) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
@@ -103,7 +102,7 @@ def load_classes(workdir: str) -> tuple[tuple[str, ...], tuple[tuple[int, ...], 
         return tuple(x["name"] for x in content), tuple(tuple(x["colour"]) for x in content)
 
     try:
-        return files.read_json(pathlib.Path(workdir, CLASSES), "delete it, training writes it again", check)
+        return files.read_json(os.path.join(workdir, CLASSES), "delete it, training writes it again", check)
     except FileNotFoundError:
         return (), ()
     except files.FileError as error:
@@ -124,14 +123,14 @@ def check_tuned(config: ConfigDict, tuned: dict[str, Any], workdir: str) -> None
     for key, value in tuned["conditions"].items():
         if now.get(key) != value:
             raise ConfigError(
-                f"config.{key} = {now.get(key)}, but {pathlib.Path(workdir, TUNED)} was chosen with {value}; "
+                f"config.{key} = {now.get(key)}, but {os.path.join(workdir, TUNED)} was chosen with {value}; "
                 "tune again, or add --notuned"
             )
 
 
 def write_tuned(result: dict[str, Any], workdir: str) -> None:
     """Writes the result of `tuning.tune`, whole or not at all."""
-    files.write_json(pathlib.Path(workdir, TUNED), result)
+    files.write_json(os.path.join(workdir, TUNED), result)
 
 
 def apply_tuned(config: ConfigDict, workdir: str) -> dict[str, Any] | None:
@@ -151,7 +150,7 @@ def apply_tuned(config: ConfigDict, workdir: str) -> dict[str, Any] | None:
 
     remedy = "delete it, tune again, or add --tuned=false"
     try:
-        result = files.read_json(pathlib.Path(workdir, TUNED), remedy, check)
+        result = files.read_json(os.path.join(workdir, TUNED), remedy, check)
     except FileNotFoundError:
         return None
     except files.FileError as error:

@@ -26,6 +26,7 @@ from pwcrf_jax.data.readers.image_io import (
     value_counts,
     voc_palette,
 )
+from pwcrf_jax.runtime import mirror
 
 
 class Plan(NamedTuple):
@@ -58,8 +59,9 @@ class Pair(NamedTuple):
 
 
 def fingerprint(*parts: Any) -> str:
-    """16 hex digits that change when any of the (JSON-able) parts changes."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    """16 hex digits that change when any of the (JSON-able) parts changes; of paths in a copy of a bucket its URLs."""
+    text = mirror.origin(json.dumps(parts, sort_keys=True))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def pairs_in(images: Path, masks: Path | None, pattern: str) -> list[Pair]:

@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from pwcrf_jax.data import shared
 from pwcrf_jax.data import splits as parts_of
 from pwcrf_jax.data.readers.disk import locked, refusal, unwritable
 from pwcrf_jax.data.readers.files import MAX_PIXELS
 from pwcrf_jax.data.readers.image_io import DataError, decode_image, decode_label, image_size, open_image
-from pwcrf_jax.runtime.files import expand_path, read_json
+from pwcrf_jax.runtime import mirror
+from pwcrf_jax.runtime.files import expand_path, is_url, read_json
 
 _BUILDERS = {  # name -> module and class, imported when asked for: `import pwcrf_jax.data` does not pay for TFDS
     "synthetic": ("synthetic", "Synthetic"),
@@ -224,14 +226,15 @@ def load_dataset(
     Args:
       name: one of `DATASETS`.
       source_dir: folder of your copy, as docs/datasets.md says for each; not used by synthetic.
-      data_dir: where prepared data sets are kept; "" is $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      data_dir: where prepared data sets are kept; "" is $TFDS_DATA_DIR or ~/tensorflow_datasets. Of a URL gs://...,
+        here and there, this machine has a copy, see `runtime.mirror`.
       partial: accept splits that do not have the official number of images.
       max_pixels: that an image or mask may have; a header that claims more is refused before memory is taken.
       **options: of synthetic: image_size=(192, 256), num_train=400, num_val=100, seed=0; of image_folder:
         val_fraction=0.1, seed=0.
 
     Raises:
-      FileError: a path that is no local one.
+      FileError: a path that is neither a local one nor one of a bucket, or a bucket that cannot be read or written.
       DataError: unknown name or option, a source that is missing or damaged, or a prepared folder that
         cannot be written or read. The message names the file or key, and the remedy.
     """
@@ -245,13 +248,17 @@ def load_dataset(
     named = {"data.data_dir": data_dir, "$TFDS_DATA_DIR": os.environ.get("TFDS_DATA_DIR", "")}
     named = {key: value for key, value in named.items() if value} or {"data.data_dir": "~/tensorflow_datasets"}
     key, data_dir = next(iter(named.items()))
-    data_dir = expand_path(data_dir, key)
+    remote = data_dir = expand_path(data_dir, key)
+    if is_url(data_dir):
+        data_dir = mirror.place(data_dir)
+    source_dir = mirror.local(source_dir)
     with _listing(source_dir):
         plan = builder_cls.plan(source_dir, data_dir=data_dir, **options)
     if not partial:
         builder_cls.check_sizes(plan, source_dir)
     home = Path(data_dir) / builder_cls.name / plan.fingerprint
-    with _quiet(), _locked(home) as held:
+    there = f"{remote}/{builder_cls.name}/{plan.fingerprint}" if is_url(remote) else ""
+    with _quiet(), _locked(home) as held, shared.prepared(there, home) as share:
         with _reading(str(home), "its description"):
             _check_files(home)
             builder = builder_cls(plan=plan, data_dir=data_dir, max_pixels=max_pixels)
@@ -259,6 +266,7 @@ def load_dataset(
             if held:  # else another process may be writing there
                 _clear_leftovers(home)
             _prepare(name, builder, home)
+        share()
     expected = {split: len(items) for split, items in plan.splits.items()}
     found = {split: info.num_examples for split, info in builder.info.splits.items()}
     if found != expected:

@@ -68,7 +68,7 @@ def tune(
     model, params, step, dataset = restore.load(config, workdir, which, split)
     evaluate.check_scored(config, dataset, split)
     folder = _folder(config, workdir, params, dataset, split, step)
-    files.make_folder(folder, inside=workdir)
+    files.make_folder(folder, inside="" if files.is_url(workdir) else workdir)
     log.info("tuning on %s (%d images), checkpoint of step %d, notes in %s", split, len(dataset.source(split)), step,
              folder)  # fmt: skip
     first = _by_miou if method == "miou" else functools.partial(_by_likelihood, method=method)
@@ -130,7 +130,10 @@ def _by_likelihood(config, model, params, dataset, split, folder, method):
 
 
 def _folder(config, workdir, params, dataset, split, step):
-    """One folder for each question: other data, parameters or inference settings start another search."""
+    """One folder for each question: other data, parameters or inference settings start another search.
+
+    For a workdir in a bucket it is one of the user's cache: its files are many, and written one by one.
+    """
     weights = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
         weights.update(np.asarray(leaf).tobytes())
@@ -150,7 +153,8 @@ def _folder(config, workdir, params, dataset, split, step):
         times = {name: file.stat().st_mtime_ns for name, file in given.found.items()}
         about |= {"scores": [config.data.scores.to_dict(), times]}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
-    return os.path.join(workdir, "tuning", digest)
+    home = files.cache_folder("tuning") if files.is_url(workdir) else os.path.join(workdir, "tuning")
+    return os.path.join(home, digest)
 
 
 def _tune_messages(config, model, params, dataset, split, folder):

@@ -190,7 +190,7 @@ def refine_folder(folder: Folder, settings: RefineSettings, output: str, wanted:
 def _paths(target: Targets, output: str, item: Item, wanted: Wanted) -> list[Path]:
     """Files that an image has once it is done."""
     overlay = wanted.overlays and max(item.size) <= output_files.LARGEST_JPEG
-    paths = [target(item.name), *[Path(output, "overlays", f"{item.name}.jpg")] * overlay]
+    paths = [Path(target(item.name)), *[Path(output, "overlays", f"{item.name}.jpg")] * overlay]
     return paths + [Path(output, "probabilities", f"{item.name}.npy")] * bool(wanted.probabilities)
 
 

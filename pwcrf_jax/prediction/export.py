@@ -129,6 +129,7 @@ def check_request(config, file: str, size: str, overwrite: bool) -> Request:
             "config.model.unary = 'scores': an exported predictor takes images alone; label images with pwcrf predict, "
             "which takes scores too"
         )
+    files.check_local(file, "--output")
     frame, path = parse_size(size, config), Path(file)
     about = path.with_name(f"{path.name}.json")
     for place in (path, about):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pwcrf_jax.data.readers.files import FOREIGN_REMEDY, SUFFIXES, DataError, image_kind, open_file
+from pwcrf_jax.runtime import mirror
 from pwcrf_jax.runtime.files import FileError, naming
 
 WRITTEN = ("labels", "overlays", "probabilities", "results")  # what predictions are, in a folder of --output
@@ -91,8 +92,11 @@ def _nothing(found):
 
 
 def shown(path) -> str:
-    """A path for a line of text: what would break the line, or move the cursor, is escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
+    """A path for a line of text: what would break the line, or move the cursor, is escaped.
+
+    Of a file that was fetched it is the URL.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in mirror.origin(str(path)))
 
 
 def _sorted_out(files, root, found):

@@ -30,10 +30,17 @@ def claim(output: str, overwrite: bool, besides: Collection[str] = ()) -> None:
     Raises:
       DataError, FileError: it holds something, or cannot be written.
     """
+    taken = f"--output={shown(output)}: the folder is not empty; name another one, or add --overwrite"
     folder = Path(output)
+    if files.is_url(output):
+        if not overwrite and any(name not in besides for name in files.names(output)):
+            raise DataError(taken)
+        files.make_folder(output)
+        files.delete_unfinished(output)
+        return
     try:
         if folder.is_dir() and any(path.name not in besides for path in folder.iterdir()) and not overwrite:
-            raise DataError(f"--output={shown(output)}: the folder is not empty; name another one, or add --overwrite")
+            raise DataError(taken)
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -48,15 +55,15 @@ def claim(output: str, overwrite: bool, besides: Collection[str] = ()) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path, output: str) -> Iterator[IO[bytes]]:
+def writing(path: files.StrPath, output: str) -> Iterator[IO[bytes]]:
     """A file to write below `output`, that appears whole or not at all; FileError where it cannot be written."""
-    files.make_folder(path.parent, inside=output)
+    files.make_folder(os.path.dirname(path), inside=output)
     with files.replacing(path) as file:
         yield file
 
 
 def write_labels(
-    path: Path, labels: np.ndarray, palette: np.ndarray, output: str, codes: np.ndarray | None = None
+    path: files.StrPath, labels: np.ndarray, palette: np.ndarray, output: str, codes: np.ndarray | None = None
 ) -> None:
     """Writes labels uint8 [H, W] as a palette PNG, or as grey values.
 
@@ -75,7 +82,7 @@ def write_overlay(name: str, image: np.ndarray, labels: np.ndarray, palette: np.
     if max(image.shape) > LARGEST_JPEG:
         log.info("%s: no overlay, as JPEG ends at %d pixels", name, LARGEST_JPEG)
         return
-    with writing(Path(output, "overlays", f"{name}.jpg"), output) as file:
+    with writing(os.path.join(output, "overlays", f"{name}.jpg"), output) as file:
         mixed = Image.blend(Image.fromarray(image), Image.fromarray(palette[labels]), 0.5)
         mixed.save(file, "JPEG", quality=90)
 

@@ -26,7 +26,7 @@ from pwcrf_jax.data.readers.image_io import MAX_PIXELS, decode_image, storable_i
 from pwcrf_jax.prediction import image_files, output_files, refinement, restore
 from pwcrf_jax.prediction import predictor as inference
 from pwcrf_jax.prediction.image_files import shown
-from pwcrf_jax.runtime import files
+from pwcrf_jax.runtime import files, mirror
 from pwcrf_jax.runtime.logs import bar, log
 
 _LONGEST = 251  # bytes of a name without its suffix, as file systems have it
@@ -72,18 +72,18 @@ class Targets:
 
     def __init__(self, output: str, format_name: str, split: str = "test"):
         self._format = FORMATS[format_name]
-        self._folder = Path(output, self._format.folder.format(split=split))
-        self._taken: dict[Path, str] = {}
+        self._folder = os.path.join(output, self._format.folder.format(split=split))
+        self._taken: dict[str, str] = {}
         self._files: dict[str, str] = {}
         self._folders: dict[str, str] = {}
 
-    def __call__(self, name: str) -> Path:
+    def __call__(self, name: str) -> str:
         parts = name.split("/")
         if not {"", ".", ".."}.isdisjoint(parts) or not all(map(_is_file_name, parts)):
             raise DataError(
                 f"{shown(name)!r} is no name of a file below --output; rename it, to {_LONGEST} bytes at most"
             )
-        file = self._folder / f"{parts[-1] if self._format.flat else name}.png"
+        file = os.path.join(self._folder, f"{parts[-1] if self._format.flat else name}.png")
         ends = {f"{name}{suffix}" for suffix in (".png", ".jpg", ".npy", ".npz")}
         folders = {str(folder) for folder in PurePosixPath(name).parents}
         others = [self._taken.setdefault(file, name)]
@@ -193,7 +193,8 @@ def predict(
     request = _requested(config, workdir, output, images=images, split=split, format_name=format_name)
     model, params, step = restore.restore_params(config, workdir, which)
     predictor, settings = inference.Predictor(config, model, params), configs.refine_settings(config, refine)
-    if os.path.realpath(output) == os.path.realpath(workdir):
+    real = lambda path: path if files.is_url(path) else os.path.realpath(path)
+    if real(output) == real(workdir):
         raise DataError(f"--output={shown(output)}: is the workdir of the run; name another folder")
     output_files.claim(output, overwrite)
     log.info("%s checkpoint of step %d, %d images into %s", which, step, len(request.items), output)
@@ -208,8 +209,9 @@ def predict(
         else:
             log_probs, _ = refinement.refine_image(marginals.log_probs(), image, settings)
             write(name, image, log_probs.argmax(-1).astype(np.uint8), log_probs)
+    failed, left_out = (list(map(mirror.origin, paths)) for paths in (failed, request.found.left_out))
     counts = dict(num_images=len(request.items) + len(request.found.failed) - len(failed), failed=failed)
-    about = dict(left_out=list(request.found.left_out), format=request.format_name, step=step, output=output)
+    about = dict(left_out=left_out, format=request.format_name, step=step, output=output)
     return counts | about
 
 
@@ -226,7 +228,7 @@ def _requested(config, workdir, output, *, images, split, format_name) -> Reques
         items = {f"record {i} of {split}": (None, i) for i in range(len(source))}
     else:
         class_names, palette = class_info(config, workdir)
-        found = image_files.find_images(images, output)
+        found = image_files.find_images(mirror.pattern(images), output)
         items = {str(file): (name, file) for name, file in found.images.items()}
     if format_name == "auto":
         format_name = config.data.name if split and config.data.name in FORMATS else "palette"
@@ -275,5 +277,5 @@ class _Writer:
             output_files.write_overlay(name, image, labels, self._palette, self._output)
         if self._probabilities:
             probs = np.exp(log_probs).astype(np.float16)
-            with output_files.writing(Path(self._output, "probabilities", f"{name}.npz"), self._output) as file:
+            with output_files.writing(os.path.join(self._output, "probabilities", f"{name}.npz"), self._output) as file:
                 np.savez_compressed(file, probabilities=probs, class_names=self._class_names)

@@ -11,7 +11,7 @@ import functools
 import importlib.resources
 import io
 import json
-from pathlib import Path
+import os
 from typing import Any
 
 import jax
@@ -84,8 +84,8 @@ class Report:
             )
         if jax.process_count() > 1:
             raise configs.ConfigError("--report is written by one process; start it on one host alone")
-        self.file = Path(file)
-        files.make_folder(self.file.parent)
+        self.file = file
+        files.make_folder(os.path.dirname(file) or ".")
         files.check_replaceable(self.file)
         self._gallery, self._wanted = Extremes(images), inspected
         self._confusion: Any = collections.defaultdict(int)  # {row: int64 [K, K]}
@@ -294,7 +294,7 @@ class Report:
 
 def default_file(workdir: str, split: str) -> str:
     """WORKDIR/report_SPLIT.html."""
-    return str(Path(workdir, f"report_{evaluate.file_name(split)}.html"))
+    return os.path.join(workdir, f"report_{evaluate.file_name(split)}.html")
 
 
 def _calibration(bins):

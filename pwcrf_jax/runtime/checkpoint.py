@@ -7,13 +7,12 @@ them. A checkpoint that is damaged is passed over for the one before.
 """
 
 import contextlib
-import errno
 import functools
 import hashlib
 import importlib.metadata
 import json
 import os
-import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -24,10 +23,9 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 import pwcrf_jax
-from pwcrf_jax.runtime import files
+from pwcrf_jax.runtime import buckets, files, saves, step_folders
 from pwcrf_jax.runtime.logs import log
 
-_TEMPORARY, _DELETED, _DAMAGED = ".orbax-checkpoint-tmp", ".deleted", ".damaged"  # in names of folders beside STEP
 _NOTE = "note.json"  # in STEP
 _META_OF_0_1 = {"samples_seen", "score", "unary_steps", "miou_all", "step", "model", "leaves"}
 
@@ -93,29 +91,16 @@ def _check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: str)
             )
 
 
-def _steps(folder: str) -> list[int]:
-    """Steps of the checkpoints in a folder, damaged ones too, oldest first; others have longer names.
-
-    Raises FileError: the folder or one of a step is a link, so that to save or to delete would be done elsewhere.
-    """
-    files.check_folder(folder, os.path.dirname(folder))
-    names = os.listdir(folder) if os.path.isdir(folder) else ()
-    found = sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
-    for step in found:
-        files.check_folder(os.path.join(folder, str(step)), folder)
-    return found
-
-
 def exists(folder: str) -> bool:
     """Whether a folder holds a checkpoint."""
-    return bool(_steps(folder))
+    return bool(step_folders.steps(folder))
 
 
 def config_of(workdir: str) -> tuple[dict, str] | None:
     """The configuration that the newest whole checkpoint of a workdir carries, and its folder; None: none does."""
     for kind in ("checkpoints", "best"):
-        folder = os.path.join(os.path.abspath(workdir), kind)
-        for step in reversed(_steps(folder)):
+        folder = os.path.join(files.absolute(workdir), kind)
+        for step in reversed(step_folders.steps(folder)):
             with contextlib.suppress(_Damaged, KeyError):
                 path = os.path.join(folder, str(step))
                 return dict(_read_meta(path, step)["config"]), path
@@ -139,10 +124,23 @@ def _read_meta(path: str, step: int) -> dict[str, Any]:
 
 
 def _load(path: str, abstract: Tree) -> dict[str, Any]:
-    try:
-        return ocp.load_checkpointables(path, abstract)
-    except Exception as error:  # Orbax raises many kinds for damaged files
-        raise _Damaged(_reason(error)) from error
+    until = time.monotonic() + buckets.PATIENCE
+    while True:
+        try:
+            return ocp.load_checkpointables(path, abstract)
+        except Exception as error:  # Orbax raises many kinds for damaged files
+            if not files.is_url(path) or not buckets.passes(error) or time.monotonic() > until:
+                raise _unread(path, error) from error
+        time.sleep(1)
+
+
+def _unread(path: str, error: Exception) -> Exception:
+    if files.is_url(path) and buckets.undecided(error):
+        return CheckpointError(
+            f"{path} cannot be read ({saves.reason(error)}); see to the network and your permissions, then start the "
+            "same command again"
+        )
+    return _Damaged(saves.reason(error))
 
 
 class Store:
@@ -163,28 +161,27 @@ class Store:
         score: a number of `meta`; the checkpoint with the highest comes first, not the newest. There is one but for
           what a kill leaves between a save and the deletion of what it replaces.
         """
-        self.folder, self._model, self._class_names = os.path.abspath(folder), model, list(class_names)
+        self.folder, self._model, self._class_names = files.absolute(folder), model, list(class_names)
         self._keep = keep
         self._saving: tuple[int, Any] | None = None  # (step, Orbax' response) of a save on its way
         self._score = score
-        if keep is None and not os.path.isdir(folder):
+        if keep is None and not files.is_folder(folder):
             raise CheckpointError(f"no checkpoint in {folder}: train first, or name another --workdir")
         if self._is_writer():
             files.make_folder(self.folder, inside=os.path.dirname(self.folder))
-            self._clear()
-        _steps(self.folder)  # refuses links before there is anything to save
+            step_folders.clear(self.folder)
+        step_folders.steps(self.folder)  # refuses links before there is anything to save
 
     @property
     def latest(self) -> int | None:
         """Step of the newest checkpoint, which may be damaged."""
-        steps = _steps(self.folder)
+        steps = step_folders.steps(self.folder)
         return steps[-1] if steps else None
 
     @property
     def damaged(self) -> list[str]:
         """Folders of checkpoints that were set aside."""
-        names = os.listdir(self.folder) if os.path.isdir(self.folder) else []  # another process makes it
-        return sorted(name for name in names if _DAMAGED in name)
+        return step_folders.damaged(self.folder)
 
     def save(self, step: int, trees: dict[str, Tree], meta: dict[str, Any]) -> None:
         """Starts a save in the background; `wait` for it before leaving. There must be none of this step.
@@ -197,7 +194,8 @@ class Store:
         about = {"step": step, "model": self._model, "class_names": self._class_names, "versions": versions()}
         whole = {**trees, "meta": _sealed({**meta, **about, "leaves": leaves(trees), "hashes": hashes(trees)})}
         try:
-            self._saving = step, ocp.save_checkpointables_async(self._path(step), whole)
+            begin = saves.Insistent if files.is_url(self.folder) else ocp.save_checkpointables_async
+            self._saving = step, begin(self._path(step), whole)
         except Exception as error:  # Orbax raises many kinds
             raise self._unwritten(step, error) from error
 
@@ -239,28 +237,27 @@ class Store:
             self._saving = None
             raise self._unwritten(step, error) from error
         self._saving = None
-        others = [x for x in _steps(self.folder) if x != step]
+        others = [x for x in step_folders.steps(self.folder) if x != step]
         if self._keep is not None and self._is_writer():
             self._delete(others[: max(len(others) - self._keep + 1, 0)])
 
     def keep_only(self, step: int) -> None:
         """Deletes all checkpoints but that of a step; sets aside those that cannot be read."""
-        for other in [x for x in _steps(self.folder) if x != step] if self._is_writer() else ():
+        for other in [x for x in step_folders.steps(self.folder) if x != step] if self._is_writer() else ():
             if self._rank(other)[0] > -np.inf:
                 self._delete([other])
             else:
-                self._set_aside(other)
+                step_folders.set_aside(self.folder, other)
 
     def _delete(self, steps: Iterable[int]) -> None:
         for step in steps:
-            # Under another name first: a folder that is half deleted must not look like a checkpoint.
-            os.replace(self._path(step), self._path(step) + _DELETED)
-        self._clear()
+            step_folders.delete(self.folder, step)
+        step_folders.clear(self.folder)
 
     def _unwritten(self, step: int, error: Exception) -> CheckpointError:
         newest = f"the newest checkpoint, step {self.latest}, is as it was" if exists(self.folder) else "there is none"
         return CheckpointError(
-            f"{self._path(step)} could not be written ({_reason(error)}); {newest}. Make room or correct the "
+            f"{self._path(step)} could not be written ({saves.reason(error)}); {newest}. Make room or correct the "
             "permissions, then start the same command again"
         )
 
@@ -300,7 +297,7 @@ class Store:
     def _newest_whole(self, read: Callable[[int], T], quiet: bool = False) -> T:
         """Returns read(step) of the newest step, or that of the highest score, where it raises no _Damaged."""
         damaged: dict[int, _Damaged] = {}
-        steps = _steps(self.folder)
+        steps = step_folders.steps(self.folder)
         for step in reversed(sorted(steps, key=self._rank)):
             try:
                 found = read(step)
@@ -308,10 +305,10 @@ class Store:
                 damaged[step] = error
                 continue
             for other, why in () if quiet else damaged.items():
-                aside = f"; now {self._set_aside(other)}" if self._is_writer() else ""
+                aside = f"; now {step_folders.set_aside(self.folder, other)}" if self._is_writer() else ""
                 log.warning("%s cannot be read (%s), step %d is taken%s", self._path(other), why, step, aside)
             return found
-        if _steps(self.folder) != steps:  # a run that goes on beside this has deleted what was to be read
+        if step_folders.steps(self.folder) != steps:  # a run that goes on beside this has deleted what was to be read
             return self._newest_whole(read, quiet)
         if not damaged:
             raise CheckpointError(f"no checkpoint in {self.folder}: train first, or name another --workdir")
@@ -347,39 +344,11 @@ class Store:
     def _path(self, step: int) -> str:
         return os.path.join(self.folder, str(step))
 
-    def _set_aside(self, step: int) -> str:
-        target = self._path(step) + _DAMAGED
-        while os.path.lexists(target):
-            target += "+"
-        os.replace(self._path(step), target)
-        return target
-
     def _is_writer(self) -> bool:
         return self._keep is not None and jax.process_index() == 0
-
-    def _clear(self) -> None:
-        """Deletes what a save or a deletion that was cut off left behind."""
-        for name in os.listdir(self.folder):
-            if _TEMPORARY in name or name.endswith(_DELETED):
-                path = os.path.join(self.folder, name)
-                if os.path.islink(path):
-                    os.unlink(path)
-                else:
-                    shutil.rmtree(path, ignore_errors=True)
 
     def __enter__(self) -> "Store":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.wait()
-
-
-def _reason(error: BaseException) -> str:
-    """A library's error in one short line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join(str(error).split())
-    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
-        if os.strerror(code) in text:
-            return os.strerror(code)
-    return f"{type(error).__name__}: {text[:150]}".rstrip(": ")

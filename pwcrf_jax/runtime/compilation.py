@@ -32,10 +32,7 @@ def user_folder() -> str:
     Raises:
       FileError: the user has no home.
     """
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):  # the rules of XDG: it is to be ignored then
-        base = files.expand_path("~/.cache", "no $XDG_CACHE_HOME; its default")
-    return os.path.join(base, "pwcrf_jax", "programs")
+    return files.cache_folder("programs")
 
 
 def use() -> None:

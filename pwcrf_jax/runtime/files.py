@@ -2,6 +2,9 @@
 
 A workdir or an output folder may come from somebody else, with links to files that are not theirs: what is written here
 never goes through a link. What cannot be done is a `FileError` that names the file and the remedy.
+
+A path may be a URL gs://BUCKET/NAME, whose objects `buckets` reads and writes: so other rooms join paths with
+`os.path.join`, ask `exists`, `is_folder`, `names` and `absolute` here, and take what must lie on a disk from `mirror`.
 """
 
 import contextlib
@@ -17,7 +20,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-StrPath = str | os.PathLike[str]
+from pwcrf_jax.runtime import buckets
+from pwcrf_jax.runtime.buckets import StrPath, is_url
+from pwcrf_jax.runtime.errors import FileError
 
 _REMEDIES = {
     errno.ENOSPC: "make room on its disk",
@@ -31,12 +36,9 @@ _REMEDIES = {
     errno.ELOOP: "it is a link: delete the link, or name another place",
 }
 _URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]+:/")  # one slash is what is left of two where paths were normalised
+_LOCAL = ("config", "scores", "masks", "classes", "parameters", "config.data.scores.dir")  # flags that take no URL
 _LARGEST_JSON = 2**26  # bytes; no file of ours comes near
 _UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.partial")
-
-
-class FileError(OSError):
-    """A file or folder that cannot be read or written; the message names it and the remedy."""
 
 
 def refused(path: StrPath, what: str, error: OSError) -> FileError:
@@ -59,16 +61,21 @@ def naming(path: StrPath, what: str) -> Iterator[None]:
 
 
 def expand_path(text: StrPath, name: str) -> str:
-    """A path as a user gives it, with "~" and "~user" expanded.
+    """A path as a user gives it, with "~" and "~user" expanded, or the URL of a bucket.
 
     name: of the flag or key, for the message.
 
     Raises:
-      FileError: a URL, of which none can be read or written, or a home that is not known.
+      FileError: a URL that cannot be read or written, or a home that is not known.
     """
     text = os.fspath(text)
+    if is_url(text) and name.lstrip("-") not in _LOCAL:
+        return buckets.check(text, name)
     if _URL.match(text):
-        raise FileError(f"{name}={text}: only local paths can be used; mount it or copy it, and name that folder")
+        others = "" if name.lstrip("-") in _LOCAL else " and gs://BUCKET/NAME"
+        raise FileError(
+            f"{name}={text}: only local paths{others} can be used; mount it or copy it, and name that folder"
+        )
     if "\0" in text:
         raise FileError(f"{name}={text!r}: a path has no NUL; leave it out")
     if not text.startswith("~"):
@@ -83,6 +90,46 @@ def expand_path(text: StrPath, name: str) -> str:
     return os.path.expanduser(text)
 
 
+def check_local(path: str, name: str) -> None:
+    """Refuses a URL where only a local path can be used; name: of the flag. FileError."""
+    if is_url(path):
+        raise FileError(f"{name}={path}: only local paths can be used here; mount it or copy it, and name that folder")
+
+
+def absolute(path: StrPath) -> str:
+    """The path from the root; of a URL itself."""
+    return os.fspath(path) if is_url(path) else os.path.abspath(path)
+
+
+def exists(path: StrPath) -> bool:
+    """Whether something is there, a link to nothing too."""
+    return buckets.is_object(path) or buckets.is_folder(path) if is_url(path) else os.path.lexists(path)
+
+
+def is_folder(path: StrPath) -> bool:
+    """Whether a folder, or a link to one, is there; one of a bucket is there when something is in it."""
+    return buckets.is_folder(path) if is_url(path) else os.path.isdir(path)
+
+
+def names(folder: StrPath) -> list[str]:
+    """Names of what is in a folder, in any order; []: also where there is none."""
+    if is_url(folder):
+        return buckets.names(folder)
+    return os.listdir(folder) if os.path.isdir(folder) else []
+
+
+def cache_folder(name: str) -> str:
+    """$XDG_CACHE_HOME/pwcrf_jax/NAME, by default ~/.cache/pwcrf_jax/NAME. It need not be there.
+
+    Raises:
+      FileError: the user has no home.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # the rules of XDG: it is to be ignored then
+        base = expand_path("~/.cache", "no $XDG_CACHE_HOME; its default")
+    return os.path.join(base, "pwcrf_jax", name)
+
+
 def make_folder(path: StrPath, inside: StrPath = "") -> None:
     """Makes a folder that can be written, and those above it, where they are not there.
 
@@ -91,6 +138,12 @@ def make_folder(path: StrPath, inside: StrPath = "") -> None:
     Raises:
       FileError: it cannot be made or written, or a folder is a link.
     """
+    if is_url(path):
+        if not inside:  # else that was tried
+            probe = _partial(os.fspath(path))
+            buckets.write(probe, b"")
+            buckets.delete(probe)
+        return
     if inside:
         check_folder(path, inside)
     with naming(path, "cannot be written"):
@@ -104,6 +157,8 @@ def check_folder(path: StrPath, inside: StrPath) -> None:
     Raises:
       FileError: naming the link.
     """
+    if is_url(path):
+        return  # buckets have no links
     place, end = os.path.abspath(path), os.path.abspath(inside)
     while len(place) > len(end):
         if os.path.islink(place):
@@ -115,6 +170,8 @@ def check_folder(path: StrPath, inside: StrPath) -> None:
 
 def check_replaceable(path: StrPath) -> None:
     """Refuses what `replacing` cannot replace: a folder, or what is no file, such as /dev/null; FileError."""
+    if is_url(path):
+        return  # any name may be that of an object
     with naming(path, "cannot be written"):
         folder, name = os.path.split(os.path.abspath(path))
         # Of /dev/stdout, too, which root would replace for the whole machine: where it leads may be a file.
@@ -143,9 +200,14 @@ def replacing(path: StrPath) -> Iterator[IO[bytes]]:
     Raises:
       FileError: it cannot be written, or `path` is a folder or a device.
     """
+    if is_url(path):
+        with io.BytesIO() as whole:
+            yield whole
+            buckets.write(path, whole.getvalue())
+        return
     path = os.path.abspath(path)
     folder = os.path.dirname(path)
-    partial = os.path.join(folder, f".{secrets.token_hex(8)}.partial")
+    partial = _partial(folder)
     check_replaceable(path)
     with naming(path, "cannot be written"):
         # Mode as the umask says: other users of a group's folder read what is written there.
@@ -162,6 +224,11 @@ def replacing(path: StrPath) -> Iterator[IO[bytes]]:
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(partial)
+
+
+def _partial(folder: str) -> str:
+    """A name in a folder that nobody else has."""
+    return os.path.join(folder, f".{secrets.token_hex(8)}.partial")
 
 
 def write(path: StrPath, content: bytes | str) -> None:
@@ -190,6 +257,8 @@ def sync_folder(folder: StrPath) -> None:
 
 def sync_tree(folder: StrPath) -> None:
     """Returns when a folder with all files below it is on the disk, its own name too. Raises OSError."""
+    if is_url(folder):
+        return  # what was written there is kept
     for place, _, names in os.walk(folder):
         for name in names:
             with contextlib.suppress(PermissionError):
@@ -204,6 +273,10 @@ def sync_tree(folder: StrPath) -> None:
 
 def delete_unfinished(folder: StrPath) -> None:
     """Deletes what writers that were killed have left in a folder; not what another process is writing."""
+    if is_url(folder):
+        for name in filter(_UNFINISHED.fullmatch, buckets.names(folder)):
+            buckets.delete(os.path.join(folder, name))
+        return
     for name in filter(_UNFINISHED.fullmatch, os.listdir(folder)):
         path = os.path.join(folder, name)
         with contextlib.suppress(OSError):
@@ -212,14 +285,24 @@ def delete_unfinished(folder: StrPath) -> None:
                 os.unlink(path)
 
 
-def append(path: StrPath) -> IO[bytes]:
-    """Opens a file to append bytes; it is made where it is not there.
+def append(path: StrPath) -> IO[bytes] | buckets.Growing:
+    """Opens a file to append bytes; it is made where it is not there. In a bucket it is a `buckets.Growing`.
 
     Raises:
       FileError: it cannot be written, or is a link or no file.
     """
+    if is_url(path):
+        return buckets.Growing(path)
     with naming(path, "cannot be written"):
         return open(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW), "ab")
+
+
+def sync(file: IO[bytes] | buckets.Growing) -> None:
+    """Returns when what was written to a file of `append` is on the disk, or in the bucket. Raises OSError."""
+    if isinstance(file, buckets.Growing):
+        file.sync()
+    else:
+        os.fsync(file.fileno())
 
 
 def read_lines(path: StrPath) -> list[str]:
@@ -228,6 +311,11 @@ def read_lines(path: StrPath) -> list[str]:
     Raises:
       FileError: it cannot be read, or is a link or no file.
     """
+    if is_url(path):
+        try:
+            return io.StringIO(buckets.read(path).decode(errors="replace"), newline=None).readlines()
+        except FileNotFoundError:
+            return []
     if not os.path.lexists(path):
         return []
     with naming(path, "cannot be read"):
@@ -254,6 +342,8 @@ def read_json(path: StrPath, remedy: str, check: Callable[[Any], Any] = lambda c
       FileError: it cannot be read, is not JSON or has another shape.
     """
     try:
+        if is_url(path):
+            return check(json.loads(buckets.read(path)))
         with open(open_regular(path, os.O_RDONLY), "rb") as file:
             if not 0 < (size := os.fstat(file.fileno()).st_size) < _LARGEST_JSON:
                 raise ValueError(f"it has {size} bytes")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 
-from pwcrf_jax.runtime import files
+from pwcrf_jax.runtime import distributed, files, leases, wire
 from pwcrf_jax.runtime.errors import ConfigError
 from pwcrf_jax.runtime.logs import log
 
@@ -34,7 +34,7 @@ def held(folder: str, purpose: Purpose = TRAINING) -> Iterator[None]:
     """Keeps other runs out of a folder; the kernel lets go when this process ends, however it does.
 
     Of the processes of one run, the first holds it for all. Where the file system knows no locks, the log says so and
-    the run goes on without.
+    the run goes on without. In a bucket it is a lease, see `leases`: one that was lost ends this process.
 
     Raises:
       ConfigError: another run has it.
@@ -44,6 +44,10 @@ def held(folder: str, purpose: Purpose = TRAINING) -> Iterator[None]:
         yield
         return
     path = os.path.join(folder, purpose.file)
+    if files.is_url(path):
+        with _leased(path, folder, purpose):
+            yield
+        return
     with files.naming(path, "cannot be opened"):
         number = _open(path)
     with open(number, "rb") as file:
@@ -52,15 +56,33 @@ def held(folder: str, purpose: Purpose = TRAINING) -> Iterator[None]:
         except BlockingIOError:
             holder = os.pread(number, 200, 0).decode(errors="replace")
             holder = holder if holder.isprintable() and holder else "unknown"
-            raise ConfigError(
-                f"another {purpose.who} ({holder}) is {purpose.does} {folder}; let it end, or name another"
-            ) from None
+            raise _busy(holder, folder, purpose) from None
         except OSError as error:
             log.info("no lock on %s (%s): see to it that no other run %s there", folder, error.strerror,
                      purpose.others)  # fmt: skip
         with contextlib.suppress(OSError):  # a file of another user, a full disk: the lock holds without a name in it
             os.ftruncate(number, 0)
             os.pwrite(number, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield
+
+
+def _busy(holder: str, folder: str, purpose: Purpose) -> ConfigError:
+    return ConfigError(f"another {purpose.who} ({holder}) is {purpose.does} {folder}; let it end, or name another")
+
+
+@contextlib.contextmanager
+def _leased(path: str, folder: str, purpose: Purpose) -> Iterator[None]:
+    def end(holder: str) -> None:
+        line = f"{path} was taken over by {holder}, as this run was stopped or cut off for a minute; that one goes on"
+        distributed.end(wire.REFUSED, line)
+        os.write(2, f"error: {line}\n".encode())
+        os._exit(wire.REFUSED)
+
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(leases.held(path, end, say=lambda line: log.info("%s", line)))
+        except leases.Held as holder:
+            raise _busy(str(holder), folder, purpose) from None
         yield
 
 

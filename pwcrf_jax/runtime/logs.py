@@ -14,12 +14,12 @@ from typing import Any
 import absl.logging
 import jax
 import numpy as np
-from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter, register_writer_factory
 from tensorboardX.summary import image, scalar
 from tqdm import tqdm
 
-from pwcrf_jax.runtime import files, functions, streams
+from pwcrf_jax.runtime import buckets, files, functions, streams
 
 log = logging.getLogger("pwcrf_jax")
 METRICS = "metrics.jsonl"  # in a workdir
@@ -75,6 +75,26 @@ def _without_closed_loops(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
+class _Events(RecordWriter):
+    """A file of TensorBoard's events; in a bucket `buckets.Parts`."""
+
+    def sync(self) -> None:
+        if isinstance(self._writer, buckets.Parts):
+            self._writer.sync()
+
+
+class _InBucket:
+    """In place of tensorboardX' own, which has other credentials and uploads all of a file at every flush."""
+
+    def open(self, path: str) -> buckets.Parts:
+        return buckets.Parts(path)
+
+    def directory_check(self, path: str) -> None:
+        pass
+
+
+register_writer_factory("gs", _InBucket())
+
 Hook = Callable[[int, dict[str, float]], Any]
 """A function of the user's own: (step, {name as in metrics.jsonl: value})."""
 
@@ -99,11 +119,11 @@ class Writer:
             log.info("%d lines of %s are of steps that are done again, and were taken out", number, path)
         self._path, self._jsonl = path, files.append(path)
         # Written here and now: tensorboardX's own SummaryWriter has a thread, which dies of a full disk unseen.
-        self._folder = os.path.join(os.path.abspath(workdir), "tensorboard")
+        self._folder = os.path.join(files.absolute(workdir), "tensorboard")
         files.make_folder(self._folder, inside=workdir)
         with files.naming(self._folder, "cannot be written"):
             name = f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
-            self._board = RecordWriter(os.path.join(self._folder, name))
+            self._board = _Events(os.path.join(self._folder, name))
             self._event(file_version="brain.Event:2")
             self._event(step=step + 1, session_log=SessionLog(status=SessionLog.START))  # hides what was taken back
             self._board.flush()
@@ -137,9 +157,11 @@ class Writer:
             self._board.flush()
 
     def sync(self) -> None:
-        """Returns when metrics.jsonl is on the disk: a checkpoint must not outlast what led to it."""
+        """Returns when metrics.jsonl is on the disk, or in the bucket: a checkpoint must not outlast what led to it."""
         with files.naming(self._path, "cannot be written"):
-            os.fsync(self._jsonl.fileno())
+            files.sync(self._jsonl)
+        with files.naming(self._folder, "cannot be written"):
+            self._board.sync()
 
     def _event(self, **content: Any) -> None:
         self._board.write(Event(wall_time=time.time(), **content).SerializeToString())

@@ -79,9 +79,13 @@ def settle_data(config: ConfigDict, workdir: str) -> ConfigDict:
 def _check_start(config: ConfigDict) -> None:
     config = config.copy_and_resolve_references()
     config.init_from = path = pip_path(files.expand_path(config.init_from, "config.init_from"))
-    if path and not (os.path.isfile(path) or os.path.isdir(path)):
-        there = "is neither a file nor a folder" if os.path.exists(path) else "does not exist"
-        raise WeightsError(f"config.init_from = {path!r} {there}")
+    if files.is_url(path):
+        there = files.exists(path)
+    else:
+        there = os.path.isfile(path) or os.path.isdir(path)
+    if path and not there:
+        why = "is neither a file nor a folder" if os.path.exists(path) else "does not exist"
+        raise WeightsError(f"config.init_from = {path!r} {why}")
     freezing.check_before_data(config)
 
 
@@ -105,13 +109,13 @@ def check_new(workdir: str, latest: checkpoint.Store, best: checkpoint.Store) ->
     """A run does not begin over what is left of one whose checkpoints are gone, or over files of another program."""
     told, file = last_step(workdir), os.path.join(workdir, configs.CONFIG)
     # The save of a step is through when the next one begins, whose step may be told by then.
-    stored = configs.load_checked(workdir) if os.path.lexists(file) else None  # refuses another program's
+    stored = configs.load_checked(workdir) if files.exists(file) else None  # refuses another program's
     saved = told and stored and told > 2 * stored.train.checkpoint_every
     left = [f"{best.folder} holds a model"] if best.latest is not None else []
     left += [f"{latest.folder} holds {', '.join(latest.damaged)}"] if latest.damaged else []
     left += [f"{os.path.join(workdir, METRICS)} tells of {told} steps"] if saved else []
     others = [] if stored else [os.path.join(workdir, name) for name in (METRICS, configs.CLASSES)]
-    left += [f"{path} is there without a {configs.CONFIG}" for path in others if os.path.lexists(path)]
+    left += [f"{path} is there without a {configs.CONFIG}" for path in others if files.exists(path)]
     if left:
         raise checkpoint.CheckpointError(
             f"{left[0]}, but {latest.folder} has no whole checkpoint, so the run cannot go on; put one there, use "

@@ -2,13 +2,13 @@
 
 import functools
 import operator
-import os
 
 import jax
 
 from pwcrf_jax import config as configs
 from pwcrf_jax.nets.pretrained import KNOWN_FILES
 from pwcrf_jax.prediction import restore
+from pwcrf_jax.runtime.files import is_folder
 from pwcrf_jax.training.optimizer import standing_still
 
 _RUN = "name the workdir of a run there that has trained them"
@@ -60,7 +60,7 @@ def check_before_data(config) -> None:
 
     What another run gives is known when it is read.
     """
-    if os.path.isdir(config.init_from):
+    if is_folder(config.init_from):
         return
     params = restore.abstract_params(configs.build_model(config))
     from_file = lambda path, _: bool(config.init_from) and path[1].key == "backbone"

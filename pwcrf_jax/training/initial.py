@@ -14,7 +14,7 @@ from pwcrf_jax.nets import load_pretrained
 from pwcrf_jax.nets.pip_weights import pip_path
 from pwcrf_jax.nets.pretrained import KNOWN_FILES
 from pwcrf_jax.prediction import restore
-from pwcrf_jax.runtime import checkpoint, files
+from pwcrf_jax.runtime import checkpoint, files, mirror
 from pwcrf_jax.runtime.logs import log
 from pwcrf_jax.training import freezing
 
@@ -49,11 +49,11 @@ def _fresh_params(config: ConfigDict) -> tuple[Any, str]:
             log.info("config.init_from = '': the backbone %s starts at random, though ImageNet weights for it are "
                      "published; docs/training.md lists them", config.model.backbone)  # fmt: skip
         return params, "tf"
-    if os.path.isdir(config.init_from):
+    if files.is_folder(config.init_from):
         start, scaling = _from_run(config.init_from, params, configs.relations(config))
         freezing.check(config, params, jax.tree.map(operator.is_, start, params))
         return start, scaling
-    path = pip_path(config.init_from)
+    path = mirror.local(pip_path(config.init_from))
     featmap, report = load_pretrained(path, params["featmap"])
     log.info("%s", report)
     given = config.model.input_scaling

@@ -23,7 +23,7 @@ LIBRARIES = {
     "pydensecrf": set(),
     "nets": {"flax", "h5py", "safetensors"},
     "model": set(),
-    "runtime": {"orbax", "absl", "tqdm", "tensorboardX", "etils", "optax", "PIL"},
+    "runtime": {"orbax", "absl", "tqdm", "tensorboardX", "etils", "optax", "PIL", "fsspec", "gcsfs"},
     "data": {"numpy", "PIL", "grain", "tensorflow_datasets", "array_record", "scipy", "h5py", "yaml", "pycocotools",
              "importlib_resources", "tqdm", "etils"},
     "config": {"ml_collections"},

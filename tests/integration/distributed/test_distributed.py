@@ -53,7 +53,7 @@ def start(tmp_path, workdir, processes, script="train.py", heartbeat=10, other=(
         variables |= {"XLA_FLAGS": small.FAST_COMPILATION}
         if i == processes - 1:
             flags, variables = [*flags, *other], variables | (environment or {})
-        log = tmp_path / f"{workdir.name}-{time.time_ns()}-{i}.log"
+        log = tmp_path / f"{os.path.basename(workdir)}-{time.time_ns()}-{i}.log"
         out.append((commands.start([script, *flags], log, log, env=variables), log))
     return out
 

@@ -34,6 +34,10 @@ NOT_RUN = {
     "pre-commit install": "changes the checkout; the hooks are held to `make lint` below",
     "pwcrf train --config voc_vgg16 --workdir SHARED/runs/voc": "needs several hosts; tests/integration/distributed "
     "runs train.py with the same flags as several processes, and test_docs_readme parses this",
+    "pip install pwcrf_jax[gcs]": "installs into the environment; `make test-slow` does",
+    "pwcrf train --config voc_vgg16 --workdir gs://my-bucket/runs/voc": "needs a bucket; tests/integration/buckets has "
+    "an emulator of one",
+    "pwcrf eval --workdir gs://my-bucket/runs/voc": "the same",
 }
 """Beginnings of commands, and why they are not run here."""
 

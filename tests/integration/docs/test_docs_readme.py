@@ -18,6 +18,7 @@ from ml_collections import config_flags
 from pwcrf_jax import config as configs
 from pwcrf_jax.cli import check, command, crf
 from pwcrf_jax.data import DATASETS
+from pwcrf_jax.runtime import buckets
 
 ROOT = Path(__file__).resolve().parents[3]
 TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md", "benchmarks/RESULTS.md")
@@ -104,6 +105,7 @@ def parse(words, monkeypatch, trained_with=None):
     monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for the overrides
     if trained_with:
         config_flags.DEFINE_config_dict("config", config_of(trained_with), flag_values=values, lock_config=True)
+    monkeypatch.setattr(buckets, "_NEEDED", ())  # what is installed here is of no interest
     command.parse(argv, values)
     getattr(module, "check_flags", lambda values: None)(values)  # flags that do not go together
     configs.validate(configs.filled(values["config"].value), num_devices=1)

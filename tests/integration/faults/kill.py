@@ -1,13 +1,16 @@
 """Kills real training at random moments, starts it again, and compares what comes out with a run nobody killed.
 
     python tests/integration/faults/kill.py [--kills 100] [--signal kill|term] [--seed 0] [--devices 2] [--workers 0]
-        [--folder DIR]
+        [--folder DIR] [--bucket]
 
 Each life of `train.py` ends at a moment drawn from one of: the time before its first step, the time after it, a save
 (that is: a temporary checkpoint is there). After each kill every visible checkpoint is read and verified, the best one
 must still be there, no process may be left, and nothing new in shared memory. A run that gets to its end must be equal
 to the undisturbed one bit for bit: parameters, optimizer state, best parameters, and each line of metrics.jsonl but for
 the speed; then a new one begins, until there were as many kills as asked for.
+
+With --bucket the workdir lies in an emulator of Google Cloud Storage, and what a kill left there must be gone when the
+next life trains.
 
 With --signal=term the lives end by SIGTERM, half of them by two of it: the exit code must be 143, and the step that was
 stopped at saved. With --workers so many processes read the images, where threads read those of the undisturbed run.
@@ -16,6 +19,7 @@ Prints one line a kill and a last line of JSON; exit code 1 if anything was not 
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import pathlib
@@ -32,6 +36,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/integration")]
 
 import commands  # noqa: E402
+import emulator  # noqa: E402
 import small  # noqa: E402
 from faults import states  # noqa: E402
 
@@ -53,6 +58,71 @@ SHM = pathlib.Path("/dev/shm")
 HANGS = 300  # seconds after which a life is taken for hanging
 
 
+class Folder:
+    """A workdir on the disk. log: where its lives write theirs."""
+
+    def __init__(self, base):
+        self.path, self.log = base / "work", base / "log.txt"
+        self.path.mkdir(parents=True)
+
+    def temporary(self):
+        """{path: when it was begun} of saves that are not through."""
+        found = [x for name in ("checkpoints", "best") for x in (self.path / name).glob("*orbax-checkpoint-tmp*")]
+        return {x: x.stat().st_mtime for x in found if x.exists()}
+
+    @contextlib.contextmanager
+    def on_disk(self):
+        yield self.path
+
+    def left_over(self, life, before):
+        """What an earlier life left that this one, which trains, should have deleted."""
+        return [f"{x} is older than this start" for x, began in self.temporary().items() if began < life.began]
+
+    def state(self):
+        return None
+
+
+class Bucket:
+    """The same in the bucket of an `emulator.Service`."""
+
+    def __init__(self, base, service):
+        self._service, self._name, self.log = service, f"{base.name}/work", base / "log.txt"
+        self.path = f"gs://bucket/{self._name}"
+        base.mkdir(parents=True, exist_ok=True)
+
+    def _unfinished(self):
+        """{step: {object: version}}"""
+        found, whole = collections.defaultdict(dict), set()
+        for name, version in self._service.versions.items():
+            kind, _, rest = name.removeprefix(f"{self._name}/").partition("/")
+            step = f"{kind}/{rest.partition('/')[0]}"
+            if name.startswith(f"{self._name}/") and kind in ("checkpoints", "best"):
+                found[step][name] = version
+                whole |= {step} if name.endswith("/commit_success.txt") else set()
+        return {step: objects for step, objects in found.items() if step not in whole}
+
+    def temporary(self):
+        return {step: None for step in self._unfinished()}
+
+    @contextlib.contextmanager
+    def on_disk(self):
+        with tempfile.TemporaryDirectory() as copy:
+            cut = {name for objects in self._unfinished().values() for name in objects}
+            for name, content in self._service.objects.items():
+                if name.startswith(f"{self._name}/") and name not in cut:
+                    path = pathlib.Path(copy, name.removeprefix(f"{self._name}/"))
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(content)
+            yield pathlib.Path(copy)
+
+    def left_over(self, life, before):
+        now = {item for objects in self._unfinished().values() for item in objects.items()}
+        return [f"left of an earlier life: {sorted(now & before)}"] if before and now & before else []
+
+    def state(self):
+        return {item for objects in self._unfinished().values() for item in objects.items()}
+
+
 class Life:
     """One process of train.py; its log is on disk, so that nothing of it is lost with it.
 
@@ -60,9 +130,9 @@ class Life:
     """
 
     def __init__(self, workdir, devices, data_dir, workers=0, forked=False):
-        self.workdir, self.log_path = workdir, workdir.parent / "log.txt"
+        self.workdir, self.log_path = workdir, workdir.log
         keys = KEYS | {"data.num_workers": workers}
-        command = [sys.executable, "train.py", f"--workdir={workdir}", *small.flags(data_dir, **keys)]
+        command = [sys.executable, "train.py", f"--workdir={workdir.path}", *small.flags(data_dir, **keys)]
         flags = f"--xla_force_host_platform_device_count={devices} {small.FAST_COMPILATION}"
         environment = os.environ | {"XLA_FLAGS": flags}
         self.began = time.time()
@@ -94,7 +164,7 @@ class Life:
         return "first step after" in self.log()
 
     def temporary(self):
-        return [x for name in ("checkpoints", "best") for x in (self.workdir / name).glob("*orbax-checkpoint-tmp*")]
+        return self.workdir.temporary()
 
     def relatives(self):
         """Living processes of its session: itself and all it started, unless they made a session of their own."""
@@ -180,19 +250,21 @@ def stop(life, kill, rng):
 
 
 def undisturbed(base, devices, forked=False):
-    """(base, devices, forked, seconds to the first step, `states.final`) of a run that nobody kills."""
-    workdir = base / "whole" / "work"
-    workdir.mkdir(parents=True)
+    """(base, devices, forked, seconds to the first step, `states.final`) of a run that nobody kills, on the disk."""
+    workdir = Folder(base / "whole")
     life = Life(workdir, devices, base / "data", forked=forked)
     start_up = life.wait_for(life.trains)
     life.wait_for(lambda: False)
     if life.process.returncode:
         raise AssertionError(f"the undisturbed run failed:\n{life.log()}")
-    return base, devices, forked, start_up, states.final(workdir)
+    return base, devices, forked, start_up, states.final(workdir.path)
 
 
-def campaign(whole, kills, kill=True, seed=0, kinds=("start", "step", "save"), workers=0, say=print):
-    """Returns the summary; summary["violations"] lists what was not as it should be. whole: of `undisturbed`."""
+def campaign(whole, kills, kill=True, seed=0, kinds=("start", "step", "save"), workers=0, say=print, service=None):
+    """Returns the summary; summary["violations"] lists what was not as it should be. whole: of `undisturbed`.
+
+    service: of `emulator.started`, in whose bucket the workdirs lie.
+    """
     base, devices, forked, start_up, expected = whole
     rng, began, shared_before = random.Random(seed), time.time(), set(os.listdir(SHM))
     counts, violations, slowest = collections.Counter(), [], 0.0
@@ -200,8 +272,9 @@ def campaign(whole, kills, kill=True, seed=0, kinds=("start", "step", "save"), w
     while done < kills or not finished:
         if finished:
             runs += 1
-            workdir = pathlib.Path(tempfile.mkdtemp(prefix=f"run{runs}-", dir=base), "work")
-            best, finished = None, False
+            home = pathlib.Path(tempfile.mkdtemp(prefix=f"run{runs}-", dir=base))
+            workdir = Bucket(home, service) if service else Folder(home)
+            best, finished, before = None, False, None
         life = Life(workdir, devices, base / "data", workers, forked)
         if done < kills and moment(life, kind := rng.choice(kinds), rng, start_up):
             where = phase(life)
@@ -211,14 +284,16 @@ def campaign(whole, kills, kill=True, seed=0, kinds=("start", "step", "save"), w
             code, kind = life.process.returncode, None
         log, wrong = life.log(), []
         if life.trains():
-            wrong += [f"{x} is older than this start" for x in life.temporary() if x.stat().st_mtime < life.began]
+            wrong += workdir.left_over(life, before)
+        before = workdir.state()
         if relatives := life.survivors():
             wrong.append(f"processes {relatives} are left")
         if new := set(os.listdir(SHM)) - shared_before:
             wrong.append(f"new in shared memory: {sorted(new)}")
         found = {}
         try:
-            found = checkpoints(workdir)
+            with workdir.on_disk() as folder:
+                found = checkpoints(folder)
         except Exception as error:
             wrong.append(f"unreadable: {error}")
         bests = [meta["miou_all"] for (which, _), meta in found.items() if which == "best"]
@@ -247,10 +322,11 @@ def campaign(whole, kills, kill=True, seed=0, kinds=("start", "step", "save"), w
         if code == 0:
             finished = True
             counts["finished runs"] += 1
-            if states.final(workdir) != expected:
-                wrong.append(f"{workdir} is not what the undisturbed run is")
+            with workdir.on_disk() as folder:
+                if states.final(folder) != expected:
+                    wrong.append(f"{workdir.path} is not what the undisturbed run is")
             if life.temporary():
-                wrong.append(f"left: {life.temporary()}")
+                wrong.append(f"left: {list(life.temporary())}")
         violations += wrong
         for text in wrong:
             say(f"VIOLATION {text}", flush=True)
@@ -273,10 +349,12 @@ def main():
     parser.add_argument("--devices", type=int, choices=(1, 2, 4), default=2)
     parser.add_argument("--workers", type=int, default=0, help="config.data.num_workers")
     parser.add_argument("--folder", help="kept, to look into; default: a temporary one")
+    parser.add_argument("--bucket", action="store_true", help="workdirs in an emulator of Google Cloud Storage")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
+        service = stack.enter_context(emulator.started()) if args.bucket else None
         whole = undisturbed(pathlib.Path(args.folder or temporary), args.devices)
-        summary = campaign(whole, args.kills, args.signal == "kill", args.seed, workers=args.workers)
+        summary = campaign(whole, args.kills, args.signal == "kill", args.seed, workers=args.workers, service=service)
     print(json.dumps(summary))
     sys.exit(bool(summary["violations"]))
 

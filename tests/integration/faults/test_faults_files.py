@@ -21,7 +21,7 @@ from pwcrf_jax import config as configs
 from pwcrf_jax.data import label_guard
 from pwcrf_jax.evaluation import evaluate
 from pwcrf_jax.report import collect
-from pwcrf_jax.runtime import checkpoint, files, lock, logs
+from pwcrf_jax.runtime import checkpoint, files, lock, logs, step_folders
 from pwcrf_jax.runtime.files import FileError
 
 IDENTITY = {"model.hidden": 4}
@@ -167,7 +167,7 @@ def test_damaged_checkpoints_are_set_aside_beside_links_of_that_name(tmp_path):
     place = tmp_path / "checkpoints"
     (place / "7").mkdir(parents=True)
     (place / "7.damaged").symlink_to(tmp_path / "nothing")
-    assert checkpoint.Store(str(place), IDENTITY, 2)._set_aside(7) == str(place / "7.damaged+")
+    assert step_folders.set_aside(str(place), 7) == str(place / "7.damaged+")
     assert sorted(os.listdir(place)) == ["7.damaged", "7.damaged+"] and not (tmp_path / "nothing").exists()
 
 

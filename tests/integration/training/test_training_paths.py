@@ -28,15 +28,44 @@ from pwcrf_jax.runtime.streams import naming_stdout, say
 from pwcrf_jax.training import checks, loop
 
 ROOT = pathlib.Path(__file__).parents[3]
-URLS = ["gs://bucket/run", "s3://b/k", "hdfs://host:9000/a", "https://x.org/a.h5", "file:///x", "GS://b", "gs:/b/x",
+URLS = ["s3://b/k", "hdfs://host:9000/a", "https://x.org/a.h5", "file:///x", "GS://b", "gs:/b/x",
         "abfss://c@a.dfs/x", " gs://b", "hf://user/model", "s3a://b/c"]  # fmt: skip
 LOCAL = ["runs/demo", "/abs/run", "./~", "a~b/c", "C:/x", "run:1/a", "a/b://c", "", "-", "x.py:variant", "./gs:/x"]
 
 
 @pytest.mark.parametrize("text", URLS)
 def test_urls_are_refused(text):
-    with pytest.raises(FileError, match="--workdir=.*only local paths can be used"):
+    with pytest.raises(FileError, match="--workdir=.*only local paths and gs://BUCKET/NAME can be used"):
         expand_path(text, "--workdir")
+
+
+@pytest.mark.parametrize(
+    "text", ["gs://bucket/run", "gs://my_bucket.org/a b/c=1/*.jpg", "gs://bucket", "gs://bucket/a/"]
+)
+def test_buckets(text, monkeypatch):
+    """Only syntax and the packages are looked at here."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert expand_path(text, "--workdir") == text.rstrip("/")
+    with pytest.raises(FileError, match="--config=gs:.*only local paths can be used"):
+        expand_path(text, "--config")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gcsfs" else name)
+    with pytest.raises(FileError, match=r"--workdir=gs:.*read with gcsfs: pip install \"pwcrf_jax\[gcs\]\""):
+        expand_path(text, "--workdir")
+
+
+@pytest.mark.parametrize("flag", ["config", "scores", "masks", "classes", "parameters"])
+def test_flags_that_take_no_bucket(flag):
+    with pytest.raises(FileError, match=f"--{flag}=gs://bucket/x: only local paths can be used"):
+        expand_path("gs://bucket/x", f"--{flag}")
+    with pytest.raises(FileError, match="--output=gs://bucket/x: only local paths can be used here"):
+        files.check_local("gs://bucket/x", "--output")
+
+
+@pytest.mark.parametrize("text", ["gs://", "gs://b", "gs:///a", "gs://Bucket/a", "gs://bucket//a", "gs://bucket/../a",
+                                  "gs://bucket/a\nb", "gs://bucket/./a"])  # fmt: skip
+def test_urls_that_name_no_bucket(text):
+    with pytest.raises(FileError, match="is no gs://BUCKET/NAME"):
+        expand_path(text, "--output")
 
 
 @pytest.mark.parametrize("text", LOCAL)
@@ -113,7 +142,7 @@ def test_no_flag_that_names_a_path_is_forgotten():
 
 
 @pytest.mark.parametrize("key", ["init_from", "data.source_dir", "data.data_dir"])
-@pytest.mark.parametrize("value", ["gs://bucket/a", "~nobody-of-this-name/a", "hdfs://host/a"])
+@pytest.mark.parametrize("value", ["gs://bucket//a", "gs://../a", "~nobody-of-this-name/a", "hdfs://host/a"])
 def test_keys_of_a_config_file(key, value, tmp_path):
     config = small.config(tmp_path, **{key: value})
     with pytest.raises(configs.ConfigError, match=rf"config\.{key} = .*must be the path of a local file or folder"):
@@ -133,7 +162,7 @@ def test_a_tilde_in_keys_of_a_config_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["data_dir", "source_dir", "TFDS_DATA_DIR"])
-@pytest.mark.parametrize("value", ["gs://bucket/tfds", "~nobody-of-this-name/x", "s3://b"])
+@pytest.mark.parametrize("value", ["gs://bucket//tfds", "~nobody-of-this-name/x", "s3://b"])
 def test_the_check_command(where, value, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["synthetic", f"--{where}={value}"] if "_DIR" not in where else ["synthetic"]
@@ -152,7 +181,7 @@ def test_paths_in_a_file_of_flags(given, form, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other").write_text("--workdir=~/a\n")
     values, seen = _flag_values(), []
-    for text, refusal in ((given, None), (given.replace("~/a", "gs://b/a"), "gs://b/a: only local")):
+    for text, refusal in ((given, None), (given.replace("~/a", "s3://b/a"), "s3://b/a: only local")):
         (tmp_path / "given").write_text(text)
         argv = ["eval.py", *form]
         if refusal and "flagfile" not in text:

@@ -431,7 +431,7 @@ def test_what_is_no_option_is_refused_in_a_line(folder, capsys, key):
         ["image_folder", "--option", "max_pixels=True"],
         ["coco", "--option", "seed=1"],
         ["synthetic", "--option", "num_train=0"],
-        ["synthetic", "--data_dir", "gs://bucket/x"],
+        ["synthetic", "--data_dir", "s3://bucket/x"],
         ["synthetic", "--data_dir", "/dev/null"],
     ],
 )
