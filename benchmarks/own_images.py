@@ -9,10 +9,10 @@
   runs (`DESIGN`), trained on four fifths of the training images and scored on the rest; each run with and without
   averaged parameters. An effect is the mean of the runs with it minus that of those without. --alone: parts that have
   a run of their own beside these.
-* backbones: the same unary on EfficientNet-Lite0 and on MobileNetV2 (--init_from: its weights), three seeds, trained on
-  all training images for an equal time, scored on val after the last step; with --held_out trained and scored as the
-  recipe. Seconds of a step are measured first, in turns, on the cores at hand; --steps are EfficientNet-Lite0's, up to
-  the layers that its own strides leave at stride 16.
+* backbones: the same unary on EfficientNet-Lite0 at several depths and on MobileNetV2 (--init_from: its weights), three
+  seeds, trained on all training images for an equal time, scored on val after the last step; with --held_out trained
+  and scored as the recipe. Seconds of a step are measured first, in turns, on the cores at hand; --steps are
+  EfficientNet-Lite0's, up to the layers that its own strides leave at stride 16.
 
 Both classes' sizes, steps and batches are for two CPU cores (`SETS`). Each run lies in a workdir of its own below
 --runs and goes on where it was stopped; what is finished is not done again. Figures go to benchmarks/results, one JSON
@@ -82,6 +82,9 @@ BACKBONES = {
 """The backbones that are compared: up to the layers of stride 16 that the published strides leave, or as a whole; deep:
 as configs/image_folder.py has it, both, the second at its own stride."""
 FIRST = "efficientnet_lite"
+"""Its steps are those of `SETS`; others have as many as take its time."""
+DEFAULT = "efficientnet_lite_deep"
+"""That of configs/image_folder.py, over which summary gives what others gain."""
 
 
 def config_of(args, split):
@@ -241,11 +244,11 @@ def summary(args):
             gain(runs, runs, ("last", "averaged"), out, f"{name} averaged")
         for kind in ("held out", "backbone"):
             by_seed = {b: {r["seed"]: r for r in of_set if r["kind"] == kind and r["backbone"] == b} for b in BACKBONES}
-            for other in (b for b in BACKBONES if b != FIRST):
-                if seeds := sorted(by_seed[FIRST].keys() & by_seed[other].keys()):
-                    first, second = ([by_seed[b][s] for s in seeds] for b in (FIRST, other))
+            for other in (b for b in BACKBONES if b != DEFAULT):
+                if seeds := sorted(by_seed[DEFAULT].keys() & by_seed[other].keys()):
+                    first, second = ([by_seed[b][s] for s in seeds] for b in (DEFAULT, other))
                     values = [[r["miou"]["unary"] for r in side] for side in (first, second)]
-                    print(f"\n{name}, {kind}, seeds {seeds}: {FIRST} {values[0]}, {other} {values[1]}")
+                    print(f"\n{name}, {kind}, seeds {seeds}: {DEFAULT} {values[0]}, {other} {values[1]}")
                     gain(first, second, "unary", out, f"{name} {kind} {other}", over_seeds=True)
     print(json.dumps(out))
 

@@ -33,6 +33,7 @@ def get_config():
     config.loss.evidence_temperature = (1.0, 3.0)
     config.loss.sampled_offsets = 6
     config.crf.weights = (0.5,)
+    config.refine.smoothness_compat, config.refine.appearance_compat, config.refine.appearance_srgb = 1.5, 2.5, 6.5
     config.train.batch_size = 8
     config.train.steps = 2800
     config.train.eval_every = 0

@@ -67,7 +67,7 @@ def test_summary_gives_effects_and_compares_the_seeds_that_both_have(script, tmp
         write(f"recipe{i}", result(script, 0.5 + 0.1 * ("dice" in parts), kind="recipe", parts=parts))
     write("seconds", {"efficientnet_lite": 1.0})
     for kind, backbone, seed, right in (
-        ("backbone", "efficientnet_lite", 0, 0.5), ("backbone", "efficientnet_lite", 1, 0.9),
+        ("backbone", script.DEFAULT, 0, 0.5), ("backbone", script.DEFAULT, 1, 0.9),
         ("backbone", "mobilenet_v2", 0, 0.6), ("held out", "mobilenet_v2", 1, 0.6),
     ):  # fmt: skip
         write(f"{kind}{backbone}{seed}", result(script, right, kind=kind, backbone=backbone, seed=seed))
