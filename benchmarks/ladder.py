@@ -27,7 +27,7 @@ nyudv2 has no images to score on but its training images. These are cut into 25 
 neighbours often show one room; each of 5 folds scores every fifth block with models that were trained on the other
 twenty, and a seed's figure is that of all the images of its folds. What is chosen for fold 0 comes from --tune_blocks
 blocks that fold 1 scores, with models that have not seen them, what is chosen for the others from fold 0: no image
-chooses what it is scored with. The recipe is configs/nyudv2.py. --final trains its whole model on all images in one
+chooses what it is scored with. The recipe is configs/nyudv2.py; with --trials 0 so are weights and dense CRF. --final trains its whole model on all images in one
 run, which the same command goes on with after a stop, and leaves beside it what fold 0 chose, if that was run; it
 prints the command that scores it. Curves of held-out mean IoU by step (--evals points) are kept with the figures.
 
@@ -234,7 +234,7 @@ def run(args):
         missing = [rung for rung in args.rungs if not all(kept(args, path_of(args, rung, s, fold)) for s in args.seeds)]
         if "multiscale" in missing and "refined" in args.rungs and "refined" not in missing:
             missing.append("refined")  # one pass for both rungs, see `run_rung`
-        chosen = pilot(args, missing, fold)
+        chosen = pilot(args, missing, fold) if args.trials else {}
         for seed in args.seeds:
             for rung in args.rungs:
                 if not kept(args, path_of(args, rung, seed, fold)):
@@ -248,13 +248,14 @@ def path_of(args, rung, seed, fold):
 def run_rung(args, rung, seed, fold, chosen):
     """Trains a rung, or takes it as it is, counts, and writes its figures."""
     (split, scored), name = splits_of(args.set, fold), "run" if fold is None else f"fold{fold}"
-    about = dict(seed=seed, split=scored) | ({} if fold is None else dict(fold=fold, tuned_on=tuned_on(fold)))
+    about = dict(seed=seed, split=scored) | ({} if fold is None else dict(fold=fold))
+    about |= dict(tuned_on=tuned_on(fold)) if fold is not None and chosen else {}
     if rung == "ensemble":
         workdirs = ensemble_of(args, seed, split, name)
-        config, tuned = configs.load(workdirs[0] / "config.json"), chosen["ensemble"]
+        config, tuned = configs.load(workdirs[0] / "config.json"), chosen.get("ensemble", {})
         apply(config, tuned)
         counts, ids, names = counts_of_ensemble(config, workdirs, scored)
-        about |= dict(tuned=tuned, runs=[workdir.name for workdir in workdirs], rung=rung)
+        about |= dict(tuned=tuned or None, runs=[workdir.name for workdir in workdirs], rung=rung)
         about |= cost_of(config, workdirs) | dict(parameters=parameters_of(config) * len(workdirs))
         write(path_of(args, rung, seed, fold), result_of(args, config, names, ids, counts, **about))
         return
@@ -263,11 +264,11 @@ def run_rung(args, rung, seed, fold, chosen):
     if rung == "multiscale" and "refined" in args.rungs:
         refined = "all"  # one pass for both rungs, which have the same marginals
     named = "refined" if refined and rung == "multiscale" else rung
-    tuned = chosen[PILOT_OF[named]] if named in PILOT_OF else {}
+    tuned = chosen.get(PILOT_OF[named], {}) if named in PILOT_OF else {}
     tuned = {k: v for k, v in tuned.items() if refined or k.startswith("crf.")}
     apply(config, tuned)
     counts, ids, names = counts_of_images(config, workdir, refined, scored)
-    if refined == configs.final_row(config):  # so that pwcrf eval --refine full has this rung's figures
+    if tuned and refined == configs.final_row(config):  # so that pwcrf eval --refine full has this rung's figures
         leave(config, tuned, _pilot(args, fold)[2], workdir)
     about |= dict(tuned=tuned or None)
     if curve := curve_of(workdir):
@@ -349,7 +350,8 @@ def main():
     parser.add_argument(
         "--curve", action="store_true", help="instead of the rungs: gain over unaries of several strengths"
     )
-    parser.add_argument("--trials", type=int, default=16, help="settings of the dense CRF that the pilot tries at most")
+    trials = "settings of the dense CRF that the pilot tries at most; 0: no pilot, all as the set's config has it"
+    parser.add_argument("--trials", type=int, default=16, help=trials)
     parser.add_argument("--tune_blocks", type=int, default=2, help="of nyudv2, blocks that a pilot is tuned on")
     args = parser.parse_args()
     if args.unseen and (together := [r for r in args.rungs or () if r.startswith(("joint", "unrolled_joint"))]):
