@@ -27,9 +27,10 @@ nyudv2 has no images to score on but its training images. These are cut into 25 
 neighbours often show one room; each of 5 folds scores every fifth block with models that were trained on the other
 twenty, and a seed's figure is that of all the images of its folds. What is chosen for fold 0 comes from --tune_blocks
 blocks that fold 1 scores, with models that have not seen them, what is chosen for the others from fold 0: no image
-chooses what it is scored with. The recipe is configs/nyudv2.py; with --trials 0 so are weights and dense CRF. --final trains its whole model on all images in one
-run, which the same command goes on with after a stop, and leaves beside it what fold 0 chose, if that was run; it
-prints the command that scores it. Curves of held-out mean IoU by step (--evals points) are kept with the figures.
+chooses what it is scored with. The recipe is configs/nyudv2.py; with --trials 0 so are weights and dense CRF. --final
+trains its whole model on all images in one run, which the same command goes on with after a stop, and leaves beside it
+what fold 0 chose, if that was run; it prints the command that scores it. Curves of held-out mean IoU by step (--evals
+points) are kept with the figures.
 
 Steps, crops and batches are sized for two CPU cores (`ladder_models.SETS`): three seeds take some hours a set. --steps,
 --crop, --batch, --pair_steps, --pair_balance, --boxes and --unseen make it another ladder, and --results names a folder
