@@ -68,7 +68,7 @@ def test_a_key_of_the_config(command, key):
 
 def test_every_key_of_the_config_is_compared_but_where_data_lie(command):
     missing = {key for key in keys.KEYS if f"config.{key}" not in command()}
-    assert missing == {"data.source_dir", "data.data_dir"}
+    assert missing == {"data.source_dir", "data.data_dir", "data.scores.dir"}
 
 
 @pytest.mark.parametrize(

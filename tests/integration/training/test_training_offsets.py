@@ -124,7 +124,7 @@ def predicts(config, model, params):
             parts = {name: (maps(hidden), maps(hidden)) for name in names}
             decode = functools.partial(predictor._decode, canvas=layout.canvas)
             unary, box = maps(config.data.num_classes), spec(INT32, 1, 4)
-            jax.eval_shape(decode, unary, parts, None, predictor._last_layers, box)
+            jax.eval_shape(decode, unary, parts, None, None, predictor._last_layers, box)
     jax.eval_shape(lambda p, x: model.apply({"params": p}, x), params, spec(UINT8, 1, *frame, 3))
 
 

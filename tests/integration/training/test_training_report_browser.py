@@ -3,6 +3,7 @@
 import base64
 import copy
 import json
+import pathlib
 import re
 import shutil
 
@@ -67,7 +68,7 @@ def written(run, tmp_path_factory):
     for image in page._gallery.entries():
         image["id"] = LONG_ID if image["index"] == min(inspected) else image["id"]
     page.write(result)
-    return page.file, result, page.data(result)
+    return pathlib.Path(page.file), result, page.data(result)
 
 
 @pytest.fixture(params=[(1200, 900, "light"), (390, 844, "dark")], ids=["desktop", "phone"])
@@ -272,7 +273,7 @@ def test_a_page_of_a_unary_alone(chromium, run, tmp_path):
     tab, complaints = chromium.new_page(viewport=dict(width=360, height=740)), []
     tab.on("console", lambda m: complaints.append(m.text))
     tab.on("pageerror", lambda e: complaints.append(str(e)))
-    tab.goto(page.file.as_uri())
+    tab.goto(pathlib.Path(page.file).as_uri())
     for section, says in {
         "#verdict": "Nothing comes after the unary network",
         "#iterations": "There are no iterations",
@@ -296,7 +297,7 @@ def test_a_page_without_iterations(chromium, run, tmp_path):
     result = evaluate.evaluate_model(config, model, params, dataset, "val", report=page)
     page.write(result | dict(step=1, checkpoint="best", refine="off"))
     tab = chromium.new_page()
-    tab.goto(page.file.as_uri())
+    tab.goto(pathlib.Path(page.file).as_uri())
     says = lambda section: tab.locator(section).inner_text()
     assert "no iterations of mean field (config.crf.num_iterations = 0)" in says("#about")
     assert "config.crf.num_iterations is 0 and refinement is off" in says("#iterations")

@@ -22,7 +22,7 @@ from pwcrf_jax.nets import BACKBONES
 ROOT = pathlib.Path(__file__).parents[3]
 DEFAULTS = dict(configs.flat(default.get_config()))
 
-FREE_TEXT = {"init_from", "data.source_dir", "data.data_dir", "data.train_split", "data.eval_split"}
+FREE_TEXT = {"init_from", "data.source_dir", "data.data_dir", "data.scores.dir", "data.train_split", "data.eval_split"}
 FREE_TEXT |= {"data.tfds.dataset", "data.tfds.image_key", "data.tfds.label_key"}
 NAMES = {"eval.classes", "data.tfds.class_names"}  # known from the data set, which is not read here
 SIGNED = {"data.image_folder.seed", "data.tfds.label_offset", "data.tfds.void", "crf.weights"}
