@@ -38,6 +38,17 @@ import numpy as np
 from pwcrf_jax import costs, mean_field
 from pwcrf_jax.model.jaxprs import Nets, num_bytes, trace_nets
 
+# Memory of one chip in bytes, as its maker gives it: https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e;
+# https://www.nvidia.com/en-us/data-center/h100/ (SXM), /h200/. What a runtime keeps for itself is not taken off.
+CHIPS = {
+    "v4": 32 * 2**30,
+    "v5e": 16 * 2**30,
+    "v5p": 95 * 2**30,
+    "v6e": 32 * 2**30,
+    "H100": 80 * 10**9,
+    "H200": 141 * 10**9,
+}
+
 
 class Row(NamedTuple):
     """One line of a plan.
@@ -81,6 +92,30 @@ class Plan:
         lines += [[r.name, _short(r.multiply_adds), _short(r.bytes, "B")] for r in self.rows]
         name, *widths = (max(len(line[i]) for line in lines) for i in range(3))
         return "\n".join(f"{a:<{name}}  {b:>{widths[0]}}  {c:>{widths[1]}}" for a, b, c in lines)
+
+    def largest_batch(self, chip: str) -> int:
+        """How many images a training step may have on one chip; 0: not one.
+
+        A lower bound beyond the plan's own batch: all but parameters, gradients and optimizer state is taken to grow
+        with the images.
+
+        Raises:
+          KeyError: a chip that is not in `CHIPS`, with the names of all.
+        """
+        if chip not in CHIPS:
+            raise KeyError(f"no chip {chip!r} is known; known: {', '.join(CHIPS)}")
+        state = sum(row.bytes for row in self.rows if row.name in ("parameters", "gradients", "optimizer state"))
+        of_images = self["training step"].bytes - state
+        return max(0, (CHIPS[chip] - state) * self.batch_size // of_images)
+
+    def chips(self) -> str:
+        """A line for each of `CHIPS`: whether the training step fits, and the largest batch that would."""
+        needs, lines = _short(self["training step"].bytes, "B"), []
+        for chip, memory in CHIPS.items():
+            largest = self.largest_batch(chip)
+            says = "fits" if largest >= self.batch_size else "does not fit"
+            lines.append(f"{chip:5} {says}: {needs} of {_short(memory, 'B')}, {largest} images a device would")
+        return "\n".join(lines)
 
     def summary(self) -> str:
         """One line: parameters, activations, the largest pairwise loss, both totals."""

@@ -64,7 +64,7 @@ def batch_picture(batch, palette) -> np.ndarray:
 
 
 def run(config, workdir: str = "", picture: str = "") -> str:
-    """Prints summary and plan, and writes the first batch of the run as a PNG; returns its path.
+    """Prints summary, plan and the chips that it fits, writes the first batch of the run as a PNG, returns its path.
 
     workdir: read if there is a run in it, and not written to but for the picture. picture: the PNG; "":
     WORKDIR/dry_run.png.
@@ -92,7 +92,8 @@ def run(config, workdir: str = "", picture: str = "") -> str:
     tx = make_optimizer(config.optimizer, config.model, c.steps, configs.unary_steps(config))
     size = tuple(config.data.crop_size)
     print(summary(model, jax.ShapeDtypeStruct((c.batch_size // jax.device_count(), *size, 3), np.uint8)))
-    print(f"\n{loop.estimate_cost(config, model, tx)}", flush=True)
+    plan = loop.estimate_cost(config, model, tx)
+    print(f"\n{plan}\n\n{plan.chips()}", flush=True)
     batches = loop.batches_from(config, dataset, 0)
     try:
         pixels = batch_picture(next(batches), dataset.palette)

@@ -244,6 +244,7 @@ def test_dry_run_leaves_its_picture_alone(config, tmp_path):
     assert re.search(rf"^all +{sum(x.size for x in leaves):,}$", done.stdout, re.MULTILINE)
     hidden = rf"{config.train.batch_size // jax.device_count()} x 6 x 8 x {config.model.hidden} float32"
     assert re.search(rf"^unary/first +{hidden} +bias 8, kernel 8 x 8 +72$", done.stdout, re.MULTILINE)
+    assert re.search(r"^v5e   fits: [\d.]+ .?B of 17.2 GB, \d+ images a device would$", done.stdout, re.MULTILINE)
     assert "training step" in done.stdout and "nothing was trained" in done.stderr
     # The picture is the first batch of the run.
     batches = loop.batches_from(config, load_dataset(**configs.dataset_options(config)), 0)

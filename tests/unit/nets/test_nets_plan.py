@@ -170,6 +170,19 @@ def test_features_grow_with_the_batch_and_parameters_do_not():
     assert one["parameters"] == two["parameters"]
 
 
+def test_the_largest_batch_of_a_chip_fits_and_one_more_does_not(monkeypatch):
+    model, tx = segmenter(), pytest.importorskip("optax").adam(1e-3)
+    of = lambda n: plan(model, (64, 96), n, optimizer=tx)
+    monkeypatch.setitem(planning.CHIPS, "v5e", of(6)["training step"].bytes + 10)
+    assert 4 <= of(2).largest_batch("v5e") <= of(6).largest_batch("v5e") == 6
+    assert "v5e   fits" in of(6).chips() and "v5e   does not fit" in of(7).chips()
+    assert list(planning.CHIPS) == [line.split()[0] for line in of(1).chips().splitlines()]
+    monkeypatch.setitem(planning.CHIPS, "v5e", 1000)  # less than the parameters
+    assert of(1).largest_batch("v5e") == 0
+    with pytest.raises(KeyError, match="v9.*known: v4, v5e"):
+        of(1).largest_batch("v9")
+
+
 def test_without_relations_there_are_no_pairwise_rows():
     planned = plan(segmenter(relations=()), (96, 128))
     names = " ".join(row.name for row in planned.rows)
