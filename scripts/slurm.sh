@@ -3,7 +3,7 @@
 #
 #     sbatch --nodes=2 --gpus-per-node=8 scripts/slurm.sh --config configs/voc_vgg16.py --workdir SHARED/runs/voc ...
 #
-# The arguments are those of train.py. --workdir and data.data_dir must be on a file system that all hosts share. Two
+# The arguments are those of train.py. --workdir and data.data_dir are on a file system that all hosts share, or gs://. Two
 # minutes before the time is up, and when the job is preempted, the run saves itself and the job is queued again, until
 # the run is finished.
 #SBATCH --job-name=pwcrf

@@ -70,6 +70,7 @@ def main(_: object) -> None:
 def _start() -> None:
     preemption.install()
     distributed.start()
+    preemption.watch_notices()
 
 
 def run() -> None:

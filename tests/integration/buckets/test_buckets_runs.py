@@ -220,16 +220,18 @@ def test_data_in_a_bucket_is_prepared_by_one_of_two_processes(service, tmp_path)
 
 
 @pytest.mark.slow
-def test_two_processes_with_all_in_buckets_are_two_on_a_disk(service, tmp_path):
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_with_all_in_buckets_are_those_on_a_disk(service, tmp_path, processes):
     """Where no disk is shared: the workdir and the prepared data."""
-    on_disk, _ = trained(tmp_path, 2)
+    pod = f"gs://bucket/pod{processes}"
+    on_disk, _ = trained(tmp_path, processes)
     for steps in (4, 6):
-        keys = {"data.data_dir": "gs://bucket/pod/sets", "train.steps": steps}
-        codes, logs = finished(start(tmp_path, "gs://bucket/pod/run", 2, **keys))
-        assert codes == [0, 0], logs
-    codes, logs = finished(start(tmp_path, "gs://bucket/pod/run", 2, "eval.py"))
-    assert codes == [0, 0] and files.exists("gs://bucket/pod/run/eval_val.json"), logs
-    copy = _copied(service, "pod/run", tmp_path / "copy")
+        keys = {"data.data_dir": f"{pod}/sets", "train.steps": steps}
+        codes, logs = finished(start(tmp_path, f"{pod}/run", processes, **keys))
+        assert codes == [0] * processes, logs
+    codes, logs = finished(start(tmp_path, f"{pod}/run", processes, "eval.py"))
+    assert codes == [0] * processes and files.exists(f"{pod}/run/eval_val.json"), logs
+    copy = _copied(service, f"pod{processes}/run", tmp_path / "copy")
     assert states.read(copy)[1]["hashes"] == states.read(on_disk)[1]["hashes"]
     assert states.lines(copy) == states.lines(on_disk)
 

@@ -1,12 +1,17 @@
 """SIGTERM, seen by one process itself and by several together."""
 
+import http.server
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
+import pytest
+import small
 from faults.kill import ROOT
 
 from pwcrf_jax.runtime import preemption
@@ -101,3 +106,75 @@ jax.distributed.shutdown()
         for process in processes:
             process.kill()
             process.communicate()
+
+
+class _Metadata(http.server.BaseHTTPRequestHandler):
+    """Answers of a metadata server in turn; None: it is not well."""
+
+    answers, asked = [], []
+
+    def do_GET(self):
+        type(self).asked.append((self.path, self.headers["Metadata-Flavor"]))
+        answer = type(self).answers.pop(0)
+        self.send_response(503 if answer is None else 200)
+        self.send_header("ETag", f"tag{len(self.asked)}")
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def metadata():
+    _Metadata.asked = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield _Metadata, f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+NONE = {"maintenanceEvent": "NONE", "preempted": "FALSE"}
+MOVED = NONE | {"maintenanceEvent": "MIGRATE_ON_HOST_MAINTENANCE"}
+
+
+@pytest.mark.parametrize(
+    "last", [NONE | {"preempted": "TRUE"}, NONE | {"maintenanceEvent": "TERMINATE_ON_HOST_MAINTENANCE"}]
+)
+def test_a_notice_of_google_cloud_is_a_signal(metadata, monkeypatch, capfd, last):
+    """A machine that is moved alive is left alone, and so is one whose server does not answer."""
+    server, host = metadata
+    server.answers = [NONE, None, MOVED, {}, last]
+    sent = []
+    monkeypatch.setattr(preemption, "_PAUSE", 0)
+    monkeypatch.setattr(preemption.os, "kill", lambda *x: sent.append(x))
+    preemption._wait_for_notice(host)
+    assert sent == [(os.getpid(), signal.SIGTERM)] and not server.answers
+    assert "as if by SIGTERM" in capfd.readouterr().err
+    tags = [path.rpartition("last_etag=")[2] for path, _ in server.asked]
+    assert tags == ["0", "tag1", "tag1", "tag3", "tag4"] and {flavor for _, flavor in server.asked} == {"Google"}
+
+
+def test_elsewhere_nobody_is_asked(monkeypatch):
+    monkeypatch.delenv("GCE_METADATA_HOST", raising=False)
+    monkeypatch.setattr(preemption.Path, "read_text", lambda *_: "Another Machine\n")
+    monkeypatch.setattr(preemption.threading, "Thread", lambda **_: pytest.fail("a thread was started"))
+    preemption.watch_notices()
+
+
+@pytest.mark.full
+def test_a_run_saves_itself_at_a_notice(metadata, tmp_path):
+    server, host = metadata
+    server.answers = [NONE] + [None] * 10**4
+    flags = small.flags(tmp_path / "prepared", **{"train.steps": 100_000, "train.eval_every": 0})
+    command = [sys.executable, "train.py", f"--workdir={tmp_path / 'work'}", *flags]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"GCE_METADATA_HOST": host}, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stderr:
+        if "step 2" in line:
+            break
+    server.answers = [NONE | {"preempted": "TRUE"}]
+    said = process.communicate(timeout=LIMIT)[1]
+    assert process.returncode == preemption.EXIT_CODE and "as if by SIGTERM" in said
+    assert any((tmp_path / "work" / "checkpoints").iterdir())
