@@ -38,6 +38,7 @@ NOT_RUN = {
     "pwcrf train --config voc_vgg16 --workdir gs://my-bucket/runs/voc": "needs a bucket; tests/integration/buckets has "
     "an emulator of one",
     "pwcrf eval --workdir gs://my-bucket/runs/voc": "the same",
+    "scripts/tpu_vm.sh run my-slice": "needs a cloud; test_distributed_scripts runs it with a stand-in for gcloud",
 }
 """Beginnings of commands, and why they are not run here."""
 
