@@ -38,8 +38,6 @@ import numpy as np
 from pwcrf_jax import costs, mean_field
 from pwcrf_jax.model.jaxprs import Nets, num_bytes, trace_nets
 
-# Memory of one chip in bytes, as its maker gives it: https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e;
-# https://www.nvidia.com/en-us/data-center/h100/ (SXM), /h200/. What a runtime keeps for itself is not taken off.
 CHIPS = {
     "v4": 32 * 2**30,
     "v5e": 16 * 2**30,
@@ -48,6 +46,11 @@ CHIPS = {
     "H100": 80 * 10**9,
     "H200": 141 * 10**9,
 }
+"""Memory of one chip in bytes, as its maker gives it; what a runtime keeps for itself is not taken off.
+
+TPU: https://cloud.google.com/tpu/docs/v4 and its neighbours v5e, v5p, v6e. GPU: https://www.nvidia.com/en-us/data-center/h100/
+(SXM) and h200.
+"""
 
 
 class Row(NamedTuple):
