@@ -71,9 +71,10 @@ def test_commands_on_buckets(in_bucket, service, tmp_path):
     """Evaluation with its page, and prediction of images of a bucket into another."""
     pixels = np.random.default_rng(0).integers(0, 255, (70, 90, 3), np.uint8)
     for name in ("a.png", "sub/b.jpg"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.fromarray(pixels).save(tmp_path / name)
-        buckets.send(str(tmp_path / name), f"gs://bucket/photos/{name}")
+        file = tmp_path / "photos" / name
+        file.parent.mkdir(exist_ok=True, parents=True)
+        Image.fromarray(pixels).save(file)
+        buckets.send(str(file), f"gs://bucket/photos/{name}")
     buckets.write("gs://bucket/photos/notes.txt", b"no image")
     done = _run(["eval.py", "--workdir", WORKDIR, "--report", "auto", "--report_images", "2"])
     numbers = json.loads(done.stdout.splitlines()[-1])
@@ -88,7 +89,7 @@ def test_commands_on_buckets(in_bucket, service, tmp_path):
     }
     again = commands.run([*words, "gs://bucket/predicted"])
     assert again.returncode == 2 and "is not empty; name another one, or add --overwrite" in again.stderr
-    local = _run([*words[:6], str(tmp_path), "--output", str(tmp_path / "out")])
+    local = _run([*words[:6], str(tmp_path / "photos"), "--output", str(tmp_path / "out")])
     assert json.loads(local.stdout.splitlines()[-1])["num_images"] == 2
     assert (tmp_path / "out/labels/a.png").read_bytes() == service.objects["predicted/labels/a.png"]
     for url, says in {
@@ -224,8 +225,8 @@ def test_data_in_a_bucket_is_prepared_by_one_of_two_processes(service, tmp_path)
 def test_processes_with_all_in_buckets_are_those_on_a_disk(service, tmp_path, processes):
     """Where no disk is shared: the workdir and the prepared data."""
     pod = f"gs://bucket/pod{processes}"
-    on_disk, _ = trained(tmp_path, processes)
-    for steps in (4, 6):
+    for steps in (4, 6):  # the rate's schedule ends at the last step
+        on_disk, _ = trained(tmp_path, processes, **{"train.steps": steps})
         keys = {"data.data_dir": f"{pod}/sets", "train.steps": steps}
         codes, logs = finished(start(tmp_path, f"{pod}/run", processes, **keys))
         assert codes == [0] * processes, logs
