@@ -4,8 +4,10 @@ A step is written once, per device, with the named axis `AXIS`: `fn(state, batch
 and reduces with `lax.psum`. State is replicated and has no leading device axis.
 """
 
+import collections
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ import numpy as np
 from pwcrf_jax.runtime.errors import ConfigError
 
 AXIS = "data"
+_AHEAD = 2  # batches: one is transferred and one is made while a step runs
 
 
 def pmap_train(fn: Callable, devices: Sequence[jax.Device] | None = None) -> Callable:
@@ -62,6 +65,31 @@ def split(batch: Mapping[str, np.ndarray], num_devices: int | None = None) -> di
     """[local batch, ...] arrays -> [local devices, batch a device, ...]."""
     n = num_devices or jax.local_device_count()
     return {k: v.reshape(n, v.shape[0] // n, *v.shape[1:]) for k, v in batch.items()}
+
+
+def ahead(batches: Iterator[Mapping[str, Any]]) -> Generator[tuple[dict[str, jax.Array], Any], None, None]:
+    """(arrays on this process' devices, "id") of each batch, made and transferred in a thread while a step runs.
+
+    batches: as of `data.train_batches`. At most two are taken that were not asked for yet. Order and errors are those of
+    `batches`. close() waits for the batch that is being made; it leaves `batches` open.
+    """
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.P(AXIS))  # as `jax.pmap` would put them
+
+    def make() -> tuple[dict[str, jax.Array], Any]:
+        batch = next(batches)
+        return jax.device_put(split({k: v for k, v in batch.items() if k != "id"}), sharding), batch["id"]
+
+    with futures.ThreadPoolExecutor(1, "input") as thread:
+        made = collections.deque(thread.submit(make) for _ in range(_AHEAD))
+        try:
+            while True:
+                one = made.popleft().result()
+                made.append(thread.submit(make))
+                yield one
+        finally:
+            for future in made:
+                future.cancel()
 
 
 def device_count() -> int:

@@ -137,7 +137,7 @@ class Run:
             batches, started = self._prepare(stack), time.monotonic()
             stop = self._evaluate_first and not self.evaluate()
             while self.step < c.steps and not stop and not self.patience.is_over:
-                metrics = self.train_step(next(batches))
+                metrics = self.train_step(*next(batches))
                 if self._progress is None:  # the first step compiles: it would spoil the rate
                     jax.block_until_ready(metrics)
                     preemption.begin()
@@ -185,6 +185,7 @@ class Run:
             log.info("%s", how_to_see_curves(self.workdir))
         stack.callback(self.latest.wait)
         stack.callback(batches.close)
+        stack.callback((on_devices := parallel.ahead(batches)).close)
         num_params = sum(x.size for x in jax.tree.leaves(self.state.params))
         log.info(
             "%s: %d training images, %s; %s parameters; %d devices of kind %s",
@@ -192,14 +193,13 @@ class Run:
             f"{num_params:,}", jax.device_count(), jax.devices()[0].device_kind,
         )  # fmt: skip
         log.info("%s", estimate_cost(config, self.model, self.tx).summary())
-        return batches
+        return on_devices
 
-    def train_step(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
-        """One step on this process' share of a batch; returns its metrics."""
-        arrays = evaluate.inputs_of(batch)
+    def train_step(self, arrays: dict[str, jax.Array], ids: Any) -> dict[str, jax.Array]:
+        """One step on this process' share of a batch, of `parallel.ahead`; returns its metrics."""
         self.state, metrics = self._steps[self._stage()](self.state, arrays)
         self.step, self.samples_seen = self.step + 1, self.samples_seen + self.config.train.batch_size
-        self._guard.add(self.step, batch["id"], metrics)
+        self._guard.add(self.step, ids, metrics)
         self.latest.check()
         return metrics
 
