@@ -13,6 +13,10 @@ flip, a random crop and batching, at 500 x 375 and 480 x 360:
 A rival that is not installed is left out and named (`pip install opencv-python-headless torch`). Figures are images a
 second, medians of interleaved turns, each begun after the rival is warm. Ends with one line of JSON: `input_ratio` is
 ours over the best rival, the smaller of the two sizes; and shows that batches are the same for any number of threads.
+
+At 500 x 375 also how much of the input a training step hides, with the batches made and transferred ahead of it
+(`parallel.ahead`, as the trainer does) and without. The device is a stand-in that takes as long as our reader takes for
+a batch, the hardest case, and no core; as in the trainer, each step is waited for when the next one is started.
 """
 
 import argparse
@@ -23,14 +27,17 @@ import os
 import sys
 import tempfile
 import time
+from concurrent import futures
 from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import timing
 from PIL import Image
 
 from pwcrf_jax.data import load_dataset, train_batches
+from pwcrf_jax.runtime import parallel
 
 try:
     import cv2
@@ -207,6 +214,31 @@ def measure(dataset, split, pairs, args):
     return {name: args.batches * BATCH / s for name, s in timing.medians(turns, args.repeats, warm=0).items()}
 
 
+def training(dataset, how, step, count):
+    """Seconds of some steps of `step` seconds each, on a stand-in for a device, and of their input."""
+    batches, waits = ours(dataset, "train"), 1 if how == "in turn" else 2
+    transferred = (jax.device_put(parallel.split({"image": b["image"], "label": b["label"]})) for b in batches)
+    inputs, running = parallel.ahead(batches) if how == "ahead" else transferred, []
+    with futures.ThreadPoolExecutor(1) as device:
+        for n in range(count + 4):
+            if n == 4:  # warm
+                started = time.perf_counter()
+            jax.block_until_ready(next(inputs))
+            running.append(device.submit(time.sleep, step))
+            if len(running) == waits:
+                running.pop(0).result()
+    inputs.close()
+    batches.close()
+    return time.perf_counter() - started
+
+
+def overlap(dataset, rate, args):
+    """{how: images a second of a step as long as the input of its batch, beside those of the step alone}"""
+    step = BATCH / rate
+    turns = {how: partial(training, dataset, how, step, args.batches) for how in ("in turn", "without", "ahead")}
+    return {how: args.batches * step / s for how, s in timing.medians(turns, args.repeats, warm=0).items()}
+
+
 def digest(batches, count=6):
     sha = hashlib.sha256()
     for batch in itertools.islice(batches, count):
@@ -233,7 +265,7 @@ def main():
             parser.error(f"--{name} {getattr(args, name)}: no such folder")
     missing = [name for name, module in (("OpenCV", cv2), ("PyTorch", torch)) if module is None]
     print(f"{os.cpu_count()} cores" + (f"; not installed and left out: {', '.join(missing)}" if missing else ""))
-    figures, ratios, same = {}, {}, True
+    figures, ratios, same, hidden = {}, {}, True, {}
     with tempfile.TemporaryDirectory() as scratch:
         for (what, size), given in zip(SIZES.items(), (args.voc, args.camvid), strict=True):
             name = "camvid" if given and what == "480x360" else "voc"
@@ -252,6 +284,11 @@ def main():
             for reader, rate in rates.items():
                 print(f"  {reader:20s} {rate:7.1f} images/s   ours {rates['ours'] / rate:5.2f} x", flush=True)
             figures[what] = {reader: round(rate, 1) for reader, rate in rates.items()}
+            if what == "500x375":
+                hidden = {how: round(share, 3) for how, share in overlap(dataset, rates["ours"], args).items()}
+                print(
+                    f"  a step of {1000 * BATCH / rates['ours']:.1f} ms a batch, beside no input: {hidden}", flush=True
+                )
             digests = {threads: digest(ours(dataset, "train", threads)) for threads in (0, 1, 2, 4, 8)}
             same &= len(set(digests.values())) == 1
     print(f"\nthe same batches with 0, 1, 2, 4 and 8 threads: {'yes' if same else 'NO'}")
@@ -261,6 +298,7 @@ def main():
                 input_ratio=round(min(ratios.values()), 3),
                 input_ratios={what: round(ratio, 3) for what, ratio in ratios.items()},
                 images_per_second=figures,
+                step_with_input=hidden,
                 same_batches_for_any_number_of_threads=same,
             )
         )

@@ -1,4 +1,4 @@
-"""What data parallelism costs: on paper for two machines that were never used, measured on simulated devices here.
+"""What data parallelism costs: on paper for three machines that were never used, measured on simulated devices here.
 
     python benchmarks/scaling.py [--quick] [--no_paper] [--no_measurement]
 
@@ -49,10 +49,13 @@ class Machine:
 
 # https://cloud.google.com/tpu/docs/v4: 275 T bfloat16, 32 GiB, 1200 GB/s a chip; a v4-32 is 2 x 2 x 4, four a host.
 # Links: 1.1 PB/s of all-reduce over 4096 chips of six links; a mesh of that shape holds one ring, used both ways.
+# https://cloud.google.com/tpu/docs/v5e: 197 T bfloat16, 16 GiB, 819 GB/s a chip; 4 x 4 chips, four a host. Links: 51.2
+# TB/s of all-reduce over 256 chips of four links; a slice of that shape has no wrap-around and holds one ring, too.
 # https://www.nvidia.com/en-us/data-center/h100/, SXM, halved where given with sparsity: 989 T bfloat16, 495 T TF32,
 # 80 GB, 3.35 TB/s; NVLink 900 GB/s, 450 GB/s of it out of a device.
 MACHINES = (
     Machine("TPU v4-32", 16, 4, 275e12, 275e12, 32 * 2**30, 1.2e12, 2 * 1.1e15 / 4096 / 6),
+    Machine("TPU v5e-16", 16, 4, 197e12, 197e12, 16 * 2**30, 819e9, 2 * 51.2e12 / 256 / 4),
     Machine("8 x H100 SXM", 8, 1, 989e12, 494.5e12, 80e9, 3.35e12, 450e9),
 )
 EFFICIENCY = 0.4  # of the peak, in convolutions and matrix products

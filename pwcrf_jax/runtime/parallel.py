@@ -70,8 +70,8 @@ def split(batch: Mapping[str, np.ndarray], num_devices: int | None = None) -> di
 def ahead(batches: Iterator[Mapping[str, Any]]) -> Generator[tuple[dict[str, jax.Array], Any], None, None]:
     """(arrays on this process' devices, "id") of each batch, made and transferred in a thread while a step runs.
 
-    batches: as of `data.train_batches`. At most two are taken that were not asked for yet. Order and errors are those of
-    `batches`. close() waits for the batch that is being made; it leaves `batches` open.
+    batches: as of `data.train_batches`, whose order and errors these are; at most two are taken that were not asked for
+    yet. close() waits for the batch that is being made, and leaves `batches` open.
     """
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
     sharding = jax.sharding.NamedSharding(mesh, jax.P(AXIS))  # as `jax.pmap` would put them

@@ -104,8 +104,8 @@ def _wait_for_notice(host: str) -> None:
             os.write(2, b"Google Cloud will stop this machine: as if by SIGTERM\n")
             os.kill(os.getpid(), signal.SIGTERM)
             return
-        if not answer.headers.get("ETag"):
-            time.sleep(_PAUSE)
+        # A server of Kubernetes may not wait; a second is little of the 30 that a notice leaves.
+        time.sleep(_PAUSE / 10 if answer.headers.get("ETag") else _PAUSE)
 
 
 def _watch(read: int) -> None:
