@@ -36,8 +36,8 @@ create() {
 
 install() {
     local what
-    what=$(printf '%q' "pwcrf_jax[train,gcs,weights] @ $3")
-    on_all_hosts "$1" "$2" "python3 -m venv ~/pwcrf && ~/pwcrf/bin/pip install --quiet $what 'jax[tpu]'"
+    what=$(printf '%q' "pwcrf_jax[train,gcs,weights,tpu] @ $3")
+    on_all_hosts "$1" "$2" "python3 -m venv ~/pwcrf && ~/pwcrf/bin/pip install --quiet $what"
 }
 
 train() {

@@ -287,7 +287,7 @@ def _run(script, *args):
         (["--config=dmeo", "--workdir=somewhere"], "no config of that name; did you mean demo?"),
         full_row((["--config=demo:x", "--workdir=somewhere"], "demo.py has no variants; leave out :x")),
         full_row((["--workdir", "--dry-run"], "--workdir takes a value, and --dry-run follows it")),
-        full_row((["--config=demo", "--images=a"], "--images is of pwcrf predict: see pwcrf predict --help")),
+        full_row((["--config=demo", "--images=a"], "--images is of pwcrf predict, crf: see pwcrf predict --help")),
     ],
 )
 def test_command_line(args, match, tmp_path):

@@ -426,7 +426,7 @@ def test_a_small_gallery_needs_no_other_flag(trained, tmp_path):
     "words, says",
     [
         (("--report_images=3",), "--report_images is of --report"),
-        full_row((("--report=auto", "--images=x"), "--images is of pwcrf predict: see")),
+        full_row((("--report=auto", "--images=x"), "--images is of pwcrf predict, crf: see")),
         full_row(
             (("--report=auto", "--report_images=2", "--report_inspect=3"), "_inspect=3 is more than --report_images=2")
         ),
