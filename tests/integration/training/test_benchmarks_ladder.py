@@ -59,7 +59,7 @@ def options(ladder, results, **more):
         set="animals", results=results, against=None, picture=None, steps=0, pair_steps=0, batch=0, crop=None
     )
     defaults |= dict(pair_balance=None, boxes=None, unseen=0, ensemble_steps=0, evals=0, seeds=[0, 1, 2])
-    defaults |= dict(source_dir="", data_dir="", init_from="", tune_blocks=2)
+    defaults |= dict(source_dir="", data_dir="", init_from="", tune_blocks=2, trials=16)
     return argparse.Namespace(**(defaults | more))
 
 
@@ -369,6 +369,11 @@ def test_rungs_are_decoded_with_what_their_pilot_chose(ladder, tmp_path, monkeyp
     (tmp_path / "ladder_animals_convs_0.json").unlink()
     ladder.run(args)
     assert asked == [list(args.rungs), ["convs"]]  # of what is kept no pilot is trained
+    (tmp_path / "ladder_animals_convs_0.json").unlink()
+    args.trials = 0
+    ladder.run(args)
+    assert len(asked) == 2 and json.loads((tmp_path / "ladder_animals_convs_0.json").read_text())["tuned"] is None
+    assert seen["contextual"][-1] == (weights, n, compat, "convs")
     # Left for eval.py beside the model that was refined last, the one with convolutions.
     config = ladder.config_of(args, "contextual", 0, "train")
     ladder.configs.check_tuned(config, ladder.configs.apply_tuned(config, tmp_path), tmp_path)
