@@ -53,13 +53,13 @@ def _of_config(module, boxes, **more):
     balance = loss.balance_power if loss.pairwise_balance_power < 0 else loss.pairwise_balance_power
     steps = unary, config.train.steps - unary
     sizes = config.train.batch_size, config.data.crop_size
-    return Setting(module, "train", *steps, balance, *sizes, boxes, middle=config.model.refinement_convs.layers, **more)
+    return Setting(module, "train", *steps, balance, *sizes, boxes, **more)
 
 
 SETS = {
     "camvid": Setting(camvid_mobilenet_v2, "train", 450, 225, 0.6, 4, (240, 320), "near"),
     "animals": Setting(voc_mobilenet_v2, "train_aug", 350, 175, 0.3, 4, (320, 320), "far"),
-    "nyudv2": _of_config(nyudv2, "far", folds=5, blocks=5, evals=4),
+    "nyudv2": _of_config(nyudv2, "far", folds=5, blocks=5, evals=4, middle=("stage2_0_expand", "stage3_0_expand")),
 }
 
 

@@ -5,9 +5,9 @@
     pwcrf eval --workdir runs/nyudv2 --checkpoint latest --refine full --split test --config.data.source_dir=PATH
 
 PATH is a folder of the layout of docs/your-data.md with train.txt, or test.txt, and whole images of 480 x 640 pixels;
-masks are void outside of the official crop. One run trains the unary and then, on its features, the relations and the
-refinement convolutions: some 90 minutes on two idle cores. Nothing is chosen by images of test, all of it on held-out
-blocks of train (docs/experiments/nyudv2.md; benchmarks/ladder.py).
+masks are void outside of the official crop. One run trains the unary and then, on its features, the relations: some 90
+minutes on two idle cores. Nothing is chosen by images of test, all of it on held-out blocks of train
+(docs/experiments/nyudv2.md; benchmarks/ladder.py).
 """
 
 from pwcrf_jax.configs import image_folder
@@ -22,14 +22,13 @@ def get_config():
     config.data.crop_size = (320, 400)
     config.data.eval_size = (480, 640)
     config.model.efficientnet_lite.variant = 2
-    config.model.refinement_convs.layers = ("stage2_0_expand", "stage3_0_expand")
     config.relations.surrounding.unit = config.relations.above_below.unit = "cells"
     config.relations.surrounding.rows = config.relations.surrounding.cols = (-8, 8)
     config.relations.above_below.rows, config.relations.above_below.cols = (-12, -1), (-6, 6)
     config.loss.objective = "piecewise_staged"
     config.loss.unary_share = 0.82
     # As the unary's Dice does, more balance keeps relations from frequent classes.
-    config.loss.pairwise_balance_power = 0.7
+    config.loss.pairwise_balance_power = 1.0
     config.loss.evidence_temperature = (1.0, 3.0)
     config.loss.sampled_offsets = 6
     config.crf.weights = (0.5,)

@@ -71,8 +71,8 @@ def test_the_ladder_is_that_of_its_config(ladder):
     same = dict(configs.flat(whole)) | {"seed": 7, "data.partial": True, "data.train_split": trains}
     same |= {"data.eval_split": scored.split("+")[0], "eval.panel": 0, "model.pairwise_trains_features": False}
     differs = lambda config: {k for k, v in configs.flat(config) if same[k] != v}
-    assert differs(pairs) == {"train.steps", "loss.unary_share"}
-    relations = {"model.relations", "model.refinement_convs.layers", "loss.objective", "loss.unary_share"}
+    assert differs(pairs) == {"train.steps", "loss.unary_share", "model.refinement_convs.layers"}  # for its last rung
+    relations = {"model.relations", "loss.objective", "loss.unary_share"}
     relations |= {"loss.pairwise_balance_power", "loss.evidence_temperature", "loss.sampled_offsets"}
     assert differs(unary) == {"train.steps"} | relations
     baseline = ladder.config_of(args, "baseline", 7, trains)
@@ -196,7 +196,7 @@ def test_from_folder_to_summary(ladder, scripts, tmp_path, monkeypatch, capsys):
     """All rungs of one fold, in the time of some steps: again it trains nothing, and eval has the ladder's figures."""
     make_folder(tmp_path / "source", np.random.default_rng(0))
     models = scripts("ladder_models")
-    setting = models._of_config(Tiny, "near", folds=5, blocks=5, evals=2)
+    setting = models._of_config(Tiny, "near", folds=5, blocks=5, evals=2, middle=("conv2", "conv3"))
     monkeypatch.setitem(models.SETS, "nyudv2", setting)
     monkeypatch.setattr(models, "weights_of", lambda args: "")
     monkeypatch.setattr(models, "missing_files", lambda args: [])
