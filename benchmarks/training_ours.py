@@ -26,6 +26,7 @@ def config_of(network, sizes, num_classes):
     config = module.get_config()
     config.model.relations, config.model.input_scaling = (), scaling
     config.crf.weights = (1.0,)
+    config.loss.dice_weight = 0.0  # the twin has cross-entropy alone
     config.data.num_classes = num_classes
     config.data.crop_size, config.data.eval_size = sizes.train, sizes.evaluation
     config.train.batch_size = config.eval.batch_size = sizes.batch
