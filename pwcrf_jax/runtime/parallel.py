@@ -67,18 +67,21 @@ def split(batch: Mapping[str, np.ndarray], num_devices: int | None = None) -> di
     return {k: v.reshape(n, v.shape[0] // n, *v.shape[1:]) for k, v in batch.items()}
 
 
-def ahead(batches: Iterator[Mapping[str, Any]]) -> Generator[tuple[dict[str, jax.Array], Any], None, None]:
+def ahead(
+    batches: Iterator[Mapping[str, Any]], devices: Sequence[jax.Device] | None = None
+) -> Generator[tuple[dict[str, jax.Array], Any], None, None]:
     """(arrays on this process' devices, "id") of each batch, made and transferred in a thread while a step runs.
 
     batches: as of `data.train_batches`, whose order and errors these are; at most two are taken that were not asked for
-    yet. close() waits for the batch that is being made, and leaves `batches` open.
+    yet. close() waits for the batch that is being made, and leaves `batches` open. devices: this process', of the step.
     """
-    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
+    devices = devices or jax.local_devices()
+    mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
     sharding = jax.sharding.NamedSharding(mesh, jax.P(AXIS))  # as `jax.pmap` would put them
 
     def make() -> tuple[dict[str, jax.Array], Any]:
         batch = next(batches)
-        return jax.device_put(split({k: v for k, v in batch.items() if k != "id"}), sharding), batch["id"]
+        return jax.device_put(split({k: v for k, v in batch.items() if k != "id"}, len(devices)), sharding), batch["id"]
 
     with futures.ThreadPoolExecutor(1, "input") as thread:
         made = collections.deque(thread.submit(make) for _ in range(_AHEAD))

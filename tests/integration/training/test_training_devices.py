@@ -68,6 +68,8 @@ def _on(monkeypatch, n):
     monkeypatch.setattr(parallel, "replicated", lambda state: replicated(state, jax.devices()[:n]))
     split = parallel.split
     monkeypatch.setattr(parallel, "split", lambda batch, *_: split(batch, n))
+    ahead = parallel.ahead
+    monkeypatch.setattr(parallel, "ahead", lambda batches: ahead(batches, jax.devices()[:n]))
 
 
 def _train(config, workdir, n, steps_to_go):
